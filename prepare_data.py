@@ -1,0 +1,801 @@
+"""Make the token shards that train_gpt.py reads: from installed documentation, from your text, or from FineWeb.
+
+    python prepare_data.py demo                                   # no download, under a minute
+    python prepare_data.py text corpus.jsonl.zst --out data/mine  # any text of yours
+    python prepare_data.py fineweb                                # the challenge's own shards, 16 GB
+
+A dataset folder holds shards, a SentencePiece tokenizer and, written last, manifest.json, which states the hash and
+size of each file. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then that many
+little-endian uint16 tokens; BOS opens each document and nothing closes it.
+
+The file reads in the order in which data flows:
+documents -> train or val -> tokenizer -> tokens -> shards -> manifest -> folder -> download -> commands.
+"""
+
+import ast
+import dataclasses
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import json
+import lzma
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+import typing
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Annotated
+
+import httpx
+import huggingface_hub
+import numpy as np
+import sentencepiece as spm
+import typer
+import zstandard
+from filelock import FileLock, Timeout
+from huggingface_hub.errors import HFValidationError
+from tqdm import tqdm
+
+HEADER_INTS, SHARD_MAGIC, SHARD_VERSION = 256, 20240520, 1
+TOKEN = np.dtype("<u2")
+BOS = 1
+SPLITS = ("train", "val")
+DEFAULT_WORKERS = min(os.cpu_count() or 1, 16)  # a container often grants fewer cores than it shows
+
+
+class UserError(typer.TyperException):
+    """A mistake the user can mend: one line with the thing, its value and the remedy; exit code 2."""
+
+
+# ---- Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How documents become shards. All of it changes the result, so all of it goes into the manifest."""
+
+    tokenizer: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="SentencePiece model; else one is trained.")
+    ] = None
+    vocab_size: Annotated[int, typer.Option(max=2**16, help="Pieces of a tokenizer to be trained.")] = 1024
+    val_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of documents held out, chosen by the hash of their text.")
+    ] = 0.01
+    val_docs: Annotated[int | None, typer.Option(min=1, help="Hold out the first N distinct documents instead.")] = None
+    shard_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Tokens in a full shard.")] = 100_000_000
+    max_docs: Annotated[int | None, typer.Option(min=1, help="Read no more than this many documents.")] = None
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop once both splits together hold this many.")] = None
+    name: Annotated[str, typer.Option(help="First part of the shard names.")] = "fineweb"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextOptions(Recipe):
+    """The options of the text command."""
+
+    inputs: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Files, in reading order.")]
+    out: Annotated[Path, typer.Option(help="Dataset folder to make.")]
+    field: Annotated[str, typer.Option(help="Field or column that holds the text (.jsonl, .parquet).")] = "text"
+    workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the result.")] = DEFAULT_WORKERS
+
+
+# ---- Documents of the user's files
+
+
+def read_zst(path: Path) -> Iterator[bytes]:
+    """Decompress chunk by chunk. Raises EOFError on a cut file, which zstandard's own reader takes for a whole one."""
+    decoder = None
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            while chunk:
+                decoder = decoder or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                yield decoder.decompress(chunk)
+                chunk = decoder.unused_data
+                if decoder.eof:
+                    decoder = None
+    if decoder:
+        raise EOFError("it ends inside a frame")
+
+
+def read_with(opener: Callable, path: Path) -> Iterator[bytes]:
+    """Read what `opener` makes of the file, chunk by chunk."""
+    with opener(path, "rb") as file:
+        yield from iter(lambda: file.read(1 << 20), b"")
+
+
+DECOMPRESSORS = {
+    ".gz": functools.partial(read_with, gzip.open),
+    ".xz": functools.partial(read_with, lzma.open),
+    ".zst": read_zst,
+}
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a plain or compressed file without their newlines. Raises UserError when it is damaged."""
+    read = DECOMPRESSORS.get(path.suffix, functools.partial(read_with, open))
+    rest = b""
+    try:
+        for chunk in read(path):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise UserError(f"{path} cannot be read to its end ({error}): get a whole copy") from error
+    if rest:
+        yield rest
+
+
+def read_txt(path: Path, field: str) -> Iterator[str]:
+    """Yield the blocks of text between blank lines: each is one document. A plain text has no fields."""
+    for has_text, lines in itertools.groupby(read_lines(path), key=lambda line: bool(line.strip())):
+        try:
+            block = b"\n".join(lines).decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 ({error}): convert it, for example with iconv") from error
+        if has_text:
+            yield block
+
+
+def read_jsonl(path: Path, field: str) -> Iterator[str]:
+    """Yield the text field of the JSON object on each line."""
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[field]
+        except (ValueError, LookupError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UserError(f"{path}:{number} is no JSON object with the text field {field!r}: name it with --field")
+        # JSON can spell half a surrogate pair, which is no character and has no UTF-8 form.
+        yield text.encode(errors="replace").decode()
+
+
+def read_parquet(path: Path, field: str) -> Iterator[str]:
+    """Yield the values of one string column."""
+    import pyarrow.parquet  # optional: only Parquet input needs it
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        for batch in file.iter_batches(columns=[field]):
+            if not batch.num_columns:
+                raise UserError(f"{path} has no column {field!r}: name one of {file.schema_arrow.names} with --field")
+            yield from (text for text in batch.column(0).to_pylist() if text)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is no readable Parquet file ({error}): get a whole copy") from error
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def reader_of(path: Path) -> Callable[[Path, str], Iterator[str]]:
+    """Choose the reader by suffix. Raises UserError at once for a file that would fail hours into a long run."""
+    compressed = path.suffix in DECOMPRESSORS
+    reader = READERS.get(Path(path.stem).suffix if compressed else path.suffix)
+    if reader is None or (compressed and reader is read_parquet):
+        raise UserError(f"{path} is of no known kind: give .txt or .jsonl, plain or as .gz .xz .zst, or .parquet")
+    if reader is read_parquet and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{path} needs pyarrow, which is not installed: pip install pyarrow")
+    return reader
+
+
+def text_documents(inputs: list[Path], field: str) -> Iterator[str]:
+    """Stream the documents of all files in order; those of white space alone are left out."""
+    for path in inputs:
+        yield from (text for text in reader_of(path)(path, field) if text.strip())
+
+
+# ---- Documents of the demo: the English in Python's own documentation
+
+DEMO_PACKAGES = ("huggingface_hub", "mpmath", "networkx", "numpy", "sympy", "torch")
+# Tests are code with few words; site-packages lies inside the standard library's folder.
+DEMO_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+DEMO_MIN_CHARACTERS = 400
+DEMO_VAL_FRACTION, DEMO_VAL_CHARACTERS = 0.02, 400_000
+STOP_WORDS = frozenset("the of to and a in is for that it as be this with by or are an from if on not".split())
+STOP_WORD_SHARE = 0.12  # English prose has about a third, code and tables of output next to none
+
+
+def demo_versions() -> dict[str, str]:
+    """Return the version of everything that shapes the demo dataset."""
+    try:
+        versions = {name: importlib.metadata.version(name) for name in (*DEMO_PACKAGES, "sentencepiece")}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(f"{error.name} is not installed and has demo text: pip install -r requirements.txt") from error
+    return {"python": platform.python_version(), **versions}
+
+
+def demo_files() -> list[Path]:
+    """List the modules of the standard library and of DEMO_PACKAGES, found without importing any."""
+    roots = [sysconfig.get_path("stdlib")]
+    for package in DEMO_PACKAGES:
+        roots += importlib.util.find_spec(package).submodule_search_locations
+    return [
+        path
+        for root in roots
+        for path in sorted(Path(root).rglob("*.py"))
+        if DEMO_SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
+    ]
+
+
+def is_english(text: str) -> bool:
+    """Tell prose from code by its share of little words."""
+    words = text.lower().split()
+    return sum(word in STOP_WORDS for word in words) >= max(1, STOP_WORD_SHARE * len(words))
+
+
+def module_text(path: Path) -> str:
+    """Join the English docstrings of one module in source order; a repeated one counts once."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escapes
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return ""  # a template, or kept for a Python of long ago
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = sorted(
+        (node for node in ast.walk(tree) if isinstance(node, documented)),
+        key=lambda node: getattr(node, "lineno", 0),  # the module itself has none and comes first
+    )
+    docstrings = dict.fromkeys(ast.get_docstring(node) or "" for node in nodes)
+    return "\n\n".join(filter(is_english, docstrings))
+
+
+def demo_documents(workers: int) -> list[str]:
+    """Return the distinct demo documents of useful length, shuffled by their hashes.
+
+    The order, unlike that of folders, mixes the packages in every shard and is the same on every machine.
+    """
+    files = demo_files()
+    with worker_pool(workers) as pool:
+        modules = pool.map(module_text, files, chunksize=32)
+        texts = [*tqdm(modules, "modules", len(files), disable=None), *topics.values()]
+    keyed = {document_key(text): text for text in texts if len(text) >= DEMO_MIN_CHARACTERS and is_english(text)}
+    return [keyed[key] for key in sorted(keyed)]
+
+
+def demo_val_fraction(documents: list[str]) -> float:
+    """Return the fraction of key space below which lie 2 % of the text, or 400 kB if that is less."""
+    sizes = np.cumsum([len(text) for text in documents])
+    budget = min(DEMO_VAL_FRACTION * sizes[-1], DEMO_VAL_CHARACTERS)
+    first_of_train = min(int(np.searchsorted(sizes, budget)) + 1, len(documents) - 1)
+    return key_fraction(document_key(documents[first_of_train]))
+
+
+# ---- Train or val
+
+NORMALIZER = spm.SentencePieceNormalizer(rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+
+
+def document_key(text: str) -> bytes:
+    """Hash a text as the tokenizer will see it (16 bytes): folded spaces, one form for each character."""
+    return hashlib.blake2b(NORMALIZER.normalize(text).encode(), digest_size=16).digest()
+
+
+def key_fraction(key: bytes) -> float:
+    """Place a key in [0, 1). Six bytes fit a float exactly, so no key rounds up to 1."""
+    return int.from_bytes(key[:6], "big") / 2**48
+
+
+class Splitter:
+    """Send each distinct document to "train" or "val", the same way on every run.
+
+    It remembers every key: about 100 bytes of memory a document, 1.5 GB for the 15 million of FineWeb's 10B sample.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.keys: dict[str, set[bytes]] = {split: set() for split in SPLITS}
+
+    def split_of(self, key: bytes) -> str | None:
+        """Return the side of the document with this key, or None for one seen before."""
+        if any(key in keys for keys in self.keys.values()):
+            return None
+        if self.recipe.val_docs is not None:
+            held_out = len(self.keys["val"]) < self.recipe.val_docs
+        else:
+            held_out = key_fraction(key) < self.recipe.val_fraction
+        split = "val" if held_out else "train"
+        self.keys[split].add(key)
+        return split
+
+
+# ---- Tokenizer
+
+TOKENIZER_SAMPLE_CHARACTERS = 50_000_000  # more text moves few of 1,024 merges; 10 MB train in two seconds
+
+
+def tokenizer_sample(documents: Iterable[str], recipe: Recipe) -> Iterator[str]:
+    """Yield the first training documents, so that no validation text shapes the tokenizer."""
+    splitter = Splitter(recipe)
+    characters = 0
+    for text in documents:
+        if splitter.split_of(document_key(text)) == "train":
+            yield text
+            characters += len(text)
+        if characters >= TOKENIZER_SAMPLE_CHARACTERS:
+            return
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
+    """Train a BPE model with the settings of the challenge's own and return the file's bytes.
+
+    The texts are a list because SentencePiece takes an error in an iterator for its end.
+    """
+    if not texts:
+        raise UserError("no document is left to train a tokenizer on: lower --val-fraction or give --tokenizer")
+    model = BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=2**30,  # the default passes over every document of more than 4 kB
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].split("] ")[-1]
+        raise UserError(f"--vocab-size {vocab_size} does not suit this text: {reason}") from error
+    return model.getvalue()
+
+
+def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
+    """Load a model. Raises UserError when it is none, or its ids do not fit the shards."""
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} is no SentencePiece model: give another --tokenizer") from error
+    if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 2 ** (8 * TOKEN.itemsize):
+        raise UserError(
+            f"{path} has BOS id {tokenizer.bos_id()} and {tokenizer.vocab_size()} pieces, shards need id {BOS} and "
+            "at most 65536: give another --tokenizer"
+        )
+    return tokenizer
+
+
+# ---- Tokens
+
+Encoded = tuple[bytes, np.ndarray, int]  # document key; uint16 tokens with BOS first; UTF-8 bytes they stand for
+BATCH_DOCUMENTS = 64
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Start processes that share nothing with this one, so no thread of a library is caught in a fork."""
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+# A worker serves one run and so one model.
+worker_tokenizer = functools.cache(load_tokenizer)
+
+
+def encode_batch(model: Path, texts: list[str]) -> list[Encoded]:
+    """Encode documents in a worker. Bytes are those of the decoded text, because that is what a score divides by."""
+    tokenizer = worker_tokenizer(model)
+    encoded = []
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        utf8_bytes = len(tokenizer.decode(tokens).encode())
+        encoded.append((document_key(text), np.array([BOS, *tokens], dtype=TOKEN), utf8_bytes))
+    return encoded
+
+
+def encode(documents: Iterator[str], model: Path, workers: int) -> Iterator[Encoded]:
+    """Encode a stream of documents in parallel and yield the results in the order of the input.
+
+    At most four batches a worker are under way, whatever the size of the input: Executor.map would read it all first.
+    """
+    under_way: deque = deque()
+    with worker_pool(workers) as pool:
+        while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+            under_way.append(pool.submit(encode_batch, model, batch))
+            if len(under_way) >= 4 * workers:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
+
+
+# ---- Shards
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file of any size; returns 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def shard_entry(path: Path, split: str, tokens: int) -> dict:
+    """Describe one finished shard for the manifest."""
+    size = path.stat().st_size
+    return {"file": path.name, "split": split, "sha256": file_sha256(path), "bytes": size, "tokens": tokens}
+
+
+class ShardWriter:
+    """Cut one split's tokens into shards of exactly `shard_tokens`, the last one shorter; it holds one in memory."""
+
+    def __init__(self, folder: Path, split: str, recipe: Recipe) -> None:
+        self.folder, self.split, self.recipe = folder, split, recipe
+        self.buffer = bytearray()
+        self.shards: list[dict] = []
+        self.totals = {"documents": 0, "tokens": 0, "utf8_bytes": 0}
+
+    def add(self, tokens: np.ndarray, utf8_bytes: int) -> None:
+        """Append one document."""
+        self.buffer += tokens.tobytes()
+        self.totals["documents"] += 1
+        self.totals["tokens"] += len(tokens)
+        self.totals["utf8_bytes"] += utf8_bytes
+        shard_bytes = self.recipe.shard_tokens * TOKEN.itemsize
+        while len(self.buffer) >= shard_bytes:
+            self.write(self.buffer[:shard_bytes])
+            del self.buffer[:shard_bytes]
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.buffer:
+            self.write(self.buffer)
+
+    def write(self, payload: bytearray) -> None:
+        """Write one shard whose tokens are `payload`."""
+        path = self.folder / f"{self.recipe.name}_{self.split}_{len(self.shards):06d}.bin"
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, len(payload) // TOKEN.itemsize
+        with path.open("wb") as file:
+            file.write(header.tobytes())
+            file.write(payload)
+        self.shards.append(shard_entry(path, self.split, int(header[2])))
+        tqdm.write(f"wrote {path.name}: {header[2]:,} tokens")
+
+
+def write_dataset(
+    folder: Path, documents: Callable[[], Iterator[str]], recipe: Recipe, workers: int, settings: dict
+) -> None:
+    """Fill an empty folder with tokenizer, shards and manifest.
+
+    `documents` starts a fresh pass over the same documents: the tokenizer takes one, the encoding another.
+    """
+    model = folder / "tokenizer.model"
+    if recipe.tokenizer:
+        load_tokenizer(recipe.tokenizer)  # refuses an unfit one here, before any worker starts
+        shutil.copyfile(recipe.tokenizer, model)
+    else:
+        tqdm.write(f"training a tokenizer of {recipe.vocab_size} pieces")
+        sample = tokenizer_sample(itertools.islice(documents(), recipe.max_docs), recipe)
+        model.write_bytes(train_tokenizer(list(sample), recipe.vocab_size))
+
+    splitter = Splitter(recipe)
+    writers = {split: ShardWriter(folder, split, recipe) for split in SPLITS}
+    encoded = encode(itertools.islice(documents(), recipe.max_docs), model, workers)
+    for key, tokens, utf8_bytes in tqdm(encoded, "encoding", unit=" documents", disable=None):
+        if split := splitter.split_of(key):
+            writers[split].add(tokens, utf8_bytes)
+        if recipe.max_tokens and sum(writer.totals["tokens"] for writer in writers.values()) >= recipe.max_tokens:
+            break
+    for writer in writers.values():
+        writer.close()
+    splits = {split: writers[split].totals for split in SPLITS}
+    empty = [split for split in SPLITS if not splits[split]["documents"]]
+    if len(empty) == 2:
+        raise UserError("the input holds no document with text: give other files")
+    if empty and recipe.val_docs is None and 0 < recipe.val_fraction < 1:
+        raise UserError(f"--val-fraction {recipe.val_fraction} leaves {empty[0]} without a document: change it")
+    disjoint = {
+        "method": "by document: blake2b of the nmt_nfkc text decides the side, repeated texts are dropped",
+        **{f"{split}_documents": len(splitter.keys[split]) for split in SPLITS},
+        "shared": len(splitter.keys["train"] & splitter.keys["val"]),
+    }
+    shards = [entry for writer in writers.values() for entry in writer.shards]
+    write_manifest(folder, model, shards, {"splits": splits, "disjoint": disjoint, "settings": settings})
+
+
+# ---- Manifest and folder
+
+MANIFEST = "manifest.json"
+FORMAT = "golf-shards"
+
+
+def write_manifest(folder: Path, model: Path, shards: list[dict], rest: dict) -> None:
+    """Write manifest.json in one step, so that a reader sees all of it or none."""
+    manifest = {
+        "format": FORMAT,
+        "version": 1,
+        "tokenizer": {
+            "file": Path(os.path.relpath(model, folder)).as_posix(),
+            "sha256": file_sha256(model),
+            "vocab_size": load_tokenizer(model).vocab_size(),
+        },
+        "shards": shards,
+        **rest,
+    }
+    partial = sibling(folder / MANIFEST, "partial")
+    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+    for split, totals in manifest["splits"].items():
+        tqdm.write(f"{split}: {totals['tokens']:,} tokens of {totals['documents']:,} documents")
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """Return the manifest of a finished folder, None for one that is missing or empty; other folders are refused."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] == FORMAT:
+            return manifest
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise UserError(f"{folder} holds files but no {MANIFEST} of this script: choose another --out or empty it")
+
+
+def is_finished(folder: Path, settings: dict) -> bool:
+    """Tell whether the folder already holds what `settings` make, unchanged.
+
+    Raises UserError when it was made with other settings or a file has changed: nothing is ever overwritten.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return False
+    old = manifest["settings"]
+    for key in {**settings, **old}:
+        if settings.get(key) != old.get(key):
+            raise UserError(
+                f"{folder} was made with {key} = {json.dumps(old.get(key))}, not {json.dumps(settings.get(key))}: "
+                "choose another --out or delete that folder"
+            )
+    for entry in (manifest["tokenizer"], *manifest["shards"]):
+        path = folder / entry["file"]
+        if not path.is_file() or file_sha256(path) != entry["sha256"]:
+            raise UserError(f"{path} is missing or no longer as {MANIFEST} states: delete {folder} and run again")
+    tqdm.write(f"{folder} is complete and its {len(manifest['shards'])} shards match their hashes: nothing to do")
+    return True
+
+
+def sibling(target: Path, role: str) -> Path:
+    """Name the hidden neighbour of `target` that serves as its lock or holds it while unfinished."""
+    return target.with_name(f".{target.name}.{role}")
+
+
+@contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Hold the lock on a folder. Raises UserError when another run has it; the system frees that of a killed run."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(sibling(target, "lock")).acquire(timeout=0):
+            yield
+    except Timeout as error:
+        raise UserError(f"{target} is being written by another run: wait until it ends") from error
+
+
+@contextmanager
+def partial_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the name `target` if the block succeeds and is deleted if not."""
+    partial = sibling(target, "partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+    partial.mkdir()
+    try:
+        yield partial
+        partial.replace(target)
+        tqdm.write(f"made {target}")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---- Download of the challenge's FineWeb. The layout is upstream's: <out>/datasets/<name>/*.bin, <out>/tokenizers/
+
+
+def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str, list[str]]:
+    """Look up a variant in upstream's manifest: its tokenizer's path and its shards' names, validation first."""
+    datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in listing["datasets"]}
+    if variant not in datasets:
+        raise UserError(f"--variant {variant} is not published: choose one of {', '.join(sorted(datasets))}")
+    published = datasets[variant]["stats"]
+    if train_shards > published["files_train"]:
+        raise UserError(f"--train-shards {train_shards} is more than are published: take {published['files_train']}")
+    models = {entry["name"]: entry.get("model_path") for entry in listing["tokenizers"]}
+    model = models[datasets[variant]["tokenizer_name"]]
+    if model is None:
+        raise UserError(f"--variant {variant} has no SentencePiece tokenizer: choose one named sp<size>")
+    counts = {"val": published["files_val"], "train": train_shards}
+    return model, [f"fineweb_{split}_{index:06d}.bin" for split in counts for index in range(counts[split])]
+
+
+def inspect_shard(path: Path, vocab_size: int) -> tuple[int, int]:
+    """Return the tokens and documents of a shard. Raises UserError when it is none or not of this vocabulary."""
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(f"{path.name} has no shard header: check --repo and --variant")
+    held = (path.stat().st_size - header.nbytes) / TOKEN.itemsize
+    if held != header[2] or not held:
+        raise UserError(f"{path.name} states {header[2]} tokens and holds {held:g}: check --repo and --variant")
+    tokens = np.memmap(path, dtype=TOKEN, mode="r", offset=header.nbytes)
+    if tokens.max() >= vocab_size:
+        raise UserError(f"{path.name} has token {tokens.max()}, its tokenizer {vocab_size}: check --repo and --variant")
+    return len(tokens), int(np.count_nonzero(tokens == BOS))
+
+
+def fetch(repo: str, remote: str, staging: Path, local: Path, inspect_file: Callable) -> object:
+    """Bring a published file to its final place once it is whole; return what `inspect_file` finds in it.
+
+    One already there is kept. Raises UserError when either differs in size or hash from what the hub states.
+    """
+    stated = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, remote, repo_type="dataset"))
+    path = local
+    if not local.exists():
+        path = Path(huggingface_hub.hf_hub_download(repo, remote, repo_type="dataset", local_dir=staging))
+    # The etag of a large file is its sha256; that of a small one is git's own hash and shorter.
+    hash_differs = len(stated.etag or "") == 64 and file_sha256(path) != stated.etag
+    if hash_differs or path.stat().st_size != stated.size:
+        remedy = "delete it and run again"
+        if path != local:
+            path.unlink()
+            remedy = "run again to download it anew"
+        raise UserError(f"{path} is not the published file of {stated.size} bytes and hash {stated.etag}: {remedy}")
+    found = inspect_file(path)
+    if path != local:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(local)
+        tqdm.write(f"verified {local}")
+    return found
+
+
+def fetch_dataset(folder: Path, settings: dict) -> None:
+    """Download the shards that `settings` name into `folder`, their tokenizer beside it, and write the manifest."""
+    repo, prefix, variant, train_shards = (settings[key] for key in ("repo", "prefix", "variant", "train_shards"))
+    staging = sibling(folder, "partial")  # outlives a broken run, so that the next one goes on from there
+    listing = huggingface_hub.hf_hub_download(repo, f"{prefix}/{MANIFEST}", repo_type="dataset", local_dir=staging)
+    try:
+        model_path, names = published_files(json.loads(Path(listing).read_bytes()), variant, train_shards)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{repo} has a {MANIFEST} of another form ({error!r}): try another --repo") from error
+    model = folder.parent.parent / "tokenizers" / Path(model_path).name
+    vocab_size = fetch(repo, f"{prefix}/{model_path}", staging, model, load_tokenizer).vocab_size()
+    inspect_file = functools.partial(inspect_shard, vocab_size=vocab_size)
+    shards, splits = [], {split: {"documents": 0, "tokens": 0, "utf8_bytes": None} for split in SPLITS}
+    for name in tqdm(names, "shards", disable=None):
+        remote = f"{prefix}/datasets/{folder.name}/{name}"
+        tokens, documents = fetch(repo, remote, staging, folder / name, inspect_file)
+        split = name.split("_")[1]
+        shards.append(shard_entry(folder / name, split, tokens))
+        splits[split]["tokens"] += tokens
+        splits[split]["documents"] += documents
+    write_manifest(folder, model, shards, {"splits": splits, "disjoint": None, "settings": settings})
+    shutil.rmtree(staging)
+    tqdm.write(f"made {folder}")
+
+
+# ---- Commands
+
+app = typer.Typer(help=__doc__.split("\n\n")[0], add_completion=False, rich_markup_mode=None)
+
+
+def options_as_parameters(options: type) -> Callable[[Callable], Callable]:
+    """Give a command one command-line parameter for each field of a dataclass and call it with an instance."""
+
+    def decorate(command: Callable) -> Callable:
+        @functools.wraps(command)
+        def from_parameters(**values) -> None:
+            command(options(**values))
+
+        from_parameters.__signature__ = inspect.signature(options)
+        from_parameters.__annotations__ = typing.get_type_hints(options, include_extras=True)
+        return from_parameters
+
+    return decorate
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Dataset folder to make.")] = Path("data/demo"),
+    vocab_size: Annotated[int, typer.Option(max=2**16, help="Pieces of the tokenizer.")] = 1024,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the result.")] = DEFAULT_WORKERS,
+) -> None:
+    """Make a small dataset of the documentation of installed packages, without any download."""
+    out = out.absolute()
+    settings = {"command": "demo", "vocab_size": vocab_size, **demo_versions()}
+    with exclusive(out):
+        if is_finished(out, settings):
+            return
+        with partial_folder(out) as folder:
+            documents = demo_documents(workers)
+            recipe = Recipe(vocab_size=vocab_size, val_fraction=demo_val_fraction(documents))
+            write_dataset(folder, lambda: iter(documents), recipe, workers, settings)
+
+
+@app.command()
+@options_as_parameters(TextOptions)
+def text(options: TextOptions) -> None:
+    """Make a dataset of your own text files.
+
+    A .txt file holds documents separated by blank lines, a .jsonl file one object a line, a .parquet file one a row.
+    All but .parquet may be compressed (.gz, .xz, .zst). The order of the input is kept: shuffle it beforehand.
+    """
+    for path in options.inputs:
+        reader_of(path)
+    settings = {"command": "text", **dataclasses.asdict(options)}
+    del settings["out"], settings["workers"]
+    settings["inputs"] = [f"{path.name} of {path.stat().st_size} bytes" for path in options.inputs]
+    settings["tokenizer"] = options.tokenizer and file_sha256(options.tokenizer)
+    out = options.out.absolute()
+    with exclusive(out):
+        if is_finished(out, settings):
+            return
+        with partial_folder(out) as folder:
+            documents = functools.partial(text_documents, options.inputs, options.field)
+            write_dataset(folder, documents, options, options.workers, settings)
+
+
+@app.command()
+def fineweb(
+    variant: Annotated[str, typer.Option(help="Tokenizer of the export, as sp1024.")] = "sp1024",
+    train_shards: Annotated[int, typer.Option(min=0, help="How many, from the first; 200 MB each.")] = 80,
+    out: Annotated[Path, typer.Option(help="Folder for datasets/ and tokenizers/.")] = Path("data"),
+    repo: Annotated[
+        str, typer.Option(help="Dataset repository on the hub.", envvar="MATCHED_FINEWEB_REPO_ID")
+    ] = "willdepueoai/parameter-golf",
+    prefix: Annotated[
+        str, typer.Option(help="Folder of the export in it.", envvar="MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
+    ] = "datasets",
+) -> None:
+    """Download the challenge's published shards and tokenizer and verify them; run it again to go on or add shards."""
+    settings = {"command": "fineweb", "repo": repo, "prefix": prefix, "variant": variant, "train_shards": train_shards}
+    folder = out.absolute() / "datasets" / f"fineweb10B_{variant}"
+    with exclusive(folder):
+        old = read_manifest(folder)["settings"] if (folder / MANIFEST).exists() else None
+        # Without a manifest a download broke off; with fewer shards of the same export, more are wanted now.
+        adds = old is None or (old["train_shards"] < train_shards and {**old, "train_shards": train_shards} == settings)
+        if not adds and is_finished(folder, settings):
+            return
+        try:
+            fetch_dataset(folder, settings)
+        except (OSError, httpx.HTTPError, HFValidationError) as error:
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise UserError(
+                f"download from {repo} failed ({reason}): check the network, the disk, --repo and --prefix, then run "
+                "again; verified files are kept"
+            ) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return the exit code."""
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        message = error.format_message()
+    except BrokenProcessPool:
+        message = "a worker process was ended from outside, most likely for lack of memory: lower --workers"
+    except OSError as error:
+        message = (
+            f"{error.filename or 'a file'}: {error.strerror or error}: check its folder, its rights and the free space"
+        )
+    print("prepare_data.py: error:", message, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

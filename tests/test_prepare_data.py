@@ -1,0 +1,704 @@
+"""Tests of prepare_data.py. No network: the hub is a server on this machine. Real data comes from $GOLF_DATA."""
+
+import gzip
+import hashlib
+import http.server
+import importlib.util
+import json
+import lzma
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import zstandard
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import prepare_data  # noqa: E402
+
+WORDS = "the golf of a small model is to say in few bits what it has read and no more than that".split()
+needs_golf_data = pytest.mark.skipif("GOLF_DATA" not in os.environ, reason="GOLF_DATA names no folder of real data")
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Return distinct documents of some 60 words, with text beyond ASCII in each."""
+    draw = np.random.default_rng(seed)
+    return [f"Text {seed}.{index}: naïve “日本” " + " ".join(draw.choice(WORDS, 60)) for index in range(count)]
+
+
+def write_jsonl(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+def run(*arguments) -> int:
+    return prepare_data.main([str(argument) for argument in arguments])
+
+
+def refusal(capsys, *arguments) -> str:
+    """Run a command that must be refused; return its one line."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def shard_tokens(folder: Path, split: str) -> np.ndarray:
+    """Read a split's tokens and check every header on the way."""
+    parts = [np.empty(0, dtype="<u2")]
+    for entry in manifest_of(folder)["shards"]:
+        if entry["split"] == split:
+            raw = (folder / entry["file"]).read_bytes()
+            header = np.frombuffer(raw[:1024], dtype="<i4")
+            assert header[:3].tolist() == [20240520, 1, entry["tokens"]] and not header[3:].any()
+            parts.append(np.frombuffer(raw[1024:], dtype="<u2"))
+            assert len(parts[-1]) == entry["tokens"] and len(raw) == entry["bytes"]
+            assert hashlib.sha256(raw).hexdigest() == entry["sha256"]
+    return np.concatenate(parts)
+
+
+def decoded(folder: Path, split: str) -> list[str]:
+    """Turn a split back into its documents."""
+    tokenizer = spm.SentencePieceProcessor(model_file=str(folder / manifest_of(folder)["tokenizer"]["file"]))
+    tokens = shard_tokens(folder, split)
+    starts = np.flatnonzero(tokens == 1)
+    assert len(tokens) == 0 or starts[0] == 0
+    return [tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, starts)[1:]]
+
+
+def tree_hash(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A tokenizer of 320 pieces."""
+    path = tmp_path_factory.mktemp("model") / "small.model"
+    path.write_bytes(prepare_data.train_tokenizer(make_documents(50), 320))
+    return path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, model) -> tuple[Path, list]:
+    """A finished dataset of 40 documents, and the arguments that made it."""
+    folder = tmp_path_factory.mktemp("made")
+    source = write_jsonl(folder / "in.jsonl", make_documents(40))
+    arguments = ["text", source, "--tokenizer", model, "--val-fraction", "0.25", "--workers", "1"]
+    assert run(*arguments, "--out", folder / "out") == 0
+    return folder / "out", arguments
+
+
+# ---- Real data
+
+
+@needs_golf_data
+def test_official_validation_shard_is_rebuilt_token_for_token(tmp_path):
+    data = Path(os.environ["GOLF_DATA"])
+    source = data / "fineweb_val_head" / "docs.jsonl"
+    tokenizer = data / "tokenizers" / "fineweb_1024_bpe.model"
+    assert run("text", source, "--out", tmp_path / "out", "--tokenizer", tokenizer, "--val-fraction", "1") == 0
+    official = np.fromfile(data / "fineweb_val_head" / "fineweb_val_000000.bin", dtype="<u2", offset=1024)
+    assert np.array_equal(shard_tokens(tmp_path / "out", "val"), official)
+    texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
+    assert manifest_of(tmp_path / "out")["splits"] == {
+        "train": {"documents": 0, "tokens": 0, "utf8_bytes": 0},
+        # These texts are already as the tokenizer normalises them, so their own bytes are what must be counted.
+        "val": {"documents": len(texts), "tokens": len(official), "utf8_bytes": sum(len(t.encode()) for t in texts)},
+    }
+
+
+@needs_golf_data
+def test_trained_tokenizer_has_the_settings_of_the_official_one():
+    official = spm.SentencePieceProcessor(
+        model_file=str(Path(os.environ["GOLF_DATA"]) / "tokenizers" / "fineweb_1024_bpe.model")
+    )
+    texts = [text + " 2024" * 60 for text in make_documents(50)]
+    trained = spm.SentencePieceProcessor(model_proto=prepare_data.train_tokenizer(texts, 320))
+    for index in range(4 + 256):  # control and byte pieces
+        assert trained.id_to_piece(index) == official.id_to_piece(index)
+    for sample in ("  two\n\nspaces ", "ﬁ ① Ａ", "2024", " leading"):
+        assert trained.decode(trained.encode(sample)) == official.decode(official.encode(sample))
+    assert len(trained.encode("2024")) == len(official.encode("2024")) == 4  # digits stand alone
+
+
+# ---- Reading
+
+
+def compress(path: Path, suffix: str) -> Path:
+    packed = path.with_name(path.name + suffix)
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    whole = path.read_bytes()
+    # Two members one after the other, as parallel compressors write them.
+    packed.write_bytes(pack(whole[:700]) + pack(whole[700:]))
+    return packed
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    documents = make_documents(20)
+    documents[3] = documents[3].replace(" ", "\n", 4)
+    jsonl = write_jsonl(tmp_path / "in.jsonl", documents)
+    txt = tmp_path / "in.v1.txt"
+    txt.write_text("\n \n\n".join(documents), encoding="utf-8")
+    files = [jsonl, txt] + [compress(path, suffix) for path in (jsonl, txt) for suffix in (".gz", ".xz", ".zst")]
+    for path in files:
+        assert list(prepare_data.text_documents([path], "text")) == documents, path
+    assert list(prepare_data.text_documents([txt, jsonl], "text")) == documents + documents
+
+
+def test_lines_longer_than_a_chunk_and_half_surrogates_are_read(tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"body": "long " * 600_000}) + '\n{"body": "a\\ud800b"}\n\n')
+    assert list(prepare_data.text_documents([tmp_path / "in.jsonl"], "body")) == ["long " * 600_000, "a?b"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
+def test_parquet_gives_the_same_documents(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    documents = make_documents(20)
+    table = pyarrow.table({"id": list(range(21)), "text": [*documents, None]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    assert list(prepare_data.text_documents([tmp_path / "in.parquet"], "text")) == documents
+    with pytest.raises(prepare_data.UserError, match=r"no column 'body'.*--field"):
+        list(prepare_data.text_documents([tmp_path / "in.parquet"], "body"))
+
+
+def test_parquet_without_pyarrow_names_the_install_command(tmp_path, capsys, monkeypatch):
+    (tmp_path / "in.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    line = refusal(capsys, "text", tmp_path / "in.parquet", "--out", tmp_path / "out")
+    assert "in.parquet" in line and "pip install pyarrow" in line
+
+
+# ---- Splitting
+
+
+def test_duplicates_are_dropped_and_splits_share_nothing(tmp_path, model):
+    documents = make_documents(60)
+    variants = [documents[0].replace(" ", "\n  "), documents[1].replace("T", "Ｔ"), documents[2] + "\u200b "]
+    source = write_jsonl(tmp_path / "in.jsonl", documents[:30] + variants + documents)
+    arguments = ("--tokenizer", model, "--val-fraction", "0.3", "--workers", "1")
+    assert run("text", source, "--out", tmp_path / "out", *arguments) == 0
+    train, val = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "val")
+    assert not set(train) & set(val) and min(len(train), len(val)) > 5
+    assert sorted(train + val) == sorted(documents)
+    assert [text for text in documents if text in set(train)] == train  # the order of the input is kept
+    manifest = manifest_of(tmp_path / "out")
+    assert manifest["disjoint"]["shared"] == 0
+    assert manifest["disjoint"]["train_documents"] == manifest["splits"]["train"]["documents"] == len(train)
+    assert manifest["disjoint"]["val_documents"] == manifest["splits"]["val"]["documents"] == len(val)
+
+
+@given(st.floats(0, 1), st.lists(st.binary(min_size=16, max_size=16)), st.randoms())
+def test_a_documents_side_depends_on_nothing_but_its_text(fraction, keys, random):
+    def sides(ordered):
+        splitter = prepare_data.Splitter(prepare_data.Recipe(val_fraction=fraction))
+        return {key: side for key in ordered if (side := splitter.split_of(key))}
+
+    shuffled = random.sample(keys, len(keys))
+    assert sides(keys) == sides(shuffled) and set(sides(keys)) == set(keys)
+
+
+def test_the_whole_key_space_goes_to_val_at_fraction_one():
+    splitter = prepare_data.Splitter(prepare_data.Recipe(val_fraction=1.0))
+    assert {splitter.split_of(bytes([byte]) * 16) for byte in range(256)} == {"val"}
+
+
+def test_tokenizer_sees_no_validation_text():
+    documents = make_documents(40)
+    for recipe in (prepare_data.Recipe(val_fraction=0.3), prepare_data.Recipe(val_docs=12)):
+        splitter = prepare_data.Splitter(recipe)
+        train = [text for text in documents if splitter.split_of(prepare_data.document_key(text)) == "train"]
+        assert list(prepare_data.tokenizer_sample(documents + documents, recipe)) == train
+        assert 20 < len(train) < 35
+
+
+def test_val_docs_shard_size_name_and_limits(tmp_path, model):
+    documents = make_documents(12)
+    source = write_jsonl(tmp_path / "in.jsonl", documents)
+    arguments = ("text", source, "--tokenizer", model, "--workers", "1", "--val-docs", "2")
+    assert run(*arguments, "--out", tmp_path / "a", "--shard-tokens", "500", "--name", "mine", "--max-docs", "10") == 0
+    assert decoded(tmp_path / "a", "val") == documents[:2]
+    assert decoded(tmp_path / "a", "train") == documents[2:10]
+    train = [entry for entry in manifest_of(tmp_path / "a")["shards"] if entry["split"] == "train"]
+    assert len(train) > 1 and {entry["tokens"] for entry in train[:-1]} == {500}
+    assert [entry["file"] for entry in train] == [f"mine_train_{index:06d}.bin" for index in range(len(train))]
+    assert run(*arguments, "--out", tmp_path / "b", "--max-tokens", "700") == 0
+    kept = len(decoded(tmp_path / "b", "train"))
+    sizes = [len(tokens) for _, tokens, _ in prepare_data.encode_batch(model, documents)]
+    assert sum(sizes[: 2 + kept]) >= 700 > sum(sizes[: 1 + kept])
+
+
+@given(st.lists(st.integers(1, 40)), st.integers(1, 30))
+def test_shards_hold_the_stream_whatever_the_cuts(tmp_path_factory, sizes, shard):
+    folder = tmp_path_factory.mktemp("cut")
+    writer = prepare_data.ShardWriter(folder, "train", prepare_data.Recipe(shard_tokens=shard))
+    stream = np.arange(sum(sizes), dtype="<u2")
+    for part in np.split(stream, np.cumsum(sizes))[: len(sizes)]:
+        writer.add(part, 1)
+    writer.close()
+    (folder / "manifest.json").write_text(json.dumps({"shards": writer.shards}))
+    assert np.array_equal(shard_tokens(folder, "train"), stream)
+    assert all(entry["tokens"] == shard for entry in writer.shards[:-1])
+
+
+# ---- Encoding
+
+
+def test_utf8_bytes_are_those_of_the_byte_table(model):
+    texts = [*make_documents(5), "two\n\nlines  ① ﬁ", "▁▁ ▅ \u200b emoji 🏌️ ẞ", " lead", "<s> </s> <unk>"]
+    tokenizer = spm.SentencePieceProcessor(model_file=str(model))
+    for text, (_, tokens, utf8_bytes) in zip(texts, prepare_data.encode_batch(model, texts), strict=True):
+        # What the challenge counts: a piece's own bytes, plus one for its leading space unless a document opens.
+        table = 0
+        for before, token in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True):
+            piece = tokenizer.id_to_piece(token)
+            own = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("▁").encode())
+            table += own + (piece.startswith("▁") and not tokenizer.is_control(before))
+        assert utf8_bytes == table == len(tokenizer.decode(tokens[1:].tolist()).encode()), text
+
+
+def test_workers_do_not_change_the_result(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(1500))
+    for workers in (1, 2):
+        arguments = ("--vocab-size", "320", "--shard-tokens", "40000", "--workers", workers)
+        assert run("text", source, "--out", tmp_path / str(workers), *arguments) == 0
+    assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "2")
+    assert manifest_of(tmp_path / "1")["tokenizer"]["vocab_size"] == 320
+
+
+# ---- Folders
+
+
+def test_a_finished_folder_is_left_alone(made, capsys):
+    folder, arguments = made
+    before = tree_hash(folder), folder.stat().st_mtime_ns
+    assert run(*arguments, "--out", folder) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == (tree_hash(folder), folder.stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "old", "new"),
+    [
+        ("--val-fraction", "0.5", "val_fraction = 0.25", "not 0.5"),
+        ("--shard-tokens", "77", "shard_tokens = 100000000", "not 77"),
+        ("--max-docs", "7", "max_docs = null", "not 7"),
+    ],
+)
+def test_other_settings_are_refused(made, capsys, option, value, old, new):
+    folder, arguments = made
+    before = tree_hash(folder)
+    line = refusal(capsys, *arguments, option, value, "--out", folder)
+    assert all(part in line for part in (str(folder), old, new, "choose another --out or delete"))
+    assert tree_hash(folder) == before
+
+
+def test_other_input_and_other_command_are_refused(made, capsys, tmp_path):
+    folder, arguments = made
+    other = write_jsonl(tmp_path / "in.jsonl", make_documents(41))
+    assert "inputs" in refusal(capsys, "text", other, *arguments[2:], "--out", folder)
+    assert 'command = "text", not "demo"' in refusal(capsys, "demo", "--out", folder)
+
+
+def test_changed_and_foreign_folders_are_refused(tmp_path, model, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(5))
+    arguments = (
+        "text",
+        source,
+        "--tokenizer",
+        model,
+        "--val-fraction",
+        "1",
+        "--workers",
+        "1",
+        "--out",
+        tmp_path / "out",
+    )
+    (tmp_path / "out").mkdir()  # an empty folder is as good as none
+    assert run(*arguments) == 0
+    shard = tmp_path / "out" / "fineweb_val_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
+    assert "fineweb_val_000000.bin is missing or no longer" in refusal(capsys, *arguments)
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert "choose another --out" in refusal(capsys, *arguments)
+    assert shard.exists()
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path, made, capsys):
+    with FileLock(tmp_path / ".out.lock"):
+        assert "another run" in refusal(capsys, *made[1], "--out", tmp_path / "out")
+
+
+def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tmp_path, model):
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(3000))
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    command = [sys.executable, ROOT / "prepare_data.py", "text", source, "--tokenizer", model, "--workers", "1"]
+    command = [str(part) for part in (*command, "--shard-tokens", "2000", "--out", out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (partial / "fineweb_train_000002.bin").exists():
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists() and partial.exists()
+    assert run(*command[2:]) == 0
+    assert not partial.exists()
+    assert run(*command[2:-1], tmp_path / "fresh") == 0
+    assert tree_hash(out) == tree_hash(tmp_path / "fresh")
+
+
+# ---- Errors
+
+
+BAD_INPUTS = {
+    "in.csv": (b"text", "no known kind"),
+    "in.parquet.gz": (b"", "no known kind"),
+    "in.jsonl": (b'{"text": "good"}\n{"text": 5}\n', r":2 is no JSON object with the text field 'text'.*--field"),
+    "cut.jsonl": (b'{"text": "good"}\n{"text', ":2 is no JSON object"),
+    "latin.txt": ("naïve".encode("latin-1"), "not UTF-8.*iconv"),
+    "latin.jsonl": ('{"text": "naïve"}'.encode("latin-1"), ":1 is no JSON object"),
+    "cut.txt.gz": (gzip.compress(os.urandom(4000))[:-400], "cannot be read to its end.*whole copy"),
+    "cut.txt.xz": (lzma.compress(os.urandom(4000))[:-400], "cannot be read to its end.*whole copy"),
+    "cut.txt.zst": (zstandard.compress(b"word " * 50_000)[:-9], "cannot be read to its end.*whole copy"),
+    "not.jsonl.zst": (b"plain", "cannot be read to its end"),
+    "blank.txt": (b" \n\n \n", "no document"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_refused_in_one_line(tmp_path, model, capsys, name):
+    content, message = BAD_INPUTS[name]
+    (tmp_path / name).write_bytes(content)
+    line = refusal(
+        capsys, "text", tmp_path / name, "--out", tmp_path / "out", "--tokenizer", model, "--val-fraction", "1"
+    )
+    assert re.search(message, line) and (name in line or name == "blank.txt"), line
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".out.lock") == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocab-size", "5000"], "--vocab-size 5000 .*<= "),
+        (["--vocab-size", "100"], "--vocab-size 100 "),
+        (["--val-fraction", "1"], "no document is left to train a tokenizer on.*--tokenizer"),
+        (["--val-fraction", "2"], "--val-fraction"),
+        (["--vocab-size", "320", "--val-fraction", "1e-9"], "leaves val without a document"),
+        (["--tokenizer", __file__], "test_prepare_data.py is no SentencePiece model"),
+        (["--tokenizer", "absent.model"], "absent.model"),
+        (["--shard-tokens", "many"], "--shard-tokens.*valid integer"),
+        (["--vocab-size", "70000"], "--vocab-size.*65536"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(tmp_path, capsys, arguments, message):
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(20))
+    line = refusal(capsys, "text", source, "--out", tmp_path / "out", "--workers", "1", *arguments)
+    assert re.search(message, line), line
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_damage_is_named_when_the_tokenizer_reads_first(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(20))
+    source.write_text(source.read_text(encoding="utf-8") + "{", encoding="utf-8")
+    line = refusal(capsys, "text", source, "--out", tmp_path / "out", "--vocab-size", "320", "--val-docs", "1")
+    assert "in.jsonl:21 is no JSON object" in line
+
+
+def test_a_tokenizer_with_other_ids_is_refused(tmp_path, capsys):
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(50)), model_prefix=str(tmp_path / "other"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, minloglevel=2, bos_id=2, eos_id=1,
+    )  # fmt: skip
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(2))
+    line = refusal(capsys, "text", source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "other.model")
+    assert "BOS id 2" in line and "give another --tokenizer" in line
+
+
+def test_missing_arguments_are_refused_in_one_line(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(2))
+    assert "--out" in refusal(capsys, "text", source)
+    assert "absent.txt" in refusal(capsys, "text", tmp_path / "absent.txt", "--out", tmp_path / "out")
+    assert "command" in refusal(capsys).lower()
+
+
+def test_an_unwritable_place_is_refused_in_one_line(tmp_path, made, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "file" in refusal(capsys, *made[1], "--out", tmp_path / "file" / "out")
+
+
+def test_help_describes_every_option(capsys):
+    for command in ("demo", "text", "fineweb"):
+        assert run(command, "--help") == 0
+        options = re.findall(r"^ {2}--(\S+)(.*(?:\n {20,}.*)*)", capsys.readouterr().out, re.MULTILINE)
+        assert len(options) > 3
+        assert all(re.search(r"\s{2,}[A-Z]", text) for _, text in options), options
+
+
+# ---- Demo
+
+
+@pytest.fixture
+def small_python(tmp_path, monkeypatch):
+    """Stand in for the installed packages: a library folder and one package that must not be imported."""
+    package = tmp_path / "site" / "tinydocs"
+    (package / "tests").mkdir(parents=True)
+    (tmp_path / "site" / "tinydocs-1.0.dist-info").mkdir()
+    (tmp_path / "site" / "tinydocs-1.0.dist-info" / "METADATA").write_text("Name: tinydocs\nVersion: 1.0\n")
+    texts = make_documents(60)
+    for index, text in enumerate(texts):
+        source = f'"""{text}"""\nraise ImportError("imported")\n'
+        source += f'def f():\n    """{text[:120]} and the end."""\nclass C:\n    "x = 1; y = 2"\n'
+        (package / f"m{index}.py").write_text(source, encoding="utf-8")
+    (package / "__init__.py").write_text('raise ImportError("imported")\n')
+    (package / "copy.py").write_bytes((package / "m1.py").read_bytes())
+    (package / "code.py").write_text('"""' + "x = y + z; print(x)\n" * 60 + '"""\n')
+    (package / "short.py").write_text('"""Say what it is."""\n')
+    (package / "broken.py").write_text('"""' + "the of a " * 90 + '"""\nprint "old"\n')
+    (package / "tests" / "test_m.py").write_text(f'"""UNWANTED {texts[0]}"""\n', encoding="utf-8")
+    (tmp_path / "lib" / "site-packages").mkdir(parents=True)
+    (tmp_path / "lib" / "site-packages" / "other.py").write_text(f'"""UNWANTED {texts[0]}"""\n', encoding="utf-8")
+    (tmp_path / "lib" / "stdmod.py").write_text(f'"""Standard. {texts[0]}"""\n', encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    monkeypatch.setattr(prepare_data, "DEMO_PACKAGES", ("tinydocs",))
+    monkeypatch.setattr(prepare_data, "topics", {"topic": f"The topic. {texts[1]}"})
+    monkeypatch.setattr(prepare_data, "DEMO_MIN_CHARACTERS", 100)
+    monkeypatch.setattr(prepare_data, "DEMO_VAL_FRACTION", 0.2)
+    return texts
+
+
+def test_demo_is_the_same_on_every_run(small_python, tmp_path):
+    for name, workers in (("a", "1"), ("b", "2")):
+        assert run("demo", "--out", tmp_path / name, "--vocab-size", "320", "--workers", workers) == 0
+    assert tree_hash(tmp_path / "a") == tree_hash(tmp_path / "b")
+    train, val = decoded(tmp_path / "a", "train"), decoded(tmp_path / "a", "val")
+    assert not set(train) & set(val) and 5 < len(val) < len(train)
+    expected = [f"{text} {text[:120].strip()} and the end." for text in small_python]
+    expected += [f"Standard. {small_python[0]}", f"The topic. {small_python[1]}"]
+    assert sorted(train + val) == sorted(expected)
+    settings = manifest_of(tmp_path / "a")["settings"]
+    assert settings["command"] == "demo" and settings["tinydocs"] == "1.0" and settings["vocab_size"] == 320
+
+
+def test_demo_names_a_package_that_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare_data, "DEMO_PACKAGES", ("no_such_package",))
+    line = refusal(capsys, "demo", "--out", tmp_path / "out")
+    assert "no_such_package" in line and "pip install -r requirements.txt" in line
+
+
+def test_demo_validation_is_capped(monkeypatch):
+    documents = sorted(make_documents(400), key=prepare_data.document_key)
+    monkeypatch.setattr(prepare_data, "DEMO_VAL_CHARACTERS", 1000)
+    monkeypatch.setattr(prepare_data, "DEMO_VAL_FRACTION", 0.5)
+    splitter = prepare_data.Splitter(prepare_data.Recipe(val_fraction=prepare_data.demo_val_fraction(documents)))
+    val = [text for text in documents if splitter.split_of(prepare_data.document_key(text)) == "val"]
+    assert sum(map(len, val)) >= 1000 > sum(map(len, val[:-1]))
+
+
+def test_demo_finds_real_packages_without_importing_them():
+    script = (
+        "import sys, prepare_data; files = prepare_data.demo_files(); "
+        "print(len(files), sum('torch' in f.parts for f in files), 'torch' in sys.modules, 'sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    total, of_torch, *imported = done.stdout.split()
+    assert int(total) > 2000 and int(of_torch) > 500 and imported == ["False", "False"]
+
+
+# ---- Download
+
+
+class StandInHub(http.server.ThreadingHTTPServer):
+    """Serves one dataset repository as the hub does; `corrupt` and `cut` name files to damage under way."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), StandInHandler)
+        self.files: dict[str, bytes] = {}
+        self.corrupt: set[str] = set()
+        self.cut: set[str] = set()
+        self.downloads: list[str] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class StandInHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: StandInHub
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        name = self.path.removeprefix("/datasets/some/export/resolve/main/")
+        content = self.server.files.get(name)
+        if content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if name != self.path else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start = int(re.search(r"\d+", self.headers.get("Range", "0"))[0])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("X-Linked-Size", str(len(content)))
+        if name.endswith((".bin", ".model")):  # large files are known by their sha256, others by git's hash
+            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.end_headers()
+        if not body:
+            return
+        self.server.downloads.append(name.rsplit("/", 1)[1])
+        if name in self.server.corrupt:
+            content = content[:-2] + bytes(2)
+        if name in self.server.cut:
+            content, self.close_connection = content[: len(content) // 2], True
+        self.wfile.write(content[start:])
+
+
+SHARDS = "datasets/datasets/fineweb10B_sp1024/"
+
+
+@pytest.fixture
+def hub(model):
+    """The stand-in hub with one validation and three training shards of 1,000 tokens."""
+    server = StandInHub()
+    draw = np.random.default_rng(0)
+    for name in ("val_000000", "train_000000", "train_000001", "train_000002"):
+        tokens = draw.integers(4, 320, 1000, dtype="<u2")
+        tokens[[0, 100, 600]] = 1
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        server.files[f"{SHARDS}fineweb_{name}.bin"] = header.tobytes() + tokens.tobytes()
+    server.files["datasets/tokenizers/fineweb_1024_bpe.model"] = model.read_bytes()
+    listing = {
+        "datasets": [
+            {
+                "name": "fineweb10B_sp1024",
+                "tokenizer_name": "sp_bpe_1024",
+                "stats": {"files_train": 3, "files_val": 1},
+            },
+            {"name": "fineweb10B_byte260", "tokenizer_name": "bytes", "stats": {"files_train": 3, "files_val": 1}},
+        ],
+        "tokenizers": [
+            {"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"},
+            {"name": "bytes", "path": "tokenizers/bytes.json"},
+        ],
+    }
+    server.files["datasets/manifest.json"] = json.dumps(listing).encode()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(hub: StandInHub, out: Path, *options, code: int) -> str:
+    """Run the fineweb command against the stand-in; return what it says: its one line where it refuses."""
+    hub.downloads.clear()
+    command = [sys.executable, ROOT / "prepare_data.py", "fineweb", "--out", out, "--repo", "some/export", *options]
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment.update(
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(out / "hf"), HF_HUB_DISABLE_XET="1"
+    )
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    if code == 0:
+        return done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith("prepare_data.py: error:")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_fineweb_is_downloaded_verified_and_extended(hub, tmp_path, model):
+    fetch(hub, tmp_path, "--train-shards", "2", code=0)
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    shards = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    assert names_in(folder) == [*shards, "manifest.json"]
+    for name in shards:
+        assert (folder / name).read_bytes() == hub.files[SHARDS + name]
+    assert (tmp_path / "tokenizers" / "fineweb_1024_bpe.model").read_bytes() == model.read_bytes()
+    manifest = manifest_of(folder)
+    assert len(shard_tokens(folder, "train")) == 2000 and len(shard_tokens(folder, "val")) == 1000
+    assert manifest["splits"]["train"] == {"documents": 6, "tokens": 2000, "utf8_bytes": None}
+    assert manifest["disjoint"] is None and manifest["tokenizer"]["vocab_size"] == 320
+    assert (folder / manifest["tokenizer"]["file"]).read_bytes() == model.read_bytes()
+    assert not (folder.parent / ".fineweb10B_sp1024.partial").exists()
+
+    assert "nothing to do" in fetch(hub, tmp_path, "--train-shards", "2", code=0)
+    assert hub.downloads == []
+    line = fetch(hub, tmp_path, "--train-shards", "3", "--prefix", "other", code=2)
+    assert 'prefix = "datasets", not "other"' in line
+    fetch(hub, tmp_path, "--train-shards", "3", code=0)
+    assert hub.downloads == ["manifest.json", "fineweb_train_000002.bin"]
+    assert manifest_of(folder)["splits"]["train"]["tokens"] == 3000
+    line = fetch(hub, tmp_path, "--train-shards", "1", code=2)
+    assert "train_shards = 3, not 1" in line and "choose another --out" in line
+
+
+@pytest.mark.parametrize("damage", ["cut", "corrupt"])
+def test_fineweb_damaged_download_is_refused_and_taken_up_again(hub, tmp_path, damage):
+    getattr(hub, damage).add(SHARDS + "fineweb_train_000001.bin")
+    line = fetch(hub, tmp_path, "--train-shards", "3", code=2)
+    assert "run again" in line and ("fineweb_train_000001.bin" in line or damage == "cut")
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    assert names_in(folder) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    getattr(hub, damage).clear()
+    fetch(hub, tmp_path, "--train-shards", "3", code=0)
+    assert sorted(set(hub.downloads)) == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert len(shard_tokens(folder, "train")) == 3000
+
+
+def test_fineweb_refuses_what_is_no_shard_of_this_vocabulary(hub, tmp_path):
+    name = SHARDS + "fineweb_val_000000.bin"
+    whole = hub.files[name]
+    for content, message in (
+        (whole[:-2], "states 1000 tokens and holds 999"),
+        (bytes(1024) + whole[1024:], "no shard header"),
+        (whole[:500], "no shard header"),
+        (whole[:-2] + b"\x40\x01", "has token 320, its tokenizer 320"),
+    ):
+        hub.files[name] = content
+        line = fetch(hub, tmp_path, "--train-shards", "0", code=2)
+        assert "fineweb_val_000000.bin" in line and message in line
+        assert names_in(tmp_path / "datasets" / "fineweb10B_sp1024") == []
+
+
+def test_fineweb_refuses_wrong_options_and_changed_files(hub, tmp_path):
+    assert "choose one of byte260, sp1024" in fetch(hub, tmp_path, "--variant", "sp9", code=2)
+    assert "named sp<size>" in fetch(hub, tmp_path, "--variant", "byte260", "--train-shards", "1", code=2)
+    assert "take 3" in fetch(hub, tmp_path, "--train-shards", "4", code=2)
+    assert "check the network" in fetch(hub, tmp_path, "--prefix", "elsewhere", code=2)
+    assert "download from a//b failed" in fetch(hub, tmp_path, "--repo", "a//b", code=2)
+    local = tmp_path / "datasets" / "fineweb10B_sp1024" / "fineweb_val_000000.bin"
+    local.parent.mkdir(parents=True, exist_ok=True)
+    local.write_bytes(b"mine")
+    line = fetch(hub, tmp_path, "--train-shards", "0", code=2)
+    assert str(local) in line and "delete it and run again" in line and local.read_bytes() == b"mine"
