@@ -8,22 +8,8 @@ A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.
 """
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import difflib
-import hashlib
-import itertools
-import json
-import lzma
-import math
-import os
-import platform
-import signal
-import statistics
-import struct
-import sys
-import time
-import zlib
+import bisect, contextlib, dataclasses, difflib, hashlib, itertools, json, lzma, math, os, platform, signal, statistics
+import struct, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,17 +18,20 @@ from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
+import safetensors.torch
 import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.benchmark
 import zstandard
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 # ── 1 CONFIG ──────────────────────────────────────────────────────────────────────────────────────────────────────
-EXIT_CODES = {0: "good", 2: "bad configuration or data", 3: "over the size cap (everything is saved)",
-              4: "a requested toggle did nothing", 5: "non-finite loss or gradient", 130: "interrupted", 143: "terminated"}
+EXIT_CODES = {0: "good", 2: "bad configuration or data", 3: "over the size cap (all is saved)", 4: "a toggle did nothing",
+              5: "non-finite loss or gradient", 130: "interrupted", 143: "terminated"}
 
 class Refusal(Exception):
     """Ends the run with one line that names the thing, its value and the remedy; `code` is a key of EXIT_CODES."""
@@ -50,172 +39,163 @@ class Refusal(Exception):
         super().__init__(message)
         self.code = code
 
-def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), scope="train"):
+def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), seeds="", scope="train"):
     """One environment variable. scope: run (where and what), model / eval (travel inside the artifact), train."""
-    return field(default=default, metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, scope=scope))
+    return field(default=default, metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, seeds=seeds, scope=scope))
 
 run_knob, model_knob, eval_knob = partial(knob, scope="run"), partial(knob, scope="model"), partial(knob, scope="eval")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
-SEEDS = ("none", "145", "199", "194", "989", "975")
+SCOPES = ("exported", "linears", "small_linears")
 
 @dataclass(frozen=True)
 class Config:
     """Every knob, once. The environment variable is the field name in upper case; booleans are 0 or 1."""
     # Where and what
-    recipe: str = run_knob("none", "", "the settings of a pull request as defaults; other variables win", choices=SEEDS)
     data_path: str = run_knob("data/datasets/fineweb10B_sp1024", "folder", "fineweb_train_*.bin and fineweb_val_*.bin")
-    tokenizer_path: str = run_knob("data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of the shards")
+    tokenizer_path: str = run_knob("data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of them")
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
     run_id: str = run_knob("", "name", "empty: date, time, config hash and seed; an existing one is refused")
     eval_only: str = run_knob("", "file", "score this artifact and train nothing")
-    seed: int = run_knob(1337, "", "initial weights and quantisation noise", lo=0)
+    seed: int = run_knob(1337, "", "initial weights and quantisation noise", lo=0, seeds="989 975")
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
-    attn_backend: str = run_knob("auto", "", "auto: fastest installed, timed at start", choices=("auto", "fa3", "fa2", "sdpa"))
+    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=("auto", "fa3", "fa2", "sdpa"))
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
     # Model
     vocab_size: int = model_knob(1024, "tokens", "must be the tokenizer's", lo=2, hi=65536)
-    num_layers: int = model_knob(11, "blocks", "transformer blocks", lo=1)
+    num_layers: int = model_knob(11, "blocks", "transformer blocks", lo=1, seeds="145 199 989")
     model_dim: int = model_knob(512, "", "width of the residual stream", lo=1)
     num_heads: int = model_knob(8, "", "query heads", lo=1)
-    num_kv_heads: int = model_knob(4, "", "key / value heads, each shared by NUM_HEADS / NUM_KV_HEADS query heads", lo=1)
-    mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01)
-    mlp_act: str = model_knob("relu2", "", "square of ReLU, or of LeakyReLU(0.5)", choices=("relu2", "leaky_relu2"))
-    init: str = model_knob("ortho", "", "initial matrices", choices=("default", "ortho"))
+    num_kv_heads: int = model_knob(4, "", "key / value heads, each shared by several query heads", lo=1)
+    mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01, seeds="145 199")
+    mlp_act: str = model_knob("relu2", "", "square of ReLU, or of LeakyReLU(0.5)", choices=("relu2", "leaky_relu2"), seeds="975")
+    init: str = model_knob("ortho", "", "initial matrices", choices=("default", "ortho"), seeds="145 199")
     tied_embed_init_std: float = model_knob(0.005, "", "standard deviation of the initial token embedding", lo=0)
     qk_gain_init: float = model_knob(1.5, "", "initial gain of the normalised queries, one per head", lo=0)
     logit_softcap: float = model_knob(30.0, "", "logits = cap * tanh(z / cap)", lo=1e-6)
     rope_base: float = model_knob(10000.0, "", "rotary base", lo=1)
-    rope_dims: int = model_knob(0, "dims", "rotated dimensions of a head; 0: all", lo=0)
-    rope_ntk_len: int = model_knob(0, "tokens", "NTK: the base grows with TRAIN_SEQ_LEN over this; 0: off", lo=0)
-    xsa_last_n: int = model_knob(0, "blocks", "exclusive self-attention in the last N blocks; 0: off", lo=0)
-    ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)")
-    ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V")
+    rope_dims: int = model_knob(0, "dims", "rotated dimensions of a head; 0: all", lo=0, seeds="975")
+    rope_ntk_len: int = model_knob(0, "tokens", "NTK: the base grows with TRAIN_SEQ_LEN over this; 0: off", lo=0, seeds="975")
+    xsa_last_n: int = model_knob(0, "blocks", "exclusive self-attention in the last N blocks; 0: off", lo=0, seeds="975")
+    ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)", seeds="975")
+    ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V", seeds="975")
     ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
     ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
-    smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding")
-    smear_pos: str = model_knob("pre_norm", "", "before or after the input RMSNorm", choices=("pre_norm", "post_norm"))
+    smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding", seeds="145 199")
+    smear_pos: str = model_knob("pre_norm", "", "before or after the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975")
     smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
-    bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0)
+    bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975")
     bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
-    bigram_proj_gain: float = model_knob(1.0, "", "gain of the orthogonal BigramHash projection", lo=0)
-    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2)
+    bigram_proj_gain: float = model_knob(1.0, "", "gain of the orthogonal BigramHash projection", lo=0, seeds="989")
+    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, seeds="145 199")
     # Optimiser
-    matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0)
-    scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0)
-    tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0)
-    muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1)
-    muon_momentum_warmup_start: float = knob(0.92, "", "momentum at step 0", lo=0, hi=1)
-    muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0)
+    matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0, seeds="145 199 975")
+    scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0, seeds="145 199 975")
+    tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0, seeds="145 199 975")
+    muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1, seeds="145 199")
+    muon_momentum_warmup_start: float = knob(0.92, "", "momentum at step 0", lo=0, hi=1, seeds="145 199")
+    muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0, seeds="145 199")
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
-    muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0)
-    bigram_proj_opt: str = knob("muon", "", "optimiser of the BigramHash projection", choices=("muon", "adam"))
+    muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0, seeds="145 199 989 975")
+    bigram_proj_opt: str = knob("muon", "", "optimiser of the BigramHash projection", choices=("muon", "adam"), seeds="975")
     beta1: float = knob(0.9, "", "AdamW", lo=0, hi=1)
     beta2: float = knob(0.95, "", "AdamW", lo=0, hi=1)
-    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=1)
+    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=1, seeds="989 975")
     adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
-    adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0)
-    grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0)
+    adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0, seeds="989 975")
+    grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0, seeds="145 199")
     # Budget and schedule
     iterations: int = knob(20000, "steps", "upper bound of steps", lo=1)
     max_wallclock_seconds: float = knob(600.0, "s", "training budget; 0: ITERATIONS alone ends the run", lo=0)
     warmup_steps: int = knob(20, "steps", "untimed steps that compile everything and are then undone", lo=1)
-    warmdown_iters: int = knob(3000, "steps", "linear decay to 0 at the end", lo=0)
+    warmdown_iters: int = knob(3000, "steps", "linear decay to 0 at the end", lo=0, seeds="145 199 975")
     warmdown_frac: float = knob(0.0, "of run", "> 0: warm-down length as a fraction of the run instead", lo=0, hi=1)
-    train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
+    train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2, seeds="989 975")
     grad_accum_steps: int = knob(0, "", "micro-batches per rank and step; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
     train_log_every: int = knob(200, "steps", "a line in the log", lo=1)
-    val_loss_every: int = knob(1000, "steps", "score the live weights while training, clock paused; 0: never", lo=0)
+    val_loss_every: int = knob(1000, "steps", "score the live weights while training, clock paused; 0: never", lo=0, seeds="145")
     # Quantisation-aware training and noise
-    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid")
-    qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS)
-    qat_start: float = knob(0.0, "", "lr scale below / fraction of ITERATIONS / fraction of the run", lo=0, hi=1)
-    qat_scope: str = knob("exported", "", "all that export quantises; without tables; or (the bug of #975) small projections",
-                          choices=("exported", "linears", "small_linears"))
-    qat_grid: str = knob("export", "", "clip of the fake grid: QUANT_CLIP, or amax", choices=("export", "amax"))
-    qna_enabled: bool = knob(False, "", "uniform noise of one quantisation step, annealed with the lr")
+    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", seeds="145 194 989 975")
+    qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS, seeds="145 989 975")
+    qat_start: float = knob(0.0, "", "lr scale below / fraction of ITERATIONS / fraction of the run", lo=0, hi=1, seeds="145 989 975")
+    qat_scope: str = knob("exported", "", "all that export quantises; no tables; #975's few", choices=SCOPES, seeds="145 194 975")
+    qat_grid: str = knob("export", "", "clip of the fake grid: QUANT_CLIP, or amax", choices=("export", "amax"), seeds="194 975")
+    qna_enabled: bool = knob(False, "", "uniform noise of one quantisation step, annealed with the lr", seeds="975")
     qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
     qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
-    qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975")
+    qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975", seeds="975")
     # Averages, by precedence: SQWA (of the EMA if EMA_ENABLED, else of the live weights), EMA, SWA, none
-    swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights")
-    swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS)
-    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1)
+    swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights", seeds="199 194 989")
+    swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS, seeds="199")
+    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, seeds="199 194 975")
     swa_every: int = knob(50, "steps", "between snapshots", lo=1)
-    swa_dtype: str = knob("fp32", "", "running sum; native: bf16 embeddings as in #194, #989; bf16: the failure of #199",
-                          choices=("fp32", "native", "bf16"))
-    ema_enabled: bool = knob(False, "", "exponential moving average, every step")
+    swa_dtype: str = knob("fp32", "", "of the sums; native: bf16 tables (#194)", choices=("fp32", "native", "bf16"), seeds="194 989")
+    ema_enabled: bool = knob(False, "", "exponential moving average, every step", seeds="975")
     ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
-    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots")
+    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", seeds="975")
     # Export
-    quant_bits_mlp: int = knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS)
-    quant_bits_attn: int = knob(6, "bits", "attention matrices", choices=BITS)
-    quant_bits_bigram: int = knob(6, "bits", "BigramHash table, its and the value embedding's projection", choices=BITS)
-    quant_bits_embed: int = knob(16, "bits", "token and value-embedding tables", choices=BITS)
-    quant_clip: str = knob("quantile", "", "largest weight of a row on the grid", choices=("amax", "quantile", "search5"))
-    quant_codes: str = knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
-    quant_scale_floor: bool = knob(True, "", "step at least 1/c, so rows below 1 share one fixed step")
-    keep_float_max_numel: int = knob(65536, "weights", "tensors up to this size stay fp16", lo=0)
-    fp16_keep_name_patterns: str = knob("", "csv", "tensors whose name contains one of these stay fp16")
-    prune_pct: float = knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9)
-    compressor: str = knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma"))
+    quant_bits_mlp: int = knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989")
+    quant_bits_attn: int = knob(6, "bits", "attention matrices", choices=BITS, seeds="145 199")
+    quant_bits_bigram: int = knob(6, "bits", "BigramHash table, its and the value embedding's projection", choices=BITS, seeds="975")
+    quant_bits_embed: int = knob(16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975")
+    quant_clip: str = knob("quantile", "", "largest weight of a row", choices=("amax", "quantile", "search5"), seeds="989 975")
+    quant_codes: str = knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989")
+    quant_scale_floor: bool = knob(True, "", "step at least 1/c, so rows below 1 share one fixed step", seeds="989")
+    keep_float_max_numel: int = knob(65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989")
+    fp16_keep_name_patterns: str = knob("", "csv", "tensors whose name contains one of these stay fp16", seeds="989")
+    prune_pct: float = knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989")
+    compressor: str = knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma"), seeds="145 199 975")
     compress_level: int = knob(-1, "", "-1: zlib 9, zstd 22, lzma 6", lo=-1, hi=22)
     cap_bytes: int = knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
     fit_to_cap: bool = knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
     # Scoring
     eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0)
     eval_stride: int = eval_knob(64, "tokens", "targets scored per sliding window; 0: fixed windows only", lo=0)
-    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank", lo=1)
-    doc_isolated_eval: bool = eval_knob(False, "", "also score with windows that start and end with documents")
+    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank; rows of a test-time SGD step", lo=1)
+    doc_isolated_eval: bool = eval_knob(False, "", "also score with windows that start and end with documents", seeds="199")
     val_max_tokens: int = eval_knob(0, "tokens", "score only the first N validation targets; 0: all", lo=0)
     ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
     ttt_lr: float = eval_knob(0.002, "", "SGD, cosine over chunks", lo=0)
     ttt_epochs: int = eval_knob(3, "", "passes over a chunk once it is scored", lo=1)
     ttt_chunk_tokens: int = eval_knob(32768, "tokens", "chunk", lo=1)
     ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
-    ttt_momentum: float = eval_knob(0.9, "", "SGD", lo=0, hi=1)
-    ttt_batch_seqs: int = eval_knob(32, "rows", "per SGD step, over all ranks", lo=1)
-    ttt_grad_clip: float = eval_knob(1.0, "", "global norm; 0: off", lo=0)
     given: frozenset = field(default=frozenset(), compare=False)  # names that the environment set
 
     def __post_init__(self):
         for f in KNOBS:
-            value, m = getattr(self, f.name), f.metadata
+            name, value, m = f.name.upper(), getattr(self, f.name), f.metadata
             if m["choices"] and value not in m["choices"]:
-                raise Refusal(f"{f.name.upper()}={value}: choose one of {', '.join(map(str, m['choices']))}")
+                raise Refusal(f"{name}={value}: choose one of {', '.join(map(str, m['choices']))}")
             if m["lo"] is not None and not m["lo"] <= value <= (math.inf if m["hi"] is None else m["hi"]):
-                raise Refusal(f"{f.name.upper()}={value}: must be {m['lo']} or more" + (f", {m['hi']} or less" if m["hi"] else ""))
+                raise Refusal(f"{name}={value}: must be {m['lo']} or more" + (f", {m['hi']} or less" if m["hi"] else ""))
         for broken, message in self.conflicts():
             if broken:
                 raise Refusal(message)
 
     def conflicts(self) -> list[tuple[bool, str]]:
         """(is violated, message) for every rule that involves more than one knob."""
-        layers, window, head = self.num_layers, self.window, self.model_dim // self.num_heads
-        one_average, ttt, ve = "only one average is exported; choose one", self.ttt_mode != "none", self.ve_layers.split(",")
-        return [
-            (self.model_dim % self.num_heads, f"MODEL_DIM={self.model_dim}: must be a multiple of NUM_HEADS={self.num_heads}"),
-            (self.num_heads % self.num_kv_heads, f"NUM_KV_HEADS={self.num_kv_heads}: must divide NUM_HEADS={self.num_heads}"),
-            (self.rope_dims > head or (self.rope_dims or head) % 2 or (self.rope_ntk_len and self.rope_dims == 2),
-             f"ROPE_DIMS={self.rope_dims}: must be even and at most the head dimension {head} (above 2 with ROPE_NTK_LEN)"),
-            (self.train_batch_tokens % self.train_seq_len,
-             f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
-            (self.eval_stride > window, f"EVAL_STRIDE={self.eval_stride}: must not exceed the window of {window} tokens"),
-            (self.xsa_last_n > layers, f"XSA_LAST_N={self.xsa_last_n}: the model has {layers} blocks"),
-            (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1: needs 2 buckets or more (the last one is for row starts)"),
-            (self.ve_enabled and not all(s.strip().isdigit() and int(s) < layers for s in ve),
-             f"VE_LAYERS={self.ve_layers}: needs block numbers below NUM_LAYERS={layers}, separated by commas"),
-            (self.swa_enabled and self.ema_enabled, f"SWA_ENABLED=1 with EMA_ENABLED=1: {one_average}"),
-            (self.swa_enabled and self.sqwa_enabled, f"SWA_ENABLED=1 with SQWA_ENABLED=1: {one_average}"),
-            (self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always",
-             "QNA_ENABLED=1 with QAT_START_KIND=always: QAT replaces the noise, which would never act; start QAT later"),
-            (self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0,
-             f"QAT_START={self.qat_start}: of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"),
-            (ttt and self.ttt_chunk_tokens % window,
-             f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens}: must be a multiple of the window of {window} tokens"),
-            (self.compressor != "zstd" and self.compress_level > 9,
-             f"COMPRESS_LEVEL={self.compress_level}: {self.compressor} knows 0 to 9"),
-        ]
+        window, head, ve, ttt = self.window, self.model_dim // self.num_heads, self.ve_layers.split(","), self.ttt_mode != "none"
+        return [(broken, f"{name}={getattr(self, name.lower())}: {remedy}") for broken, name, remedy in [
+            (self.model_dim % self.num_heads, "MODEL_DIM", f"must be a multiple of NUM_HEADS={self.num_heads}"),
+            (self.num_heads % self.num_kv_heads, "NUM_KV_HEADS", f"must divide NUM_HEADS={self.num_heads}"),
+            (self.rope_dims > head or (self.rope_dims or head) % 2 or (self.rope_ntk_len and (self.rope_dims or head) == 2),
+             "ROPE_DIMS", f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)"),
+            (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS",
+             f"must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.eval_stride > window, "EVAL_STRIDE", f"must not exceed the window of {window} tokens"),
+            (self.xsa_last_n > self.num_layers, "XSA_LAST_N", f"the model has {self.num_layers} blocks"),
+            (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "needs 2 buckets or more (the last one is for row starts)"),
+            (self.ve_enabled and not all(n.strip().isdigit() and int(n) < self.num_layers for n in ve), "VE_LAYERS",
+             f"needs block numbers below NUM_LAYERS={self.num_layers}, separated by commas"),
+            (self.swa_enabled and (self.ema_enabled or self.sqwa_enabled), "SWA_ENABLED",
+             "with EMA_ENABLED=1 or SQWA_ENABLED=1 it is ambiguous which average to export; choose one"),
+            (self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always", "QNA_ENABLED",
+             "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"),
+            (self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0, "QAT_START",
+             "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"),
+            (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"must be a multiple of the window of {window} tokens"),
+            (self.compressor != "zstd" and self.compress_level > 9, "COMPRESS_LEVEL", f"{self.compressor} knows 0 to 9"),
+        ]]
 
     @property
     def window(self) -> int:
@@ -231,6 +211,9 @@ class Config:
         """Name -> value of the knobs in these scopes (all without an argument)."""
         return {f.name: getattr(self, f.name) for f in KNOBS if not scopes or f.metadata["scope"] in scopes}
 
+    def non_default(self) -> dict:
+        return {f.name.upper(): getattr(self, f.name) for f in KNOBS if getattr(self, f.name) != f.default}
+
     def digest(self) -> str:
         """sha256 of everything that makes two runs comparable: all but names, places, machine and the seed."""
         return hashlib.sha256(json.dumps(self.knobs("model", "train", "eval"), sort_keys=True).encode()).hexdigest()
@@ -244,11 +227,10 @@ class Config:
         for name in sorted(settings.keys() - known.keys() - FOREIGN):
             close = difflib.get_close_matches(name, known, 1, 0.85)
             if name == name.upper() and (close or name.split("_")[0] in words):
-                close = close or difflib.get_close_matches(name, known, 1, 0.5) or ["python train_gpt.py --help"]
-                raise Refusal(f"{name}={settings[name]}: no such setting; see {close[0]}, or unset it")
+                close = close or difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
+                raise Refusal(f"{name}={settings[name]}: no such setting; did you mean {close[0]}? Else unset it")
         given = frozenset(settings.keys() & known.keys())
-        merged = {**RECIPES.get(settings.get("RECIPE"), {}), **{name: settings[name] for name in given}}
-        return cls(given=given, **{known[n].name: parse(n, text, known[n].type) for n, text in merged.items()})
+        return cls(given=given, **{n.lower(): parse(n, settings[n], known[n].type) for n in given})
 
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
 
@@ -260,40 +242,21 @@ def parse(name: str, text: str, kind: str):
         wanted = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
         raise Refusal(f"{name}={text}: must be {wanted}") from None
 
-# Pull requests of openai/parameter-golf: each one's main row, where it differs from the defaults above
-OF_145_AND_199 = """NUM_LAYERS=9 MLP_MULT=2 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200 INIT=default MATRIX_LR=.04 SCALAR_LR=.04
-    TIED_EMBED_LR=.05 MUON_MOMENTUM=.95 MUON_MOMENTUM_WARMUP_START=.85 MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0
-    GRAD_CLIP_NORM=0 SMEAR_GATE=0 QUANT_BITS_MLP=8 QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 COMPRESSOR=zlib"""
-OF_989_AND_975 = "SEED=42 TRAIN_BATCH_TOKENS=786432 SMEAR_POS=post_norm SMEAR_BETA2=0 MUON_WD=.04 ADAM_WD=.04"
-RECIPES = {seed: dict(pair.split("=", 1) for pair in text.split()) for seed, text in {
-    "145": OF_145_AND_199 + " QAT_ENABLED=1 QAT_START_KIND=iter_frac QAT_START=.3 QAT_SCOPE=linears VAL_LOSS_EVERY=0",
-    "199": OF_145_AND_199 + " SWA_ENABLED=1 SWA_START_KIND=iter_frac SWA_START_FRAC=.5",
-    "194": "QAT_ENABLED=1 QAT_SCOPE=linears QAT_GRID=amax SWA_ENABLED=1 SWA_START_FRAC=.5 SWA_DTYPE=native",
-    "989": OF_989_AND_975 + """ NUM_LAYERS=10 BIGRAM_VOCAB_SIZE=10240 BIGRAM_PROJ_GAIN=.2236 QUANT_BITS_MLP=5 QUANT_CLIP=amax
-        QUANT_CODES=asym QUANT_SCALE_FLOOR=0 KEEP_FLOAT_MAX_NUMEL=8192 FP16_KEEP_NAME_PATTERNS=tok_emb,blocks.8.attn.c_k
-        PRUNE_PCT=.05 QAT_ENABLED=1 QAT_START_KIND=lr_scale QAT_START=.7 SWA_START_FRAC=.4 SWA_DTYPE=native""",
-    "975": OF_989_AND_975 + """ MLP_ACT=leaky_relu2 WARMDOWN_ITERS=3500 BIGRAM_VOCAB_SIZE=2048 BIGRAM_PROJ_OPT=adam ROPE_DIMS=16
-        ROPE_NTK_LEN=1024 XSA_LAST_N=4 LN_SCALE=1 VE_ENABLED=1 MATRIX_LR=.025 SCALAR_LR=.025 TIED_EMBED_LR=.035 EMA_ENABLED=1
-        QAT_ENABLED=1 QAT_START_KIND=lr_scale QAT_START=.15 QAT_SCOPE=small_linears QAT_GRID=amax QNA_USE_FLOOR=0
-        QUANT_BITS_BIGRAM=8 QUANT_BITS_EMBED=8 QUANT_CLIP=search5 COMPRESSOR=lzma SWA_START_FRAC=.2"""}.items()}
-
 def switch(name: str, off: str, on: str) -> Callable:
     """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
     return lambda value, env: {name: on if parse("the old spelling of " + name, value, "bool") else off}
 
 ALIASES = {  # spellings of the seeds: old name -> the new name, or a function (value, environment) -> new settings
     "QAT": "QAT_ENABLED", "ENABLE_QAT": "QAT_ENABLED", "LATE_QAT": "QAT_ENABLED", "SWA": "SWA_ENABLED",
-    "MUON_WEIGHT_DECAY": "MUON_WD", "WEIGHT_DECAY": "ADAM_WD", "WARMDOWN_STEPS": "WARMDOWN_ITERS",
-    "BIGRAM_HASH": lambda value, env: {} if value == "1" and "BIGRAM_HASH_BUCKETS" in env else
-        switch("BIGRAM_VOCAB_SIZE", "0", "4096")(value, env),
-    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_DIM": "BIGRAM_DIM", "QAT_START_FRAC": "QAT_START",
+    "MUON_WEIGHT_DECAY": "MUON_WD", "WEIGHT_DECAY": "ADAM_WD", "WARMDOWN_STEPS": "WARMDOWN_ITERS", "QAT_START_FRAC": "QAT_START",
+    "BIGRAM_HASH": lambda value, env: switch("BIGRAM_VOCAB_SIZE", "0", env.get("BIGRAM_HASH_BUCKETS", "4096"))(value, env),
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_DIM": "BIGRAM_DIM",
     "LATE_QAT_THRESHOLD": lambda value, env: {"QAT_START_KIND": "lr_scale", "QAT_START": value},
     "QUANT_BITS": lambda value, env: dict.fromkeys(("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"), value),
     "FP16_EMBED": switch("QUANT_BITS_EMBED", "8", "16"), "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", "8", "16"),
     "USE_ZSTD": switch("COMPRESSOR", "zlib", "zstd"), "TTT_ENABLED": switch("TTT_MODE", "none", "sgd")}
 UNSUPPORTED = {  # off in every published row: the off value is accepted, anything else refused
-    "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "LORA_RANK": "0", "CURRICULUM": "0", "MTP_NUM_HEADS": "0", "DTG_ENABLED": "0",
-    "GATED_ATTENTION": "0", "VALUE_RESIDUAL": "0", "LAWA_ENABLED": "0", "DOC_EVAL_BUG": "0", "LATE_K_LAYERS": "0"}
+    "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "LATE_K_LAYERS": "0", "MTP_NUM_HEADS": "0", "LAWA_ENABLED": "0", "DOC_EVAL_BUG": "0"}
 FOREIGN = {"MAX_JOBS"}  # well-known variables of other programs that share a first word with a knob
 
 def translate_old_names(env: dict) -> dict:
@@ -315,20 +278,19 @@ def text_table(rows: list[tuple]) -> str:
     lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
-def knob_rows() -> list[tuple]:
-    """A header and one row per knob: name, type, default, unit, meaning, and the seeds that set it otherwise."""
-    return [("variable", "type", "default", "unit", "meaning", "seeds")] + [
-        (f.name.upper(), f.type, str(int(f.default) if f.type == "bool" else f.default) or '""', m["unit"],
-         m["doc"] + (f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""),
-         " ".join(f"{seed}:{values[f.name.upper()]}" for seed, values in RECIPES.items() if f.name.upper() in values))
-        for f in KNOBS for m in [f.metadata]]
-
 def help_text() -> str:
+    """Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else."""
+    rows = [(f.name.upper(), f.type, str(int(f.default) if f.type == "bool" else f.default) or '""', m["unit"],
+             m["doc"] + (f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""), m["seeds"])
+            for f in KNOBS for m in [f.metadata]]
     return "\n".join([__doc__.strip(), "", "Exit codes: " + "; ".join(f"{c} {t}" for c, t in EXIT_CODES.items()), "",
-                      text_table(knob_rows()), "", "Old spellings of the seeds that also work: " + ", ".join(ALIASES)])
+                      text_table([("variable", "type", "default", "unit", "meaning", "seeds"), *rows]), "",
+                      "Old spellings of the seeds that also work: " + ", ".join(ALIASES)])
 
 # ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 SOURCE = Path(__file__).read_bytes()
+CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+EVAL_LIMIT_SECONDS = 600  # of the challenge, on 8xH100
 SCHEMA_VERSION = 1  # of metrics.jsonl and result.json; README documents both
 State = dict  # parameter name -> fp32 tensor, the same on every rank
 
@@ -382,29 +344,21 @@ class Run:
         """Names what is going on (for error messages) and adds its wall seconds to the time ledger."""
         outer, self.phase_name, began = self.phase_name, name, time.perf_counter()
         yield
-        self.sync()
+        if self.cuda:
+            torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self.phase_name = outer  # an exception leaves `name`, so that the message can say where
 
-    def sync(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+    def milliseconds(self, work: Callable) -> float:
+        """Median time of one call on the device, after a warm-up."""
+        timer = torch.utils.benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        return timer.timeit(5).median * 1e3
 
-    def milliseconds(self, work: Callable, repeats: int = 3) -> float:
-        """Median wall time of one call, after a first one that does not count."""
-        spans = []
-        for _ in range(repeats + 1):
-            self.sync()
-            began = time.perf_counter()
-            work()
-            self.sync()
-            spans.append((time.perf_counter() - began) * 1e3)
-        return statistics.median(spans[1:])
-
-    def bar(self, total: float, label: str) -> tqdm:
-        """Progress bar on a terminal, nothing elsewhere."""
-        return tqdm(total=total, desc=label, leave=False, disable=self.rank != 0 or not sys.stderr.isatty(),
-                    bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+    def bar(self, total: float) -> tqdm:
+        """Progress bar of the phase on a terminal, nothing elsewhere."""
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+        hidden = self.rank != 0 or not sys.stderr.isatty()
+        return tqdm(total=total, desc=self.phase_name, leave=False, disable=hidden, bar_format=form)
 
 @dataclass
 class Activity:
@@ -413,19 +367,16 @@ class Activity:
     params: int = 0
     scope: str = ""
     unit: str = "nats"  # of effect: the measured quantity with the toggle on, minus off
-    first: int | None = None
-    last: int | None = None
-    steps: int = 0
+    steps: list[int] = field(default_factory=list)  # when it acted
     effect: float | None = None
     cost_ms: float | None = None
 
-    def mark(self, step: int) -> None:
-        self.first = step if self.first is None else self.first
-        self.last, self.steps = step, self.steps + 1
-
-    @property
-    def active(self) -> bool:
-        return self.steps > 0 and bool(self.effect)
+    def row(self, total_steps: int) -> dict:
+        """For result.json. Active: it acted, and that made a difference."""
+        first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
+        return dict(active=bool(self.steps and self.effect), first_step=first, last_step=last, share_of_steps=
+                    len(self.steps) / max(total_steps, len(self.steps), 1), tensors=self.tensors, params=self.params,
+                    effect=self.effect, unit=self.unit, cost_ms=self.cost_ms, scope=self.scope)
 
 # ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
 BOS = 1
@@ -472,8 +423,8 @@ def sha256(path: Path) -> str:
 def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     """The data fingerprint for the log. Where there is a manifest.json, the tokenizer, the size of every shard and the
     validation hashes must agree with it, and it must not admit documents in both splits; else Refusal."""
-    folder, tokenizer = Path(cfg.data_path), Path(cfg.tokenizer_path)
-    found = {"path": str(folder), "tokenizer_sha256": sha256(tokenizer),
+    folder, paths = Path(cfg.data_path), [path for split in splits.values() for path in split.paths]
+    found = {"path": str(folder), "tokenizer_sha256": sha256(Path(cfg.tokenizer_path)),
              "val_sha256": {path.name: sha256(path) for path in splits["val"].paths}}
     for name, split in splits.items():
         found |= {f"{name}_shards": len(split.paths), f"{name}_tokens": split.tokens}
@@ -481,20 +432,21 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
         return found | {"manifest": "none: hashes and train/validation overlap not checked"}
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        shards = {s["file"]: s for s in manifest["shards"]}
+        promised = {s["file"]: (s["bytes"], s["sha256"]) for s in manifest["shards"]}
         expected, disjoint = manifest["tokenizer"]["sha256"], manifest["disjoint"]
-        if disjoint and disjoint["shared"]:
-            raise Refusal(f"{folder}/manifest.json: {disjoint['shared']} documents are in both splits; {AGAIN}")
-        for path in (p for split in splits.values() for p in split.paths):
-            hashes = {found["val_sha256"].get(path.name, shards.get(path.name, {}).get("sha256"))}
-            if path.name not in shards or shards[path.name]["bytes"] != path.stat().st_size or hashes != {shards[path.name]["sha256"]}:
-                raise Refusal(f"{path}: not as manifest.json says (size or sha256); remove stray shards, or {AGAIN}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shared = disjoint["shared"] if disjoint else None
+    except (ValueError, KeyError, TypeError) as error:
         raise Refusal(f"{folder}/manifest.json: no manifest ({error!r}); {AGAIN}") from None
+    if shared:
+        raise Refusal(f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}")
     if found["tokenizer_sha256"] != expected:
-        raise Refusal(f"TOKENIZER_PATH={tokenizer}: sha256 {found['tokenizer_sha256'][:12]}..., but the shards in {folder} were "
-                      f"made with {expected[:12]}...; use the tokenizer that lies beside them")
-    overlap = "no document in both splits" if disjoint else "train/validation overlap not stated"
+        raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer (sha256 "
+                      f"{expected[:12]}..., not {found['tokenizer_sha256'][:12]}...); use the one that lies beside them")
+    for path in paths:
+        size, digest = promised.get(path.name, (0, ""))
+        if size != path.stat().st_size or digest != found["val_sha256"].get(path.name, digest):
+            raise Refusal(f"{path}: not as manifest.json says (size or sha256); remove stray shards, or {AGAIN}")
+    overlap = "train/validation overlap not stated" if shared is None else "no document in both splits"
     return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
 
 def batches(cfg: Config, run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
@@ -505,7 +457,6 @@ def batches(cfg: Config, run: Run, split: Split) -> Iterator[tuple[Tensor, Tenso
         tokens = torch.from_numpy(split.take(n * size, size + 1))  # every rank checks the whole step: all refuse, or none
         pair = [t.view(-1, cfg.train_seq_len).tensor_split(run.world)[run.rank] for t in (tokens[:-1], tokens[1:])]
         return [t.pin_memory() for t in pair] if run.cuda else pair
-
     with ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load, n) for n in range(2)]
         for n in itertools.count(2):
@@ -542,20 +493,16 @@ class ByteTable:
                 raise Refusal(f"validation: the document at token {a} is {len(text.encode())} bytes of text, but its tokens "
                               f"count {counted}; BPB would be wrong: use the tokenizer that made the shards")
 
-class Validation(NamedTuple):
+class Validation:
     """The validation targets: tokens (n + 1,) int32 on the device, bytes per target (n,), document starts."""
-    tokens: Tensor
-    target_bytes: Tensor
-    doc_starts: np.ndarray
-
-def load_validation(cfg: Config, run: Run, split: Split) -> Validation:
-    table = ByteTable(cfg)
-    tokens = split.take(0, min(split.tokens, cfg.val_max_tokens + 1 if cfg.val_max_tokens else split.tokens))
-    table.verify(tokens)
-    target_bytes = torch.from_numpy(table.count(tokens))
-    if not target_bytes.any():
-        raise Refusal(f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}")
-    return Validation(torch.from_numpy(tokens).int().to(run.device), target_bytes, np.flatnonzero(tokens == BOS))
+    def __init__(self, cfg: Config, run: Run, split: Split):
+        table, limit = ByteTable(cfg), cfg.val_max_tokens or split.tokens - 1
+        tokens = split.take(0, min(split.tokens, limit + 1))
+        table.verify(tokens)
+        self.tokens, self.target_bytes = torch.from_numpy(tokens).int().to(run.device), torch.from_numpy(table.count(tokens))
+        self.n, self.doc_starts = len(self.target_bytes), np.flatnonzero(tokens == BOS)
+        if not self.target_bytes.any():
+            raise Refusal(f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}")
 
 # ── 4 GRID: the only definition of quantisation; QAT, QNA, SQWA and export all call it ────────────────────────────
 CLIP_QUANTILES = {"amax": (1.0,), "quantile": (0.9999984,), "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0)}
@@ -572,38 +519,31 @@ class Grid(NamedTuple):
     clip: str = "amax"
     codes: str = "sym"
     floor: bool = False
-
     @property
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
-
     def scale(self, w: Tensor) -> Tensor:
-        """Step of each row, (..., rows, 1) fp32, already rounded to the fp16 in which it is shipped. With several
-        candidate clips (search5, #975) the one with the least squared error over the whole matrix."""
+        """Step of each row, (..., rows, 1) fp32, rounded to the fp16 that is shipped; of several clips (search5, #975)
+        the one with the least squared error over the whole matrix."""
         steps = [self.step(row_quantile(w.abs(), q)) for q in CLIP_QUANTILES[self.clip]]
         if len(steps) == 1:
             return steps[0]
         errors = torch.stack([(self.levels(w, s) * s - w).square().sum((-2, -1)) for s in steps])
         return torch.take_along_dim(torch.stack(steps), errors.argmin(0)[None, ..., None, None], 0)[0]
-
     def step(self, clip: Tensor) -> Tensor:
         # With the floor every row whose largest weight is below 1 gets the same step 1/top, so that smaller weights
         # mean a coarser grid and a smaller file (#145, #194, #975); without it the floor is fp16's smallest normal.
         smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny
         return (clip.float() / self.top).clamp_min(smallest).half().float()
-
     def levels(self, w: Tensor, scale: Tensor) -> Tensor:
         return (w.float() / scale).round().clamp(-self.top - (self.codes == "asym"), self.top)
-
     def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
         scale = self.scale(w)
         return self.levels(w, scale).to(torch.int8), scale.half()
-
     @staticmethod
     def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
         return codes.float() * scale.float()
-
     def snap(self, w: Tensor) -> Tensor:
         """What the artifact will hold for w: the exported round trip, bit for bit."""
         return self.dequantise(*self.quantise(w))
@@ -630,24 +570,17 @@ class Linear(nn.Module):
     def __init__(self, columns: int, rows: int, role: Role, init: Callable[[int, int], Tensor] = torch.zeros):
         super().__init__()
         self.weight = param(init(rows, columns), role)
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-class Absent(nn.Module):
+def absent(x, *context):
     """A technique that is off: no parameters, no arithmetic."""
-    def forward(self, x, *context):
-        return x
+    return x
 
-class Norm(nn.Module):
+def norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """RMSNorm without weights. LN_SCALE (#975): times 1 / sqrt(block + 1), so deep blocks add less to the stream."""
-    def __init__(self, scale: float = 1.0):
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, x: Tensor, *context) -> Tensor:
-        y = F.rms_norm(x, (x.shape[-1],))
-        return y if self.scale == 1.0 else y * self.scale
+    y = F.rms_norm(x, (x.shape[-1],))
+    return y if scale == 1.0 else y * scale
 
 class SmearGate(nn.Module):
     """Blend each token's embedding with the previous one, per dimension: (1 - g) x_t + g x_{t-1}, g = sigmoid(gate).
@@ -655,7 +588,6 @@ class SmearGate(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.gate, self.mask_bos = param(torch.zeros(cfg.model_dim), Role("smear")), cfg.smear_mask_bos
-
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         previous = F.pad(x, (0, 0, 1, -1))
         if self.mask_bos:
@@ -663,41 +595,35 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
 
 class BigramHash(nn.Module):
-    """Add a projected embedding of the hashed pair (previous token, token). Source: #180 / #989; toggle BIGRAM_VOCAB_SIZE.
-    Bucket ((36313 t) xor (27191 t_previous)) mod (buckets - 1); the last bucket is for row starts."""
+    """Add a projected embedding of the hashed pair (previous token, token). Source: #989; toggle BIGRAM_VOCAB_SIZE."""
     def __init__(self, cfg: Config):
         super().__init__()
         self.embed = param(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
         role = Role({"muon": "muon", "adam": "scalar"}[cfg.bigram_proj_opt], "quant_bits_bigram")
         init = (lambda r, c: cfg.bigram_proj_gain * INITS["ortho"](r, c)) if cfg.init == "ortho" else torch.zeros
         self.proj, self.scale = Linear(cfg.bigram_dim, cfg.model_dim, role, init), param(torch.tensor(0.05), CONTROL)
-
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        last = len(self.embed) - 1
+        last = len(self.embed) - 1  # this bucket is for row starts
         bucket = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
         pairs = F.embedding(F.pad(bucket, (1, 0), value=last), self.embed).to(x.dtype)
         return x + self.scale.to(x.dtype) * self.proj(pairs)
 
 class ValueEmbedding(nn.Module):
-    """A second token table, projected and added to V in a few blocks, each with its own scale. Source: #549 / #975;
-    toggle VE_ENABLED. ids (B, T) -> {block: (B, T, kv_dim)}."""
+    """A second token table for V: ids (B, T) -> {block: (B, T, kv_dim)}. Source: #549, #975; toggle VE_ENABLED."""
     def __init__(self, cfg: Config):
         super().__init__()
         self.blocks, kv_dim = [int(s) for s in cfg.ve_layers.split(",")], cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         self.embed = param(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
         self.proj = Linear(cfg.ve_dim, kv_dim, Role("scalar", "quant_bits_bigram"), INITS["ortho"])
         self.scale, self.block_scales = param(torch.tensor(0.1), CONTROL), param(torch.ones(len(self.blocks)), CONTROL)
-
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         base = self.scale.to(dtype) * self.proj(F.embedding(ids, self.embed).to(dtype))
         return {block: scale * base for block, scale in zip(self.blocks, self.block_scales.to(dtype))}
 
-class ExclusiveSelfAttention(nn.Module):
-    """XSA: remove from each head's output its projection on the position's own value. Source: #975; toggle XSA_LAST_N.
-    y (B, T, heads, d), v (B, T, kv heads, d) -> (B, T, heads, d)."""
-    def forward(self, y: Tensor, v: Tensor) -> Tensor:
-        grouped, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1)[:, :, :, None]
-        return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (B, T, heads, d) less its projection on the own v (B, T, kv heads, d). Source: #975; toggle XSA_LAST_N."""
+    grouped, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1)[:, :, :, None]
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin (longest row, 1, rotated pairs). NTK: the base grows with the TRAINING row, so that scoring rows of every
@@ -736,15 +662,14 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
             missing[name] = f"{name} is not installed ({install})"
     if wanted in missing:
         raise Refusal(f"ATTN_BACKEND={wanted}: {missing[wanted]}; or use ATTN_BACKEND=auto")
-    note = "the one for CPU" if not run.cuda else "; ".join(missing.values())
     if wanted == "auto" and run.cuda and len(found) > 1:
-        q, k, v = (torch.randn(8, cfg.train_seq_len, heads, cfg.model_dim // cfg.num_heads, device=run.device,
-                               dtype=run.dtype, requires_grad=True) for heads in (cfg.num_heads, *2 * [cfg.num_kv_heads]))
-        cost = {name: run.milliseconds(lambda: attend(q, k, v).sum().backward(), 5) for name, attend in found.items()}
+        kv, like = cfg.num_kv_heads, dict(device=run.device, dtype=run.dtype, requires_grad=True)
+        q, k, v = (torch.randn(8, cfg.train_seq_len, n, cfg.model_dim // cfg.num_heads, **like) for n in (cfg.num_heads, kv, kv))
+        cost = {name: run.milliseconds(lambda: attend(q, k, v).sum().backward()) for name, attend in found.items()}
         wanted = run.agree(min(cost, key=cost.get))
-        note = "; ".join([*(f"{name} {ms:.2f} ms for 8 rows" for name, ms in cost.items()), *missing.values()])
+        run.log("attention, ms for 8 rows: " + ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()))
     wanted = "sdpa" if wanted == "auto" else wanted
-    run.log(f"attention: {wanted} ({note if cfg.attn_backend == 'auto' else 'as asked'})")
+    run.log(f"attention: {wanted} (ATTN_BACKEND={cfg.attn_backend}{''.join(f'; {m}' for m in missing.values() if run.cuda)})")
     return found[wanted]
 
 class Attention(nn.Module):
@@ -757,13 +682,12 @@ class Attention(nn.Module):
         self.c_v = Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init)
         self.proj = Linear(d, d, ATTN_ROLE)
         self.q_gain = param(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
-        self.xsa = ExclusiveSelfAttention() if index >= cfg.num_layers - cfg.xsa_last_n else Absent()
-
+        self.xsa = exclude_self if index >= cfg.num_layers - cfg.xsa_last_n else absent
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
         v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
         q, k, v = (z.unflatten(2, (-1, self.head_dim)) for z in (self.c_q(x), self.c_k(x), v))
-        q = rotate(F.rms_norm(q, (self.head_dim,)), cos, sin) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(F.rms_norm(k, (self.head_dim,)), cos, sin)
+        q = rotate(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(norm(k), cos, sin)
         return self.proj(self.xsa(self.attend(q, k, v), v).flatten(2))
 
 ACTIVATIONS = {"relu2": lambda z: F.relu(z).square(), "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square()}
@@ -774,7 +698,6 @@ class MLP(nn.Module):
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.fc, self.activation = Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init]), ACTIVATIONS[cfg.mlp_act]
         self.proj = Linear(hidden, cfg.model_dim, MLP_ROLE)
-
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
 
@@ -783,27 +706,25 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, index: int, attend: Callable):
         super().__init__()
         one = torch.ones(cfg.model_dim)
-        self.norm = Norm(1 / math.sqrt(index + 1) if cfg.ln_scale else 1.0)
+        self.ln_scale = 1 / math.sqrt(index + 1) if cfg.ln_scale else 1.0
         self.attn, self.mlp = Attention(cfg, index, attend), MLP(cfg)
         self.resid_mix = param(torch.stack((one, 0 * one)), CONTROL)
         self.attn_scale, self.mlp_scale = param(one, CONTROL), param(one.clone(), CONTROL)
-
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(self.norm(x), cos, sin, extra_v)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
+        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x, self.ln_scale), cos, sin, extra_v)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale))
 
 class GPT(nn.Module):
-    """Blocks in a U-Net: the first half's outputs are added, scaled, before the blocks of the second half. Embedding and
-    head are tied. Parameters are fp32; activations are `dtype`."""
+    """Blocks in a U-Net, embedding and head tied. Parameters are fp32; activations are `dtype`."""
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Callable = sdpa):
         super().__init__()
         self.dtype, self.softcap, self.encoders = dtype, cfg.logit_softcap, cfg.num_layers // 2
         self.tok_emb = param(cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim), EMBED_ROLE)
-        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else Absent()
-        self.smear = SmearGate(cfg) if cfg.smear_gate else Absent()
-        self.entry = [self.smear, Norm()] if cfg.smear_pos == "pre_norm" else [Norm(), self.smear]
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else absent
+        self.smear = SmearGate(cfg) if cfg.smear_gate else absent
+        self.entry = [self.smear, lambda x, ids: norm(x)][::1 if cfg.smear_pos == "pre_norm" else -1]
         self.value_embed = ValueEmbedding(cfg) if cfg.ve_enabled else None
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
         self.skip_weights = param(torch.ones(self.encoders, cfg.model_dim), CONTROL)
@@ -818,12 +739,12 @@ class GPT(nn.Module):
         x0, skips, skip_weights = x, [], self.skip_weights.to(self.dtype)
         extra_v = self.value_embed(ids, self.dtype) if self.value_embed is not None else {}
         for i, block in enumerate(self.blocks):
-            if i >= self.encoders and skips:
+            if i >= self.encoders and skips:  # the first half's outputs, last first
                 x = x + skip_weights[i - self.encoders] * skips.pop()
             x = block(x, x0, self.cos, self.sin, extra_v.get(i))
             if i < self.encoders:
                 skips.append(x)
-        return F.rms_norm(x, (x.shape[-1],))
+        return norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """ids (B, T), targets (B, S) -> nats (B, S) fp32. positions (B, S): where in the row each target is predicted,
@@ -836,8 +757,7 @@ class GPT(nn.Module):
         return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 def build_model(cfg: Config, run: Run, attend: Callable) -> GPT:
-    """The seed's initial weights, the same on every rank and device."""
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank and device
     return GPT(cfg, run.dtype, attend).to(run.device)
 
 # ── 6 SCHEDULE ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -878,31 +798,25 @@ def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
 
 def timeline(cfg: Config, step_seconds: float) -> str:
     """Planned second and step of every phase, by running the schedule itself at a constant speed."""
-    starts, step, schedule = {}, 0, Schedule(cfg)
     wanted = {"warmdown": cfg.warmdown_iters or cfg.warmdown_frac, "QNA": cfg.qna_enabled, "QAT": cfg.qat_enabled,
               "SWA": cfg.swa_enabled, "SQWA": cfg.sqwa_enabled}
+    starts, step, schedule = dict.fromkeys([name for name, on in wanted.items() if on], "NEVER"), 0, Schedule(cfg)
     while step < cfg.iterations and not budget_spent(cfg, step, step * step_seconds):
         k = schedule.at(step, step * step_seconds)
         for name, now in zip(wanted, (k.lr_scale < 1, k.qna > 0, k.qat, k.snapshot, k.snapshot)):
-            if now:
-                starts.setdefault(name, f"step {step} ({step * step_seconds:.0f} s)")
+            if now and starts.get(name) == "NEVER":
+                starts[name] = f"step {step} ({step * step_seconds:.0f} s)"
         step += 1
-    return f"{step} steps of {step_seconds * 1e3:.1f} ms; " + ", ".join(
-        f"{name} from {starts.get(name, 'NEVER')}" for name, on in wanted.items() if on)
+    return f"{step} steps of {step_seconds * 1e3:.1f} ms" + "".join(f", {name} from {start}" for name, start in starts.items())
 
 # ── 7 OPTIMISER ───────────────────────────────────────────────────────────────────────────────────────────────────
 class Gradients:
-    """One flat fp32 buffer that every .grad is a view of, and the loss as its last element: one all-reduce, one norm,
-    no copies. Same-shape Muon matrices lie side by side, so a bank of them is a slice."""
+    """One flat fp32 buffer that every .grad is a view of, the loss its last element: one all-reduce, one norm, no copies."""
     def __init__(self, params: list[nn.Parameter], run: Run):
         self.world, sizes = run.world, [p.numel() for p in params]
         self.flat = torch.zeros(sum(sizes) + 1, device=run.device)
         for p, view in zip(params, self.flat[:-1].split(sizes)):
             p.grad = view.view_as(p)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        self.flat[-1] += loss.detach()
 
     def reduce(self, clip: float) -> Tensor:
         """Mean over the ranks, THEN the clip. Returns [mean loss, gradient norm] without a host synchronisation."""
@@ -915,11 +829,10 @@ class Gradients:
         return torch.stack((self.flat[-1], norm))
 
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz towards the nearest semi-orthogonal matrix, for a stack (n, rows, columns) at once.
-    Source: Muon, K. Jordan 2024. bf16 on GPUs; fp32 on CPU, where bf16 is 20 times slower."""
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, for a stack (n, rows, columns) at once (Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
-    x = (g.mT if tall else g).to(torch.bfloat16 if g.is_cuda else torch.float32)
+    x = (g.mT if tall else g).to(torch.bfloat16 if g.is_cuda else torch.float32)  # on CPU bf16 is 20 times slower
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -927,8 +840,8 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 class Muon:
-    """Nesterov momentum, orthogonalised; decoupled weight decay. Matrices of one shape are one batch, and each rank
-    orthogonalises its share of it. Source: Muon, K. Jordan 2024; the batching as in #549. `params` sorted by shape."""
+    """Nesterov momentum, orthogonalised; decoupled weight decay. Source: Muon, K. Jordan 2024. Matrices of one shape
+    (`params` are sorted by it) are one batch, and each rank orthogonalises its share."""
     def __init__(self, params: list[nn.Parameter], cfg: Config, run: Run):
         self.cfg, self.run = cfg, run
         self.banks = [list(bank) for _, bank in itertools.groupby(params, key=lambda p: p.shape)]
@@ -958,18 +871,15 @@ class Muon:
 class Optimiser:
     """Muon for matrices and AdamW for the rest; every parameter in exactly one group."""
     def __init__(self, model: GPT, cfg: Config, run: Run):
-        groups: dict[str, list[nn.Parameter]] = {name: [] for name in ("muon", "embed", "scalar", "smear")}
-        for p in model.parameters():
-            groups[p.role.optimiser].append(p)
-        groups["muon"].sort(key=lambda p: tuple(p.shape))
-        everything = list(itertools.chain.from_iterable(groups.values()))
+        def group(name: str) -> list[nn.Parameter]:
+            return sorted((p for p in model.parameters() if p.role.optimiser == name), key=lambda p: tuple(p.shape))
+        rates = [("embed", cfg.tied_embed_lr, cfg.beta2), ("scalar", cfg.scalar_lr, cfg.beta2),
+                 ("smear", cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2)]
+        everything = [p for name in ("muon", *(name for name, *_ in rates)) for p in group(name)]
         assert len({id(p) for p in everything}) == len(everything) == len(list(model.parameters())), "in 0 or 2 groups"
-        self.cfg, self.gradients, self.muon = cfg, Gradients(everything, run), Muon(groups["muon"], cfg, run)
-        rates = (("embed", cfg.tied_embed_lr, cfg.beta2), ("scalar", cfg.scalar_lr, cfg.beta2),
-                 ("smear", cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2))
-        self.adamw = torch.optim.AdamW(
-            [dict(params=groups[name], lr=lr, base_lr=lr, betas=(cfg.beta1, beta2)) for name, lr, beta2 in rates if groups[name]],
-            eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
+        self.cfg, self.gradients, self.muon = cfg, Gradients(everything, run), Muon(group("muon"), cfg, run)
+        groups = [dict(params=group(n), lr=lr, base_lr=lr, betas=(cfg.beta1, beta2)) for n, lr, beta2 in rates if group(n)]
+        self.adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
 
     def step(self, k: Knobs) -> None:
         for group in self.adamw.param_groups:
@@ -977,19 +887,12 @@ class Optimiser:
         self.adamw.step()
         self.muon.step(self.cfg.matrix_lr * k.lr_scale, k.momentum)
 
-    def forget(self) -> None:
-        """Back to the state before the first step."""
-        self.adamw.state.clear()
-        torch._foreach_zero_(self.muon.momenta)
-
 # ── 8 VIEWS: the weights that the forward pass sees ───────────────────────────────────────────────────────────────
 class Views:
     """QAT and QNA. Before a step the chosen weights are overwritten by what the forward pass shall see, afterwards the
     latent ones come back, and the gradient goes to them unchanged: a straight-through estimator outside the compiled
     graph, once per step. So there is no flag that a compiler can lose, no recompile, and no cost before the start.
-
-    QAT (#989): the exported round trip (Grid.snap), or with QAT_GRID=amax its clip replaced (#194).
-    QNA (#975): + U(-1/2, 1/2) steps of the grid times the width, the same noise on every rank."""
+    QAT (#989): the exported round trip. QNA (#975): U(-1/2, 1/2) grid steps times the width, alike on every rank."""
     def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict):
         self.cfg, self.run = cfg, run
         grids = {name: grid for name, grid in plan.items() if isinstance(grid, Grid)}
@@ -1012,27 +915,27 @@ class Views:
             exported = {n: role_grid(self.cfg, role) for n, role in linears.items() if getattr(self.cfg, role.bits) < 16}
         return {n: grid._replace(clip="amax") if self.cfg.qat_grid == "amax" else grid for n, grid in exported.items()}
 
-    @contextlib.contextmanager
-    def applied(self, qat: bool, qna: float, step: int):
-        """Within this block the model holds the seen weights."""
+    @torch.no_grad()
+    def enter(self, qat: bool, qna: float, step: int) -> list:
+        """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
         banks = self.banks["QAT"] if qat else self.banks["QNA"] if qna else []
-        with torch.no_grad():
-            noise = torch.Generator(self.run.device).manual_seed(self.cfg.seed * 1_000_003 + step)
-            latent = [torch.stack(bank) for _, bank in banks]
-            for (grid, bank), w in zip(banks, latent):
-                seen = grid.snap(w) if qat else w + grid.scale(w) * qna * (
-                    torch.rand(w.shape, generator=noise, device=w.device) - 0.5)
-                torch._foreach_copy_(bank, list(seen.unbind()))
-        yield
-        with torch.no_grad():
-            for (_, bank), w in zip(banks, latent):
-                torch._foreach_copy_(bank, list(w.unbind()))
+        noise = torch.Generator(self.run.device).manual_seed(self.cfg.seed * 1_000_003 + step)
+        latent = [(bank, torch.stack(bank)) for _, bank in banks]
+        for (grid, _), (bank, w) in zip(banks, latent):
+            rand = 0 if qat else torch.rand(w.shape, generator=noise, device=w.device) - 0.5
+            torch._foreach_copy_(bank, list((grid.snap(w) if qat else w + grid.scale(w) * qna * rand).unbind()))
+        return latent
+
+    @torch.no_grad()
+    def leave(self, latent: list) -> None:
+        for bank, w in latent:
+            torch._foreach_copy_(bank, list(w.unbind()))
 
 # ── 9 AVERAGES: fp32 on the device, the same arithmetic on every rank, always of the latent weights ───────────────
 class Average:
     """SWA, EMA and SQWA (the mean of quantised-dequantised snapshots, of the EMA where that is on; #975)."""
     def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict):
-        self.cfg, self.run, self.plan, self.count = cfg, run, plan, 0
+        self.cfg, self.plan, self.count = cfg, plan, 0
         self.names, self.params = (list(column) for column in zip(*model.named_parameters()))
         low = {"fp32": (), "native": ("embed",), "bf16": ("embed", "muon", "scalar", "smear")}[cfg.swa_dtype]
         self.ema = [p.detach().clone() for p in self.params] if cfg.ema_enabled else []
@@ -1045,18 +948,17 @@ class Average:
                 run.activity[name] = Activity(len(self.params), numel, "of " + source.get(name, "live weights"))
 
     @torch.no_grad()
-    def update(self, k: Knobs, step: int) -> None:
-        """After optimiser step `step`."""
+    def update(self, snapshot: bool) -> list[str]:
+        """After an optimiser step. Returns which averages took the weights in."""
         if self.ema:
             torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
-            self.run.activity["EMA"].mark(step)
-        if k.snapshot:
+        if snapshot:
             weights = self.ema if self.cfg.sqwa_enabled and self.ema else self.params
             if self.cfg.sqwa_enabled:
                 weights = [shipped(w, self.plan[name]) for name, w in zip(self.names, weights)]
             torch._foreach_add_(self.sums, [w.to(total.dtype) for w, total in zip(weights, self.sums)])
             self.count += 1
-            self.run.activity["SQWA" if self.cfg.sqwa_enabled else "SWA"].mark(step)
+        return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
 
     def results(self) -> dict[str, State]:
         """Every average that there is, by name; the exported one is cfg.average."""
@@ -1074,14 +976,14 @@ class Trainer:
             raise Refusal(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows of {cfg.train_seq_len} than {run.world} ranks")
         self.accumulate = min(cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows)
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-        self.optimiser, self.step_seconds = Optimiser(model, cfg, run), []
-        self.bytes_per_token = val.target_bytes.double().mean().item()
+        self.step_seconds, self.bytes_per_token = [], val.target_bytes.double().mean().item()
         self.restart()
 
     def restart(self) -> None:
-        """Everything but weights and optimiser as before the first step."""
+        """Everything but the weights as before the first step."""
         self.run.activity.clear()
-        self.views, self.average = (cls(self.cfg, self.run, self.model, self.plan) for cls in (Views, Average))
+        self.optimiser = Optimiser(self.model, self.cfg, self.run)
+        self.views, self.average = (part(self.cfg, self.run, self.model, self.plan) for part in (Views, Average))
         if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
             self.run.activity["WARMDOWN"] = Activity(scope="learning rates", unit="lr scale at the end")
         self.pending, self.loss, self.steps, self.elapsed = [], math.nan, 0, 0.0
@@ -1090,12 +992,17 @@ class Trainer:
         """One optimiser step; queues [loss, gradient norm] without waiting for it."""
         gradients, share = self.optimiser.gradients, self.run.world / self.cfg.train_batch_tokens
         gradients.flat.zero_()
-        with self.views.applied(k.qat, k.qna, self.steps):
-            for ids, targets in zip(*(t.tensor_split(self.accumulate) for t in batch)):
-                gradients.backward(self.forward(ids, targets).sum() * share)
+        latent = self.views.enter(k.qat, k.qna, self.steps)
+        for ids, targets in zip(*(t.tensor_split(self.accumulate) for t in batch)):
+            loss = self.forward(ids, targets).sum() * share
+            loss.backward()
+            gradients.flat[-1] += loss.detach()
+        self.views.leave(latent)
         self.pending.append((self.steps, gradients.reduce(self.cfg.grad_clip_norm)))
         self.optimiser.step(k)
-        self.average.update(k, self.steps)
+        scheduled = {"WARMDOWN": k.lr_scale < 1, "QAT": k.qat, "QNA": k.qna > 0}
+        for name in [name for name, on in scheduled.items() if on] + self.average.update(k.snapshot):
+            self.run.activity[name].steps.append(self.steps)
         self.steps += 1
 
     def settle(self, keep: int) -> None:
@@ -1108,81 +1015,63 @@ class Trainer:
                               "and TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
 
     def warm_up(self) -> float:
-        """Runs every variant that the run will need, so that nothing compiles on the clock, and times the toggles; then
-        undoes it all: weights, optimiser, averages, data position. Returns the median seconds per step."""
+        """Runs every variant that the run will need, so that nothing compiles on the clock; then undoes it all: weights,
+        optimiser, averages, data position. Returns the median seconds per step."""
         cfg, weights, seconds = self.cfg, [p.detach().clone() for p in self.model.parameters()], []
         averaging, loader = cfg.swa_enabled or cfg.sqwa_enabled, batches(cfg, self.run, self.split)
+        variants = [Knobs(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
+                    Knobs(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled)]
         for n in range(cfg.warmup_steps):
-            began, qat = time.perf_counter(), cfg.qat_enabled and (n % 2 == 0 or not cfg.qna_enabled)
-            noise = cfg.qna_magnitude * (cfg.qna_enabled and not qat)
-            self.step(next(loader), Knobs(1.0, cfg.muon_momentum, qat, noise, averaging and n == 0))
+            began = time.perf_counter()
+            self.step(next(loader), variants[n % 2])
             self.settle(0)
             seconds.append(time.perf_counter() - began)
         loader.close()
-        work = {"QAT": lambda: self.look(True, 0.0), "QNA": lambda: self.look(False, cfg.qna_magnitude),
-                cfg.average.upper(): lambda: self.average.update(Knobs(1.0, 0.0, snapshot=averaging), 0)}
-        costs = {name: self.run.milliseconds(work[name]) for name in work if name in self.run.activity}
         if cfg.val_loss_every:
-            self.validate()
+            self.score_weights()
         with torch.no_grad():
             torch._foreach_copy_(list(self.model.parameters()), weights)
-        self.optimiser.forget()
         self.restart()
-        for name, cost in costs.items():
-            self.run.activity[name].cost_ms = cost
         return statistics.median(seconds[1:] or seconds)
 
-    def look(self, qat: bool, qna: float) -> None:
-        with self.views.applied(qat, qna, 0):
-            pass
-
-    def validate(self) -> Score:
-        """Bits per byte of the live, latent weights on fixed windows."""
-        return score(self.cfg, self.run, self.forward, self.val, "live")
-
-    def clock(self) -> float:
-        """Training seconds, rank 0's on every rank, so that all take the same decisions."""
-        return self.run.agree(time.perf_counter() - self.started)
+    def score_weights(self, state: State | None = None) -> Score:
+        """These (default: the live, latent) weights on fixed windows."""
+        self.model.load_state_dict(state or {}, strict=False)
+        return score(self.cfg, self.run, self.forward, self.val)
 
     def train(self) -> None:
         """Steps until the budget or ITERATIONS is used up."""
         cfg, run = self.cfg, self.run
         with run.phase("warm-up and compile"):
             run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
-        graphs, schedule, loader = compiled_graphs(), Schedule(cfg), batches(cfg, run, self.split)
-        with run.phase("train"), run.bar(cfg.max_wallclock_seconds or cfg.iterations, "train") as bar:
+        compiled = torch._dynamo.utils.counters["stats"]  # graphs made so far in this process
+        graphs, schedule, loader = compiled["unique_graphs"], Schedule(cfg), batches(cfg, run, self.split)
+        with run.phase("train"), run.bar(cfg.max_wallclock_seconds or cfg.iterations) as bar:
             self.started = time.perf_counter()
             while self.steps < cfg.iterations and not budget_spent(cfg, self.steps, self.elapsed):
                 k = schedule.at(self.steps, self.elapsed)
-                self.mark(k)
                 self.step(next(loader), k)
                 self.settle(0 if self.steps % cfg.train_log_every == 0 else 1)
-                before, self.elapsed = self.elapsed, self.clock()
+                before, self.elapsed = self.elapsed, run.agree(time.perf_counter() - self.started)
                 self.step_seconds.append(self.elapsed - before)
                 bar.update(self.step_seconds[-1] if cfg.max_wallclock_seconds else 1)
                 self.report(k, bar)
             self.settle(0)
-            self.elapsed = self.clock()
+            self.elapsed = run.agree(time.perf_counter() - self.started)
             loader.close()
-        self.recompiles = compiled_graphs() - graphs
+        if "WARMDOWN" in run.activity:
+            run.activity["WARMDOWN"].effect = k.lr_scale - 1
+        self.recompiles = compiled["unique_graphs"] - graphs
         run.log(f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}")
-
-    def mark(self, k: Knobs) -> None:
-        """Enters this step into the activity of every toggle that acts by the schedule."""
-        for name, on in (("WARMDOWN", k.lr_scale < 1), ("QAT", k.qat), ("QNA", k.qna > 0)):
-            if on and name in self.run.activity:
-                if self.run.activity[name].first is None:
-                    self.run.log(f"{name} on from step {self.steps} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})")
-                    self.run.event("phase", name=name, step=self.steps, seconds=self.elapsed)
-                self.run.activity[name].mark(self.steps)
-        if "WARMDOWN" in self.run.activity:
-            self.run.activity["WARMDOWN"].effect = k.lr_scale - 1
 
     def report(self, k: Knobs, bar: tqdm) -> None:
         """Progress bar, log line, re-printed schedule, validation: whatever is due after this step."""
         cfg, run, step = self.cfg, self.run, self.steps
         seconds = statistics.median(self.step_seconds[-20:])
         speed, train_bpb = cfg.train_batch_tokens / seconds, self.loss / math.log(2) / self.bytes_per_token
+        for name in [name for name, a in run.activity.items() if a.steps == [step - 1]]:
+            run.log(f"{name} acts from step {step - 1} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})")
+            run.event("phase", name=name, step=step - 1, seconds=self.elapsed)
         bar.set_postfix_str(f"step {step} loss {self.loss:.3f} bpb ~{train_bpb:.3f} {speed:,.0f} tok/s")
         if step % cfg.train_log_every == 0:
             run.log(f"step {step:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  train bpb ~{train_bpb:.4f}  "
@@ -1191,17 +1080,13 @@ class Trainer:
         if step == 50:
             run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            run.sync()
+            self.settle(0)
             paused = time.perf_counter()
-            live = self.validate()
+            live = self.score_weights()
             size = len(SOURCE) + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1))
             self.started += time.perf_counter() - paused
             run.log(f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)")
             run.event("val", step=step, seconds=self.elapsed, val_bpb=live.bpb, val_loss=live.loss, size_estimate=size)
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 # ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def role_grid(cfg: Config, role: Role) -> Grid:
@@ -1232,7 +1117,6 @@ def prune(cfg: Config, state: State, fraction: float) -> State:
 MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 1
 HEADER = struct.Struct("<8sHBxQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
 MAX_RAW_BYTES = 1 << 30  # a reader allocates no more
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n + 1 bytes, default level; order = number
     "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n + 1), 9),
     "zstd": (lambda raw, level: zstandard.ZstdCompressor(level=level).compress(raw),
@@ -1240,56 +1124,42 @@ COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n 
     "lzma": (lambda raw, level: lzma.compress(raw, preset=level),
              lambda blob, n: lzma.LZMADecompressor().decompress(blob, n + 1), 6)}
 
-def layout(table: list) -> list[tuple[int, str, torch.dtype, list[int]]]:
-    """(section, name, dtype, shape) in file order from rows [name, kind, shape]: all codes, all scales, fp16, fp32."""
-    parts = []
-    for name, kind, shape in table:
-        parts += [(2 + list(DTYPES).index(kind), name, DTYPES[kind], shape)] if kind in DTYPES else [
-            (0, name, torch.int8, shape), (1, name, torch.float16, [*shape[:-1], 1])]
-    return sorted(parts, key=lambda part: part[0])
-
 def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
-    """The artifact: HEADER | compress(u32 length | JSON {config, tensors} | tensors as laid out). No pickle anywhere."""
-    table, stored = [], {}
-    for name in sorted(state, key=lambda n: (n.split(".")[-2:], n)):  # the same matrix of every block side by side
-        w, how = state[name].detach(), plan[name]
-        kind = f"int{how.bits}" if isinstance(how, Grid) else next(k for k, dtype in DTYPES.items() if dtype == how)
-        table.append([name, kind, list(w.shape)])
-        for part, tensor in zip(layout(table[-1:]), how.quantise(w) if isinstance(how, Grid) else [w.to(how)]):
-            stored[part[:2]] = tensor.cpu().numpy().tobytes()
-    head = json.dumps({"config": cfg.knobs("model", "eval"), "tensors": table}).encode()
-    raw = b"".join([struct.pack("<I", len(head)), head, *(stored[part[:2]] for part in layout(table))])
+    """The artifact: HEADER | compress(safetensors of codes, scales and floats, with the configuration). No pickle."""
+    tensors = {}
+    for name, w in state.items():
+        how, w = plan[name], w.detach()
+        parts = zip((":codes", ":scale"), how.quantise(w)) if isinstance(how, Grid) else [("", w.to(how))]
+        tensors |= {name + suffix: part.contiguous().cpu() for suffix, part in parts}
+    raw = safetensors.torch.save(tensors, {"config": json.dumps(cfg.knobs("model", "eval"))})
     compress, _, default = COMPRESSORS[cfg.compressor]
     blob = compress(raw, level if level is not None else default if cfg.compress_level < 0 else cfg.compress_level)
     number = list(COMPRESSORS).index(cfg.compressor)
     return HEADER.pack(MAGIC, FORMAT_VERSION, number, len(raw), hashlib.sha256(blob).digest()) + blob
 
-def unpack(data: bytes, source: str) -> tuple[dict, State]:
+def unpack(path: Path) -> tuple[dict, State]:
     """(knobs, fp32 weights) of an artifact. Refusal on anything that pack would not have written."""
     def check(fine: bool, problem: str) -> None:
         if not fine:
-            raise Refusal(f"{source}: {problem}; the artifact is damaged or not ours: export it again")
-    check(len(data) > HEADER.size and data.startswith(MAGIC), "no GOLFGPT header")
-    _, version, number, size, digest = HEADER.unpack_from(data)
-    check(version == FORMAT_VERSION, f"format version {version}, but this script reads {FORMAT_VERSION}")
-    check(number < len(COMPRESSORS) and 4 < size <= MAX_RAW_BYTES, f"compressor {number} or size {size:,} out of range")
-    check(hashlib.sha256(data[HEADER.size:]).digest() == digest, "checksum differs")
+            raise Refusal(f"{path}: {problem}; not one of our artifacts, or damaged: export it again")
     try:
+        data = path.read_bytes()
+        check(len(data) > HEADER.size and data.startswith(MAGIC), "no GOLFGPT header")
+        _, version, number, size, digest = HEADER.unpack_from(data)
+        check(version == FORMAT_VERSION, f"format version {version}, but this script reads {FORMAT_VERSION}")
+        check(number < len(COMPRESSORS) and 8 < size <= MAX_RAW_BYTES, f"compressor {number}, size {size:,}: out of range")
+        check(hashlib.sha256(data[HEADER.size:]).digest() == digest, "checksum differs")
         raw = list(COMPRESSORS.values())[number][1](data[HEADER.size:], size)
         check(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
-        at, found = 4 + struct.unpack_from("<I", raw)[0], {}
-        head = json.loads(raw[4:at])
-        for section, name, dtype, shape in layout(head["tensors"]):
-            check(all(isinstance(n, int) and n > 0 for n in shape), f"shape {shape}")
-            end = at + math.prod(shape) * dtype.itemsize
-            check(end <= size, f"tensor {name} runs past the end")
-            found[section, name], at = torch.frombuffer(bytearray(raw[at:end]), dtype=dtype).view(shape), end
-        check(at == size, f"{size - at:,} bytes too many")
-        knobs = dict(head["config"])
-    except (ValueError, KeyError, TypeError, struct.error, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as e:
-        raise Refusal(f"{source}: unreadable ({type(e).__name__}); the artifact is damaged or not ours: export it again") from None
-    return knobs, {name: Grid.dequantise(t, found[1, name]) if section == 0 else t.float()
-                   for (section, name), t in found.items() if section != 1}
+        tensors, header = safetensors.torch.load(raw), json.loads(raw[8:8 + struct.unpack_from("<Q", raw)[0]])
+        knobs = dict(json.loads(header["__metadata__"]["config"]))
+        return knobs, {name.removesuffix(":codes"): Grid.dequantise(t, tensors[name.removesuffix("codes") + "scale"])
+                       if name.endswith(":codes") else t.float() for name, t in tensors.items() if not name.endswith(":scale")}
+    except OSError as error:
+        raise Refusal(f"{path}: {error.strerror}; give EVAL_ONLY the path of an artifact.bin") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
+            SafetensorError) as error:
+        check(False, f"unreadable ({type(error).__name__})")
 
 def write_atomic(path: Path, data: bytes) -> None:
     """All of the file or none of it, also when the machine stops in between."""
@@ -1301,8 +1171,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float]:
-    """(artifact, fraction pruned). FIT_TO_CAP bisects for the least extra fraction, in steps of 0.5 %, that fits."""
-    attempts, low, high = {}, 0, int((0.9 - cfg.prune_pct) / 0.005)
+    """(artifact, fraction pruned). FIT_TO_CAP looks for the least extra fraction, in steps of 0.5 %, that fits."""
+    attempts: dict[int, tuple[bytes, float]] = {}
 
     def fits(steps: int) -> bool:
         fraction = cfg.prune_pct + steps * 0.005
@@ -1310,13 +1180,10 @@ def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, floa
         total = len(attempts[steps][0]) + len(SOURCE)
         run.log(f"export: {fraction:.1%} pruned, {total:,} bytes in all")
         return total <= cfg.cap_bytes
-
-    if fits(0) or not cfg.fit_to_cap or not fits(high):
-        return attempts[0]
-    while high - low > 1:  # low does not fit, high does
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return attempts[high]
+    if not fits(0) and cfg.fit_to_cap:
+        bisect.bisect_left(range(1, int((0.9 - cfg.prune_pct) / 0.005)), True, key=fits)
+    good = [steps for steps, (blob, _) in attempts.items() if len(blob) + len(SOURCE) <= cfg.cap_bytes]
+    return attempts[min(good, default=0)]
 
 # ── 12 SCORE ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class Score(NamedTuple):
@@ -1336,22 +1203,20 @@ def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
     return np.stack((first if stride == 0 else np.maximum(end - length, low), end, first), axis=1)
 
 def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
-    """The same targets as windows(0, n, ...), each from the start of its own document at the earliest. A document's last
-    target is the next one's BOS, as in the stream, so that both modes score the same set."""
-    n = len(val.target_bytes)
+    """The same targets as windows(0, n, ...), none with context before its document (whose last target is the next BOS)."""
+    n = val.n
     edges = np.unique(np.concatenate(([0], val.doc_starts[val.doc_starts < n], [n])))
     return np.concatenate([windows(a, b, length, stride) for a, b in zip(edges[:-1], edges[1:])])
 
 class Sheet:
     """Nats of every validation target, written exactly once by some rank."""
     def __init__(self, cfg: Config, run: Run, val: Validation):
-        self.cfg, self.run, self.val, self.n, self.began = cfg, run, val, len(val.target_bytes), time.perf_counter()
+        self.cfg, self.run, self.val, self.n, self.began = cfg, run, val, val.n, time.perf_counter()
         self.nats = torch.zeros(self.n + 1, device=run.device)  # the extra slot takes what padding computes
         self.hits = torch.zeros(self.n + 1, dtype=torch.int32, device=run.device)
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-        """(windows, tokens per row, scored slots per row) for this rank: windows of like shape together, constant shapes
-        when compiled, dealt out batch by batch."""
+        """This rank's (windows, tokens per row, scored slots per row): like shapes together, constant when compiled."""
         size, stride, length, number = self.cfg.eval_batch_seqs, self.cfg.eval_stride, self.cfg.window, itertools.count()
         spans, targets = rows[:, 1] - rows[:, 0], rows[:, 1] - rows[:, 2]
         tokens = np.minimum(-(-spans // 64) * 64, length) if not self.run.compile else np.full(len(rows), length)
@@ -1388,32 +1253,32 @@ class Sheet:
         nats, size = self.nats[:-1].double().sum().item(), int(self.val.target_bytes.sum())
         return Score(nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began)
 
-def score(cfg: Config, run: Run, forward: Callable, val: Validation, label: str, rows: np.ndarray | None = None) -> Score:
+def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None) -> Score:
     """Scores the whole validation set in these windows (default: fixed ones)."""
-    rows = windows(0, len(val.target_bytes), cfg.window, 0) if rows is None else rows
+    rows = windows(0, val.n, cfg.window, 0) if rows is None else rows
     sheet = Sheet(cfg, run, val)
-    with run.bar(len(rows), f"score {label}") as bar:
+    with run.bar(len(rows)) as bar:
         sheet.fill(forward, rows, bar)
     return sheet.total()
 
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
-    """Score-first chunked SGD (#549, #975): a chunk is scored, and only then learned from; the last one is not. The
+    """Score-first chunked SGD (momentum 0.9, clip 1; #549, #975): a chunk is scored, and only then learned from; the last one is not. The
     model is changed. Each SGD step is the same on every rank: rows are dealt out and gradients averaged."""
     frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks] for p in block.parameters()}
     params = [p for p in model.parameters() if id(p) not in frozen]
-    gradients, optimiser = Gradients(params, run), torch.optim.SGD(params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
+    gradients, optimiser = Gradients(params, run), torch.optim.SGD(params, lr=cfg.ttt_lr, momentum=0.9)
     sheet, chunk = Sheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
-    with run.bar(len(rows), "score ttt") as bar:
+    with run.bar(len(rows)) as bar:
         for c in range(last := int(chunk[-1])):
             sheet.fill(model, rows[chunk == c], bar)
             tokens = val.tokens[c * cfg.ttt_chunk_tokens:(c + 1) * cfg.ttt_chunk_tokens + 1].long()
             optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / last))
-            pairs = list(zip(*(t.view(-1, cfg.window).split(cfg.ttt_batch_seqs) for t in (tokens[:-1], tokens[1:]))))
+            pairs = list(zip(*(t.view(-1, cfg.window).split(cfg.eval_batch_seqs) for t in (tokens[:-1], tokens[1:]))))
             for x, y in pairs * cfg.ttt_epochs:
                 gradients.flat.zero_()
                 if len(mine := x[run.rank::run.world]):
-                    gradients.backward(model(mine, y[run.rank::run.world]).sum() * (run.world / y.numel()))
-                gradients.reduce(cfg.ttt_grad_clip)
+                    (model(mine, y[run.rank::run.world]).sum() * (run.world / y.numel())).backward()
+                gradients.reduce(clip=1.0)
                 optimiser.step()
         sheet.fill(model, rows[chunk == last], bar)
     return sheet.total()
@@ -1421,20 +1286,12 @@ def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np
 # ── 13 REPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
 MODEL_TOGGLES = {"SMEAR_GATE": False, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": False, "XSA_LAST_N": 0, "LN_SCALE": False}
 
-class Produced(NamedTuple):
-    """What training leaves behind, besides the artifact on disk."""
-    trainer: Trainer
-    live: State
-    averages: dict[str, State]
-    final: State  # what was exported: the average that the config names, else the live weights
-    pruned: float
-
-def prove(cfg: Config, run: Run, made: Produced, val: Validation, attend: Callable) -> None:
-    """Measures each toggle's effect: nats on one fixed batch of validation text with it on, minus with it off."""
-    length = min(len(val.target_bytes), cfg.train_seq_len)
-    rows = min(len(val.target_bytes) // length, 8)
+def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable) -> None:
+    """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
+    length = min(val.n, cfg.train_seq_len)
+    rows = min(val.n // length, 8)
     ids, targets = (val.tokens[i:i + rows * length].long().view(rows, length) for i in (0, 1))
-    trainer, model, activity = made.trainer, made.trainer.model, run.activity
+    model, activity = trainer.model, run.activity
 
     @torch.no_grad()
     def loss(model: GPT, state: State | None = None) -> float:
@@ -1444,25 +1301,31 @@ def prove(cfg: Config, run: Run, made: Produced, val: Validation, attend: Callab
     def both_ways(model: GPT) -> float:
         return run.milliseconds(lambda: torch.autograd.grad(model(ids, targets).mean(), list(model.parameters())))
 
-    for name, state in made.averages.items():
-        activity[name.upper()].effect = loss(model, state) - loss(model, made.live)
-    base = loss(model, made.live)
+    base = loss(model, trainer.live)
     for name in trainer.views.banks:
-        with trainer.views.applied(name == "QAT", cfg.qna_magnitude, 0):
-            activity[name].effect = loss(model) - base
+        enter, leave = partial(trainer.views.enter, name == "QAT", cfg.qna_magnitude, 0), trainer.views.leave
+        latent = enter()
+        activity[name].effect = loss(model) - base
+        leave(latent)
+        activity[name].cost_ms = run.milliseconds(lambda: leave(enter()))
+    for name, state in trainer.averages.items():
+        activity[name.upper()].effect = loss(model, state) - base
+    if cfg.average != "none":
+        activity[cfg.average.upper()].cost_ms = run.milliseconds(partial(trainer.average.update, cfg.average != "ema"))
+    model.load_state_dict(trainer.live)
     for name, off in MODEL_TOGGLES.items():
         if getattr(cfg, name.lower()) != off:
             without = build_model(dataclasses.replace(cfg, **{name.lower(): off}), run, attend)
             extra = [p.numel() for key, p in model.named_parameters() if key not in without.state_dict()]
-            activity[name] = Activity(len(extra), sum(extra), "the model; ms forward + backward, eager", first=0,
-                                      last=trainer.steps - 1, steps=trainer.steps, effect=base - loss(without, made.live),
-                                      cost_ms=both_ways(model) - both_ways(without))
-    if made.pruned:
-        off, on = ({name: shipped(w, trainer.plan[name]) for name, w in state.items()}
-                   for state in (made.final, prune(cfg, made.final, made.pruned)))
+            effect, cost_ms = base - loss(without, trainer.live), both_ways(model) - both_ways(without)
+            activity[name] = Activity(len(extra), sum(extra), "the model; ms forward + backward, eager", "nats",
+                                      list(range(trainer.steps)), effect, cost_ms)
+    if trainer.pruned:
+        off, on = ({name: shipped(w, trainer.plan[name]) for name, w in prune(cfg, trainer.final, share).items()}
+                   for share in (0.0, trainer.pruned))
         changed = [int((on[name] != off[name]).sum()) for name in on]
-        activity["PRUNE_PCT"] = Activity(sum(n > 0 for n in changed), sum(changed), f"export, {made.pruned:.1%} asked for",
-                                         steps=1, effect=loss(model, on) - loss(model, off))
+        activity["PRUNE_PCT"] = Activity(sum(n > 0 for n in changed), sum(changed), f"export, {trainer.pruned:.1%}", "nats",
+                                         [trainer.steps], loss(model, on) - loss(model, off))
 
 def environment(run: Run) -> dict:
     """Hardware and versions that figures depend on."""
@@ -1473,58 +1336,52 @@ def environment(run: Run) -> dict:
                 python=platform.python_version(), torch=torch.__version__,
                 variables={k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "OMP_", "GOMP_", "TORCH_"))})
 
-def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Path, made: Produced | None) -> dict:
+def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Path, trainer: Trainer | None) -> dict:
     """result.json: everything the final table says, and what it takes to reproduce it."""
-    mode, final = list(scores.items())[-1]
+    (mode, final), steps = list(scores.items())[-1], trainer.steps if trainer else 0
     bpb, total, flat = {name: s.bpb for name, s in scores.items()}, len(SOURCE) + path.stat().st_size, "sliding"
     for name, isolated in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt")):
         if isolated in bpb:
             flat = flat if flat in bpb else "quantised"
-            run.activity[name] = Activity(scope=f"scoring, against {flat}", unit="bpb", steps=1, effect=bpb[isolated] - bpb[flat])
-    inactive = [name for name, a in run.activity.items() if not a.active]
+            run.activity[name] = Activity(scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=bpb[isolated] - bpb[flat])
+    toggles = {name: a.row(steps) for name, a in run.activity.items()}
+    inactive = [name for name, row in toggles.items() if not row["active"]]
     code = 3 if total > cfg.cap_bytes else 4 if inactive and cfg.strict else 0
-    steps, world = (made.trainer.steps, run.world) if made else (0, run.world)
     training = dict(
-        steps=steps, tokens_seen=steps * cfg.train_batch_tokens, train_seconds=made.trainer.elapsed,
-        step_ms_median=statistics.median(made.trainer.step_seconds) * 1e3, recompiles=made.trainer.recompiles,
-        params=sum(w.numel() for w in made.live.values()), average=cfg.average, pruned=made.pruned, live_val_bpb=bpb["live"],
-        averaged_val_bpb=bpb.get("averaged"), quant_gap_bpb=bpb["quantised"] - bpb.get("averaged", bpb["live"])) if made else {}
+        steps=steps, tokens_seen=steps * cfg.train_batch_tokens, train_seconds=trainer.elapsed, recompiles=trainer.recompiles,
+        step_ms_median=statistics.median(trainer.step_seconds) * 1e3, params=sum(w.numel() for w in trainer.live.values()),
+        average=cfg.average, pruned=trainer.pruned, live_val_bpb=bpb["live"], averaged_val_bpb=bpb.get("averaged"),
+        quant_gap_bpb=bpb.get("unfitted", bpb["quantised"]) - bpb.get("averaged", bpb["live"]),
+        fit_cost_bpb=bpb["quantised"] - bpb["unfitted"] if "unfitted" in bpb else None) if trainer else {}
     return dict(
         schema=SCHEMA_VERSION, exit_code=code, val_bpb=final.bpb, val_loss=final.loss, val_tokens=final.targets,
         val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"], **training, artifact_path=str(path),
         artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total, cap_bytes=cfg.cap_bytes,
-        under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=world,
-        scores={name: s._asdict() for name, s in scores.items()}, inactive=inactive, toggles=
-        {name: dataclasses.asdict(a) | {"active": a.active, "share_of_steps": a.steps / max(steps, 1)}
-         for name, a in run.activity.items()}, **environment(run), config=cfg.knobs(), non_default=
-        [f.name for f in KNOBS if getattr(cfg, f.name) != f.default], code_sha256=hashlib.sha256(SOURCE).hexdigest(),
-        config_sha256=cfg.digest(), data=data)
+        under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=run.world,
+        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": EVAL_LIMIT_SECONDS}, inactive=inactive,
+        scores={name: s._asdict() for name, s in scores.items()}, toggles=toggles, **environment(run), config=cfg.knobs(),
+        non_default=cfg.non_default(), code_sha256=CODE_SHA256, config_sha256=cfg.digest(), data=data)
 
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
-    what = {"live": "live weights, fixed windows", "averaged": f"averaged ({r.get('average')}), fixed windows",
-            "quantised": "read back from the artifact, fixed windows", "sliding": "read back, sliding windows",
-            "documents": "read back, document-isolated", "ttt": "read back, score-first test-time training"}
-    stages = [(what[name], f"{s['bpb']:.6f}", f"{s['loss']:.6f}", f"{s['seconds']:.1f}") for name, s in r["scores"].items()]
-    if "quant_gap_bpb" in r:
-        stages.append(("quantisation gap (same windows)", f"{r['quant_gap_bpb']:+.6f}", "", ""))
-    headroom = r["cap_bytes"] - r["total_bytes"]
-    size = [("code as shipped", r["code_bytes"]), ("artifact", r["artifact_bytes"]), ("total", r["total_bytes"]),
-            ("cap", r["cap_bytes"]), ("headroom" if headroom >= 0 else "OVER CAP BY", abs(headroom))]
-    toggles = [(name, "yes" if t["active"] else "INACTIVE", f"{t['first']} .. {t['last']}" if t["first"] is not None else "-",
-                f"{t['share_of_steps']:.0%}", f"{t['tensors']} / {t['params']:,}",
-                "-" if t["effect"] is None else f"{t['effect']:+.5f} {t['unit']}",
-                "-" if t["cost_ms"] is None else f"{t['cost_ms']:.2f}", t["scope"]) for name, t in r["toggles"].items()]
-    return "\n\n".join(["", *(text_table(rows) for rows in (
-        [("", "bits per byte", "nats per token", "seconds"), *stages],
-        [("size", "bytes"), *((name, f"{n:,}") for name, n in size)],
-        [("time ledger", "seconds"), *((name, f"{s:.1f}") for name, s in r["seconds"].items())],
-        [("toggle", "acted", "steps", "share", "tensors / weights", "on minus off", "ms", "on what"), *toggles]))] + [
-        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, {r['val_bytes']:,} bytes), "
-        f"{r['total_bytes']:,} bytes in all, exit code {r['exit_code']}: {EXIT_CODES[r['exit_code']]}"])
+    def cell(value) -> str:
+        return "-" if value is None else f"{value:.6f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+
+    total, mode = r["total_bytes"], r["scored"]
+    size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
+            "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
+    tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": {
+        name: {"seconds": f"{s:.1f}", "limit": r["limits"].get(name)} for name, s in r["seconds"].items()}, "toggle": r["toggles"]}
+    return "\n\n".join(["", *(text_table([(title, *next(iter(rows.values()))), *((name, *map(cell, row.values()))
+                                                                              for name, row in rows.items())])
+                              for title, rows in tables.items() if rows)] + [
+        f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None] + [
+        f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]] + [
+        f"RESULT val_bpb {r['val_bpb']:.6f} ({mode}, {r['val_tokens']:,} targets, {r['val_bytes']:,} bytes), "
+        f"{total:,} bytes in all, exit code {r['exit_code']}: {EXIT_CODES[r['exit_code']]}"])
 
 # ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, attend: Callable) -> Produced:
+def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, attend: Callable) -> Trainer:
     """Train, average, export; the artifact is on disk before anything is scored."""
     model = build_model(cfg, run, attend)
     plan = export_plan(cfg, model)
@@ -1538,22 +1395,24 @@ def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, at
                       "KEEP_FLOAT_MAX_NUMEL, or set STRICT=0", 4)
     trainer.train()
     with run.phase("average"):
-        live, averages = {n: p.detach().clone() for n, p in model.named_parameters()}, trainer.average.results()
+        trainer.live = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer.averages = {n: {k: w.clone() for k, w in s.items()} for n, s in trainer.average.results().items()}
         if cfg.average != "none":
             a = run.activity[cfg.average.upper()]
-            run.log(f"average: {cfg.average} {a.scope}, {a.steps} snapshots, steps {a.first} to {a.last}; applied: "
-                    + ("yes" if cfg.average in averages else "NO, none was taken"))
-    final = averages.get(cfg.average, live)
+            run.log(f"average: {cfg.average} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; "
+                    + ("applied: yes" if cfg.average in trainer.averages else "applied: NO, none was taken"))
+    trainer.final = trainer.averages.get(cfg.average, trainer.live)
     with run.phase("quantise and compress"):
-        blob, pruned = export(cfg, run, final, plan)
+        blob, trainer.pruned = export(cfg, run, trainer.final, plan)
+        trainer.unfitted = {n: shipped(w, plan[n]) for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
+                            } if trainer.pruned > cfg.prune_pct else None  # quantised, without what FIT_TO_CAP pruned
         if run.rank == 0:
             write_atomic(run.dir / "artifact.bin", blob)
         run.agree(None)  # nobody reads before it is written
-    return Produced(trainer, live, averages, final, pruned)
+    return trainer
 
 def inherit(cfg: Config, knobs: dict) -> Config:
-    """EVAL_ONLY: the artifact's model and scoring knobs. A model knob that the environment sets to another value is
-    refused; a scoring knob that it sets wins."""
+    """The artifact's model and scoring knobs. The environment may set scoring knobs, but no other model."""
     for name, value in cfg.knobs("model").items():
         if name.upper() in cfg.given and knobs.get(name) != value:
             raise Refusal(f"{name.upper()}={value}: {cfg.eval_only} was made with {knobs.get(name)}; unset it")
@@ -1563,59 +1422,55 @@ def inherit(cfg: Config, knobs: dict) -> Config:
     except TypeError as error:
         raise Refusal(f"EVAL_ONLY={cfg.eval_only}: bad configuration inside ({error}); export it again") from None
 
-def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, made: Produced | None) -> dict[str, Score]:
-    """The read-back weights in every mode asked for, on the same targets, the run's result last; before them the float
-    weights on fixed windows, where this process has them."""
+def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None) -> dict[str, Score]:
+    """The trainer's weights on fixed windows, then the read-back ones in every mode asked for; the last is the result."""
     model = build_model(cfg, run, attend)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise Refusal(f"artifact: tensors do not fit its configuration ({str(error).splitlines()[-1].strip()})") from None
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-    n, scores = len(val.target_bytes), {}
-    modes = {"quantised": windows(0, n, cfg.window, 0)}
+    flat = windows(0, val.n, cfg.window, cfg.eval_stride)
+    work: dict[str, Callable[[], Score]] = {"quantised": lambda: score(cfg, run, forward, val)}
     if cfg.eval_stride:
-        modes["sliding"] = windows(0, n, cfg.window, cfg.eval_stride)
+        work["sliding"] = lambda: score(cfg, run, forward, val, flat)
     if cfg.doc_isolated_eval:
-        modes["documents"] = document_windows(val, cfg.window, cfg.eval_stride)
+        work["documents"] = lambda: score(cfg, run, forward, val, document_windows(val, cfg.window, cfg.eval_stride))
     if cfg.ttt_mode == "sgd":
-        modes["ttt"] = windows(0, n, cfg.window, cfg.eval_stride)
-    floats = {"live": made.live, "averaged": made.averages.get(cfg.average)} if made else {}
-    for name, weights in [*((n, w) for n, w in floats.items() if w), *((n, None) for n in modes)]:
+        work["ttt"] = lambda: test_time_train(cfg, run, model, val, flat)
+    if trainer:
+        floats = {"live": trainer.live, "averaged": trainer.averages.get(cfg.average), "unfitted": trainer.unfitted}
+        work = {name: partial(trainer.score_weights, state) for name, state in floats.items() if state} | work
+    scores = {}
+    for name, job in work.items():
         with run.phase(f"score {name}"):
-            if weights:
-                made.trainer.model.load_state_dict(weights)
-                scores[name] = score(cfg, run, made.trainer.forward, val, name)
-            else:
-                scores[name] = (test_time_train(cfg, run, model, val, modes[name]) if name == "ttt"
-                                else score(cfg, run, forward, val, name, modes[name]))
+            scores[name] = job()
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
     return scores
 
 def main(cfg: Config) -> dict:
     """One run: tokens -> train -> average -> quantise -> pack -> disk -> read back -> score. Returns result.json."""
-    run, code = Run(cfg), hashlib.sha256(SOURCE).hexdigest()
+    run = Run(cfg)
     try:
-        run.log(f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {code[:12]}")
+        run.log(f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {CODE_SHA256[:12]}")
         path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
         if cfg.eval_only:
-            cfg = inherit(cfg, read_artifact(path)[0])
-        changed = [f"{f.name.upper()}={getattr(cfg, f.name)}" for f in KNOBS if getattr(cfg, f.name) != f.default]
-        run.log("settings that differ from the defaults: " + (", ".join(changed) or "none"))
+            cfg = inherit(cfg, unpack(path)[0])
+        run.log("settings: " + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults"))
         run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=environment(run))
         with run.phase("data"):
-            splits = {name: Split(cfg, name) for name in (("val",) if cfg.eval_only else ("val", "train"))}
-            val, data = load_validation(cfg, run, splits["val"]), check_data(cfg, splits)
+            splits = {name: Split(cfg, name) for name in ["val", "train"][:1 if cfg.eval_only else 2]}
+            val, data = Validation(cfg, run, splits["val"]), check_data(cfg, splits)
         run.log("data: " + ", ".join(f"{key} {value}" for key, value in data.items()))
         attend = choose_attention(cfg, run)
-        made = None if cfg.eval_only else produce(cfg, run, splits, val, attend)
+        trainer = None if cfg.eval_only else produce(cfg, run, splits, val, attend)
         with run.phase("read back"):
-            _, state = read_artifact(path)
-        scores = score_all(cfg, run, state, val, attend, made)
-        if made:
+            _, state = unpack(path)
+        scores = score_all(cfg, run, state, val, attend, trainer)
+        if trainer:
             with run.phase("prove toggles"):
-                prove(cfg, run, made, val, attend)
-        report = result(cfg, run, scores, data, path, made)
+                prove(cfg, run, trainer, val, attend)
+        report = result(cfg, run, scores, data, path, trainer)
         if run.rank == 0:
             write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
         run.log(final_table(report))
@@ -1626,18 +1481,11 @@ def main(cfg: Config) -> dict:
         run.event("stopped", phase=run.phase_name, error=f"{type(error).__name__}: {error}")
         raise
 
-def read_artifact(path: Path) -> tuple[dict, State]:
-    try:
-        return unpack(path.read_bytes(), str(path))
-    except OSError as error:
-        raise Refusal(f"{path}: {error.strerror}; give EVAL_ONLY the path of an artifact.bin") from None
-
 def command_line(arguments: list[str]) -> int:
     """Runs the configuration in the environment; returns the exit code."""
     if arguments:
         print(help_text() if arguments == ["--help"] else f"{arguments[0]}: settings are environment variables; see --help")
         return 0 if arguments == ["--help"] else 2
-
     def terminate(*_):
         raise Refusal("terminated by SIGTERM", 143)
     signal.signal(signal.SIGTERM, terminate)
