@@ -16,7 +16,7 @@ import train_gpt
 
 torch.set_num_threads(1)
 
-TINY = dict(vocab_size=320, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=512,
+TINY = dict(vocab_size=384, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=512,
             keep_float_max_numel=512, iterations=6, max_wallclock_seconds=0.0, warmup_steps=1, warmdown_iters=4,
             train_log_every=2, val_loss_every=0, eval_stride=16, val_max_tokens=1500, compress_level=1,
             muon_momentum_warmup_steps=10)
@@ -31,13 +31,13 @@ def write_shard(path: Path, tokens) -> None:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, worker_id) -> Path:
-    """A folder with tokenizer.model (320 pieces), one training and one validation shard, from Python's own help topics."""
+    """A folder with tokenizer.model (384 pieces), one training and one validation shard, from Python's own help topics."""
     from pydoc_data.topics import topics
     folder = tmp_path_factory.mktemp("data")
     documents = [" ".join(text.split()) for _, text in sorted(topics.items())]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), vocab_size=320, model_type="bpe", pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="nmt_nfkc",
+        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), vocab_size=384, model_type="bpe", pad_id=0,
+        bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, character_coverage=0.999, add_dummy_prefix=False, normalization_rule_name="nmt_nfkc",
         num_threads=1, max_sentence_length=200_000, minloglevel=2)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     encoded = [[1, *sp.encode(text)] for text in documents]
