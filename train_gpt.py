@@ -450,12 +450,14 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
 
 def batches(cfg: Config, run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64 on the device. Step n covers tokens
-    [n * B, n * B + B] of the stream on any number of ranks; the next two steps are read ahead in a thread."""
-    def load(n: int) -> list[Tensor]:
-        size = cfg.train_batch_tokens
-        tokens = torch.from_numpy(split.take(n * size, size + 1))  # every rank checks the whole step: all refuse, or none
-        pair = [t.view(-1, cfg.train_seq_len).tensor_split(run.world)[run.rank] for t in (tokens[:-1], tokens[1:])]
+    """Endless (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64 on the device; two steps are read ahead in a
+    thread. The rows of a step are the same on any number of ranks and lie evenly spaced in the stream, each where its
+    predecessor of the last step ended: a small batch is not one document, and an epoch still sees every row once."""
+    length, rows = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
+    starts = [split.tokens * row // rows for row in range(rows)]
+    def load(n: int) -> list[Tensor]:  # every rank checks the tokens of the whole step: all refuse, or none
+        tokens = torch.from_numpy(np.stack([split.take(start + n * length, length + 1) for start in starts]))
+        pair = [t.tensor_split(run.world)[run.rank].contiguous() for t in (tokens[:, :-1], tokens[:, 1:])]
         return [t.pin_memory() for t in pair] if run.cuda else pair
     with ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load, n) for n in range(2)]

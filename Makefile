@@ -1,0 +1,68 @@
+# make train | test | ...  Every setting of train_gpt.py can be given: make train SEED=7 QAT_ENABLED=0
+PYTHON ?= python3
+GPUS   := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')
+CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+help:
+	@echo "make train    train, average, quantise, compress, read back, score. FineWeb if it is here, else a demo on text"
+	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 4 minutes on 2 cores)"
+	@echo "make test     the test suite, on the CPU"
+	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
+	@echo "make readme   regenerate the tables of README.md from the code and the committed logs"
+
+# Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
+ifeq ($(GPUS),0)
+RANKS := $(if $(filter 1,$(CORES)),1,2)
+export MODEL_DIM ?= 128
+export NUM_HEADS ?= 4
+export NUM_KV_HEADS ?= 2
+export TRAIN_SEQ_LEN ?= 256
+export TRAIN_BATCH_TOKENS ?= 1024
+export KEEP_FLOAT_MAX_NUMEL ?= 4096
+export MUON_MOMENTUM ?= 0.95
+export MUON_MOMENTUM_WARMUP_STEPS ?= 100
+export WARMDOWN_FRAC ?= 0.5
+export QAT_ENABLED ?= 1
+export EMA_ENABLED ?= 1
+export EMA_DECAY ?= 0.97
+export MAX_WALLCLOCK_SECONDS ?= 90
+export WARMUP_STEPS ?= 3
+export TRAIN_LOG_EVERY ?= 50
+export VAL_LOSS_EVERY ?= 0
+export VAL_MAX_TOKENS ?= 32768
+export OMP_NUM_THREADS ?= 1
+# OpenMP threads that spin at barriers are up to 35 times slower beside a busy process
+export GOMP_SPINCOUNT ?= 1000
+else
+RANKS := $(GPUS)
+endif
+
+# Without FineWeb, and unless you name other data: the demo text.
+ifeq ($(DATA_PATH)$(wildcard data/datasets/fineweb10B_sp1024/fineweb_train_*.bin),)
+DEMO_DATA := data/demo/manifest.json
+export DATA_PATH := data/demo
+export TOKENIZER_PATH := data/demo/tokenizer.model
+export MAX_WALLCLOCK_SECONDS ?= 90
+endif
+
+train: .venv/installed $(DEMO_DATA)
+	.venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py
+
+test: .venv/installed
+	env -i PATH="$$PATH" HOME="$$HOME" GOLF_DATA="$$GOLF_DATA" .venv/bin/python -m pytest -q -n $(CORES) --dist worksteal tests
+
+knobs: .venv/installed
+	@.venv/bin/python train_gpt.py --help
+
+readme: .venv/installed
+	.venv/bin/python tests/readme_tables.py
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+data/demo/manifest.json: | .venv/installed
+	.venv/bin/python prepare_data.py demo --out data/demo
+
+.PHONY: help train test knobs readme
