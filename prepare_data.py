@@ -204,7 +204,7 @@ def text_documents(inputs: list[Path], field: str) -> Iterator[str]:
 DEMO_PACKAGES = ("huggingface_hub", "mpmath", "networkx", "numpy", "sympy", "torch")
 # Tests are code with few words; site-packages lies inside the standard library's folder.
 DEMO_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-DEMO_MIN_CHARACTERS = 400
+DEMO_MIN_CHARACTERS = 300
 DEMO_VAL_FRACTION, DEMO_VAL_CHARACTERS = 0.02, 400_000
 STOP_WORDS = frozenset("the of to and a in is for that it as be this with by or are an from if on not".split())
 STOP_WORD_SHARE = 0.12  # English prose has about a third, code and tables of output next to none
@@ -232,27 +232,24 @@ def demo_files() -> list[Path]:
     ]
 
 
-def is_english(text: str) -> bool:
-    """Tell prose from code by its share of little words."""
+def is_demo_document(text: str) -> bool:
+    """Tell prose of some length from remarks and from code, by its share of little words."""
     words = text.lower().split()
-    return sum(word in STOP_WORDS for word in words) >= max(1, STOP_WORD_SHARE * len(words))
+    english = sum(word in STOP_WORDS for word in words) >= STOP_WORD_SHARE * len(words)
+    return len(text) >= DEMO_MIN_CHARACTERS and english
 
 
-def module_text(path: Path) -> str:
-    """Join the English docstrings of one module in source order; a repeated one counts once."""
+def module_documents(path: Path) -> list[str]:
+    """Return the English docstrings of useful length in one module: each is a document."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return ""  # a template, or kept for a Python of long ago
+        return []  # a template, or kept for a Python of long ago
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted(
-        (node for node in ast.walk(tree) if isinstance(node, documented)),
-        key=lambda node: getattr(node, "lineno", 0),  # the module itself has none and comes first
-    )
-    docstrings = dict.fromkeys(ast.get_docstring(node) or "" for node in nodes)
-    return "\n\n".join(filter(is_english, docstrings))
+    docstrings = (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented))
+    return [text for text in docstrings if is_demo_document(text)]
 
 
 def demo_documents(workers: int) -> list[str]:
@@ -262,9 +259,9 @@ def demo_documents(workers: int) -> list[str]:
     """
     files = demo_files()
     with worker_pool(workers) as pool:
-        modules = pool.map(module_text, files, chunksize=32)
-        texts = [*tqdm(modules, "modules", len(files), disable=None), *topics.values()]
-    keyed = {document_key(text): text for text in texts if len(text) >= DEMO_MIN_CHARACTERS and is_english(text)}
+        modules = tqdm(pool.map(module_documents, files, chunksize=32), "modules", len(files), disable=None)
+        texts = [text for documents in modules for text in documents] + list(filter(is_demo_document, topics.values()))
+    keyed = {document_key(text): text for text in texts}
     return [keyed[key] for key in sorted(keyed)]
 
 
