@@ -36,7 +36,7 @@ EXIT_CODES = {0: "good", 2: "bad configuration or data", 3: "over the size cap (
 class Refusal(Exception):
     """Ends the run with one line that names the thing, its value and the remedy; `code` is a key of EXIT_CODES."""
     def __init__(self, message: str, code: int = 2):
-        super().__init__(message)
+        super().__init__("\\n".join(message.splitlines()))
         self.code = code
 
 def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), seeds="", scope="train"):
@@ -57,7 +57,7 @@ class Config:
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
     run_id: str = run_knob("", "name", "empty: date, time, config hash and seed; an existing one is refused")
     eval_only: str = run_knob("", "file", "score this artifact and train nothing")
-    seed: int = run_knob(1337, "", "initial weights and quantisation noise", lo=0, seeds="989 975")
+    seed: int = run_knob(1337, "", "initial weights and quantisation noise", lo=0, hi=2 ** 32 - 1, seeds="989 975")
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
     attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=("auto", "fa3", "fa2", "sdpa"))
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
@@ -82,7 +82,7 @@ class Config:
     ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
     ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
     smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding", seeds="145 199")
-    smear_pos: str = model_knob("pre_norm", "", "before or after the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975")
+    smear_pos: str = model_knob("pre_norm", "", "its place at the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975")
     smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
     bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975")
     bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
@@ -98,9 +98,9 @@ class Config:
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
     muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0, seeds="145 199 989 975")
     bigram_proj_opt: str = knob("muon", "", "optimiser of the BigramHash projection", choices=("muon", "adam"), seeds="975")
-    beta1: float = knob(0.9, "", "AdamW", lo=0, hi=1)
-    beta2: float = knob(0.95, "", "AdamW", lo=0, hi=1)
-    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=1, seeds="989 975")
+    beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
+    beta2: float = knob(0.95, "", "AdamW", lo=0, hi=0.9999)
+    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999, seeds="989 975")
     adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
     adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0, seeds="989 975")
     grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0, seeds="145 199")
@@ -117,7 +117,7 @@ class Config:
     # Quantisation-aware training and noise
     qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", seeds="145 194 989 975")
     qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS, seeds="145 989 975")
-    qat_start: float = knob(0.0, "", "lr scale below / fraction of ITERATIONS / fraction of the run", lo=0, hi=1, seeds="145 989 975")
+    qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / share of the run", lo=0, hi=1, seeds="145 989 975")
     qat_scope: str = knob("exported", "", "all that export quantises; no tables; #975's few", choices=SCOPES, seeds="145 194 975")
     qat_grid: str = knob("export", "", "clip of the fake grid: QUANT_CLIP, or amax", choices=("export", "amax"), seeds="194 975")
     qna_enabled: bool = knob(False, "", "uniform noise of one quantisation step, annealed with the lr", seeds="975")
@@ -129,14 +129,14 @@ class Config:
     swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS, seeds="199")
     swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, seeds="199 194 975")
     swa_every: int = knob(50, "steps", "between snapshots", lo=1)
-    swa_dtype: str = knob("fp32", "", "of the sums; native: bf16 tables (#194)", choices=("fp32", "native", "bf16"), seeds="194 989")
+    swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=("fp32", "native", "bf16"), seeds="194 989")
     ema_enabled: bool = knob(False, "", "exponential moving average, every step", seeds="975")
     ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
     sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", seeds="975")
     # Export
     quant_bits_mlp: int = knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989")
     quant_bits_attn: int = knob(6, "bits", "attention matrices", choices=BITS, seeds="145 199")
-    quant_bits_bigram: int = knob(6, "bits", "BigramHash table, its and the value embedding's projection", choices=BITS, seeds="975")
+    quant_bits_bigram: int = knob(6, "bits", "BigramHash table, projections of small tables", choices=BITS, seeds="975")
     quant_bits_embed: int = knob(16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975")
     quant_clip: str = knob("quantile", "", "largest weight of a row", choices=("amax", "quantile", "search5"), seeds="989 975")
     quant_codes: str = knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989")
@@ -160,10 +160,11 @@ class Config:
     ttt_chunk_tokens: int = eval_knob(32768, "tokens", "chunk", lo=1)
     ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
     given: frozenset = field(default=frozenset(), compare=False)  # names that the environment set
-
     def __post_init__(self):
         for f in KNOBS:
             name, value, m = f.name.upper(), getattr(self, f.name), f.metadata
+            if isinstance(value, float) and not math.isfinite(value):
+                raise Refusal(f"{name}={value}: must be a finite number")
             if m["choices"] and value not in m["choices"]:
                 raise Refusal(f"{name}={value}: choose one of {', '.join(map(str, m['choices']))}")
             if m["lo"] is not None and not m["lo"] <= value <= (math.inf if m["hi"] is None else m["hi"]):
@@ -171,7 +172,6 @@ class Config:
         for broken, message in self.conflicts():
             if broken:
                 raise Refusal(message)
-
     def conflicts(self) -> list[tuple[bool, str]]:
         """(is violated, message) for every rule that involves more than one knob."""
         window, head, ve, ttt = self.window, self.model_dim // self.num_heads, self.ve_layers.split(","), self.ttt_mode != "none"
@@ -183,9 +183,10 @@ class Config:
             (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS",
              f"must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
             (self.eval_stride > window, "EVAL_STRIDE", f"must not exceed the window of {window} tokens"),
+            (self.mlp_mult * self.model_dim < 1, "MLP_MULT", f"leaves no hidden unit at MODEL_DIM={self.model_dim}"),
             (self.xsa_last_n > self.num_layers, "XSA_LAST_N", f"the model has {self.num_layers} blocks"),
             (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "needs 2 buckets or more (the last one is for row starts)"),
-            (self.ve_enabled and not all(n.strip().isdigit() and int(n) < self.num_layers for n in ve), "VE_LAYERS",
+            (self.ve_enabled and not all(n.strip().isdecimal() and int(n) < self.num_layers for n in ve), "VE_LAYERS",
              f"needs block numbers below NUM_LAYERS={self.num_layers}, separated by commas"),
             (self.swa_enabled and (self.ema_enabled or self.sqwa_enabled), "SWA_ENABLED",
              "with EMA_ENABLED=1 or SQWA_ENABLED=1 it is ambiguous which average to export; choose one"),
@@ -196,37 +197,33 @@ class Config:
             (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"must be a multiple of the window of {window} tokens"),
             (self.compressor != "zstd" and self.compress_level > 9, "COMPRESS_LEVEL", f"{self.compressor} knows 0 to 9"),
         ]]
-
     @property
     def window(self) -> int:
         """Tokens of one scoring window."""
         return self.eval_seq_len or self.train_seq_len
-
     @property
     def average(self) -> str:
         """Which average is exported, by the documented precedence."""
         return "sqwa" if self.sqwa_enabled else "ema" if self.ema_enabled else "swa" if self.swa_enabled else "none"
-
     def knobs(self, *scopes: str) -> dict:
         """Name -> value of the knobs in these scopes (all without an argument)."""
         return {f.name: getattr(self, f.name) for f in KNOBS if not scopes or f.metadata["scope"] in scopes}
-
     def non_default(self) -> dict:
         return {f.name.upper(): getattr(self, f.name) for f in KNOBS if getattr(self, f.name) != f.default}
-
     def digest(self) -> str:
         """sha256 of everything that makes two runs comparable: all but names, places, machine and the seed."""
         return hashlib.sha256(json.dumps(self.knobs("model", "train", "eval"), sort_keys=True).encode()).hexdigest()
-
     @classmethod
     def from_env(cls, env) -> Config:
         """Typed and checked configuration; Refusal on a bad value or on a variable that looks like ours but is not."""
         known = {f.name.upper(): f for f in KNOBS}
         settings = translate_old_names(dict(env))
+        ours = {*ALIASES, *(n for n, f in known.items() if f.metadata["scope"] != "run")}
         words = {name.split("_")[0] for name in known} - {"INIT"}
         for name in sorted(settings.keys() - known.keys() - FOREIGN):
             close = difflib.get_close_matches(name, known, 1, 0.85)
-            if name == name.upper() and (close or name.split("_")[0] in words):
+            part = "_" in name and any(k.endswith("_" + name) or "_" in k and name.endswith("_" + k) for k in ours)
+            if name == name.upper() and (close or part or name.split("_")[0] in words):
                 close = close or difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
                 raise Refusal(f"{name}={settings[name]}: no such setting; did you mean {close[0]}? Else unset it")
         given = frozenset(settings.keys() & known.keys())
@@ -242,22 +239,24 @@ def parse(name: str, text: str, kind: str):
         wanted = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
         raise Refusal(f"{name}={text}: must be {wanted}") from None
 
-def switch(name: str, off: str, on: str) -> Callable:
+def switch(old: str, name: str, off: str, on: str) -> Callable:
     """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
-    return lambda value, env: {name: on if parse("the old spelling of " + name, value, "bool") else off}
+    return lambda value, env: {name: on if parse(old, value, "bool") else off}
 
 ALIASES = {  # spellings of the seeds: old name -> the new name, or a function (value, environment) -> new settings
     "QAT": "QAT_ENABLED", "ENABLE_QAT": "QAT_ENABLED", "LATE_QAT": "QAT_ENABLED", "SWA": "SWA_ENABLED",
     "MUON_WEIGHT_DECAY": "MUON_WD", "WEIGHT_DECAY": "ADAM_WD", "WARMDOWN_STEPS": "WARMDOWN_ITERS", "QAT_START_FRAC": "QAT_START",
-    "BIGRAM_HASH": lambda value, env: switch("BIGRAM_VOCAB_SIZE", "0", env.get("BIGRAM_HASH_BUCKETS", "4096"))(value, env),
+    "BIGRAM_HASH": lambda v, env: switch("BIGRAM_HASH", "BIGRAM_VOCAB_SIZE", "0", env.get("BIGRAM_HASH_BUCKETS", "4096"))(v, env),
     "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_DIM": "BIGRAM_DIM",
     "LATE_QAT_THRESHOLD": lambda value, env: {"QAT_START_KIND": "lr_scale", "QAT_START": value},
     "QUANT_BITS": lambda value, env: dict.fromkeys(("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"), value),
-    "FP16_EMBED": switch("QUANT_BITS_EMBED", "8", "16"), "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", "8", "16"),
-    "USE_ZSTD": switch("COMPRESSOR", "zlib", "zstd"), "TTT_ENABLED": switch("TTT_MODE", "none", "sgd")}
+    "FP16_EMBED": switch("FP16_EMBED", "QUANT_BITS_EMBED", "8", "16"),
+    "FP16_EMBED_EXPORT": switch("FP16_EMBED_EXPORT", "QUANT_BITS_EMBED", "8", "16"),
+    "USE_ZSTD": switch("USE_ZSTD", "COMPRESSOR", "zlib", "zstd"), "TTT_ENABLED": switch("TTT_ENABLED", "TTT_MODE", "none", "sgd")}
 UNSUPPORTED = {  # off in every published row: the off value is accepted, anything else refused
-    "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "LATE_K_LAYERS": "0", "MTP_NUM_HEADS": "0", "LAWA_ENABLED": "0", "DOC_EVAL_BUG": "0"}
-FOREIGN = {"MAX_JOBS"}  # well-known variables of other programs that share a first word with a knob
+    "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "CONTROL_TENSOR_NAME_PATTERNS": "", "LATE_K_LAYERS": "0",
+    **dict.fromkeys("MTP_NUM_HEADS LAWA_ENABLED DOC_EVAL_BUG GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED CURRICULUM".split(), "0")}
+FOREIGN = {"MAX_JOBS", "DATA_DIRECTORY", *(f"RUN_{what}DISPLAY_URL" for what in ("", "CHANGES_", "TESTS_", "ARTIFACTS_"))}
 
 def translate_old_names(env: dict) -> dict:
     """The environment in today's names. Raises Refusal when an old and a new spelling disagree."""
@@ -268,6 +267,8 @@ def translate_old_names(env: dict) -> dict:
     for old in sorted(ALIASES.keys() & env.keys()):
         new = ALIASES[old]
         for name, value in ({new: env[old]} if isinstance(new, str) else new(env[old], env)).items():
+            if value == env[old]:
+                parse(old, value, {f.name: f.type for f in KNOBS}[name.lower()])
             if settings.setdefault(name, value) != value:
                 raise Refusal(f"{old}={env[old]} contradicts {name}={settings[name]}; set only {name}")
     return settings
@@ -319,26 +320,22 @@ class Run:
                 problem = f"RUN_ID={name}: cannot create {self.dir} ({error.strerror}); choose another RUN_ID or LOGS_DIR"
         if problem := self.agree(problem):
             raise Refusal(problem)
-
     def agree(self, value):
         """Rank 0's value, on every rank."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
-
     def log(self, text: str) -> None:
         """One line for people: terminal and train.log, flushed."""
         if self.rank == 0:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
             self.text.write(text + "\n")
-
     def event(self, kind: str, **fields) -> None:
         """One JSON object for programs in metrics.jsonl; `t` is seconds since the start."""
         if self.rank == 0:
             self.jsonl.write(json.dumps({"event": kind, "t": time.perf_counter() - self.started, **fields}) + "\n")
-
     @contextlib.contextmanager
     def phase(self, name: str):
         """Names what is going on (for error messages) and adds its wall seconds to the time ledger."""
@@ -348,12 +345,10 @@ class Run:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self.phase_name = outer  # an exception leaves `name`, so that the message can say where
-
     def milliseconds(self, work: Callable) -> float:
         """Median time of one call on the device, after a warm-up."""
         timer = torch.utils.benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         return timer.timeit(5).median * 1e3
-
     def bar(self, total: float) -> tqdm:
         """Progress bar of the phase on a terminal, nothing elsewhere."""
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
@@ -370,7 +365,6 @@ class Activity:
     steps: list[int] = field(default_factory=list)  # when it acted
     effect: float | None = None
     cost_ms: float | None = None
-
     def row(self, total_steps: int) -> dict:
         """For result.json. Active: it acted, and that made a difference."""
         first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
@@ -402,7 +396,6 @@ class Split:
         if self.tokens < 2:
             raise Refusal(f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} files fineweb_{name}_*.bin; "
                           "run python prepare_data.py demo (or fineweb), or set DATA_PATH")
-
     def take(self, start: int, n: int) -> np.ndarray:
         """Tokens [start, start + n) of the repeated stream, (n,) int64; checks that each is in the vocabulary."""
         parts = []
@@ -441,11 +434,13 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
         raise Refusal(f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}")
     if found["tokenizer_sha256"] != expected:
         raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer (sha256 "
-                      f"{expected[:12]}..., not {found['tokenizer_sha256'][:12]}...); use the one that lies beside them")
-    for path in paths:
-        size, digest = promised.get(path.name, (0, ""))
-        if size != path.stat().st_size or digest != found["val_sha256"].get(path.name, digest):
-            raise Refusal(f"{path}: not as manifest.json says (size or sha256); remove stray shards, or {AGAIN}")
+                      f"{str(expected)[:12]}..., not {found['tokenizer_sha256'][:12]}...); use the one that lies beside them")
+    wanted = {name: entry for name, entry in promised.items() if name.split("_")[1:2] in [[split] for split in splits]}
+    hashes = {name: digest for name, (_, digest) in promised.items()} | found["val_sha256"]
+    actual = {path.name: (path.stat().st_size, hashes.get(path.name)) for path in paths}
+    wrong = sorted(name for name in wanted.keys() | actual.keys() if wanted.get(name) != actual.get(name))
+    if wrong:
+        raise Refusal(f"{folder / wrong[0]}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}")
     overlap = "train/validation overlap not stated" if shared is None else "no document in both splits"
     return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
 
@@ -470,7 +465,8 @@ class ByteTable:
     tokens 1, other pieces their text; a leading space counts unless the previous token is a control token."""
     def __init__(self, cfg: Config):
         try:
-            self.sp = sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
+            self.sp = sp = sentencepiece.SentencePieceProcessor()
+            sp.LoadFromSerializedProto(Path(cfg.tokenizer_path).read_bytes())  # (given a folder, model_file= aborts the process)
         except (RuntimeError, OSError):
             raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model there; set it, or {AGAIN}") from None
         n = sp.vocab_size()
@@ -481,19 +477,21 @@ class ByteTable:
         self.space = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
         length = [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
         self.base = np.where(self.boundary, 0, length)
-
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """(n + 1,) token ids -> (n,) bytes of the targets tokens[1:]."""
         return self.base[tokens[1:]] + (self.space[tokens[1:]] & ~self.boundary[tokens[:-1]])
-
     def verify(self, tokens: np.ndarray, documents: int = 64) -> None:
         """Refusal unless the table agrees with the decoded text of the first documents."""
-        starts = np.flatnonzero(tokens == BOS)[:documents + 1]
+        starts, strange = np.flatnonzero(tokens == BOS)[:documents + 1], 0
         for a, b in zip(starts[:-1], starts[1:]):
             text, counted = self.sp.decode(tokens[a:b].tolist()), int(self.count(tokens[a:b]).sum())
             if len(text.encode()) != counted:
                 raise Refusal(f"validation: the document at token {a} is {len(text.encode())} bytes of text, but its tokens "
                               f"count {counted}; BPB would be wrong: use the tokenizer that made the shards")
+            strange += self.sp.encode(text) != [t for t in tokens[a:b].tolist() if not self.boundary[t]]
+        if 2 * strange >= len(starts) > 1:
+            raise Refusal(f"validation: {strange} of {len(starts) - 1} documents are not what this tokenizer makes of them; "
+                          "use the tokenizer that made the shards")
 
 class Validation:
     """The validation targets: tokens (n + 1,) int32 on the device, bytes per target (n,), document starts."""
@@ -732,7 +730,6 @@ class GPT(nn.Module):
         self.skip_weights = param(torch.ones(self.encoders, cfg.model_dim), CONTROL)
         for name, table in zip(("cos", "sin"), rope_tables(cfg, dtype)):
             self.register_buffer(name, table, persistent=False)
-
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> (B, T, MODEL_DIM): the only forward path."""
         x = self.bigram(F.embedding(ids, self.tok_emb).to(self.dtype), ids)
@@ -747,7 +744,6 @@ class GPT(nn.Module):
             if i < self.encoders:
                 skips.append(x)
         return norm(x)
-
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """ids (B, T), targets (B, S) -> nats (B, S) fp32. positions (B, S): where in the row each target is predicted,
         so that logits exist only there; None: everywhere (S = T)."""
@@ -775,7 +771,6 @@ class Schedule:
     """(steps done, training seconds) -> Knobs. A trigger that has fired stays on; nothing else is remembered."""
     def __init__(self, cfg: Config):
         self.cfg, self.fired = cfg, set()
-
     def at(self, step: int, elapsed: float) -> Knobs:
         c, remaining = self.cfg, float(self.cfg.iterations - step)
         if c.max_wallclock_seconds and step:  # the budget in steps, at the mean speed so far; unknown at step 0
@@ -819,7 +814,6 @@ class Gradients:
         self.flat = torch.zeros(sum(sizes) + 1, device=run.device)
         for p, view in zip(params, self.flat[:-1].split(sizes)):
             p.grad = view.view_as(p)
-
     def reduce(self, clip: float) -> Tensor:
         """Mean over the ranks, THEN the clip. Returns [mean loss, gradient norm] without a host synchronisation."""
         if self.world > 1:
@@ -849,7 +843,6 @@ class Muon:
         self.banks = [list(bank) for _, bank in itertools.groupby(params, key=lambda p: p.shape)]
         self.momenta = [torch.zeros(len(bank), *bank[0].shape, device=run.device) for bank in self.banks]
         self.orthogonalise = torch.compile(orthogonalise, dynamic=False) if run.compile else orthogonalise
-
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
         for bank, buffer in zip(self.banks, self.momenta):
@@ -859,7 +852,6 @@ class Muon:
             update = self.spread(torch.add(grads, buffer, alpha=momentum))
             torch._foreach_mul_(bank, 1 - lr * self.cfg.muon_wd)
             torch._foreach_add_(bank, list(update[:len(bank)].unbind()), alpha=-lr * math.sqrt(max(1, rows / columns)))
-
     def spread(self, stack: Tensor) -> Tensor:
         """The orthogonalised stack; with several ranks each does its share (padded with zeros) and gathers the rest."""
         world, rank, steps = self.run.world, self.run.rank, self.cfg.muon_backend_steps
@@ -882,7 +874,6 @@ class Optimiser:
         self.cfg, self.gradients, self.muon = cfg, Gradients(everything, run), Muon(group("muon"), cfg, run)
         groups = [dict(params=group(n), lr=lr, base_lr=lr, betas=(cfg.beta1, beta2)) for n, lr, beta2 in rates if group(n)]
         self.adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
-
     def step(self, k: Knobs) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * k.lr_scale
@@ -908,7 +899,6 @@ class Views:
                 self.banks[name] = [(Grid(*k[0]), [params[n] for n in same])
                                     for k, same in itertools.groupby(sorted(chosen, key=key.get), key=key.get)]
                 run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), cfg.qat_scope)
-
     def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
         """Which tensors QAT covers, and on which grid: all that export quantises, or a narrower scope of the seeds."""
         scope, linears = self.cfg.qat_scope, {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")}
@@ -916,7 +906,6 @@ class Views:
             linears = {n: role for n, role in linears.items() if scope == "linears" or not n.startswith("blocks.")}
             exported = {n: role_grid(self.cfg, role) for n, role in linears.items() if getattr(self.cfg, role.bits) < 16}
         return {n: grid._replace(clip="amax") if self.cfg.qat_grid == "amax" else grid for n, grid in exported.items()}
-
     @torch.no_grad()
     def enter(self, qat: bool, qna: float, step: int) -> list:
         """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
@@ -927,7 +916,6 @@ class Views:
             rand = 0 if qat else torch.rand(w.shape, generator=noise, device=w.device) - 0.5
             torch._foreach_copy_(bank, list((grid.snap(w) if qat else w + grid.scale(w) * qna * rand).unbind()))
         return latent
-
     @torch.no_grad()
     def leave(self, latent: list) -> None:
         for bank, w in latent:
@@ -948,7 +936,6 @@ class Average:
             if getattr(cfg, f"{name.lower()}_enabled"):
                 numel = sum(p.numel() for p in self.params)
                 run.activity[name] = Activity(len(self.params), numel, "of " + source.get(name, "live weights"))
-
     @torch.no_grad()
     def update(self, snapshot: bool) -> list[str]:
         """After an optimiser step. Returns which averages took the weights in."""
@@ -961,7 +948,6 @@ class Average:
             torch._foreach_add_(self.sums, [w.to(total.dtype) for w, total in zip(weights, self.sums)])
             self.count += 1
         return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
-
     def results(self) -> dict[str, State]:
         """Every average that there is, by name; the exported one is cfg.average."""
         means = [total.float() / self.count for total in self.sums] if self.count else []
@@ -975,12 +961,11 @@ class Trainer:
         self.cfg, self.run, self.model, self.plan, self.split, self.val = cfg, run, model, plan, split, val
         rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
         if rows == 0:
-            raise Refusal(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows of {cfg.train_seq_len} than {run.world} ranks")
+            raise Refusal(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks")
         self.accumulate = min(cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows)
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
         self.step_seconds, self.bytes_per_token = [], val.target_bytes.double().mean().item()
         self.restart()
-
     def restart(self) -> None:
         """Everything but the weights as before the first step."""
         self.run.activity.clear()
@@ -989,7 +974,6 @@ class Trainer:
         if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
             self.run.activity["WARMDOWN"] = Activity(scope="learning rates", unit="lr scale at the end")
         self.pending, self.loss, self.steps, self.elapsed = [], math.nan, 0, 0.0
-
     def step(self, batch: tuple[Tensor, Tensor], k: Knobs) -> None:
         """One optimiser step; queues [loss, gradient norm] without waiting for it."""
         gradients, share = self.optimiser.gradients, self.run.world / self.cfg.train_batch_tokens
@@ -1006,7 +990,6 @@ class Trainer:
         for name in [name for name, on in scheduled.items() if on] + self.average.update(k.snapshot):
             self.run.activity[name].steps.append(self.steps)
         self.steps += 1
-
     def settle(self, keep: int) -> None:
         """Waits for all but the last `keep` steps (the only host synchronisation) and refuses a non-finite one."""
         while len(self.pending) > keep:
@@ -1015,7 +998,6 @@ class Trainer:
             if not math.isfinite(self.loss + norm):
                 raise Refusal(f"step {step}: loss {self.loss}, gradient norm {norm}: not finite; lower MATRIX_LR, SCALAR_LR "
                               "and TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
-
     def warm_up(self) -> float:
         """Runs every variant that the run will need, so that nothing compiles on the clock; then undoes it all: weights,
         optimiser, averages, data position. Returns the median seconds per step."""
@@ -1035,12 +1017,10 @@ class Trainer:
             torch._foreach_copy_(list(self.model.parameters()), weights)
         self.restart()
         return statistics.median(seconds[1:] or seconds)
-
     def score_weights(self, state: State | None = None) -> Score:
         """These (default: the live, latent) weights on fixed windows."""
         self.model.load_state_dict(state or {}, strict=False)
         return score(self.cfg, self.run, self.forward, self.val)
-
     def train(self) -> None:
         """Steps until the budget or ITERATIONS is used up."""
         cfg, run = self.cfg, self.run
@@ -1065,7 +1045,6 @@ class Trainer:
             run.activity["WARMDOWN"].effect = k.lr_scale - 1
         self.recompiles = compiled["unique_graphs"] - graphs
         run.log(f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}")
-
     def report(self, k: Knobs, bar: tqdm) -> None:
         """Progress bar, log line, re-printed schedule, validation: whatever is due after this step."""
         cfg, run, step = self.cfg, self.run, self.steps
@@ -1175,7 +1154,6 @@ def write_atomic(path: Path, data: bytes) -> None:
 def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float]:
     """(artifact, fraction pruned). FIT_TO_CAP looks for the least extra fraction, in steps of 0.5 %, that fits."""
     attempts: dict[int, tuple[bytes, float]] = {}
-
     def fits(steps: int) -> bool:
         fraction = cfg.prune_pct + steps * 0.005
         attempts[steps] = pack(cfg, prune(cfg, state, fraction), plan), fraction
@@ -1216,7 +1194,6 @@ class Sheet:
         self.cfg, self.run, self.val, self.n, self.began = cfg, run, val, val.n, time.perf_counter()
         self.nats = torch.zeros(self.n + 1, device=run.device)  # the extra slot takes what padding computes
         self.hits = torch.zeros(self.n + 1, dtype=torch.int32, device=run.device)
-
     def batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
         """This rank's (windows, tokens per row, scored slots per row): like shapes together, constant when compiled."""
         size, stride, length, number = self.cfg.eval_batch_seqs, self.cfg.eval_stride, self.cfg.window, itertools.count()
@@ -1229,7 +1206,6 @@ class Sheet:
                 if next(number) % self.run.world == self.run.rank:
                     idle = np.repeat(alike[:1, [0, 1, 1]], i + size - len(alike) if self.run.compile else 0, axis=0)
                     yield np.concatenate((alike[i:i + size], idle)), t, s  # idle windows score nothing
-
     @torch.no_grad()
     def fill(self, forward: Callable, rows: np.ndarray, bar: tqdm) -> None:
         """Scores these windows."""
@@ -1245,7 +1221,6 @@ class Sheet:
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(slot.flatten(), dtype=torch.int32))
             bar.update(len(batch) * self.run.world)
-
     def total(self) -> Score:
         """Sums over all ranks in fp64; fails unless every target was scored once."""
         if self.run.world > 1:
@@ -1264,8 +1239,8 @@ def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.nd
     return sheet.total()
 
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
-    """Score-first chunked SGD (momentum 0.9, clip 1; #549, #975): a chunk is scored, and only then learned from; the last one is not. The
-    model is changed. Each SGD step is the same on every rank: rows are dealt out and gradients averaged."""
+    """Score-first chunked SGD (momentum 0.9, clip 1; #549, #975): a chunk is scored, and only then learned from; the
+    last one is not. The model is changed. Rows are dealt out to the ranks and gradients averaged."""
     frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks] for p in block.parameters()}
     params = [p for p in model.parameters() if id(p) not in frozen]
     gradients, optimiser = Gradients(params, run), torch.optim.SGD(params, lr=cfg.ttt_lr, momentum=0.9)
@@ -1294,14 +1269,13 @@ def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Call
     rows = min(val.n // length, 8)
     ids, targets = (val.tokens[i:i + rows * length].long().view(rows, length) for i in (0, 1))
     model, activity = trainer.model, run.activity
-
     @torch.no_grad()
     def loss(model: GPT, state: State | None = None) -> float:
         model.load_state_dict(state or {}, strict=False)
         return model(ids, targets).double().mean().item()
-
     def both_ways(model: GPT) -> float:
-        return run.milliseconds(lambda: torch.autograd.grad(model(ids, targets).mean(), list(model.parameters())))
+        weights = list(model.parameters())  # with one block, the skip weights are unused
+        return run.milliseconds(lambda: torch.autograd.grad(model(ids, targets).mean(), weights, allow_unused=True))
 
     base = loss(model, trainer.live)
     for name in trainer.views.banks:
@@ -1345,7 +1319,8 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
     for name, isolated in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt")):
         if isolated in bpb:
             flat = flat if flat in bpb else "quantised"
-            run.activity[name] = Activity(scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=bpb[isolated] - bpb[flat])
+            effect = bpb[isolated] - bpb[flat]
+            run.activity[name] = Activity(scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=effect)
     toggles = {name: a.row(steps) for name, a in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
     code = 3 if total > cfg.cap_bytes else 4 if inactive and cfg.strict else 0
@@ -1354,10 +1329,11 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
         step_ms_median=statistics.median(trainer.step_seconds) * 1e3, params=sum(w.numel() for w in trainer.live.values()),
         average=cfg.average, pruned=trainer.pruned, live_val_bpb=bpb["live"], averaged_val_bpb=bpb.get("averaged"),
         quant_gap_bpb=bpb.get("unfitted", bpb["quantised"]) - bpb.get("averaged", bpb["live"]),
-        fit_cost_bpb=bpb["quantised"] - bpb["unfitted"] if "unfitted" in bpb else None) if trainer else {}
+        fit_cost_bpb=bpb["quantised"] - bpb["unfitted"] if "unfitted" in bpb else None) if trainer else dict.fromkeys(
+            "steps tokens_seen train_seconds step_ms_median params live_val_bpb averaged_val_bpb quant_gap_bpb".split())
     return dict(
-        schema=SCHEMA_VERSION, exit_code=code, val_bpb=final.bpb, val_loss=final.loss, val_tokens=final.targets,
-        val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"], **training, artifact_path=str(path),
+        schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
+        val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"], **training, artifact_path=str(path),
         artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total, cap_bytes=cfg.cap_bytes,
         under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=run.world,
         limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": EVAL_LIMIT_SECONDS}, inactive=inactive,
@@ -1367,13 +1343,15 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
     def cell(value) -> str:
-        return "-" if value is None else f"{value:.6f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        form = {float: ".6f", int: ",d"}.get(type(value), "")
+        return "-" if value is None else format(value, form)
 
     total, mode = r["total_bytes"], r["scored"]
     size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
             "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
-    tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": {
-        name: {"seconds": f"{s:.1f}", "limit": r["limits"].get(name)} for name, s in r["seconds"].items()}, "toggle": r["toggles"]}
+    ledger = {name: {"seconds": f"{s:.1f}", "limit": r["limits"].get(name)} for name, s in r["seconds"].items()}
+    tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": ledger,
+              "toggle": r["toggles"]}
     return "\n\n".join(["", *(text_table([(title, *next(iter(rows.values()))), *((name, *map(cell, row.values()))
                                                                               for name, row in rows.items())])
                               for title, rows in tables.items() if rows)] + [
@@ -1424,7 +1402,7 @@ def inherit(cfg: Config, knobs: dict) -> Config:
     except TypeError as error:
         raise Refusal(f"EVAL_ONLY={cfg.eval_only}: bad configuration inside ({error}); export it again") from None
 
-def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None) -> dict[str, Score]:
+def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None) -> dict:
     """The trainer's weights on fixed windows, then the read-back ones in every mode asked for; the last is the result."""
     model = build_model(cfg, run, attend)
     try:

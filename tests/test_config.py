@@ -1,0 +1,428 @@
+"""Settings come from the environment: typed, checked, never ignored.
+
+Failures that these tests would have caught: #194's own run command set WARMDOWN_STEPS, which its script never read;
+#549, #975 and the record's parent documented variables that no script read (EMA_DECAY, LATE_QAT, PHASED_TTT_ENABLED);
+#1048 and #212 were poisoned by stale variables; bool("0") is True; #989 and #117 gave QAT_START_FRAC opposite meanings;
+a checker with false alarms, which people switch off; two runs averaged although one knob differed (#2124, #989).
+"""
+import copy
+import math
+import os
+import shlex
+import subprocess
+import sys
+from itertools import takewhile
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train_gpt import ALIASES, EXIT_CODES, GPT, KNOBS, UNSUPPORTED, Config, Refusal, command_line
+
+BY_NAME = {f.name.upper(): f for f in KNOBS}
+NUMERIC = [f for f in KNOBS if f.type in ("int", "float")]
+BOOLS = [f.name.upper() for f in KNOBS if f.type == "bool"]
+
+
+def parse(command: str) -> dict[str, str]:
+    """The environment assignments that a shell command starts with."""
+    words = shlex.split(command.replace("\\\n", " "))
+    return dict(word.split("=", 1) for word in takewhile(lambda word: "=" in word, words))
+
+
+def refused(env: dict[str, str]) -> str:
+    """The message with which this environment is refused, exit code 2."""
+    with pytest.raises(Refusal) as refusal:
+        Config.from_env(env)
+    assert refusal.value.code == 2
+    return str(refusal.value)
+
+
+# ── Commands that were published ──────────────────────────────────────────────────────────────────────────────────
+PUBLISHED_194 = r"""NCCL_NVLS_ENABLE=0 \
+VOCAB_SIZE=1024 NUM_HEADS=8 NUM_KV_HEADS=4 MODEL_DIM=512 \
+NUM_LAYERS=11 MLP_MULT=3 \
+QAT=1 QUANT_BITS=6 FP16_EMBED=1 LATE_K_LAYERS=0 \
+EVAL_STRIDE=64 EVAL_BATCH_SEQS=32 \
+MATRIX_LR=0.02 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 \
+MUON_MOMENTUM=0.99 MUON_WEIGHT_DECAY=0.038 \
+SMEAR_GATE=1 BIGRAM_HASH=0 \
+TRAIN_SEQ_LEN=2048 TRAIN_BATCH_TOKENS=524288 \
+WARMDOWN_STEPS=3000 MAX_WALLCLOCK_SECONDS=600 \
+SWA_ENABLED=1 SWA_START_FRAC=0.5 SWA_EVERY=50 \
+torchrun --standalone --nproc_per_node=8 train_gpt.py"""
+MEANT_194 = dict(
+    vocab_size=1024, num_heads=8, num_kv_heads=4, model_dim=512, num_layers=11, mlp_mult=3.0, qat_enabled=True,
+    quant_bits_mlp=6, quant_bits_attn=6, quant_bits_bigram=6, quant_bits_embed=16, eval_stride=64, eval_batch_seqs=32,
+    matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum=0.99, muon_wd=0.038, smear_gate=True,
+    bigram_vocab_size=0, train_seq_len=2048, train_batch_tokens=524288, warmdown_iters=3000,
+    max_wallclock_seconds=600.0, swa_enabled=True, swa_start_frac=0.5, swa_every=50)
+
+
+def test_the_published_command_of_194_means_what_it_says():
+    cfg = Config.from_env(parse(PUBLISHED_194))
+    assert {name: getattr(cfg, name) for name in MEANT_194} == MEANT_194
+    assert cfg == Config(**MEANT_194)  # and nothing else moved
+    assert cfg.given == {name.upper() for name in MEANT_194}
+
+
+@pytest.mark.parametrize("name, knob", [
+    ("WARMDOWN_STEPS", "warmdown_iters"), ("MUON_WEIGHT_DECAY", "muon_wd"), ("QUANT_BITS", "quant_bits_mlp"),
+    ("SWA_EVERY", "swa_every"), ("NUM_LAYERS", "num_layers"), ("EVAL_BATCH_SEQS", "eval_batch_seqs")])
+def test_no_assignment_of_that_command_is_dead(name, knob):
+    changed = Config.from_env({**parse(PUBLISHED_194), name: "7"})
+    assert getattr(changed, knob) == 7
+
+
+B9 = """NUM_LAYERS=9 MLP_MULT=2 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200
+ INIT=default MATRIX_LR=.04 SCALAR_LR=.04 TIED_EMBED_LR=.05 MUON_MOMENTUM=.95 MUON_MOMENTUM_WARMUP_START=.85
+ MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0 ADAM_WD=0 GRAD_CLIP_NORM=0 SMEAR_GATE=0 BIGRAM_VOCAB_SIZE=0 QUANT_BITS_MLP=8
+ QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536
+ COMPRESSOR=zlib PRUNE_PCT=0 EVAL_STRIDE=64 SEED=1337 """
+ROWS = {
+    "145": (17_059_912, B9 + """QAT_ENABLED=1 QAT_START_KIND=iter_frac QAT_START=.30 QAT_SCOPE=linears QAT_GRID=export
+ VAL_LOSS_EVERY=0"""),
+    "199": (17_059_912, B9 + "SWA_ENABLED=1 SWA_START_KIND=iter_frac SWA_START_FRAC=.5 SWA_EVERY=50 SWA_DTYPE=fp32"),
+    "194": (26_502_232, """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=2048
+ WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=pre_norm SMEAR_BETA2=.99 BIGRAM_VOCAB_SIZE=0 MATRIX_LR=.02
+ SCALAR_LR=.02 TIED_EMBED_LR=.03 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92 MUON_MOMENTUM_WARMUP_STEPS=1500
+ MUON_WD=.038 ADAM_WD=0 GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6 QUANT_BITS_EMBED=16 QUANT_CLIP=quantile
+ QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=zstd PRUNE_PCT=0 QAT_ENABLED=1
+ QAT_START_KIND=always QAT_SCOPE=linears QAT_GRID=amax TTT_MODE=none SWA_ENABLED=1 SWA_START_KIND=lr_scale
+ SWA_START_FRAC=.5 SWA_EVERY=50 SWA_DTYPE=native"""),
+    "989": (25_517_137, """NUM_LAYERS=10 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048
+ WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm BIGRAM_VOCAB_SIZE=10240 BIGRAM_DIM=128
+ BIGRAM_PROJ_OPT=muon MATRIX_LR=.02 SCALAR_LR=.02 TIED_EMBED_LR=.03 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92
+ MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WD=.04 ADAM_WD=.04 GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=5 QUANT_BITS_ATTN=6
+ QUANT_BITS_BIGRAM=6 QUANT_BITS_EMBED=16 QUANT_CLIP=amax QUANT_CODES=asym QUANT_SCALE_FLOOR=0 KEEP_FLOAT_MAX_NUMEL=8192
+ FP16_KEEP_NAME_PATTERNS=tok_emb,blocks.8.attn.c_k COMPRESSOR=zstd PRUNE_PCT=.05 QAT_ENABLED=1 QAT_START_KIND=lr_scale
+ QAT_START=.7 QAT_GRID=export SWA_ENABLED=1 SWA_START_KIND=lr_scale SWA_START_FRAC=.4 SWA_EVERY=50 SWA_DTYPE=native"""),
+    "975": (26_993_756, """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 MLP_ACT=leaky_relu2 TRAIN_BATCH_TOKENS=786432
+ TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm BIGRAM_VOCAB_SIZE=2048
+ BIGRAM_DIM=128 BIGRAM_PROJ_OPT=adam ROPE_DIMS=16 ROPE_NTK_LEN=1024 XSA_LAST_N=4 LN_SCALE=1 VE_ENABLED=1 VE_DIM=128
+ VE_LAYERS=9,10 MATRIX_LR=.025 SCALAR_LR=.025 TIED_EMBED_LR=.035 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92
+ MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WD=.04 ADAM_WD=.04 GRAD_CLIP_NORM=.3 EMA_ENABLED=1 EMA_DECAY=.997 QAT_ENABLED=1
+ QAT_START_KIND=lr_scale QAT_START=.15 QAT_SCOPE=small_linears QAT_GRID=amax QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6
+ QUANT_BITS_BIGRAM=8 QUANT_BITS_EMBED=8 QUANT_CLIP=search5 QUANT_CODES=sym QUANT_SCALE_FLOOR=1
+ KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=lzma SEED=42 QNA_ENABLED=1 QNA_MAGNITUDE=1 SQWA_ENABLED=1 SWA_START_KIND=lr_scale
+ SWA_START_FRAC=.2 SWA_EVERY=50""")}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_each_seeds_settings_give_its_published_parameter_count(row):
+    count, settings = ROWS[row]
+    with torch.device("meta"):
+        model = GPT(Config.from_env(parse(settings)))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_bare_defaults_are_194s_architecture_with_every_averaging_and_quantisation_toggle_off():
+    cfg = Config.from_env({})
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(cfg).parameters()) == 26_502_232
+    assert cfg.smear_gate and cfg.smear_pos == "pre_norm" and cfg.init == "ortho" and cfg.mlp_act == "relu2"
+    assert (cfg.bigram_vocab_size, cfg.ve_enabled, cfg.xsa_last_n, cfg.ln_scale) == (0, False, 0, False)
+    assert (cfg.ttt_mode, cfg.doc_isolated_eval, cfg.prune_pct, cfg.fit_to_cap) == ("none", False, 0, False)
+    assert (cfg.qat_enabled, cfg.swa_enabled, cfg.ema_enabled, cfg.qna_enabled, cfg.sqwa_enabled) == (False,) * 5
+    assert (cfg.quant_bits_mlp, cfg.quant_bits_attn, cfg.quant_bits_embed) == (6, 6, 16)
+    assert (cfg.compressor, cfg.compress_level, cfg.eval_stride, cfg.cap_bytes) == ("zstd", -1, 64, 16_000_000)
+    assert cfg.non_default() == {} and cfg.average == "none"
+
+
+# ── Old spellings ─────────────────────────────────────────────────────────────────────────────────────────────────
+LR_TRIGGER = {"QAT_START_KIND": "lr_scale"}
+OLD_SPELLINGS = {  # old name: (value, other variables, what must differ from the defaults), none of it a default
+    "QAT": ("1", {}, {"QAT_ENABLED": True}), "ENABLE_QAT": ("1", {}, {"QAT_ENABLED": True}),
+    "LATE_QAT": ("1", {}, {"QAT_ENABLED": True}), "SWA": ("1", {}, {"SWA_ENABLED": True}),
+    "MUON_WEIGHT_DECAY": ("0.5", {}, {"MUON_WD": 0.5}), "WEIGHT_DECAY": ("0.5", {}, {"ADAM_WD": 0.5}),
+    "WARMDOWN_STEPS": ("77", {}, {"WARMDOWN_ITERS": 77}),
+    "QAT_START_FRAC": ("0.7", LR_TRIGGER, {"QAT_START": 0.7, "QAT_START_KIND": "lr_scale"}),
+    "LATE_QAT_THRESHOLD": ("0.15", {}, {"QAT_START": 0.15, "QAT_START_KIND": "lr_scale"}),
+    "BIGRAM_HASH": ("1", {}, {"BIGRAM_VOCAB_SIZE": 4096}),
+    "BIGRAM_HASH_BUCKETS": ("2048", {}, {"BIGRAM_VOCAB_SIZE": 2048}), "BIGRAM_HASH_DIM": ("64", {}, {"BIGRAM_DIM": 64}),
+    "QUANT_BITS": ("5", {}, {"QUANT_BITS_MLP": 5, "QUANT_BITS_ATTN": 5, "QUANT_BITS_BIGRAM": 5}),
+    "FP16_EMBED": ("0", {}, {"QUANT_BITS_EMBED": 8}), "FP16_EMBED_EXPORT": ("0", {}, {"QUANT_BITS_EMBED": 8}),
+    "USE_ZSTD": ("0", {}, {"COMPRESSOR": "zlib"}), "TTT_ENABLED": ("1", {}, {"TTT_MODE": "sgd"})}
+
+
+def test_every_alias_has_a_case_here():
+    assert OLD_SPELLINGS.keys() == ALIASES.keys()
+
+
+@pytest.mark.parametrize("old", OLD_SPELLINGS)
+def test_an_old_spelling_does_what_its_name_says_and_only_that(old):
+    value, others, changed = OLD_SPELLINGS[old]
+    assert Config.from_env({old: value, **others}).non_default() == changed
+
+
+def test_bigram_hash_takes_its_size_from_the_old_bucket_variable():
+    assert Config.from_env({"BIGRAM_HASH": "1", "BIGRAM_HASH_BUCKETS": "2048"}).bigram_vocab_size == 2048
+
+
+@pytest.mark.parametrize("old", OLD_SPELLINGS)
+def test_an_old_spelling_that_contradicts_the_new_name_is_refused(old):
+    value, others, changed = OLD_SPELLINGS[old]
+    new = next(iter(changed))
+    default = BY_NAME[new].default
+    message = refused({old: value, **others, new: str(int(default) if isinstance(default, bool) else default)})
+    assert message.startswith(f"{old}={value} contradicts {new}=") and f"set only {new}" in message
+
+
+@pytest.mark.parametrize("old", OLD_SPELLINGS)
+def test_an_old_spelling_that_agrees_with_the_new_name_is_accepted(old):
+    value, others, changed = OLD_SPELLINGS[old]
+    both = {name: str(int(v) if isinstance(v, bool) else v) for name, v in changed.items()}
+    assert Config.from_env({old: value, **others, **both}).non_default() == changed
+
+
+@pytest.mark.parametrize("old", OLD_SPELLINGS)
+def test_a_bad_value_is_blamed_on_the_variable_that_the_user_wrote(old):
+    message = refused({old: "maybe"})
+    assert f"{old}=maybe" in message and "must be" in message
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_technique_of_no_published_row_is_accepted_only_when_off(name):
+    assert Config.from_env({name: UNSUPPORTED[name]}) == Config()
+    assert refused({name: "3"}).startswith(f"{name}=3: ")
+
+
+# ── Variables that look like ours ─────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("name, suggestion", [
+    ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"), ("SWA_START", "SWA_START_"), ("QAT_SCOPES", "QAT_SCOPE"),
+    ("ITERATION", "ITERATIONS"), ("NUM_LAYER", "NUM_LAYERS"), ("EMA_DEKAY", "EMA_DECAY"),
+    ("SMEAR_GATE_ENABLED", "SMEAR_GATE"), ("XSA_LAST", "XSA_LAST_N"),
+    ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"), ("EVAL_STRIDES", "EVAL_STRIDE"),
+    ("MLP_MULTI", "MLP_MULT"), ("QUANT_BIT_MLP", "QUANT_BITS_MLP"), ("COMPRESSION", "COMPRESSOR"), ("SEEDS", "SEED"),
+    ("PRUNE_PERCENT", "PRUNE_PCT"), ("TTT_LEARNING_RATE", "TTT_"), ("MATRX_LR", "MATRIX_LR"),
+    ("VOCABSIZE", "VOCAB_SIZE")])
+def test_a_mistyped_variable_is_refused_with_the_right_suggestion(name, suggestion):
+    message = refused({name: "1"})
+    assert message.startswith(f"{name}=1: ") and f"did you mean {suggestion}" in message and "unset" in message
+
+
+@pytest.mark.parametrize("name", [
+    "PHASED_TTT_ENABLED", "EMBED_LR", "MLP_HIDDEN", "MUON_BETA2", "GATED_ATTENTION", "VALUE_RESIDUAL", "DTG_ENABLED",
+    "CURRICULUM", "TTT_LORA_RANK", "VAL_BATCH_SIZE", "GRAD_CLIP_LOCAL", "CONTROL_TENSOR_NAME_PATTERNS"])
+def test_a_variable_of_the_seeds_that_we_lack_is_refused_and_not_ignored(name):
+    assert refused({name: "8"}).startswith(f"{name}=8: ")
+
+
+ORDINARY = """
+ PATH HOME PWD OLDPWD SHLVL SHELL TERM USER LOGNAME LANG LC_ALL TZ EDITOR PAGER TMPDIR HOSTNAME DISPLAY COLORTERM PS1 _
+ MAIL SSH_CLIENT SSH_CONNECTION SSH_AUTH_SOCK XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS LS_COLORS LESSOPEN INIT_CWD
+ MAKEFLAGS MAKELEVEL VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED PIP_INDEX_URL
+ PYTEST_CURRENT_TEST MAX_JOBS RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE
+ GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS
+ TORCHELASTIC_ERROR_FILE TORCHINDUCTOR_CACHE_DIR TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_CUDA_ARCH_LIST
+ PYTORCH_CUDA_ALLOC_CONF OMP_NUM_THREADS MKL_NUM_THREADS KMP_AFFINITY GOMP_CPU_AFFINITY NUMEXPR_MAX_THREADS NCCL_DEBUG
+ NCCL_IB_DISABLE NCCL_NVLS_ENABLE NCCL_SOCKET_IFNAME NCCL_P2P_DISABLE CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_VERSION
+ CUDA_LAUNCH_BLOCKING CUDA_DEVICE_MAX_CONNECTIONS NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES LD_LIBRARY_PATH
+ TRITON_CACHE_DIR TOKENIZERS_PARALLELISM HF_HOME HF_TOKEN HF_HUB_OFFLINE TRANSFORMERS_CACHE WANDB_API_KEY WANDB_RUN_ID
+ WANDB_MODE MLFLOW_RUN_ID AWS_REGION AWS_PROFILE GOOGLE_APPLICATION_CREDENTIALS KUBERNETES_SERVICE_HOST SM_MODEL_DIR
+ TRAINING_JOB_NAME AZUREML_RUN_ID RUNPOD_POD_ID RUNPOD_GPU_COUNT VAST_CONTAINERLABEL DATA_DIRECTORY OPEN_BUTTON_PORT
+ JUPYTER_TOKEN COLAB_GPU DATABASE_URL SLURM_JOB_ID SLURM_PROCID SLURM_NTASKS SLURM_STEP_NUM_NODES CI GITHUB_ACTIONS
+ GITHUB_RUN_ID GITHUB_SHA RUNNER_OS RUNNER_TEMP CI_JOB_ID CI_COMMIT_SHA BUILD_NUMBER BUILD_ID JOB_NAME NODE_NAME
+ EXECUTOR_NUMBER JENKINS_URL RUN_DISPLAY_URL RUN_CHANGES_DISPLAY_URL RUN_TESTS_DISPLAY_URL RUN_ARTIFACTS_DISPLAY_URL
+ WORKSPACE http_proxy https_proxy no_proxy DEBIAN_FRONTEND""".split()
+
+
+def test_the_ordinary_variables_of_other_programs_pass():
+    false_alarms = []
+    for name in ORDINARY:
+        try:
+            assert Config.from_env({name: "value"}) == Config()
+        except Refusal:
+            false_alarms.append(name)
+    assert len(ORDINARY) > 60 and false_alarms == []
+
+
+def test_the_environment_that_runs_these_tests_passes():
+    clean = {name: value for name, value in os.environ.items() if name not in BY_NAME and name not in ALIASES}
+    assert Config.from_env(clean) == Config()
+
+
+# ── One knob ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("name", BOOLS)
+def test_a_switch_takes_nothing_but_0_and_1(name):
+    for text in ["true", "False", "yes", "on", "", "2", "-1", "01", " 1", "1.0"]:
+        message = refused({name: text})
+        assert message.startswith(f"{name}={text}: ") and "0 or 1" in message
+
+
+def test_switches_parse_0_as_off_and_1_as_on():
+    off = Config.from_env(dict.fromkeys(BOOLS, "0"))
+    assert not any(getattr(off, name.lower()) for name in BOOLS)
+    for name in BOOLS:
+        assert getattr(Config.from_env({"QAT_START_KIND": "lr_scale", name: "1"}), name.lower()) is True
+
+
+@pytest.mark.parametrize("name", [f.name.upper() for f in NUMERIC])
+def test_a_number_that_is_none_not_finite_or_negative_is_refused(name):
+    for text in ["nan", "", "many", "0x10", "-1e9", "-5", "-inf", "inf", "1e999"]:
+        message = refused({name: text})
+        assert message.startswith(f"{name}=") and ("must be" in message or "choose one of" in message)
+
+
+@pytest.mark.parametrize("name, bound, beyond", [
+    (f.name.upper(), m[side], m[side] + sign * (1 if f.type == "int" else 1e-3))
+    for f in NUMERIC for m in [f.metadata] for side, sign in (("lo", -1), ("hi", 1)) if m[side] is not None])
+def test_a_number_beyond_its_bound_is_refused_with_the_bound(name, bound, beyond):
+    message = refused({name: str(beyond)})
+    assert message.startswith(f"{name}={beyond}: ") and str(bound) in message
+
+
+@pytest.mark.parametrize("name", [f.name.upper() for f in KNOBS if f.metadata["choices"]])
+def test_a_wrong_choice_is_refused_with_all_right_ones(name):
+    wrong = "9" if BY_NAME[name].type == "int" else "nonsense"
+    message = refused({name: wrong})
+    assert message.startswith(f"{name}={wrong}: ") and all(str(c) in message for c in BY_NAME[name].metadata["choices"])
+
+
+TEXT = st.one_of(st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))), st.integers().map(str),
+                 st.floats().map(str), st.lists(st.integers(-1, 12), max_size=4).map(lambda ns: ",".join(map(str, ns))))
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.sampled_from(KNOBS), TEXT)
+def test_any_text_gives_either_a_valid_setting_or_a_one_line_refusal(f, text):
+    name = f.name.upper()
+    try:
+        value = getattr(Config.from_env({"VE_ENABLED": "1", name: text}), f.name)
+    except Refusal as refusal:
+        assert refusal.code == 2 and len(str(refusal).splitlines()) == 1 and str(refusal).split("=")[0] in BY_NAME
+        return
+    assert type(value).__name__ == f.type
+    assert not isinstance(value, float) or math.isfinite(value)
+    assert not f.metadata["choices"] or value in f.metadata["choices"]
+
+
+@pytest.mark.parametrize("env", [{"SEED": "1\n2"}, {"INIT": "a\nb"}, {"QAT": "1\n"}, {"SEEDS": "1\n2"}], ids=str)
+def test_a_value_with_a_line_break_is_still_refused_in_one_line(env):
+    assert len(refused(env).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["BETA1", "BETA2", "SMEAR_BETA2"])
+def test_an_adamw_beta_of_1_is_refused_before_it_divides_by_zero(name):
+    assert name in refused({name: "1"})
+
+
+@pytest.mark.parametrize("text", [str(2 ** 63), str(2 ** 70), str(10 ** 30)])
+def test_a_seed_that_no_generator_takes_is_refused(text):
+    assert refused({"SEED": text}).startswith(f"SEED={text}: ")
+
+
+# ── Several knobs ─────────────────────────────────────────────────────────────────────────────────────────────────
+RULES = [  # (settings that break the rule, the variable to blame, a change that mends it)
+    ("MODEL_DIM=510", "MODEL_DIM", "NUM_HEADS=5 NUM_KV_HEADS=5"),
+    ("NUM_KV_HEADS=3", "NUM_KV_HEADS", "NUM_KV_HEADS=2"),
+    ("ROPE_DIMS=66", "ROPE_DIMS", "ROPE_DIMS=64"), ("ROPE_DIMS=15", "ROPE_DIMS", "ROPE_DIMS=16"),
+    ("NUM_HEADS=4 MODEL_DIM=36", "ROPE_DIMS", "ROPE_DIMS=8"),
+    ("ROPE_DIMS=2 ROPE_NTK_LEN=512", "ROPE_DIMS", "ROPE_NTK_LEN=0"),
+    ("TRAIN_BATCH_TOKENS=5000", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN=1000"),
+    ("EVAL_STRIDE=2049", "EVAL_STRIDE", "EVAL_SEQ_LEN=2049"), ("EVAL_SEQ_LEN=32", "EVAL_STRIDE", "EVAL_STRIDE=32"),
+    ("XSA_LAST_N=12", "XSA_LAST_N", "NUM_LAYERS=12"),
+    ("BIGRAM_VOCAB_SIZE=1", "BIGRAM_VOCAB_SIZE", "BIGRAM_VOCAB_SIZE=2"),
+    ("VE_ENABLED=1 VE_LAYERS=9,11", "VE_LAYERS", "NUM_LAYERS=12"),
+    ("VE_ENABLED=1 VE_LAYERS=", "VE_LAYERS", "VE_ENABLED=0"),
+    ("VE_ENABLED=1 VE_LAYERS=-1", "VE_LAYERS", "VE_LAYERS=1"),
+    ("VE_ENABLED=1 VE_LAYERS=\u00b2", "VE_LAYERS", "VE_LAYERS=2"),
+    ("SWA_ENABLED=1 EMA_ENABLED=1", "SWA_ENABLED", "SWA_ENABLED=0"),
+    ("SWA_ENABLED=1 SQWA_ENABLED=1", "SWA_ENABLED", "SWA_ENABLED=0"),
+    ("QNA_ENABLED=1 QAT_ENABLED=1", "QNA_ENABLED", "QAT_START_KIND=lr_scale QAT_START=0.15"),
+    ("QAT_ENABLED=1 QAT_START=0.7", "QAT_START", "QAT_START_KIND=lr_scale"),
+    ("QAT=1 QAT_START_FRAC=0.7", "QAT_START", "QAT_START_KIND=iter_frac"),
+    ("TTT_MODE=sgd TTT_CHUNK_TOKENS=3000", "TTT_CHUNK_TOKENS", "TTT_CHUNK_TOKENS=4096"),
+    ("MODEL_DIM=64 MLP_MULT=0.01", "MLP_MULT", "MODEL_DIM=128"),
+    ("COMPRESSOR=lzma COMPRESS_LEVEL=22", "COMPRESS_LEVEL", "COMPRESSOR=zstd"),
+    ("COMPRESSOR=zlib COMPRESS_LEVEL=10", "COMPRESS_LEVEL", "COMPRESS_LEVEL=9")]
+
+
+@pytest.mark.parametrize("settings, blamed, mend", RULES)
+def test_a_contradiction_between_knobs_is_refused_and_its_remedy_works(settings, blamed, mend):
+    message = refused(parse(settings))
+    assert message.startswith(f"{blamed}=") and len(message.splitlines()) == 1
+    Config.from_env({**parse(settings), **parse(mend)})
+
+
+def test_every_rule_between_knobs_has_a_case_here():
+    assert {message.split("=")[0] for _, message in Config().conflicts()} <= {blamed for _, blamed, _ in RULES}
+
+
+@pytest.mark.parametrize("settings, average", [
+    ("SWA_ENABLED=1", "swa"), ("EMA_ENABLED=1", "ema"), ("SQWA_ENABLED=1", "sqwa"),
+    ("SQWA_ENABLED=1 EMA_ENABLED=1", "sqwa")])
+def test_the_exported_average_follows_the_documented_precedence(settings, average):
+    assert Config.from_env(parse(settings)).average == average
+
+
+# ── Identity of a configuration ───────────────────────────────────────────────────────────────────────────────────
+def with_other(cfg: Config, f) -> Config:
+    """The same configuration but for one knob, unchecked."""
+    other, value = copy.copy(cfg), getattr(cfg, f.name)
+    object.__setattr__(other, f.name, not value if f.type == "bool" else value + ("x" if f.type == "str" else 1))
+    return other
+
+
+@pytest.mark.parametrize("name", ["SEED", "RUN_ID", "DATA_PATH", "TOKENIZER_PATH", "LOGS_DIR"])
+def test_the_digest_ignores_seed_names_and_places(name):
+    assert with_other(Config(), BY_NAME[name]).digest() == Config().digest()
+
+
+@pytest.mark.parametrize("f", [f for f in KNOBS if f.metadata["scope"] != "run"], ids=lambda f: f.name)
+def test_the_digest_changes_with_every_knob_that_changes_the_result(f):
+    assert with_other(Config(), f).digest() != Config().digest()
+
+
+def test_the_digest_does_not_depend_on_the_spelling():
+    assert Config.from_env({"MUON_WEIGHT_DECAY": ".04"}).digest() == Config.from_env({"MUON_WD": "0.040"}).digest()
+
+
+# ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────
+def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    base = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
+    return subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *arguments], env=base | variables, text=True,
+                          capture_output=True, timeout=60)
+
+
+def test_help_lists_every_knob_with_type_default_unit_meaning_and_alias():
+    done = launch("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()}
+    for f in KNOBS:
+        line, m = lines[f.name.upper()], f.metadata
+        assert line.split()[1] == f.type and m["doc"] and m["doc"] in line and m["unit"] in line
+        assert line.split()[2] == (str(int(f.default)) if f.type == "bool" else str(f.default) or '""')
+    assert all(alias in done.stdout for alias in ALIASES)
+    assert all(f"{code} {meaning}" in done.stdout for code, meaning in EXIT_CODES.items())
+
+
+def test_a_bad_variable_ends_the_process_with_exit_2_and_one_line():
+    done = launch(SWA_START="0.5")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+    assert "SWA_START=0.5" in done.stderr and "did you mean SWA_START_" in done.stderr
+
+
+@pytest.mark.parametrize("name, value, remedy", [
+    ("SEED", "one", "must be a whole number"), ("QAT_ENABLED", "true", "must be 0 or 1"),
+    ("QUANT_BITS_MLP", "9", "choose one of 2,"),
+    ("MATRIX_LR", "-1.0", "must be 0 or more"), ("NUM_KV_HEADS", "3", "must divide NUM_HEADS=8")])
+def test_a_refusal_names_variable_value_and_remedy_in_one_line(name, value, remedy, monkeypatch, capsys):
+    for known in BY_NAME.keys() | ALIASES.keys():
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setenv(name, value)
+    assert command_line([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {name}={value}: ") and remedy in err
+    assert f"exit 2: {EXIT_CODES[2]}" in err
+
+
+@pytest.mark.parametrize("arguments", [["--seed=7"], ["SEED=7"], ["help"], ["--help", "--verbose"]], ids=str)
+def test_an_argument_is_refused_with_exit_2_because_settings_are_variables(arguments, capsys):
+    assert command_line(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "--help" in out + err and len((out + err).splitlines()) == 1

@@ -1,0 +1,412 @@
+"""The artifact: what is in it, how large it is, and what a reader does with a damaged or hostile one.
+
+Would have caught: exports that do not equal what was trained (#304, #975); the wrong layer kept in fp16 (#989's blocks.8);
+artifacts over the cap that nobody noticed (#194, #975, #989) and sizes that were not those of the shipped files (#1835); a
+zstd file that its own reader could not open (#199); pickles, which run what a stranger wrote when they are loaded.
+"""
+import ast
+import hashlib
+import json
+import lzma
+import math
+import signal
+import tracemalloc
+import zlib
+
+import pytest
+import safetensors.torch
+import torch
+import zstandard
+
+import train_gpt
+from train_gpt import (COMPRESSORS, FORMAT_VERSION, HEADER, MAGIC, MAX_RAW_BYTES, GPT, Config, Grid, Refusal, Run, export,
+                       export_plan, main, pack, prune, shipped, unpack, write_atomic)
+
+
+@pytest.fixture
+def product(tiny):
+    """product(**knobs) -> (cfg, a state like a trained one, its plan)."""
+    def make(**knobs):
+        cfg = tiny(**knobs)
+        torch.manual_seed(0)
+        model = GPT(cfg)
+        return cfg, {n: p.detach() + 0.1 * torch.randn(p.shape) for n, p in model.named_parameters()}, export_plan(cfg, model)
+    return make
+
+
+@pytest.fixture
+def artifact(product, tmp_path):
+    """A good artifact of the tiny configuration on disk."""
+    path = tmp_path / "artifact.bin"
+    path.write_bytes(pack(*product()))
+    return path
+
+
+# ── pack and unpack ───────────────────────────────────────────────────────────────────────────────────────────────
+ALL_ON = dict(bigram_vocab_size=64, bigram_dim=16, ve_enabled=True, ve_dim=16, ve_layers="1,2", quant_bits_mlp=5,
+              quant_bits_bigram=8, quant_bits_embed=8)
+GRIDS = [dict(), dict(quant_clip="amax", quant_codes="asym", quant_scale_floor=False), dict(quant_clip="search5")]
+
+
+@pytest.mark.parametrize("knobs", GRIDS, ids=str)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_what_is_read_back_is_exactly_what_was_shipped(product, tmp_path, compressor, knobs):
+    cfg, state, plan = product(compressor=compressor, **ALL_ON, **knobs)
+    path = tmp_path / "a.bin"
+    path.write_bytes(pack(cfg, state, plan))
+    found, weights = unpack(path)
+    assert found == cfg.knobs("model", "eval") and weights.keys() == state.keys()
+    for name, w in state.items():
+        assert weights[name].dtype == torch.float32 and torch.equal(weights[name], shipped(w, plan[name])), name
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_the_same_weights_give_the_same_bytes_whatever_their_order(product, compressor):
+    cfg, state, plan = product(compressor=compressor)
+    assert pack(cfg, state, plan) == pack(cfg, dict(reversed(state.items())), plan)
+
+
+@pytest.mark.parametrize("level", [1, 9])
+def test_the_level_reaches_the_compressor_and_the_reader_needs_no_setting(product, tmp_path, level):
+    sizes = {}
+    for compressor in COMPRESSORS:
+        cfg, state, plan = product(compressor=compressor, compress_level=level)
+        (tmp_path / compressor).write_bytes(blob := pack(cfg, state, plan))
+        assert blob == pack(product(compressor=compressor)[0], state, plan, level)
+        sizes[compressor] = len(blob)
+        assert unpack(tmp_path / compressor)[1].keys() == state.keys()
+    assert len(set(sizes.values())) == 3
+
+
+@pytest.mark.parametrize("codes", ["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("floor", [True, False])
+def test_requantising_the_shipped_weights_changes_nothing(bits, codes, floor):
+    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 2, 64)[:, None]
+    once = Grid(bits, "amax", codes, floor).snap(w)
+    assert torch.equal(Grid(bits, "amax", codes, floor).snap(once), once)
+
+
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_requantising_with_a_quantile_clip_keeps_the_codes_and_moves_a_step_by_one_fp16_ulp_at_most(bits):
+    grid = Grid(bits, "quantile")  # interpolates between the two largest weights of a row, which snapping moves
+    codes, scale = grid.quantise(torch.randn(64, 512, generator=torch.Generator().manual_seed(1)))
+    again, rescaled = grid.quantise(grid.dequantise(codes, scale))
+    assert torch.equal(codes, again)
+    torch.testing.assert_close(rescaled, scale, rtol=2 ** -10, atol=0)
+
+
+# ── the plan ──────────────────────────────────────────────────────────────────────────────────────────────────────
+SEEDS = {
+    "989": dict(num_layers=10, bigram_vocab_size=10240, quant_bits_mlp=5, quant_clip="amax", quant_codes="asym", smear_gate=True,
+                quant_scale_floor=False, keep_float_max_numel=8192, fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k"),
+    "194": dict(num_layers=11),
+    "975": dict(num_layers=11, bigram_vocab_size=2048, ve_enabled=True, quant_bits_bigram=8, quant_bits_embed=8,
+                quant_clip="search5"),
+    "145": dict(num_layers=9, mlp_mult=2.0, smear_gate=False, quant_bits_mlp=8, quant_bits_attn=8, quant_bits_embed=8)}
+
+
+def full_size_plan(seed: str) -> dict:
+    """Tensor name -> bits, or "fp16" / "fp32", for the seed's model at its true size (without its memory)."""
+    cfg = Config(init="default", **SEEDS[seed])
+    with torch.device("meta"):
+        plan = export_plan(cfg, GPT(cfg))
+    floats = {torch.float16: "fp16", torch.float32: "fp32"}
+    return {name: how.bits if isinstance(how, Grid) else floats[how] for name, how in plan.items()}
+
+
+def kinds(plan: dict, part: str) -> set:
+    return {how for name, how in plan.items() if part in name and name.endswith(("weight", "embed", "tok_emb"))}
+
+
+@pytest.mark.parametrize("seed, part, expected", [
+    ("989", "tok_emb", {"fp16"}), ("989", "mlp.", {5}), ("989", "attn.c_q", {6}), ("989", "attn.c_v", {6}),
+    ("989", "blocks.8.attn.c_k", {"fp16"}), ("989", "blocks.9.attn.c_k", {6}), ("989", "bigram.", {6}),
+    ("194", "tok_emb", {"fp16"}), ("194", "blocks.", {6}),
+    ("975", "tok_emb", {8}), ("975", "value_embed.embed", {8}), ("975", "bigram.embed", {8}), ("975", "bigram.proj", {"fp16"}),
+    ("975", "value_embed.proj", {"fp16"}), ("975", "blocks.", {6}),
+    ("145", "tok_emb", {8}), ("145", "blocks.", {8})])
+def test_each_tensor_of_a_seed_is_shipped_as_in_the_seed(seed, part, expected):
+    assert kinds(full_size_plan(seed), part) == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_control_tensors_stay_fp32_and_every_matrix_is_planned(seed):
+    plan = full_size_plan(seed)
+    control = {name for name in plan if not name.endswith(("weight", "embed", "tok_emb"))}
+    assert {name.split(".")[-1] for name in control} >= {"q_gain", "resid_mix", "attn_scale", "mlp_scale", "skip_weights"}
+    assert {name for name, how in plan.items() if how == "fp32"} == control
+
+
+def test_a_tensor_of_exactly_the_limit_stays_fp16_and_bits_16_means_fp16(product):
+    kept = product(keep_float_max_numel=32 * 32)[2]  # c_q is 32 x 32
+    assert kept["blocks.0.attn.c_q.weight"] == torch.float16
+    assert isinstance(product(keep_float_max_numel=32 * 32 - 1)[2]["blocks.0.attn.c_q.weight"], Grid)
+    assert product(quant_bits_mlp=16)[2]["blocks.0.mlp.fc.weight"] == torch.float16
+
+
+# ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────
+def refusal(path, tiny) -> str:
+    """The one line with which scoring this file ends; anything else fails, and so does taking over 20 s."""
+    def too_long(*_):
+        pytest.fail(f"{path} keeps the reader busy for 20 s")
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        with pytest.raises(Refusal) as caught:
+            main(tiny(eval_only=str(path)))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    assert caught.value.code == 2 and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_good_artifact_is_scored(artifact, tiny):
+    assert main(tiny(eval_only=str(artifact)))["exit_code"] == 0
+
+
+def test_a_file_cut_anywhere_is_refused(artifact):
+    data = artifact.read_bytes()
+    for length in [*range(HEADER.size + 2), *range(0, len(data), 97), len(data) - 1]:
+        artifact.write_bytes(data[:length])
+        with pytest.raises(Refusal, match="artifact.bin"):
+            unpack(artifact)
+
+
+def test_a_flipped_bit_anywhere_is_refused(artifact):
+    data = artifact.read_bytes()
+    for place in [*range(HEADER.size), *range(HEADER.size, len(data), 97), len(data) - 1]:
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        artifact.write_bytes(damaged)
+        with pytest.raises(Refusal, match="artifact.bin"):
+            unpack(artifact)
+            pytest.fail(f"byte {place} may be anything")
+
+
+@pytest.mark.parametrize("change, problem", [
+    (lambda d: b"PK\3\4" + d[4:], "GOLFGPT"), (lambda d: d[:8] + b"\2\0" + d[10:], "version 2"),
+    (lambda d: d[:10] + b"\3" + d[11:], "compressor 3"), (lambda d: d + b"!", "checksum"), (lambda d: b"", "GOLFGPT")],
+    ids=["magic", "version", "compressor", "tail", "empty"])
+def test_the_refusal_says_what_is_wrong(artifact, tiny, change, problem):
+    artifact.write_bytes(change(artifact.read_bytes()))
+    message = refusal(artifact, tiny)
+    assert problem in message and str(artifact) in message
+
+
+def test_a_folder_or_a_missing_file_is_refused(artifact, tiny):
+    assert str(artifact.parent) in refusal(artifact.parent, tiny)
+    assert "none.bin" in refusal(artifact.with_name("none.bin"), tiny)
+
+
+# ── hostile files: the checksum is right ──────────────────────────────────────────────────────────────────────────
+def forge(path, raw: bytes, size: int | None = None, compressor: str = "zlib", blob: bytes | None = None):
+    """Writes an artifact of this payload with a correct checksum, and perhaps a lie about its size."""
+    blob = COMPRESSORS[compressor][0](raw, 1) if blob is None else blob
+    number, size = list(COMPRESSORS).index(compressor), len(raw) if size is None else size
+    path.write_bytes(HEADER.pack(MAGIC, FORMAT_VERSION, number, size, hashlib.sha256(blob).digest()) + blob)
+    return path
+
+
+def payload(artifact) -> tuple[dict, dict]:
+    """(tensors, configuration) inside a good artifact."""
+    raw = zstandard.decompress(artifact.read_bytes()[HEADER.size:], MAX_RAW_BYTES)
+    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+    return safetensors.torch.load(raw), json.loads(header["__metadata__"]["config"])
+
+
+COMPRESS_STREAM = {"zlib": lambda: zlib.compressobj(9), "zstd": lambda: zstandard.ZstdCompressor().compressobj(),
+                   "lzma": lambda: lzma.LZMACompressor(preset=0)}
+
+
+@pytest.mark.parametrize("claimed", [4096, MAX_RAW_BYTES + 1, 2 ** 63])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_a_decompression_bomb_is_refused_in_little_memory(artifact, tiny, compressor, claimed):
+    stream, million = COMPRESS_STREAM[compressor](), bytes(1 << 20)
+    blob = b"".join([stream.compress(million) for _ in range(128)] + [stream.flush()])
+    forge(artifact, b"", claimed, compressor, blob)
+    tracemalloc.start()
+    try:
+        refusal(artifact, tiny)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("lie", [-1, 1, 10 ** 8])
+def test_a_wrong_size_is_refused(artifact, tiny, compressor, lie):
+    raw = safetensors.torch.save(*map(dict, [payload(artifact)[0], {"config": json.dumps(payload(artifact)[1])}]))
+    assert main(tiny(eval_only=str(forge(artifact, raw, None, compressor))))["exit_code"] == 0
+    refusal(forge(artifact, raw, len(raw) + lie, compressor), tiny)
+
+
+def long_header(n: int) -> bytes:
+    return n.to_bytes(8, "little")
+
+
+@pytest.mark.parametrize("raw", [
+    b"nothing at all", bytes(64), long_header(2) + b"{}", long_header(2 ** 63) + b"{}", long_header(99) + b"{}",
+    long_header(9) + b"not json!", long_header(20_000) + b"[" * 20_000, long_header(23) + b'{"__metadata__":{"a":1}}',
+    long_header(54) + b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}' + bytes(4)],
+    ids=["text", "zeros", "no config", "huge header", "cut header", "not json", "deep json", "metadata", "offsets"])
+def test_a_bad_safetensors_payload_is_refused(artifact, tiny, raw):
+    refusal(forge(artifact, raw), tiny)
+
+
+FC, Q, SKIP = "blocks.1.mlp.fc.weight", "blocks.0.attn.c_q.weight", "skip_weights"
+TENSORS = {
+    "a tensor is missing": lambda t: t.pop(SKIP),
+    "its codes are missing": lambda t: t.pop(FC + ":codes"),
+    "its scale is missing": lambda t: t.pop(FC + ":scale"),
+    "a name is unknown": lambda t: t.update(evil=torch.zeros(3)),
+    "a scale has no codes": lambda t: t.update({"evil:scale": torch.zeros(3)}),
+    "a tensor is there twice": lambda t: t.update({FC: torch.zeros(96, 32)}),
+    "a shape is wrong": lambda t: t.update({SKIP: t[SKIP].T.contiguous()}),
+    "the codes have a wrong shape": lambda t: t.update({FC + ":codes": t[FC + ":codes"].T.contiguous()}),
+    "the codes are no integers": lambda t: t.update({FC + ":codes": t[FC + ":codes"].float() + 0.5}),
+    "a scale per column": lambda t: t.update({Q + ":scale": t[Q + ":scale"].T.contiguous()}),
+    "a scale per weight": lambda t: t.update({Q + ":scale": torch.ones(32, 32, dtype=torch.float16)}),
+    "a scale that blows the tensor up": lambda t: t.update(
+        {FC + ":codes": torch.zeros(30_000, 1, dtype=torch.int8), FC + ":scale": torch.ones(1, 30_000, dtype=torch.float16)}),
+    "a weight is not a number": lambda t: t.update({SKIP: torch.full_like(t[SKIP], math.nan)}),
+    "a scale is infinite": lambda t: t.update({FC + ":scale": torch.full_like(t[FC + ":scale"], math.inf)})}
+
+
+@pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
+def test_other_tensors_than_the_configuration_asks_for_are_refused(artifact, tiny, change):
+    tensors, config = payload(artifact)
+    change(tensors)
+    refusal(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps(config)})), tiny)
+
+
+CONFIGS = [
+    dict(num_layers=3.0), dict(num_layers="3"), dict(num_layers=None), dict(num_layers=[3]), dict(num_layers=2), dict(num_layers=0),
+    dict(num_layers=-1), dict(num_layers=2 ** 40), dict(model_dim=2 ** 40), dict(vocab_size=384.0), dict(vocab_size=385),
+    dict(bigram_vocab_size=2 ** 40), dict(train_seq_len=2 ** 40), dict(eval_seq_len=2 ** 40), dict(mlp_mult=1e300),
+    dict(mlp_mult=math.nan), dict(mlp_mult="3"), dict(ve_layers=5), dict(ve_enabled=True, ve_layers=None), dict(smear_gate="yes"),
+    dict(smear_gate=2), dict(mlp_act="gelu"), dict(mlp_act=["relu2"]), dict(init={}), dict(rope_dims=7), dict(rope_base="x"),
+    dict(logit_softcap=math.inf), dict(eval_stride=65), dict(eval_stride=1.5), dict(ttt_mode="lora"), dict(surprise=1),
+    dict(given=["MODEL_DIM"]), dict(data_path="/"), dict(seed=1)]
+
+
+@pytest.mark.parametrize("change", CONFIGS, ids=str)
+def test_a_hostile_configuration_is_refused(artifact, tiny, change):
+    tensors, config = payload(artifact)
+    refusal(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps({**config, **change})})), tiny)
+
+
+@pytest.mark.parametrize("config", ["", "null", "[]", "3", '"text"', "{}", "[[1, 2]]", '{"num_layers": 3}', "{" * 5000])
+def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
+    refusal(forge(artifact, safetensors.torch.save(payload(artifact)[0], {"config": config})), tiny)
+
+
+# ── pruning ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.9])
+def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_else(product, fraction):
+    cfg, state, _ = product(prune_pct=fraction, **ALL_ON)
+    pruned, large = prune(cfg, state, fraction), set()
+    for name, w in state.items():
+        zeroed = pruned[name] == 0
+        assert torch.equal(pruned[name][~zeroed], w[~zeroed])
+        if w.ndim == 2 and w.numel() > cfg.keep_float_max_numel:
+            large.add(name)
+            assert zeroed.sum() == int(fraction * w.numel())
+            assert fraction == 0 or w[zeroed].abs().max() <= w[~zeroed].abs().min()
+        else:
+            assert torch.equal(pruned[name], w)
+    assert {"tok_emb", "bigram.embed", FC} <= large and SKIP not in large
+
+
+# ── the cap ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def code_and_artifact(report: dict) -> tuple[int, int]:
+    """Bytes of the two files that ship, from the disk."""
+    folder = train_gpt.Path(report["artifact_path"]).parent
+    return (folder / "train_gpt.py").stat().st_size, (folder / "artifact.bin").stat().st_size
+
+
+def test_the_sizes_that_are_reported_are_those_of_the_files_on_disk(tiny):
+    cfg = tiny()
+    report = main(cfg)
+    code, artifact = code_and_artifact(report)
+    assert (report["code_bytes"], report["artifact_bytes"], report["total_bytes"]) == (code, artifact, code + artifact)
+    log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
+    rows = {line.split("  ")[0]: line.split()[-1] for line in log.splitlines() if line}
+    assert rows["code as shipped"] == f"{code:,}" and rows["artifact"] == f"{artifact:,}"
+    assert rows["total"] == f"{code + artifact:,}" and rows["headroom"] == f"{16_000_000 - code - artifact:,}"
+    assert f"{code + artifact:,} bytes in all, exit code 0" in log
+
+
+@pytest.mark.parametrize("below", [1, 100_000])
+def test_over_the_cap_all_is_saved_and_the_exit_code_is_3(tiny, below):
+    total = main(tiny())["total_bytes"]
+    assert main(tiny(cap_bytes=total))["exit_code"] == 0
+    cfg = tiny(cap_bytes=total - below)
+    report = main(cfg)
+    assert report["exit_code"] == 3 and not report["under_cap"] and sum(code_and_artifact(report)) == total
+    folder = train_gpt.Path(cfg.logs_dir) / cfg.run_id
+    assert unpack(folder / "artifact.bin") and json.loads((folder / "result.json").read_text())["exit_code"] == 3
+    log = (folder / "train.log").read_text()
+    assert any(line.split() == ["OVER", "CAP", "BY", f"{below:,}"] for line in log.splitlines())
+
+
+@pytest.mark.parametrize("start, compressor", [(0.0, "zstd"), (0.1, "zlib"), (0.0, "lzma")])
+def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(product, tiny, start, compressor):
+    knobs = dict(prune_pct=start, keep_float_max_numel=64, compressor=compressor, compress_level=6)
+    cfg, state, plan = product(**knobs)
+    code, steps = len(train_gpt.SOURCE), int(round((0.9 - start) / 0.005))
+    sizes = [code + len(pack(cfg, prune(cfg, state, start + i * 0.005), plan)) for i in range(steps)]
+    jumps = [small for small, next_one in zip(sizes, sizes[1:]) if next_one > small]  # more zeros can be a larger file
+    for cap in [code + int(share * (sizes[0] - code)) for share in (0.99, 0.9, 0.6)] + jumps:
+        first = next(i for i, size in enumerate(sizes) if size <= cap)
+        cfg = tiny(**knobs, fit_to_cap=True, cap_bytes=cap)
+        blob, pruned = export(cfg, Run(cfg), state, plan)
+        assert (code + len(blob), pruned) == (sizes[first], pytest.approx(start + first * 0.005))
+
+
+def test_fit_to_cap_fits_and_says_what_it_costs(tiny):
+    total = main(tiny())["total_bytes"]
+    report = main(tiny(fit_to_cap=True, cap_bytes=total - 1500))
+    assert report["exit_code"] == 0 and sum(code_and_artifact(report)) <= total - 1500 and report["pruned"] > 0
+    bpb = {name: score["bpb"] for name, score in report["scores"].items()}
+    assert report["fit_cost_bpb"] == bpb["quantised"] - bpb["unfitted"] != 0
+    assert report["toggles"]["PRUNE_PCT"]["active"]
+
+
+def test_fit_to_cap_prunes_nothing_where_it_fits_and_says_so_where_it_cannot(tiny):
+    fits, cannot = main(tiny(fit_to_cap=True)), main(tiny(fit_to_cap=True, cap_bytes=1000))
+    assert fits["exit_code"] == 0 and fits["pruned"] == 0 and fits["fit_cost_bpb"] is None
+    assert cannot["exit_code"] == 3 and code_and_artifact(cannot)[1] == cannot["artifact_bytes"]
+
+
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_writing_replaces_the_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "a.bin"
+    for data in (b"first", b"second"):
+        write_atomic(path, data)
+        assert path.read_bytes() == data and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_write_that_fails_leaves_what_was_there_and_no_part_of_the_new(tmp_path, monkeypatch, call, old):
+    path = tmp_path / "a.bin"
+    if old:
+        path.write_bytes(old)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(call, fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new" * 1000)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_nothing_is_pickled():
+    tree = ast.parse(train_gpt.SOURCE)
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))}
+    assert not (imported | names) & {"pickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save", "eval", "exec"}
+    assert "safetensors.torch.load" in names

@@ -1,0 +1,399 @@
+"""The model: every technique against the specification written again, and absent when it is off.
+
+Would have caught: #1851's SmearGate that leaks across documents, a score path that differs from the training path (one
+forward path serves both), NTK bases that depend on the length that is scored (#975), a bigram table whose last bucket
+is also a hash, an RMSNorm with bf16's epsilon, #199's toggles whose parameters nothing used, and any look-ahead.
+"""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from train_gpt import (ACTIVATIONS, BOS, GPT, BigramHash, Config, SmearGate, ValueEmbedding, exclude_self, norm,
+                       rope_tables, rotate, sdpa)
+
+SMALL = dict(vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=24,
+             train_batch_tokens=48, eval_stride=8)
+ALL = dict(bigram_vocab_size=17, bigram_dim=8, ve_enabled=True, ve_dim=8, ve_layers="0,2", xsa_last_n=2, ln_scale=True,
+           rope_dims=4, rope_ntk_len=12, mlp_act="leaky_relu2", smear_pos="post_norm", smear_mask_bos=True)
+PLAIN = dict(smear_gate=False)
+TECHNIQUES = {"smear_gate": dict(smear_gate=True), "bigram": dict(bigram_vocab_size=17, bigram_dim=8),
+              "value_embedding": dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"), "xsa": dict(xsa_last_n=2),
+              "ln_scale": dict(ln_scale=True), "partial_rope": dict(rope_dims=4), "ntk": dict(rope_ntk_len=12),
+              "leaky_relu2": dict(mlp_act="leaky_relu2")}
+KEYS = {"smear_gate": {"smear.gate"}, "bigram": {"bigram.embed", "bigram.proj.weight", "bigram.scale"},
+        "value_embedding": {"value_embed." + name for name in ("embed", "proj.weight", "scale", "block_scales")}}
+
+
+def config(**knobs) -> Config:
+    return Config(**{**SMALL, **knobs})
+
+
+def make(cfg: Config, dtype: torch.dtype = torch.float32) -> GPT:
+    """A model in which every parameter is random and matters."""
+    generator = torch.Generator().manual_seed(5)
+    model = GPT(cfg, dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def rows(cfg: Config, n: int = 2, length: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random ids and targets with document starts here and there."""
+    tokens = torch.randint(2, cfg.vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(seed))
+    tokens[:, [0, 7, 15]] = BOS
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# ── the specification, written again: one row, plain functions, fp64 ──
+def rms(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+def spec_rotate(x, dims, base):
+    """x (T, d): the pairs (x_k, x_{k + dims/2}) as complex numbers, turned by -t * base^(-2k / dims)."""
+    half = dims // 2
+    angle = torch.arange(len(x))[:, None].double() * base ** (-2.0 * torch.arange(half).double() / dims)
+    turned = torch.complex(x[:, :half], x[:, half:dims]) * torch.exp(-1j * angle)
+    return torch.cat((turned.real, turned.imag, x[:, dims:]), 1)
+
+
+def spec_attention(w, cfg, i, x, extra_v):
+    d, ratio = cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
+    dims, length = cfg.rope_dims or d, len(x)
+    base = cfg.rope_base
+    if cfg.rope_ntk_len:
+        base *= (cfg.train_seq_len / cfg.rope_ntk_len) ** (dims / (dims - 2))
+    q, k, v = (x @ w[f"blocks.{i}.attn.c_{name}.weight"].T for name in "qkv")
+    v, heads = v + extra_v, []
+    for head in range(cfg.num_heads):
+        group = head // ratio
+        own_q = w[f"blocks.{i}.attn.q_gain"][head] * spec_rotate(rms(q[:, head * d:(head + 1) * d]), dims, base)
+        own_k, own_v = spec_rotate(rms(k[:, group * d:(group + 1) * d]), dims, base), v[:, group * d:(group + 1) * d]
+        scores = (own_q @ own_k.T / math.sqrt(d)).masked_fill(~torch.ones(length, length, dtype=bool).tril(), -math.inf)
+        y = scores.softmax(-1) @ own_v
+        if i >= cfg.num_layers - cfg.xsa_last_n:
+            unit = own_v / own_v.norm(dim=1, keepdim=True)
+            y = y - (y * unit).sum(1, keepdim=True) * unit
+        heads.append(y)
+    return torch.cat(heads, 1) @ w[f"blocks.{i}.attn.proj.weight"].T
+
+
+def spec_model(w, cfg, ids, targets):
+    """(T,) token ids -> (T,) nats."""
+    def smeared(x):
+        g, previous = w["smear.gate"].sigmoid(), torch.cat((0 * x[:1], x[:-1]))
+        if cfg.smear_mask_bos:
+            previous[ids == BOS] = 0
+        return (1 - g) * x + g * previous
+
+    x = w["tok_emb"][ids]
+    if cfg.bigram_vocab_size:
+        last, t = cfg.bigram_vocab_size - 1, ids.tolist()
+        buckets = [last] + [((36313 * t[i]) ^ (27191 * t[i - 1])) % last for i in range(1, len(t))]
+        x = x + w["bigram.scale"] * w["bigram.embed"][buckets] @ w["bigram.proj.weight"].T
+    if cfg.smear_gate and cfg.smear_pos == "pre_norm":
+        x = smeared(x)
+    x = rms(x)
+    if cfg.smear_gate and cfg.smear_pos == "post_norm":
+        x = smeared(x)
+    x0, stack, encoders, hidden_slope = x, [], cfg.num_layers // 2, 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
+    with_value = [int(n) for n in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
+    for i in range(cfg.num_layers):
+        if i >= encoders and stack:
+            x = x + w["skip_weights"][i - encoders] * stack.pop()
+        mix, scale = w[f"blocks.{i}.resid_mix"], (i + 1) ** -0.5 if cfg.ln_scale else 1.0
+        x, extra_v = mix[0] * x + mix[1] * x0, 0.0
+        if i in with_value:
+            table = w["value_embed.scale"] * w["value_embed.embed"][ids] @ w["value_embed.proj.weight"].T
+            extra_v = w["value_embed.block_scales"][with_value.index(i)] * table
+        x = x + w[f"blocks.{i}.attn_scale"] * spec_attention(w, cfg, i, scale * rms(x), extra_v)
+        z = scale * rms(x) @ w[f"blocks.{i}.mlp.fc.weight"].T
+        z = torch.where(z > 0, z, hidden_slope * z) ** 2
+        x = x + w[f"blocks.{i}.mlp_scale"] * (z @ w[f"blocks.{i}.mlp.proj.weight"].T)
+        if i < encoders:
+            stack.append(x)
+    z = cfg.logit_softcap * torch.tanh(rms(x) @ w["tok_emb"].T / cfg.logit_softcap)
+    return z.logsumexp(1) - z[torch.arange(len(ids)), targets]
+
+
+@pytest.mark.parametrize("knobs", [pytest.param(knobs, id=name) for name, knobs in {
+    "plain": PLAIN, "default": {}, "all": ALL, **{name: PLAIN | on for name, on in TECHNIQUES.items()},
+    "masked_pre_norm": dict(smear_mask_bos=True), "one_block": dict(num_layers=1), "even_depth": dict(num_layers=2),
+    "all_even_depth": dict(ALL, num_layers=4, ve_layers="3"), "odd_depth": dict(num_layers=5, num_kv_heads=1),
+    "long_rows": dict(ALL, eval_seq_len=40), "no_grouping": dict(num_kv_heads=4, xsa_last_n=3),
+    "numbers": dict(logit_softcap=2.0, rope_base=50.0, mlp_mult=1.5)}.items()])
+def test_the_model_is_the_specification(knobs):
+    cfg = config(**knobs)
+    model, (ids, targets) = make(cfg), rows(cfg, length=cfg.window)
+    w = {name: p.detach().double() for name, p in model.named_parameters()}
+    expected = torch.stack([spec_model(w, cfg, i, t) for i, t in zip(ids, targets)])
+    torch.testing.assert_close(model(ids, targets).double(), expected, rtol=2e-4, atol=2e-4)
+
+
+# ── one forward path, causal ──
+@pytest.mark.parametrize("knobs", (PLAIN, ALL), ids=("plain", "all"))
+def test_gathered_positions_give_the_numbers_of_the_full_path(knobs):
+    cfg = config(**knobs)
+    model, (ids, targets) = make(cfg), rows(cfg)
+    full = model(ids, targets)
+    for positions in (torch.tensor([[3, 0, 23, 7], [22, 23, 5, 5]]), torch.tensor([[4], [9]])):
+        gathered = model(ids, targets.gather(1, positions), positions)
+        torch.testing.assert_close(gathered, full.gather(1, positions), rtol=1e-5, atol=1e-5)
+    assert torch.equal(model(ids, targets.flip(1), torch.arange(24).flip(0).expand(2, -1)), full.flip(1))
+
+
+@pytest.mark.parametrize("knobs", (PLAIN, ALL, dict(ALL, smear_pos="pre_norm", smear_mask_bos=False)),
+                         ids=("plain", "all", "pre_norm"))
+def test_a_token_changes_no_earlier_prediction(knobs):
+    cfg = config(**knobs)
+    model, (ids, targets) = make(cfg), rows(cfg, 1)
+    before = model(ids, targets)
+    for t in range(ids.shape[1]):
+        other = ids.clone()
+        other[0, t] = 2 + (ids[0, t] + 7) % 60
+        change = (model(other, targets) - before)[0]
+        assert not change[:t].any() and change[t] != 0, t
+
+
+def test_a_shorter_row_gives_the_same_predictions():
+    cfg = config(**ALL, eval_seq_len=40)
+    model, (ids, targets) = make(cfg), rows(cfg, 2, 40)
+    torch.testing.assert_close(model(ids[:, :9], targets[:, :9]), model(ids, targets)[:, :9], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_batch_do_not_mix():
+    cfg = config(**ALL)
+    model, (ids, targets) = make(cfg), rows(cfg, 3)
+    alone = torch.cat([model(i[None], t[None]) for i, t in zip(ids, targets)])
+    torch.testing.assert_close(model(ids, targets), alone, rtol=1e-5, atol=1e-5)
+
+
+# ── off is absent, on is live ──
+def test_the_plain_model_has_no_tensor_of_a_technique():
+    block = {"resid_mix", "attn_scale", "mlp_scale", "attn.q_gain", "mlp.fc.weight", "mlp.proj.weight"} | {
+        f"attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "proj")}
+    expected = {"tok_emb", "skip_weights"} | {f"blocks.{i}.{name}" for i in range(3) for name in block}
+    assert GPT(config(**PLAIN)).state_dict().keys() == expected
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_technique_adds_its_tensors_only_and_is_live(name):
+    off, on = make(config(**PLAIN)), make(config(**PLAIN, **TECHNIQUES[name]) if name != "smear_gate" else config())
+    assert on.state_dict().keys() - off.state_dict().keys() == KEYS.get(name, set())
+    assert off.state_dict().keys() <= on.state_dict().keys()
+    on.load_state_dict(off.state_dict(), strict=False)
+    ids, targets = rows(config())
+    assert ((on(ids, targets) - off(ids, targets)).abs() > 1e-4).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("knobs, expected", [
+    (dict(num_layers=9, mlp_mult=2, **PLAIN), 17_059_912), (dict(), 26_502_232),
+    (dict(num_layers=10, smear_pos="post_norm", bigram_vocab_size=10240), 25_517_137),
+    (dict(smear_pos="post_norm", bigram_vocab_size=2048, ve_enabled=True, xsa_last_n=4, ln_scale=True, rope_dims=16,
+          rope_ntk_len=1024, mlp_act="leaky_relu2"), 26_993_756)], ids=("145_199", "194", "989", "975"))
+def test_parameter_counts_are_those_of_the_seeds(knobs, expected):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GPT(Config(init="default", **knobs)).parameters()) == expected
+
+
+# ── technique by technique ──
+def test_smear_blends_each_dimension_with_the_previous_token():
+    smear, x = SmearGate(config()), torch.randn(1, 3, 32)
+    assert torch.equal(smear.gate, torch.zeros(32))  # so half of each at the start
+    shifted = torch.stack((0 * x[:, 0], x[:, 0], x[:, 1]), 1)
+    torch.testing.assert_close(smear(x, torch.zeros(1, 3)), 0.5 * x + 0.5 * shifted)
+    with torch.no_grad():
+        smear.gate[:2] = torch.tensor([50.0, -50.0])
+    y = smear(x, torch.zeros(1, 3))
+    torch.testing.assert_close(y[0, :, 0], F.pad(x[0, :-1, 0], (1, 0)))
+    torch.testing.assert_close(y[0, :, 1], x[0, :, 1])
+
+
+@pytest.mark.parametrize("smear_pos", ("pre_norm", "post_norm"))
+@pytest.mark.parametrize("masked", (False, True))
+def test_smear_crosses_a_document_start_only_unmasked(smear_pos, masked):
+    cfg = config(smear_pos=smear_pos, smear_mask_bos=masked)
+    model, (ids, targets) = GPT(cfg), rows(config(), 1)  # its zero projections let no other information through
+    other = ids.clone()
+    other[0, 6] = 2 + (ids[0, 6] + 7) % 60  # the token before the document start at 7
+    change = (model(ids, targets) - model(other, targets))[0]
+    assert change[6] != 0 and bool(change[7] != 0) != masked and not change[8:].any()
+
+
+def test_bigram_rows_start_in_the_last_bucket_and_no_hash_falls_there():
+    cfg = config(bigram_vocab_size=7, bigram_dim=7, model_dim=8, num_heads=2)
+    bigram = BigramHash(cfg)
+    with torch.no_grad():
+        bigram.embed.copy_(torch.eye(7))
+        bigram.proj.weight.copy_(torch.eye(8)[:, :7])
+        bigram.scale.fill_(1)
+    ids = torch.randint(0, 64, (50, 30))
+    bucket = bigram(torch.zeros(50, 30, 8), ids).argmax(-1)
+    assert (bucket[:, 0] == 6).all() and set(bucket[:, 1:].flatten().tolist()) == set(range(6))
+    assert bucket[0, 5] == ((36313 * int(ids[0, 5])) ^ (27191 * int(ids[0, 4]))) % 6
+
+
+def test_bigram_hash_of_the_seed_configuration():
+    ids = torch.tensor([[1, 1023, 5]])
+    bigram = BigramHash(Config(bigram_vocab_size=10240, bigram_dim=1, model_dim=16))
+    with torch.no_grad():
+        bigram.embed.copy_(torch.arange(10240.0)[:, None])
+        bigram.proj.weight.fill_(1)
+        bigram.scale.fill_(1)
+    # (36313 * 1023) ^ (27191 * 1) and (36313 * 5) ^ (27191 * 1023), modulo 10239
+    assert bigram(torch.zeros(1, 3, 16), ids)[0, :, 0].tolist() == [10239, 37141520 % 10239, 27964660 % 10239]
+
+
+def test_the_value_embedding_is_scaled_per_block():
+    ve = ValueEmbedding(config(**ALL))
+    with torch.no_grad():
+        ve.block_scales.copy_(torch.tensor([2.0, -1.0]))
+    ids = rows(config())[0]
+    out = ve(ids, torch.float32)
+    assert out.keys() == {0, 2} and out[0].shape == (2, 24, 16)
+    torch.testing.assert_close(out[0], 2 * 0.1 * ve.embed[ids] @ ve.proj.weight.T)
+    torch.testing.assert_close(out[2], -0.5 * out[0])
+
+
+def test_xsa_leaves_nothing_along_the_own_value():
+    y, v = torch.randn(2, 5, 8, 16), torch.randn(2, 5, 2, 16)
+    out = exclude_self(y, v)
+    own = v.repeat_interleave(4, dim=2)  # head h -> kv head h // 4
+    assert (F.cosine_similarity(out, own, dim=-1).abs() < 1e-5).all()
+    removed = y - out
+    assert (F.cosine_similarity(removed, own, dim=-1).abs() > 1 - 1e-4).all()
+
+
+def test_query_head_h_reads_kv_head_h_over_ratio():
+    v = torch.arange(3.0)[None, None, :, None].expand(1, 4, 3, 8)  # kv head n holds n everywhere
+    y = sdpa(torch.randn(1, 4, 6, 8), torch.randn(1, 4, 3, 8), v)
+    torch.testing.assert_close(y[0, :, :, 0], torch.tensor([0.0, 0, 1, 1, 2, 2]).expand(4, -1))
+
+
+def test_activations():
+    z = torch.tensor([-2.0, 0.0, 3.0])
+    assert ACTIVATIONS["relu2"](z).tolist() == [0, 0, 9] and ACTIVATIONS["leaky_relu2"](z).tolist() == [1, 0, 9]
+
+
+@pytest.mark.parametrize("cap", (1.0, 30.0))
+def test_the_softcap_bounds_every_logit(cap):
+    cfg = config(logit_softcap=cap)
+    model, (ids, targets) = make(cfg), rows(cfg)
+    with torch.no_grad():
+        model.tok_emb.mul_(1e4)
+    nats = model(ids, targets)
+    assert nats.max() <= 2 * cap + math.log(64) and nats.max() > cap
+
+
+def test_ln_scale_is_one_over_the_root_of_the_depth():
+    scales = [block.ln_scale for block in GPT(config(num_layers=4, ln_scale=True)).blocks]
+    assert scales == pytest.approx([1, 2 ** -0.5, 3 ** -0.5, 0.5])
+    x = torch.randn(2, 32)
+    torch.testing.assert_close(norm(x, 0.5), 0.5 * norm(x))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_norm_gives_unit_rms_to_an_embedding_of_the_initial_size(dtype):
+    y = norm((0.005 * torch.randn(4, 512)).to(dtype))  # bf16's own epsilon of 0.008 would flatten it
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float().square().mean(-1).sqrt(), torch.ones(4), rtol=0.02, atol=0)
+
+
+# ── rotary embedding ──
+def test_ntk_base_of_975():
+    cfg = Config(rope_dims=16, rope_ntk_len=1024, train_seq_len=2048)
+    cos, sin = rope_tables(cfg, torch.float32)
+    angle = torch.atan2(sin[1, 0], cos[1, 0]).double()  # at position 1: base^(-2k / 16)
+    assert len(angle) == 8 and angle[0] == pytest.approx(1.0)
+    assert angle[1].item() ** -8 == pytest.approx(22082, abs=1) == 10000 * 2 ** (16 / 14)
+
+
+def test_rope_tables_do_not_depend_on_the_scored_length():
+    (short, _), (long, _) = (rope_tables(config(rope_ntk_len=12, eval_seq_len=n), torch.float32) for n in (8, 96))
+    assert len(short) == 24 and len(long) == 96 and torch.equal(short, long[:24])
+
+
+@pytest.mark.parametrize("dims", (0, 4, 2))
+def test_rotated_products_depend_on_the_distance_alone(dims):
+    cfg = config(rope_dims=dims)
+    cos, sin = rope_tables(cfg, torch.float32)
+    q, k = (rotate(torch.randn(8).expand(1, 24, 1, 8), cos, sin)[0, :, 0] for _ in range(2))
+    products = q @ k.T
+    for distance in range(1, 23):
+        diagonal = products.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
+    assert products[:, 0].std() > 1e-3  # but they do depend on it
+
+
+def test_partial_rope_leaves_the_other_dimensions_alone():
+    x = torch.randn(2, 24, 4, 8)
+    y = rotate(x, *rope_tables(config(rope_dims=4), torch.float32))
+    assert torch.equal(y[..., 4:], x[..., 4:]) and torch.equal(y[:, 0], x[:, 0])
+    assert (y[:, 1:, :, :4] != x[:, 1:, :, :4]).all()
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+
+
+# ── initial weights and dtypes ──
+def test_initial_values(run):
+    w = train_gpt.build_model(config(**ALL, vocab_size=64), run, sdpa).state_dict()
+    for name, p in w.items():
+        kind = name.rpartition("blocks.")[2].partition(".")[2] if name.startswith("blocks.") else name
+        if kind in ("attn.proj.weight", "mlp.proj.weight", "smear.gate", "bigram.embed"):
+            assert not p.any(), name
+        elif kind in ("attn_scale", "mlp_scale", "skip_weights", "value_embed.block_scales"):
+            assert (p == 1).all(), name
+        elif kind == "resid_mix":
+            assert (p[0] == 1).all() and not p[1].any()
+        elif kind in ("attn.q_gain", "bigram.scale", "value_embed.scale"):
+            assert (p == {"attn.q_gain": 1.5, "bigram.scale": 0.05, "value_embed.scale": 0.1}[kind]).all()
+        elif kind in ("tok_emb", "value_embed.embed"):
+            assert p.std() == pytest.approx({"tok_emb": 0.005, "value_embed.embed": 0.01}[kind], rel=0.1)
+        else:  # matrices: orthonormal rows or columns
+            gram = p @ p.T if p.shape[0] <= p.shape[1] else p.T @ p
+            torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5, msg=name)
+
+
+def test_bigram_projection_gain():
+    weight = GPT(config(bigram_vocab_size=9, bigram_proj_gain=20 ** -0.5)).bigram.proj.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(32) / 20, rtol=0, atol=1e-5)
+
+
+def test_default_init_is_that_of_a_torch_linear():
+    model = GPT(config(init="default", model_dim=64))
+    for block in model.blocks:
+        for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):  # U(+-1 / sqrt(columns))
+            assert 0.95 / 8 < layer.weight.abs().max() <= 1 / 8
+            assert layer.weight.std().item() == pytest.approx(1 / 8 / 3 ** 0.5, rel=0.05)
+        assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
+
+
+def test_every_parameter_has_its_own_memory():
+    params = list(GPT(config(**ALL)).parameters())
+    assert len({p.data_ptr() for p in params}) == len(params)
+
+
+def test_the_seed_determines_the_weights(run):
+    cfg = config(**ALL)
+    a, b, c = (train_gpt.build_model(config(**ALL, seed=seed), run, sdpa) for seed in (3, 3, 4))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.tok_emb, c.tok_emb)
+    assert not torch.equal(a.blocks[0].mlp.fc.weight, c.blocks[0].mlp.fc.weight)
+    assert cfg.digest() == config(**ALL, seed=4).digest()
+
+
+@pytest.mark.parametrize("knobs", (PLAIN, ALL), ids=("plain", "all"))
+def test_bf16_activations_follow_fp32_and_gradients_stay_fp32(knobs):
+    cfg = config(**knobs)
+    exact, low, batch = make(cfg), make(cfg, torch.bfloat16), rows(config())
+    low.load_state_dict(exact.state_dict())
+    assert low.hidden(batch[0]).dtype == torch.bfloat16 and low(*batch).dtype == torch.float32
+    for model in (exact, low):
+        model(*batch).mean().backward()
+    torch.testing.assert_close(low(*batch), exact(*batch), rtol=0.1, atol=0.2)
+    for (name, p), q in zip(low.named_parameters(), exact.parameters()):
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.95, name

@@ -1,0 +1,312 @@
+"""Muon, AdamW, the flat gradient buffer, and the same training on 1, 2 and 3 ranks.
+
+Would have caught: #199's gates that were in no optimiser group, #989's weight decay that never reached Muon, #975's
+clip of each rank's own gradients before they are averaged, and ranks that drift apart.
+"""
+import dataclasses
+import math
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import train_gpt
+from conftest import TINY
+from train_gpt import (Gradients, Knobs, Muon, Optimiser, Run, Schedule, Split, Trainer, Validation, build_model,
+                       export_plan, orthogonalise, sdpa)
+
+ALL = dict(bigram_vocab_size=96, bigram_dim=16, ve_enabled=True, ve_dim=20, ve_layers="1,2", xsa_last_n=1,
+           ln_scale=True, rope_dims=4, rope_ntk_len=32, mlp_act="leaky_relu2", smear_pos="post_norm",
+           smear_mask_bos=True)
+ALONE = SimpleNamespace(world=1, rank=0, device="cpu", compile=False)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_trainer(cfg) -> Trainer:
+    run = Run(cfg)
+    model, val = build_model(cfg, run, sdpa), Validation(cfg, run, Split(cfg, "val"))
+    return Trainer(cfg, run, model, export_plan(cfg, model), Split(cfg, "train"), val)
+
+
+# ── workers on several ranks ──
+def child(rank: int, world: int, folder: str, work, arguments) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.save(work(rank, world, *arguments), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_ranks(world: int, folder, work, *arguments) -> list:
+    """What work(rank, world, *arguments) returns on each of `world` processes joined by gloo; 60 s at most."""
+    context = mp.start_processes(child, (world, str(folder), work, arguments), world, join=False, start_method="spawn")
+    deadline = time.monotonic() + 60
+    while not context.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{world} ranks hang")
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
+
+
+SHAPES = [(8, 24)] + [(16, 8)] * 4 + [(16, 16)] * 5  # neither 2 nor 3 divides every bank
+
+
+def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
+    """Three Muon steps on gradients that are the same on every rank."""
+    run = SimpleNamespace(world=world, rank=rank, device="cpu", compile=False)
+    params = [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
+    gradients, muon = Gradients(params, run), Muon(params, train_gpt.Config(muon_wd=0.1), run)
+    for step in range(3):
+        gradients.flat.copy_(normal(len(gradients.flat), seed=100 + step))
+        muon.step(0.05, 0.9)
+    return [p.detach() for p in params]
+
+
+def own_gradient(rank: int) -> torch.Tensor:
+    return torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank), torch.tensor([2.0 + rank])))
+
+
+def everything(rank: int, world: int, cfg) -> dict:
+    """What the tests below compare between the ranks, and between worlds."""
+    gradients = Gradients([torch.nn.Parameter(torch.zeros(9))], SimpleNamespace(world=world, device="cpu"))
+    gradients.flat.copy_(own_gradient(rank))
+    stats, losses = gradients.reduce(clip=0.5), []
+    trainer = make_trainer(dataclasses.replace(cfg, run_id=f"{world}-ranks"))
+    trainer.report = lambda k, bar: losses.append(trainer.loss)
+    trainer.train()
+    return dict(flat=gradients.flat, stats=stats, muon=muon_steps(rank, world), losses=losses, rank=trainer.run.rank,
+                weights={name: p.detach() for name, p in trainer.model.named_parameters()},
+                noise=len(trainer.run.activity["QNA"].steps))
+
+
+@pytest.fixture(scope="module")
+def worlds(data, tmp_path_factory) -> dict[int, list[dict]]:
+    """Number of ranks -> what each rank got. The 8 rows of a step do not divide by 3."""
+    folders = {world: tmp_path_factory.mktemp(f"ranks{world}") for world in (1, 2, 3)}
+    cfg = train_gpt.Config(**TINY | ALL | dict(
+        data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(folders[1]), qna_enabled=True,
+        keep_float_max_numel=0, quant_bits_embed=8, train_log_every=1))
+    return {1: [everything(0, 1, cfg)]} | {world: on_ranks(world, folders[world], everything, cfg) for world in (2, 3)}
+
+
+@pytest.mark.parametrize("world", (1, 2, 3))
+def test_the_mean_gradient_is_clipped_not_each_ranks_own(worlds, world):
+    mean = torch.stack([own_gradient(rank) for rank in range(world)]).mean(0)
+    expected = torch.cat((mean[:-1] * min(0.5 / mean[:-1].norm().item(), 1), mean[-1:]))
+    for result in worlds[world]:
+        torch.testing.assert_close(result["flat"], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result["stats"], torch.stack((mean[-1], mean[:-1].norm())))
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_muon_gives_the_same_on_several_ranks(worlds, world):
+    for result in worlds[world]:
+        for found, alone in zip(result["muon"], worlds[1][0]["muon"]):
+            torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_every_rank_ends_with_identical_weights(worlds, world):
+    first, *others = worlds[world]
+    assert [result["rank"] for result in worlds[world]] == list(range(world))
+    for other in others:
+        assert other["losses"] == first["losses"]
+        for name, w in other["weights"].items():
+            assert torch.equal(w, first["weights"][name]), name
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_several_ranks_train_what_one_trains(worlds, world):
+    """Noise included: were it another on each rank, the mean gradient would be another."""
+    alone, together = worlds[1][0], worlds[world][0]
+    assert len(alone["losses"]) == TINY["iterations"] and alone["losses"][0] > alone["losses"][-1]
+    assert together["noise"] > 0
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    for name, w in together["weights"].items():
+        torch.testing.assert_close(w, alone["weights"][name], rtol=0, atol=1e-4, msg=name)
+
+
+# ── groups ──
+BLOCK_MATRICES = {f"blocks.{i}.{name}.weight" for i in range(3)
+                  for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
+TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
+
+
+@pytest.mark.parametrize("bigram_proj_opt", ("muon", "adam"))
+def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_proj_opt):
+    cfg = tiny(**ALL, bigram_proj_opt=bigram_proj_opt, adam_wd=0.01)
+    model = build_model(cfg, Run(cfg), sdpa)
+    optimiser, names = Optimiser(model, cfg, ALONE), {id(p): name for name, p in model.named_parameters()}
+    muon = [names[id(p)] for bank in optimiser.muon.banks for p in bank]
+    embed, scalar, smear = ([names[id(p)] for p in group["params"]] for group in optimiser.adamw.param_groups)
+    assert sorted(muon + embed + scalar + smear) == sorted(names.values())
+    assert set(muon) == BLOCK_MATRICES | ({"bigram.proj.weight"} if bigram_proj_opt == "muon" else set())
+    assert set(embed) == TABLES and set(smear) == {"smear.gate"}
+    settings = [(g["lr"], g["betas"], g["weight_decay"]) for g in optimiser.adamw.param_groups]
+    assert settings == [(0.03, (0.9, 0.95), 0.01), (0.02, (0.9, 0.95), 0.01), (0.02, (0.9, 0.99), 0.01)]
+    assert all(len({p.shape for p in bank}) == 1 for bank in optimiser.muon.banks)
+    assert len(optimiser.muon.banks) == len({p.shape for bank in optimiser.muon.banks for p in bank})
+
+
+def test_a_parameter_of_no_group_is_an_error(tiny):
+    cfg = tiny()
+    model = build_model(cfg, Run(cfg), sdpa)
+    model.blocks[0].attn_scale.role = train_gpt.Role("nobody")
+    with pytest.raises(AssertionError):
+        Optimiser(model, cfg, ALONE)
+
+
+@pytest.mark.parametrize("init", ("ortho", "default"))
+def test_every_parameter_learns_within_two_steps(tiny, init):
+    trainer = make_trainer(tiny(**ALL, init=init, muon_wd=0.0, adam_wd=0.0))  # weight decay alone shall not count
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    loader = train_gpt.batches(trainer.cfg, trainer.run, trainer.split)
+    for _ in range(2):
+        trainer.step(next(loader), Knobs(1.0, 0.9))
+    loader.close()
+    assert [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+# ── the flat gradient ──
+@pytest.mark.parametrize("grad_accum_steps", (1, 3, 8))
+def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_steps):
+    trainer = make_trainer(tiny(**ALL, grad_accum_steps=grad_accum_steps, grad_clip_norm=0.0))
+    optimiser, params = trainer.optimiser, list(trainer.model.parameters())
+    optimiser.step, places = lambda k: None, {id(p): p.grad.data_ptr() for p in params}
+    batch = next(loader := train_gpt.batches(trainer.cfg, trainer.run, trainer.split))
+    loader.close()
+    for _ in range(2):  # the second step must start from zero
+        trainer.step(batch, Knobs(1.0, 0.9))
+    loss, flat = trainer.model(*batch).mean(), optimiser.gradients.flat
+    for p, gradient in zip(params, torch.autograd.grad(loss, params)):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7)
+        assert p.grad.data_ptr() == places[id(p)] and p.grad.untyped_storage().data_ptr() == flat.data_ptr()
+    assert flat[-1].item() == pytest.approx(loss.item(), rel=1e-6) and len(flat) == sum(p.numel() for p in params) + 1
+    norms = torch.stack([p.grad.norm() for p in params])
+    assert flat[:-1].norm().item() == pytest.approx(norms.norm().item(), rel=1e-5)  # nothing else is in it
+
+
+@pytest.mark.parametrize("clip", (0.0, 0.01, 0.3, 1e9))
+def test_the_clip_is_that_of_torch(clip):
+    params, copies = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 1)] for _ in range(2))
+    gradients = Gradients(params, ALONE)
+    gradients.flat.copy_(normal(10))
+    for p, copy in zip(params, copies):
+        copy.grad = p.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(copies, clip or math.inf)
+    torch.testing.assert_close(gradients.reduce(clip), torch.stack((normal(10)[-1], norm)))
+    for p, copy in zip(params, copies):
+        torch.testing.assert_close(p.grad, copy.grad)
+
+
+# ── Muon ──
+def spec_orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """One matrix, fp64."""
+    x = g.double() / (g.double().norm() + 1e-7)
+    x = x.T if g.shape[0] > g.shape[1] else x
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+    return x.T if g.shape[0] > g.shape[1] else x
+
+
+def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
+    """Decay first and decoupled, then the scaled update, at the learning rate and momentum of the step."""
+    cfg = tiny(**ALL, muon_wd=0.5, matrix_lr=0.1)
+    model = build_model(cfg, Run(cfg), sdpa)
+    optimiser = Optimiser(model, cfg, ALONE)
+    matrices = {name: p for name, p in model.named_parameters() if p.role.optimiser == "muon"}
+    expected = {name: p.detach().double() for name, p in matrices.items()}
+    buffers = dict.fromkeys(matrices, 0.0)
+    for step, k in enumerate([Knobs(1.0, 0.5), Knobs(0.7, 0.8), Knobs(0.4, 0.95)]):
+        optimiser.gradients.flat.copy_(normal(len(optimiser.gradients.flat), seed=step))
+        for name, p in matrices.items():
+            g, lr = p.grad.double(), 0.1 * k.lr_scale
+            buffers[name] = k.momentum * buffers[name] + g
+            update = spec_orthogonalise(g + k.momentum * buffers[name])
+            expected[name] = expected[name] * (1 - lr * 0.5) - lr * max(1, p.shape[0] / p.shape[1]) ** 0.5 * update
+        optimiser.step(k)
+    assert len(matrices) == 19
+    for name, p in matrices.items():
+        torch.testing.assert_close(p.double(), expected[name], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("shape", ((32, 32), (96, 32), (16, 64)), ids=str)
+def test_muon_agrees_with_torch(shape):
+    """torch.optim.Muon works in bf16: 3 significant digits, five matrix steps; 2 % of the update."""
+    ours, theirs = (torch.nn.Parameter(normal(*shape)) for _ in range(2))
+    gradients, muon = Gradients([ours], ALONE), Muon([ours], train_gpt.Config(muon_wd=0.1), ALONE)
+    other = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.1)
+    for step in range(4):
+        gradients.flat.copy_(normal(len(gradients.flat), seed=step + 1))
+        theirs.grad = ours.grad.clone()
+        muon.step(0.05, 0.9)
+        other.step()
+    moved = (theirs - normal(*shape)).norm()
+    assert (ours - theirs).norm() < 0.02 * moved
+
+
+def test_a_batch_of_matrices_is_orthogonalised_one_by_one():
+    stack = normal(7, 12, 20) * torch.logspace(-6, 3, 7)[:, None, None]
+    for g in (stack, stack.mT):
+        together = orthogonalise(g, 5)
+        for one, matrix in zip(together, g):
+            torch.testing.assert_close(one, orthogonalise(matrix[None], 5)[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(one.double(), spec_orthogonalise(matrix), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", ((24, 24), (8, 40), (40, 8)), ids=str)
+def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_directions(shape):
+    u, _, v = torch.linalg.svd(normal(*shape), full_matrices=False)
+    values = torch.logspace(0, -1.5, len(v))
+    turned = u.T @ orthogonalise((u * values @ v)[None], 5)[0] @ v.T
+    assert 0.65 < turned.diagonal().min() and turned.diagonal().max() < 1.25
+    assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_a_zero_gradient_moves_nothing():
+    assert not orthogonalise(torch.zeros(2, 4, 6), 5).any()
+
+
+def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
+    cfg = tiny(muon_momentum_warmup_start=0.8, muon_momentum=0.9, muon_momentum_warmup_steps=10, iterations=40)
+    momentum = [Schedule(cfg).at(step, 0.0).momentum for step in (0, 1, 5, 10, 39)]
+    assert momentum == pytest.approx([0.8, 0.81, 0.85, 0.9, 0.9])
+    trainer, buffers = make_trainer(cfg), []
+    loader = train_gpt.batches(cfg, trainer.run, trainer.split)
+    for step in range(2):
+        trainer.step(next(loader), Schedule(cfg).at(step, 0.0))
+        buffers.append(trainer.optimiser.muon.momenta[0].clone())
+    loader.close()
+    gradients = torch.stack([p.grad for p in trainer.optimiser.muon.banks[0]])
+    torch.testing.assert_close(buffers[1], 0.81 * buffers[0] + gradients)
+
+
+# ── AdamW ──
+def test_adamw_is_that_of_torch_on_separate_tensors(tiny):
+    cfg = tiny(**ALL, adam_wd=0.3, beta1=0.8, beta2=0.9, adam_eps=1e-6)
+    model = build_model(cfg, Run(cfg), sdpa)
+    optimiser = Optimiser(model, cfg, ALONE)
+    rates = {"embed": dict(lr=0.03, betas=(0.8, 0.9)), "scalar": dict(lr=0.02, betas=(0.8, 0.9)),
+             "smear": dict(lr=0.02, betas=(0.8, 0.99))}
+    pairs = [(name, p, copy := torch.nn.Parameter(p.detach().clone()), torch.optim.AdamW(
+        [copy], **rates[p.role.optimiser], eps=1e-6, weight_decay=0.3, foreach=False, fused=False))
+        for name, p in model.named_parameters() if p.role.optimiser != "muon"]
+    for step, scale in enumerate((1.0, 1.0, 0.25)):
+        optimiser.gradients.flat.copy_(normal(len(optimiser.gradients.flat), seed=step))
+        for _, p, copy, other in pairs:
+            copy.grad = p.grad.clone()
+            other.param_groups[0]["lr"] = rates[p.role.optimiser]["lr"] * scale
+            other.step()
+        optimiser.step(Knobs(scale, 0.9))
+    assert len(pairs) > 20
+    for name, p, copy, _ in pairs:
+        torch.testing.assert_close(p, copy, rtol=1e-5, atol=1e-6, msg=name)

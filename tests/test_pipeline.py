@@ -1,0 +1,331 @@
+"""The whole run, from tokens to a scored artifact: numerics, every pair of toggles, exit codes, signals, two ranks.
+
+Would have caught: toggles that are requested and never act (#1681, #315, #199's SWA window); combinations that crash or
+deadlock (#975's SQWA, #199's USE_ZSTD); a run whose artifact dies with its scoring (autoresearch#7, #1728); "off" that is
+not the baseline (#769); results overwritten by the next run (#1048); refactors that change the numerics.
+"""
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, environment, write_shard
+from test_score import documents, two_ranks  # noqa: F401 (documents is a fixture)
+
+import train_gpt
+from train_gpt import Config, Refusal, Run, main, unpack
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+SMALL = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_batch_tokens=256, iterations=4, warmdown_iters=2,
+             keep_float_max_numel=128, val_max_tokens=260, eval_stride=32, smear_gate=False)
+
+
+def folder(cfg: Config) -> Path:
+    return Path(cfg.logs_dir) / cfg.run_id
+
+
+def events(cfg: Config, kind: str) -> list[dict]:
+    return [e for line in (folder(cfg) / "metrics.jsonl").open() if (e := json.loads(line))["event"] == kind]
+
+
+def losses(cfg: Config) -> list[float]:
+    """Trains; returns the loss of every step."""
+    main(cfg)
+    return [e["loss"] for e in events(cfg, "step")]
+
+
+# ── golden losses ─────────────────────────────────────────────────────────────────────────────────────────────────
+TEN = dict(iterations=10, train_log_every=1, warmdown_iters=5, eval_stride=0, strict=False)
+GOLDEN_RUNS = {
+    "bare": dict(smear_gate=False, init="default"),
+    "default": dict(),
+    "everything": dict(
+        smear_pos="post_norm", smear_mask_bos=True, bigram_vocab_size=64, bigram_dim=16, bigram_proj_opt="adam", ve_enabled=True,
+        ve_dim=16, ve_layers="1,2", xsa_last_n=2, ln_scale=True, rope_dims=4, rope_ntk_len=32, mlp_act="leaky_relu2",
+        qna_enabled=True, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5, quant_bits_mlp=5, quant_bits_embed=8,
+        adam_wd=0.04, ema_enabled=True)}
+
+
+@pytest.fixture
+def synthetic(data, tmp_path) -> Path:
+    """Training tokens that are the same in every version of Python (the text of `data` is not)."""
+    random, here = np.random.RandomState(0), tmp_path / "synthetic"
+    here.mkdir()
+    tokens = 4 + (np.cumsum(random.randint(0, 7, 8000)) + random.randint(0, 40, 8000) ** 2 // 99) % 380
+    tokens[::113] = 1
+    write_shard(here / "fineweb_train_000000.bin", tokens)
+    (here / "fineweb_val_000000.bin").symlink_to(data / "fineweb_val_000000.bin")
+    return here
+
+
+@pytest.mark.parametrize("name", GOLDEN_RUNS)
+def test_golden_losses_of_ten_steps(tiny, synthetic, name):
+    found = losses(tiny(**TEN, **GOLDEN_RUNS[name], data_path=str(synthetic)))
+    golden = json.loads(GOLDEN.read_text())
+    if os.environ.get("REGENERATE_GOLDEN") == "1":
+        golden["losses"][name] = found
+        GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
+    assert len(found) == 10 and found == pytest.approx(golden["losses"][name], rel=golden["relative_tolerance"])
+
+
+# ── every toggle, every pair ──────────────────────────────────────────────────────────────────────────────────────
+HALF = dict(swa_every=1, swa_start_kind="iter_frac", swa_start_frac=0.5)
+TOGGLES = {
+    "SMEAR_GATE": dict(smear_gate=True), "BIGRAM_VOCAB_SIZE": dict(bigram_vocab_size=64, bigram_dim=16),
+    "VE_ENABLED": dict(ve_enabled=True, ve_dim=16, ve_layers="0,1"), "XSA_LAST_N": dict(xsa_last_n=1),
+    "LN_SCALE": dict(ln_scale=True), "QAT": dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
+    "QNA": dict(qna_enabled=True), "SWA": dict(swa_enabled=True, **HALF), "EMA": dict(ema_enabled=True, ema_decay=0.5),
+    "SQWA": dict(sqwa_enabled=True, **HALF), "PRUNE_PCT": dict(prune_pct=0.3), "DOC_ISOLATED_EVAL": dict(doc_isolated_eval=True),
+    "TTT_MODE": dict(ttt_mode="sgd", ttt_chunk_tokens=128, ttt_epochs=1, ttt_freeze_blocks=1)}
+REFUSED = [("SWA", "EMA"), ("SWA", "SQWA")]
+COMBINATIONS = [names for names in [(), *itertools.combinations(TOGGLES, 1), *itertools.combinations(TOGGLES, 2)]
+                if names not in REFUSED]
+
+
+def combination(names: tuple, data: Path, logs: Path) -> Config:
+    """The small run on this data with these toggles on."""
+    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs))
+    settings = {k: v for name in names for k, v in TOGGLES[name].items()}
+    return Config(**TINY | SMALL | settings | paths, run_id="-".join(names) or "none")
+
+
+def time_once(run: Run, work) -> float:
+    """In place of Run.milliseconds, whose seven repetitions are most of these small runs."""
+    began = time.perf_counter()
+    work()
+    return (time.perf_counter() - began) * 1e3
+
+
+def assert_all_acted(report: dict, names: tuple) -> None:
+    assert report["exit_code"] == 0 and report["inactive"] == [] and math.isfinite(report["val_bpb"])
+    assert {*names, "WARMDOWN"} == {name for name, row in report["toggles"].items() if row["active"]}
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="-".join)
+def test_each_toggle_and_each_pair_trains_exports_reloads_scores_and_acts(documents, tmp_path, monkeypatch, names):  # noqa: F811
+    monkeypatch.setattr(Run, "milliseconds", time_once)
+    cfg = combination(names, documents, tmp_path)
+    report = main(cfg)
+    assert_all_acted(report, names)
+    assert unpack(folder(cfg) / "artifact.bin")[0] == cfg.knobs("model", "eval")
+
+
+@pytest.mark.parametrize("names", REFUSED, ids="-".join)
+def test_an_ambiguous_pair_is_refused(documents, tmp_path, names):  # noqa: F811
+    with pytest.raises(Refusal, match="ambiguous"):
+        combination(names, documents, tmp_path)
+
+
+def run_combinations(data: Path, logs: Path) -> dict:
+    """names -> report, of every combination, in the one process group of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "milliseconds", time_once)
+        return {names: main(combination(names, data, logs)) for names in COMBINATIONS}
+
+
+def test_each_toggle_and_each_pair_does_the_same_on_two_ranks(documents, tmp_path, monkeypatch):  # noqa: F811
+    first, second = two_ranks(run_combinations, documents, tmp_path / "two", folder=tmp_path, seconds=240)
+    monkeypatch.setattr(Run, "milliseconds", time_once)
+    for names in COMBINATIONS:
+        assert_all_acted(first[names], names)
+        assert first[names]["world_size"] == 2 and first[names]["scores"].keys() == second[names]["scores"].keys()
+        assert first[names]["val_bpb"] == second[names]["val_bpb"]
+        if len(names) < 2:
+            alone = main(combination(names, documents, tmp_path / "one"))
+            assert first[names]["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-3), names
+
+
+# ── proof of action ───────────────────────────────────────────────────────────────────────────────────────────────
+NEVER = [
+    ("QAT", dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=1.0)),
+    ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.0)),
+    ("QAT", dict(qat_enabled=True, qat_start_kind="time_frac", qat_start=1.0)),
+    ("QNA", dict(qna_enabled=True, qna_magnitude=0.0)),
+    ("QNA", dict(qna_enabled=True, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.0)),
+    ("SWA", dict(swa_enabled=True)),  # SWA_EVERY=50, in a run of 6 steps
+    ("SWA", dict(swa_enabled=True, swa_every=1, swa_start_frac=0.0)),
+    ("SQWA", dict(sqwa_enabled=True, ema_enabled=True)),
+    ("EMA", dict(ema_enabled=True, ema_decay=0.0)),
+    ("WARMDOWN", dict(warmdown_iters=1)),
+    ("WARMDOWN", dict(warmdown_iters=0, warmdown_frac=0.01)),
+    ("PRUNE_PCT", dict(prune_pct=1e-9)),
+    ("TTT_MODE", dict(ttt_mode="sgd", ttt_chunk_tokens=6400)),
+    ("DOC_ISOLATED_EVAL", dict(doc_isolated_eval=True, val_max_tokens=100))]
+
+
+@pytest.mark.parametrize("name, knobs", NEVER, ids=str)
+def test_a_toggle_that_never_acts_is_named_and_exits_4(tiny, name, knobs):
+    strict, lenient = tiny(**knobs), tiny(**knobs, strict=False)
+    for cfg, code in ((strict, 4), (lenient, 0)):
+        report = main(cfg)
+        assert (report["exit_code"], report["inactive"]) == (code, [name])
+        assert f"INACTIVE: {name}" in (folder(cfg) / "train.log").read_text()
+
+
+@pytest.mark.parametrize("toggle", ["qat_enabled", "qna_enabled"])
+def test_a_toggle_that_would_touch_no_tensor_is_refused_before_training(tiny, toggle):
+    knobs = {toggle: True, "keep_float_max_numel": 10 ** 6}
+    with pytest.raises(Refusal, match=toggle[:3].upper()) as caught:
+        main(tiny(**knobs))
+    assert caught.value.code == 4
+    assert main(tiny(**knobs, strict=False))["exit_code"] == 0
+
+
+def test_off_is_the_same_whatever_the_other_knobs_of_the_techniques_say(tiny):
+    off = dict(smear_gate=False, train_log_every=1)
+    idle = dict(smear_pos="post_norm", smear_mask_bos=True, smear_beta2=0.5, bigram_dim=64, bigram_proj_gain=0.5,
+                bigram_proj_opt="adam", quant_bits_bigram=4, ve_dim=64, ve_layers="0", qat_start_kind="lr_scale", qat_start=0.9,
+                qat_scope="linears", qat_grid="amax", qna_magnitude=2.0, qna_stop_scale=0.0, qna_use_floor=False,
+                swa_start_kind="always", swa_start_frac=0.9, swa_every=1, swa_dtype="bf16", ema_decay=0.5, ttt_lr=0.5,
+                ttt_epochs=9, ttt_chunk_tokens=99, ttt_freeze_blocks=0)
+    plain, other = tiny(**off), tiny(**off, **idle)
+    assert losses(plain) == losses(other)
+    first, second = (json.loads((folder(cfg) / "result.json").read_text()) for cfg in (plain, other))
+    assert first["val_bpb"] == second["val_bpb"] and first["toggles"].keys() == second["toggles"].keys() == {"WARMDOWN"}
+
+
+# ── exit codes and signals ────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command(cfg) -> (exit code, lines on stderr) of the command line in this process."""
+    def call(cfg: Config) -> tuple[int, list[str]]:
+        for name, value in environment(cfg).items():
+            monkeypatch.setenv(name, value)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            return train_gpt.command_line([]), capfd.readouterr().err.splitlines()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return call
+
+
+HUGE = dict(matrix_lr=1e38, scalar_lr=1e38, tied_embed_lr=1e38, grad_clip_norm=0.0, warmdown_iters=0)
+
+
+@pytest.mark.parametrize("knobs, step", [(HUGE, "step 1"), (HUGE | dict(train_log_every=100), "step 1"),
+                                         (HUGE | dict(iterations=1), "")], ids=["logged", "between logs", "last step"])
+def test_a_loss_that_is_not_finite_exits_5_and_names_the_step(tiny, command, knobs, step):
+    cfg = tiny(**knobs)
+    code, stderr = command(cfg)
+    assert code == 5 and len(stderr) == 1 and step in stderr[0] and not (folder(cfg) / "result.json").exists()
+    assert "stopped in phase" in (folder(cfg) / "train.log").read_text() and events(cfg, "stopped")
+
+
+def test_a_good_run_exits_0_with_nothing_on_stderr(tiny, command):
+    assert command(tiny()) == (0, [])
+
+
+def start(cfg: Config, **options) -> subprocess.Popen:
+    """`python train_gpt.py` with this configuration in a fresh process (SIGINT as on a terminal)."""
+    return subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=environment(cfg), text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+
+
+def wait_for(process: subprocess.Popen, happened, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read() if process.poll() is not None else "too long"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name, code, word", [("SIGTERM", 143, "SIGTERM"), ("SIGINT", 130, "interrupted")])
+def test_a_signal_ends_the_run_with_its_exit_code_and_one_line(tiny, name, code, word):
+    cfg = tiny(iterations=10 ** 6, train_log_every=1)
+    with start(cfg) as process:
+        log = folder(cfg) / "train.log"
+        try:
+            wait_for(process, lambda: log.exists() and "step     3" in log.read_text())
+            process.send_signal(getattr(signal, name))
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == code and len(stderr.splitlines()) == 1 and word in stderr and f"[exit {code}" in stderr
+    assert "stopped in phase 'train'" in log.read_text().splitlines()[-1]
+
+
+def test_a_run_id_is_never_overwritten(tiny):
+    cfg = tiny()
+    main(cfg)
+    before = {path: path.read_bytes() for path in folder(cfg).iterdir()}
+    with pytest.raises(Refusal, match=f"RUN_ID={cfg.run_id}"):
+        main(cfg)
+    assert {path: path.read_bytes() for path in folder(cfg).iterdir()} == before
+    assert set(before) == {folder(cfg) / n for n in ("artifact.bin", "metrics.jsonl", "result.json", "train.log", "train_gpt.py")}
+
+
+# ── the artifact outlives the run ─────────────────────────────────────────────────────────────────────────────────
+SCORED = dict(doc_isolated_eval=True, ttt_mode="sgd", ttt_chunk_tokens=128, qat_enabled=True, ema_enabled=True, ema_decay=0.5)
+
+
+def test_eval_only_in_a_fresh_process_gives_the_identical_scores_from_validation_tokens_alone(tiny, documents, tmp_path):  # noqa: F811
+    cfg = tiny(**SCORED, data_path=str(documents))
+    trained, shards = main(cfg), tmp_path / "validation alone"
+    shards.mkdir()
+    (shards / "fineweb_val_000000.bin").symlink_to(documents / "fineweb_val_000000.bin")
+    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {
+        "EVAL_ONLY": str(folder(cfg) / "artifact.bin"), "DATA_PATH": str(shards), "TOKENIZER_PATH": cfg.tokenizer_path,
+        "LOGS_DIR": str(tmp_path / "fresh"), "RUN_ID": "a", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    scored = json.loads((tmp_path / "fresh/a/result.json").read_text())
+    assert scored["val_bpb"] == trained["val_bpb"] and list(scored["scores"]) == ["quantised", "sliding", "documents", "ttt"]
+    for mode, found in scored["scores"].items():
+        assert {**found, "seconds": 0} == {**trained["scores"][mode], "seconds": 0}
+    assert not (tmp_path / "fresh/a/artifact.bin").exists()
+
+
+def test_eval_only_refuses_another_model_and_takes_other_scoring_knobs(tiny):
+    cfg = tiny()
+    trained = main(cfg)
+    path = str(folder(cfg) / "artifact.bin")
+    with pytest.raises(Refusal, match="MODEL_DIM=64"):
+        main(tiny(eval_only=path, model_dim=64, given=frozenset({"MODEL_DIM"})))
+    same = main(tiny(eval_only=path, model_dim=32, given=frozenset({"MODEL_DIM"}), num_layers=7))  # 7 is not given: ignored
+    other = main(tiny(eval_only=path, eval_stride=8, given=frozenset({"EVAL_STRIDE"})))
+    assert same["val_bpb"] == trained["val_bpb"] != other["val_bpb"]
+    assert same["config"]["num_layers"] == 3 and other["config"]["eval_stride"] == 8
+
+
+def test_a_run_killed_while_scoring_leaves_a_whole_artifact(tiny):
+    cfg = tiny(val_max_tokens=0, eval_stride=1, eval_batch_seqs=1)
+    path = folder(cfg) / "artifact.bin"
+    with start(cfg) as process:
+        wait_for(process, path.exists)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not (folder(cfg) / "result.json").exists()
+    assert "trained 6 steps" in (folder(cfg) / "train.log").read_text()
+    given = frozenset({"EVAL_STRIDE", "EVAL_BATCH_SEQS", "VAL_MAX_TOKENS"})
+    scored = main(tiny(eval_only=str(path), given=given))
+    assert scored["val_bpb"] == main(tiny())["val_bpb"] and scored["exit_code"] == 0
+
+
+# ── launchers and compilers ───────────────────────────────────────────────────────────────────────────────────────
+def test_torchrun_on_two_ranks(tiny):
+    cfg = tiny(ttt_mode="sgd", ttt_chunk_tokens=320)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, str(ROOT / "train_gpt.py")], env=environment(cfg), text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder(cfg) / "result.json").read_text())
+    assert result["world_size"] == 2 and result["exit_code"] == 0 and done.stdout.count("RESULT val_bpb") == 1
+
+
+def test_a_compiled_run_equals_an_eager_one_and_does_not_recompile_when_qat_starts(tiny, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of workers that outlives the test
+    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # compiles twice as fast
+    torch._dynamo.reset()
+    knobs = dict(num_layers=1, num_kv_heads=4, mlp_mult=1.0, muon_backend_steps=2, train_log_every=1, eval_stride=0, smear_gate=False,
+                 qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5, warmup_steps=2, eval_batch_seqs=8)
+    eager, compiled = tiny(**knobs), tiny(**knobs, compile="1")
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
+    report, reference = (json.loads((folder(cfg) / "result.json").read_text()) for cfg in (compiled, eager))
+    assert report["compile"] and report["recompiles"] == 0 and report["toggles"]["QAT"]["first_step"] == 3
+    assert report["val_bpb"] == pytest.approx(reference["val_bpb"], rel=1e-3)
+    torch._dynamo.reset()

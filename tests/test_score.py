@@ -1,0 +1,342 @@
+"""Scoring: which targets, in which context, by whom, and in which order.
+
+Would have caught: tail targets scored 16 to 32 times (#50, #989, #194, #975); document windows that ran on into the next
+documents and scored 21 % of their targets twice (#145, #199); a deadlock when a chunk's rows do not divide among the ranks
+(#975); test-time training that scores what it has already learned from (#568, #677); BPB with a wrong denominator (#2071).
+"""
+import math
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from conftest import write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import Refusal, Run, Score, Sheet, Split, Validation, build_model, document_windows, score, sdpa, windows
+
+SENTENCES = (17, 90, 260, 5, 140, 40, 330, 64, 200, 11, 450, 75, 30, 180, 120, 55)  # characters per document
+
+
+def short_documents(data: Path, folder: Path) -> Path:
+    """The training shard and tokenizer of `data` with a validation shard of many documents shorter than a window."""
+    from pydoc_data.topics import topics
+    text = " ".join(" ".join(topics[name].split()) for name in sorted(topics)[:8])
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
+    cuts = np.cumsum((0, *SENTENCES))
+    folder.mkdir()
+    write_shard(folder / "fineweb_val_000000.bin",
+                np.concatenate([[1, *sp.encode(text[a:b].strip())] for a, b in zip(cuts[:-1], cuts[1:])]))
+    for name in ("tokenizer.model", "fineweb_train_000000.bin"):
+        (folder / name).symlink_to(data / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def documents(data, tmp_path_factory) -> Path:
+    return short_documents(data, tmp_path_factory.mktemp("documents") / "data")
+
+
+MODES = {"fixed": dict(eval_stride=0), "sliding": dict(eval_stride=16), "documents": dict(eval_stride=16, doc_isolated_eval=True),
+         "ttt": dict(eval_stride=16, ttt_mode="sgd", ttt_chunk_tokens=128, ttt_lr=0.5, ttt_epochs=2, ttt_freeze_blocks=1)}
+
+
+@pytest.fixture
+def setting(tiny, documents):
+    """setting(**knobs) -> a Config that scores the short documents, of a model in which context matters a lot."""
+    return lambda **knobs: tiny(**{**dict(data_path=str(documents), val_max_tokens=700, bigram_vocab_size=64, bigram_dim=16,
+                                          eval_batch_seqs=4), **knobs})
+
+
+def validation(cfg, run) -> Validation:
+    return Validation(cfg, run, Split(cfg, "val"))
+
+
+def lively_model(cfg, run):
+    """Every parameter random, also those that start at zero: each target depends on all that it can see."""
+    model = build_model(cfg, run, sdpa)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.15 * torch.randn_like(p)
+    return model
+
+
+def rows_of(cfg, val, mode: str) -> np.ndarray:
+    return (document_windows if mode == "documents" else lambda v, *a: windows(0, v.n, *a))(val, cfg.window, cfg.eval_stride)
+
+
+def nats_of(cfg, run, val, model, mode: str) -> tuple[torch.Tensor, Score]:
+    """(nats of every target, Score), by the functions that the pipeline calls. Test-time training changes the model."""
+    sheets = []
+    with pytest.MonkeyPatch.context() as patch:
+        total = Sheet.total
+        patch.setattr(Sheet, "total", lambda sheet: (sheets.append(sheet), total(sheet))[1])
+        job = (train_gpt.test_time_train if mode == "ttt" else score)
+        found = job(cfg, run, model, val, rows_of(cfg, val, mode))
+    return sheets[0].nats[:-1].clone(), found
+
+
+def one_by_one(model, val, rows) -> torch.Tensor:
+    """The same nats, one window at a time, all logits computed, no padding."""
+    nats = torch.full((val.n,), math.nan)
+    with torch.no_grad():
+        for start, end, first in rows.tolist():
+            ids, targets = val.tokens[start:end].long(), val.tokens[start + 1:end + 1].long()
+            nats[first:end] = model(ids[None], targets[None])[0, first - start:]
+    return nats
+
+
+# ── windows ───────────────────────────────────────────────────────────────────────────────────────────────────────
+spans = dict(low=st.integers(0, 50), n=st.integers(0, 300), length=st.integers(1, 400), part=st.floats(0, 1))
+
+
+@settings(max_examples=400, deadline=None)
+@given(**spans)
+def test_windows_cover_each_target_once_within_the_length_and_never_read_past_it(low, n, length, part):
+    rows, high = windows(low, low + n, length, int(part * length)), low + n
+    assert np.concatenate([np.arange(first, end) for _, end, first in rows] or [[]]).tolist() == list(range(low, high))
+    assert all(low <= start <= first < end <= min(start + length, high) for start, end, first in rows)
+
+
+@settings(max_examples=200, deadline=None)
+@given(**spans)
+def test_every_sliding_window_but_the_first_has_full_context(low, n, length, part):
+    for start, end, first in windows(low, low + n, length, max(1, int(part * length)))[1:]:
+        assert end - start == length
+
+
+@settings(max_examples=200, deadline=None)
+@given(**spans)
+def test_stride_0_windows_are_disjoint_and_a_stride_of_the_length_scores_the_same_spans(low, n, length, part):
+    fixed, sliding = (windows(low, low + n, length, stride) for stride in (0, length))
+    assert (fixed[:, 0] == fixed[:, 2]).all() and (fixed[1:, 0] == fixed[:-1, 1]).all()
+    assert fixed[:, 1:].tolist() == sliding[:, 1:].tolist()
+
+
+@settings(max_examples=300, deadline=None)
+@given(n=st.integers(1, 300), starts=st.sets(st.integers(0, 300), max_size=12), length=st.integers(1, 80), part=st.floats(0, 1))
+def test_document_windows_cover_the_same_targets_and_never_cross_a_document_start(n, starts, length, part):
+    val = SimpleNamespace(n=n, doc_starts=np.array(sorted(s for s in starts if s <= n), dtype=int))
+    rows = document_windows(val, length, int(part * length))
+    assert np.concatenate([np.arange(first, end) for _, end, first in rows]).tolist() == list(range(n))
+    for start, end, _ in rows:  # the window reads tokens [start, end); a document start may only be the first of them
+        assert not any(start < s < end for s in val.doc_starts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(1, 500), part=st.floats(0, 1), size=st.integers(1, 9), world=st.integers(1, 5), compiled=st.booleans(),
+       isolated=st.booleans())
+def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(n, part, size, world, compiled, isolated):
+    stride = int(part * 64)
+    val = SimpleNamespace(n=n, doc_starts=np.arange(0, n, 37))
+    rows = document_windows(val, 64, stride) if isolated else windows(0, n, 64, stride)
+    cfg, dealt, shapes = SimpleNamespace(eval_batch_seqs=size, eval_stride=stride, window=64), [], set()
+    for rank in range(world):
+        run = SimpleNamespace(rank=rank, world=world, compile=compiled, device=torch.device("cpu"))
+        for batch, tokens, slots in Sheet(cfg, run, val).batches(rows):
+            real = batch[batch[:, 2] < batch[:, 1]]
+            assert (real[:, 1] - real[:, 0] <= tokens).all() and (real[:, 1] - real[:, 2] <= slots).all() and len(batch) <= size
+            shapes.add((len(batch), tokens, slots))
+            dealt += real.tolist()
+    assert sorted(dealt) == sorted(rows.tolist())
+    assert not compiled or len(shapes) <= 2  # a new shape is a recompile
+
+
+# ── scores ────────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("compiled_shapes", [False, True])
+@pytest.mark.parametrize("mode", ["fixed", "sliding", "documents"])
+def test_batched_scores_equal_one_window_at_a_time(setting, mode, compiled_shapes):
+    cfg = setting(**MODES[mode])
+    run = Run(cfg)
+    val, model = validation(cfg, run), lively_model(cfg, run)
+    expected = one_by_one(model, val, rows_of(cfg, val, mode))
+    run.compile = compiled_shapes
+    nats, found = nats_of(cfg, run, val, model, mode)
+    torch.testing.assert_close(nats, expected, rtol=1e-5, atol=1e-5)
+    bpb = expected.double().sum().item() / math.log(2) / val.target_bytes.sum().item()
+    assert found.bpb == pytest.approx(bpb, rel=1e-6) and found.targets == val.n == 700
+
+
+def test_each_mode_scores_the_same_targets_and_bytes_but_in_other_contexts(setting):
+    counts, bits = set(), set()
+    for mode, knobs in MODES.items():
+        cfg = setting(**knobs)
+        run = Run(cfg)
+        val = validation(cfg, run)
+        _, found = nats_of(cfg, run, val, lively_model(cfg, run), mode)
+        counts.add((found.targets, found.bytes))
+        bits.add(round(found.bpb, 4))
+    assert len(counts) == 1 and len(bits) == len(MODES)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_of_uniform_logits_scores_log2_of_the_vocabulary_per_target(setting, mode):
+    cfg = setting(**MODES[mode], bigram_vocab_size=0)
+    run = Run(cfg)
+    val, model = validation(cfg, run), lively_model(cfg, run)
+    with torch.no_grad():
+        model.tok_emb.zero_()
+    found = nats_of(cfg, run, val, model, mode)[1]
+    assert found.bpb == pytest.approx(math.log2(384) * val.n / val.target_bytes.sum().item(), rel=1e-7)
+    assert found.loss == pytest.approx(math.log(384), rel=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "sliding", "documents"])
+def test_the_score_does_not_depend_on_the_batch_size(setting, mode):
+    cfg = setting(**MODES[mode])
+    run = Run(cfg)
+    val, model = validation(cfg, run), lively_model(cfg, run)
+    sizes = [nats_of(setting(**MODES[mode], eval_batch_seqs=size), run, val, model, mode)[1].bpb for size in (1, 3, 64)]
+    assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-6)
+
+
+def test_a_target_scored_twice_or_never_is_an_error(setting):
+    cfg = setting(eval_stride=16)
+    run = Run(cfg)
+    val, model = validation(cfg, run), lively_model(cfg, run)
+    rows = windows(0, val.n, 64, 16)
+    for wrong in (np.concatenate((rows, rows[3:4])), np.delete(rows, 3, axis=0)):
+        with pytest.raises(AssertionError, match="never or twice"):
+            score(cfg, run, model, val, wrong)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_changing_a_token_changes_no_target_before_it(setting, mode):
+    cfg = setting(**MODES[mode])
+    run = Run(cfg)
+    val = validation(cfg, run)
+    before = nats_of(cfg, run, val, lively_model(cfg, run), mode)[0]
+    for t in (300, 451):  # target i is token i + 1, so token t is first seen by target t - 1
+        assert val.tokens[t] != 1
+        changed = validation(cfg, run)
+        changed.tokens[t] = 5 if val.tokens[t] != 5 else 6
+        after = nats_of(cfg, run, changed, lively_model(cfg, run), mode)[0]
+        assert torch.equal(after[:t - 1], before[:t - 1])
+        assert after[t - 1] != before[t - 1] and not torch.equal(after[t:t + 8], before[t:t + 8])
+
+
+# ── test-time training ────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def learner(setting):
+    """learner(**knobs) -> (cfg, run, validation, a fresh model) with test-time training on."""
+    def make(**knobs):
+        cfg = setting(**{**MODES["ttt"], **knobs})
+        run = Run(cfg)
+        return cfg, run, validation(cfg, run), lively_model(cfg, run)
+    return make
+
+
+def weights(model) -> dict:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stride", [0, 16, 48])  # 48: windows that reach over the end of their chunk
+def test_test_time_training_equals_a_plain_loop_that_scores_then_learns(learner, stride):
+    cfg, run, val, model = learner(eval_stride=stride)
+    nats, _ = nats_of(cfg, run, val, model, "ttt")
+    reference = lively_model(cfg, run)
+    frozen = set(reference.blocks[0].parameters())
+    params = [p for p in reference.parameters() if p not in frozen]
+    rows, expected = windows(0, val.n, 64, stride), torch.zeros(val.n)
+    optimiser, chunks = torch.optim.SGD(params, lr=1.0, momentum=0.9), range(0, val.n, 128)
+    for c in chunks:
+        for row in rows[(c <= rows[:, 2]) & (rows[:, 2] < c + 128)]:
+            expected[row[2]:row[1]] = one_by_one(reference, val, row[None])[row[2]:row[1]]
+        optimiser.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * c / chunks[-1])) / 2
+        for _ in range(2 if c != chunks[-1] else 0):
+            optimiser.zero_grad()
+            x, y = (val.tokens[c + i:c + i + 128].long().view(2, 64) for i in (0, 1))
+            reference(x, y).mean().backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimiser.step()
+    torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_chunk_is_scored_before_anything_is_learned_and_later_ones_after(learner):
+    cfg, run, val, model = learner()
+    plain = nats_of(cfg, run, val, model, "sliding")[0]
+    learned = nats_of(cfg, run, val, model, "ttt")[0]
+    assert torch.equal(learned[:128], plain[:128])
+    assert (learned[192:] - plain[192:]).abs().mean() > 0.01
+
+
+def test_the_last_chunk_and_the_frozen_blocks_are_not_trained(learner):
+    cfg, run, val, model = learner(val_max_tokens=300)
+    before = weights(model)
+    nats_of(cfg, run, val, model, "ttt")
+    after = weights(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if not name.startswith("blocks.0.")}
+    cfg, run, other, model = learner(val_max_tokens=300)
+    other.tokens[257:] = 7  # token 256 is the last target of the second chunk, the last one that is learned
+    nats_of(cfg, run, other, model, "ttt")
+    assert all(torch.equal(after[name], w) for name, w in weights(model).items())
+
+
+def test_one_chunk_leaves_the_weights_alone(learner):
+    cfg, run, val, model = learner(val_max_tokens=128)
+    before = weights(model)
+    nats_of(cfg, run, val, model, "ttt")
+    assert all(torch.equal(before[name], w) for name, w in weights(model).items())
+
+
+def test_a_chunk_of_part_windows_is_refused(setting):
+    with pytest.raises(Refusal, match="TTT_CHUNK_TOKENS"):
+        setting(**MODES["ttt"] | dict(ttt_chunk_tokens=100))
+
+
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def enter_rank(rank: int, job, port: int, folder: str, arguments: tuple) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            patch.setenv(name, str(value))
+        torch.set_num_threads(1)
+        torch.save(job(*arguments), f"{folder}/{rank}.pt")
+        torch.distributed.destroy_process_group()
+
+
+def two_ranks(job, *arguments, folder: Path, seconds: float) -> list:
+    """[job(*arguments) on rank 0, on rank 1] of a gloo group; fails when that takes too long, as a deadlock would."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = torch.multiprocessing.start_processes(
+        enter_rank, (job, port, str(folder), arguments), nprocs=2, join=False, start_method="spawn")
+    end = time.monotonic() + seconds
+    try:
+        while not ranks.join(timeout=0.5):
+            assert time.monotonic() < end, f"deadlock? {job.__name__} on 2 ranks takes over {seconds:.0f} s"
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def score_everything(settings: dict) -> dict:
+    """mode -> (bpb, final weights) on this process's ranks."""
+    found = {}
+    for name, cfg in settings.items():
+        run = Run(cfg)
+        model = lively_model(cfg, run)
+        found[name] = (nats_of(cfg, run, validation(cfg, run), model, name.split()[0])[1].bpb, weights(model))
+    return found
+
+
+def test_two_ranks_score_and_learn_the_same_as_one(setting, tmp_path):
+    def settings():
+        uneven = dict(ttt_chunk_tokens=320)  # 5 rows in batches of 4 and 1: the second rank has none of the latter
+        return {mode: setting(**knobs) for mode, knobs in MODES.items()} | {"ttt uneven": setting(**MODES["ttt"] | uneven)}
+    alone = score_everything(settings())
+    first, second = two_ranks(score_everything, settings(), folder=tmp_path, seconds=100)
+    for mode, (bpb, _) in alone.items():
+        assert first[mode][0] == second[mode][0] == pytest.approx(bpb, rel=1e-6 if "ttt" not in mode else 1e-4), mode
+        for name, w in alone[mode][1].items():
+            assert torch.equal(first[mode][1][name], second[mode][1][name]), (mode, name)
+            torch.testing.assert_close(first[mode][1][name], w, rtol=1e-3, atol=1e-4)
