@@ -82,7 +82,7 @@ class Config:
     ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
     ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
     smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding", seeds="145 199")
-    smear_pos: str = model_knob("pre_norm", "", "its place at the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975")
+    smear_pos: str = model_knob("pre_norm", "", "at the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975")
     smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
     bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975")
     bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
@@ -1333,7 +1333,8 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
             "steps tokens_seen train_seconds step_ms_median params live_val_bpb averaged_val_bpb quant_gap_bpb".split())
     return dict(
         schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
-        val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"], **training, artifact_path=str(path),
+        val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"],
+        **training, artifact_path=str(path),
         artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total, cap_bytes=cfg.cap_bytes,
         under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=run.world,
         limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": EVAL_LIMIT_SECONDS}, inactive=inactive,
