@@ -8,8 +8,8 @@ A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.
 """
 from __future__ import annotations
 
-import bisect, contextlib, dataclasses, difflib, hashlib, itertools, json, lzma, math, os, platform, signal, statistics
-import struct, sys, time, zlib
+import bisect, contextlib, dataclasses, difflib, hashlib, itertools, json, lzma, math, os, platform, resource, signal
+import statistics, struct, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -307,6 +307,8 @@ class Run:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=timedelta(minutes=5))
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations; on CPU bf16 is 15 times slower
+        if self.compile:
+            torch._dynamo.config.recompile_limit = 32  # one graph per shape: training, fixed, sliding, documents
         self.started, self.seconds, self.phase_name = time.perf_counter(), {}, "start"
         self.activity: dict[str, Activity] = {}
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S-") + f"{cfg.digest()[:8]}-s{cfg.seed}"
@@ -910,6 +912,8 @@ class Views:
     def enter(self, qat: bool, qna: float, step: int) -> list:
         """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
         banks = self.banks["QAT"] if qat else self.banks["QNA"] if qna else []
+        if not banks:
+            return []
         noise = torch.Generator(self.run.device).manual_seed(self.cfg.seed * 1_000_003 + step)
         latent = [(bank, torch.stack(bank)) for _, bank in banks]
         for (grid, _), (bank, w) in zip(banks, latent):
@@ -1215,7 +1219,7 @@ class Sheet:
             ids = tokens[(start + torch.arange(length, device=device)).minimum(end - 1)].long()
             place = first + torch.arange(slots, device=device)
             inside = place.minimum(end - 1)
-            everywhere = slots == length and bool((batch[:, 0] == batch[:, 2]).all())
+            everywhere = slots == length and bool(((batch[:, 2] == batch[:, 0]) | (batch[:, 2] == batch[:, 1])).all())
             nats = forward(ids, tokens[inside + 1].long(), None if everywhere else inside - start)
             slot = torch.where(place < end, place, self.n)
             self.nats[slot] = nats
@@ -1336,6 +1340,8 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
         val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"],
         **training, artifact_path=str(path),
         artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total, cap_bytes=cfg.cap_bytes,
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss,  # of rank 0: the GPU's, or on CPU the whole process
         under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=run.world,
         limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": EVAL_LIMIT_SECONDS}, inactive=inactive,
         scores={name: s._asdict() for name, s in scores.items()}, toggles=toggles, **environment(run), config=cfg.knobs(),
@@ -1424,6 +1430,9 @@ def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Call
         work = {name: partial(trainer.score_weights, state) for name, state in floats.items() if state} | work
     scores = {}
     for name, job in work.items():
+        if name == "sliding":
+            projected = scores["quantised"].seconds * len(flat) / -(-val.n // cfg.window)
+            run.log(f"score sliding: {len(flat):,} windows, about {projected:.0f} s at the speed of the fixed ones")
         with run.phase(f"score {name}"):
             scores[name] = job()
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
@@ -1458,7 +1467,8 @@ def main(cfg: Config) -> dict:
         run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
         return report
     except BaseException as error:
-        run.log(f"stopped in phase '{run.phase_name}' on rank {run.rank}: {type(error).__name__}: {error}")
+        message = f"stopped in phase '{run.phase_name}' on rank {run.rank}: {type(error).__name__}: {error}"
+        run.log(message) if run.rank == 0 else print(message, file=sys.stderr, flush=True)
         run.event("stopped", phase=run.phase_name, error=f"{type(error).__name__}: {error}")
         raise
 
