@@ -13,7 +13,7 @@ help:
 # Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
 ifeq ($(GPUS),0)
 RANKS := $(if $(filter 1,$(CORES)),1,2)
-export MODEL_DIM ?= 128
+export MODEL_DIM ?= 96
 export NUM_HEADS ?= 4
 export NUM_KV_HEADS ?= 2
 export TRAIN_SEQ_LEN ?= 256

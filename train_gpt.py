@@ -348,9 +348,9 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self.phase_name = outer  # an exception leaves `name`, so that the message can say where
     def milliseconds(self, work: Callable) -> float:
-        """Median time of one call on the device, after a warm-up."""
+        """Time of one call on the device: the fastest of five, since other programs can only slow it down."""
         timer = torch.utils.benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-        return timer.timeit(5).median * 1e3
+        return min(timer.timeit(1).mean for _ in range(5)) * 1e3
     def bar(self, total: float) -> tqdm:
         """Progress bar of the phase on a terminal, nothing elsewhere."""
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
