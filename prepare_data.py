@@ -239,8 +239,8 @@ def is_demo_document(text: str) -> bool:
     return len(text) >= DEMO_MIN_CHARACTERS and english
 
 
-def module_documents(path: Path) -> list[str]:
-    """Return the English docstrings of useful length in one module: each is a document."""
+def module_docstrings(path: Path) -> list[str]:
+    """Return the docstrings of one module, its classes and its functions."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
@@ -248,8 +248,7 @@ def module_documents(path: Path) -> list[str]:
     except (SyntaxError, ValueError):
         return []  # a template, or kept for a Python of long ago
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented))
-    return [text for text in docstrings if is_demo_document(text)]
+    return [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
 
 
 def demo_documents(workers: int) -> list[str]:
@@ -259,9 +258,9 @@ def demo_documents(workers: int) -> list[str]:
     """
     files = demo_files()
     with worker_pool(workers) as pool:
-        modules = tqdm(pool.map(module_documents, files, chunksize=32), "modules", len(files), disable=None)
-        texts = [text for documents in modules for text in documents] + list(filter(is_demo_document, topics.values()))
-    keyed = {document_key(text): text for text in texts}
+        modules = tqdm(pool.map(module_docstrings, files, chunksize=32), "modules", len(files), disable=None)
+        texts = [text for docstrings in modules for text in docstrings] + list(topics.values())
+    keyed = {document_key(text): text for text in texts if is_demo_document(text)}
     return [keyed[key] for key in sorted(keyed)]
 
 

@@ -2,8 +2,7 @@
 
     tokens -> train -> average -> quantise -> pack -> artifact on disk -> read back -> score (bits per byte)
 
-Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py`.
-Every setting is an environment variable; `python train_gpt.py --help` lists them all.
+Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py`; --help lists the knobs.
 A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (the source as run), artifact.bin.
 """
 from __future__ import annotations
@@ -86,8 +85,8 @@ class Config:
     smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
     bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975")
     bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
-    bigram_proj_gain: float = model_knob(1.0, "", "gain of the orthogonal BigramHash projection", lo=0, seeds="989")
-    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, seeds="145 199")
+    bigram_proj_gain: float = model_knob(1.0, "", "initial gain of the BigramHash projection", lo=0, seeds="989")
+    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20, seeds="145 199")
     # Optimiser
     matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0, seeds="145 199 975")
     scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0, seeds="145 199 975")
@@ -149,7 +148,7 @@ class Config:
     cap_bytes: int = knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
     fit_to_cap: bool = knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
     # Scoring
-    eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0)
+    eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
     eval_stride: int = eval_knob(64, "tokens", "targets scored per sliding window; 0: fixed windows only", lo=0)
     eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank; rows of a test-time SGD step", lo=1)
     doc_isolated_eval: bool = eval_knob(False, "", "also score with windows that start and end with documents", seeds="199")
@@ -174,36 +173,33 @@ class Config:
                 raise Refusal(message)
     def conflicts(self) -> list[tuple[bool, str]]:
         """(is violated, message) for every rule that involves more than one knob."""
-        window, head, ve, ttt = self.window, self.model_dim // self.num_heads, self.ve_layers.split(","), self.ttt_mode != "none"
+        window, head, ttt = self.window, self.model_dim // self.num_heads, self.ttt_mode != "none"
+        ve = self.ve_layers.replace(" ", "").split(",")
         return [(broken, f"{name}={getattr(self, name.lower())}: {remedy}") for broken, name, remedy in [
             (self.model_dim % self.num_heads, "MODEL_DIM", f"must be a multiple of NUM_HEADS={self.num_heads}"),
             (self.num_heads % self.num_kv_heads, "NUM_KV_HEADS", f"must divide NUM_HEADS={self.num_heads}"),
             (self.rope_dims > head or (self.rope_dims or head) % 2 or (self.rope_ntk_len and (self.rope_dims or head) == 2),
              "ROPE_DIMS", f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)"),
-            (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS",
-             f"must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS", "is no multiple of TRAIN_SEQ_LEN"),
             (self.eval_stride > window, "EVAL_STRIDE", f"must not exceed the window of {window} tokens"),
             (self.mlp_mult * self.model_dim < 1, "MLP_MULT", f"leaves no hidden unit at MODEL_DIM={self.model_dim}"),
             (self.xsa_last_n > self.num_layers, "XSA_LAST_N", f"the model has {self.num_layers} blocks"),
             (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "needs 2 buckets or more (the last one is for row starts)"),
-            (self.ve_enabled and not all(n.strip().isdecimal() and int(n) < self.num_layers for n in ve), "VE_LAYERS",
-             f"needs block numbers below NUM_LAYERS={self.num_layers}, separated by commas"),
-            (self.swa_enabled and (self.ema_enabled or self.sqwa_enabled), "SWA_ENABLED",
-             "with EMA_ENABLED=1 or SQWA_ENABLED=1 it is ambiguous which average to export; choose one"),
+            (self.ve_enabled and (len(set(ve)) < len(ve) or not all(n.isdecimal() and int(n) < self.num_layers for n in ve)),
+             "VE_LAYERS", f"needs different block numbers below NUM_LAYERS={self.num_layers}, separated by commas"),
+            (self.swa_enabled and (self.ema_enabled or self.sqwa_enabled), "SWA_ENABLED", "EMA or SQWA is on too: choose one"),
             (self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always", "QNA_ENABLED",
              "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"),
             (self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0, "QAT_START",
              "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"),
-            (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"must be a multiple of the window of {window} tokens"),
+            (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"is no multiple of the window of {window} tokens"),
             (self.compressor != "zstd" and self.compress_level > 9, "COMPRESS_LEVEL", f"{self.compressor} knows 0 to 9"),
         ]]
     @property
-    def window(self) -> int:
-        """Tokens of one scoring window."""
+    def window(self) -> int:  # tokens of one scoring window
         return self.eval_seq_len or self.train_seq_len
     @property
-    def average(self) -> str:
-        """Which average is exported, by the documented precedence."""
+    def average(self) -> str:  # which one is exported
         return "sqwa" if self.sqwa_enabled else "ema" if self.ema_enabled else "swa" if self.swa_enabled else "none"
     def knobs(self, *scopes: str) -> dict:
         """Name -> value of the knobs in these scopes (all without an argument)."""
@@ -291,7 +287,6 @@ def help_text() -> str:
 # ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 SOURCE = Path(__file__).read_bytes()
 CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
-EVAL_LIMIT_SECONDS = 600  # of the challenge, on 8xH100
 SCHEMA_VERSION = 1  # of metrics.jsonl and result.json; README documents both
 State = dict  # parameter name -> fp32 tensor, the same on every rank
 
@@ -307,8 +302,7 @@ class Run:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=timedelta(minutes=5))
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations; on CPU bf16 is 15 times slower
-        if self.compile:
-            torch._dynamo.config.recompile_limit = 32  # one graph per shape: training, fixed, sliding, documents
+        torch._dynamo.config.recompile_limit = 32  # one graph per shape: training, fixed, sliding, documents
         self.started, self.seconds, self.phase_name = time.perf_counter(), {}, "start"
         self.activity: dict[str, Activity] = {}
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S-") + f"{cfg.digest()[:8]}-s{cfg.seed}"
@@ -353,9 +347,8 @@ class Run:
         return min(timer.timeit(1).mean for _ in range(5)) * 1e3
     def bar(self, total: float) -> tqdm:
         """Progress bar of the phase on a terminal, nothing elsewhere."""
-        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
-        hidden = self.rank != 0 or not sys.stderr.isatty()
-        return tqdm(total=total, desc=self.phase_name, leave=False, disable=hidden, bar_format=form)
+        return tqdm(total=total, desc=self.phase_name, leave=False, disable=self.rank != 0 or not sys.stderr.isatty(),
+                    bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
 
 @dataclass
 class Activity:
@@ -369,9 +362,9 @@ class Activity:
     cost_ms: float | None = None
     def row(self, total_steps: int) -> dict:
         """For result.json. Active: it acted, and that made a difference."""
-        first, last = (self.steps[0], self.steps[-1]) if self.steps else (None, None)
-        return dict(active=bool(self.steps and self.effect), first_step=first, last_step=last, share_of_steps=
-                    len(self.steps) / max(total_steps, len(self.steps), 1), tensors=self.tensors, params=self.params,
+        first, last, n = (self.steps[0], self.steps[-1], len(self.steps)) if self.steps else (None, None, 0)
+        return dict(active=bool(n and self.effect), first_step=first, last_step=last,
+                    share_of_steps=n / max(total_steps, n, 1), tensors=self.tensors, params=self.params,
                     effect=self.effect, unit=self.unit, cost_ms=self.cost_ms, scope=self.scope)
 
 # ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -463,8 +456,8 @@ def batches(cfg: Config, run: Run, split: Split) -> Iterator[tuple[Tensor, Tenso
             yield tuple(t.to(run.device, non_blocking=True) for t in ahead.pop(0).result())
 
 class ByteTable:
-    """UTF-8 bytes of a target token, from the SentencePiece vocabulary (the challenge's rule): control tokens 0, byte
-    tokens 1, other pieces their text; a leading space counts unless the previous token is a control token."""
+    """UTF-8 bytes of a target token (the challenge's rule): control tokens 0, byte tokens 1, other pieces their text, its
+    leading space only if the previous token is no control token."""
     def __init__(self, cfg: Config):
         try:
             self.sp = sp = sentencepiece.SentencePieceProcessor()
@@ -492,8 +485,7 @@ class ByteTable:
                               f"count {counted}; BPB would be wrong: use the tokenizer that made the shards")
             strange += self.sp.encode(text) != [t for t in tokens[a:b].tolist() if not self.boundary[t]]
         if 2 * strange >= len(starts) > 1:
-            raise Refusal(f"validation: {strange} of {len(starts) - 1} documents are not what this tokenizer makes of them; "
-                          "use the tokenizer that made the shards")
+            raise Refusal(f"validation: this tokenizer encodes {strange} documents otherwise; use the shards' own")
 
 class Validation:
     """The validation targets: tokens (n + 1,) int32 on the device, bytes per target (n,), document starts."""
@@ -525,8 +517,7 @@ class Grid(NamedTuple):
     def top(self) -> int:
         return 2 ** (self.bits - 1) - 1
     def scale(self, w: Tensor) -> Tensor:
-        """Step of each row, (..., rows, 1) fp32, rounded to the fp16 that is shipped; of several clips (search5, #975)
-        the one with the least squared error over the whole matrix."""
+        """Step of each row, (..., rows, 1) fp32 but rounded to fp16; of several clips the best one for the whole matrix."""
         steps = [self.step(row_quantile(w.abs(), q)) for q in CLIP_QUANTILES[self.clip]]
         if len(steps) == 1:
             return steps[0]
@@ -602,8 +593,8 @@ class BigramHash(nn.Module):
         super().__init__()
         self.embed = param(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
         role = Role({"muon": "muon", "adam": "scalar"}[cfg.bigram_proj_opt], "quant_bits_bigram")
-        init = (lambda r, c: cfg.bigram_proj_gain * INITS["ortho"](r, c)) if cfg.init == "ortho" else torch.zeros
-        self.proj, self.scale = Linear(cfg.bigram_dim, cfg.model_dim, role, init), param(torch.tensor(0.05), CONTROL)
+        self.proj, self.scale = Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init]), param(torch.tensor(0.05), CONTROL)
+        self.proj.weight.data *= cfg.bigram_proj_gain
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         last = len(self.embed) - 1  # this bucket is for row starts
         bucket = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
@@ -651,11 +642,10 @@ FLASH = {"fa3": ("flash_attn_interface", "build the folder hopper of github.com/
          "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation")}
 
 def flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    y = function(q, k, v, causal=True)
-    return y[0] if isinstance(y, tuple) else y  # some releases also return the log-sum-exp
+    return y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y  # some also return the log-sum-exp
 
 def choose_attention(cfg: Config, run: Run) -> Callable:
-    """The attention function. auto on a GPU: forward + backward of each installed one is timed at the run's shape."""
+    """The attention function; auto on a GPU times forward + backward of each installed one at the run's shape."""
     found, missing, wanted = {"sdpa": sdpa}, {}, cfg.attn_backend
     for name, (module, install) in FLASH.items():
         try:
@@ -724,12 +714,13 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype, self.softcap, self.encoders = dtype, cfg.logit_softcap, cfg.num_layers // 2
         self.tok_emb = param(cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim), EMBED_ROLE)
+        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
+        self.skip_weights = param(torch.ones(self.encoders, cfg.model_dim), CONTROL)
+        # created last, so that a toggle leaves the other initial weights as they are
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else absent
         self.smear = SmearGate(cfg) if cfg.smear_gate else absent
         self.entry = [self.smear, lambda x, ids: norm(x)][::1 if cfg.smear_pos == "pre_norm" else -1]
         self.value_embed = ValueEmbedding(cfg) if cfg.ve_enabled else None
-        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
-        self.skip_weights = param(torch.ones(self.encoders, cfg.model_dim), CONTROL)
         for name, table in zip(("cos", "sin"), rope_tables(cfg, dtype)):
             self.register_buffer(name, table, persistent=False)
     def hidden(self, ids: Tensor) -> Tensor:
@@ -747,8 +738,7 @@ class GPT(nn.Module):
                 skips.append(x)
         return norm(x)
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-        """ids (B, T), targets (B, S) -> nats (B, S) fp32. positions (B, S): where in the row each target is predicted,
-        so that logits exist only there; None: everywhere (S = T)."""
+        """ids (B, T), targets (B, S) -> nats (B, S) fp32, with logits only at positions (B, S); None: everywhere, S = T."""
         h = self.hidden(ids)
         if positions is not None:
             h = h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))
@@ -783,9 +773,9 @@ class Schedule:
         scale = min(remaining / warmdown, 1.0) if warmdown and known else 1.0
         now = {"always": lambda v: True, "lr_scale": lambda v: scale < v, "time_frac": lambda v: step >= v * total,
                "iter_frac": lambda v: step >= int(v * c.iterations)}
-        self.fired |= {name for name, on, kind, value in (
-            ("qat", c.qat_enabled, c.qat_start_kind, c.qat_start),
-            ("swa", c.swa_enabled or c.sqwa_enabled, c.swa_start_kind, c.swa_start_frac)) if on and now[kind](value)}
+        triggers = {"qat": (c.qat_enabled, c.qat_start_kind, c.qat_start),
+                    "swa": (c.swa_enabled or c.sqwa_enabled, c.swa_start_kind, c.swa_start_frac)}
+        self.fired |= {name for name, (on, kind, value) in triggers.items() if on and now[kind](value)}
         ramp = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
         noisy = c.qna_enabled and "qat" not in self.fired and scale >= c.qna_stop_scale
         return Knobs(scale, (1 - ramp) * c.muon_momentum_warmup_start + ramp * c.muon_momentum, "qat" in self.fired,
@@ -838,8 +828,7 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 class Muon:
-    """Nesterov momentum, orthogonalised; decoupled weight decay. Source: Muon, K. Jordan 2024. Matrices of one shape
-    (`params` are sorted by it) are one batch, and each rank orthogonalises its share."""
+    """Nesterov, orthogonalised, decoupled decay (K. Jordan 2024); matrices of one shape are one batch, shared by ranks."""
     def __init__(self, params: list[nn.Parameter], cfg: Config, run: Run):
         self.cfg, self.run = cfg, run
         self.banks = [list(bank) for _, bank in itertools.groupby(params, key=lambda p: p.shape)]
@@ -901,6 +890,8 @@ class Views:
                 self.banks[name] = [(Grid(*k[0]), [params[n] for n in same])
                                     for k, same in itertools.groupby(sorted(chosen, key=key.get), key=key.get)]
                 run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), cfg.qat_scope)
+                if not chosen and cfg.strict:
+                    raise Refusal(f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
     def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
         """Which tensors QAT covers, and on which grid: all that export quantises, or a narrower scope of the seeds."""
         scope, linears = self.cfg.qat_scope, {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")}
@@ -1030,8 +1021,8 @@ class Trainer:
         cfg, run = self.cfg, self.run
         with run.phase("warm-up and compile"):
             run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
-        compiled = torch._dynamo.utils.counters["stats"]  # graphs made so far in this process
-        graphs, schedule, loader = compiled["unique_graphs"], Schedule(cfg), batches(cfg, run, self.split)
+        compiled, schedule, loader = torch._dynamo.utils.counters["stats"], Schedule(cfg), batches(cfg, run, self.split)
+        graphs = compiled["unique_graphs"]
         with run.phase("train"), run.bar(cfg.max_wallclock_seconds or cfg.iterations) as bar:
             self.started = time.perf_counter()
             while self.steps < cfg.iterations and not budget_spent(cfg, self.steps, self.elapsed):
@@ -1100,7 +1091,7 @@ def prune(cfg: Config, state: State, fraction: float) -> State:
     return pruned
 
 MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 1
-HEADER = struct.Struct("<8sHBxQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
+HEADER = struct.Struct("<8sHHQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
 MAX_RAW_BYTES = 1 << 30  # a reader allocates no more
 COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n + 1 bytes, default level; order = number
     "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n + 1), 9),
@@ -1137,9 +1128,18 @@ def unpack(path: Path) -> tuple[dict, State]:
         raw = list(COMPRESSORS.values())[number][1](data[HEADER.size:], size)
         check(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
         tensors, header = safetensors.torch.load(raw), json.loads(raw[8:8 + struct.unpack_from("<Q", raw)[0]])
-        knobs = dict(json.loads(header["__metadata__"]["config"]))
-        return knobs, {name.removesuffix(":codes"): Grid.dequantise(t, tensors[name.removesuffix("codes") + "scale"])
-                       if name.endswith(":codes") else t.float() for name, t in tensors.items() if not name.endswith(":scale")}
+        state: State = {}
+        for name, t in tensors.items():
+            base, _, part = name.partition(":")
+            if part == "scale" and base + ":codes" in tensors:
+                continue
+            values, scale = t.float(), tensors[base + ":scale"] if part == "codes" else None
+            if scale is not None:
+                check((t.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float16, (*t.shape[:-1], 1)), f"tensor {name}")
+                values = Grid.dequantise(t, scale)
+            check(part in ("", "codes") and base not in state and bool(values.isfinite().all()), f"tensor {name}")
+            state[base] = values
+        return json.loads(header["__metadata__"]["config"]), state
     except OSError as error:
         raise Refusal(f"{path}: {error.strerror}; give EVAL_ONLY the path of an artifact.bin") from None
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
@@ -1149,14 +1149,18 @@ def unpack(path: Path) -> tuple[dict, State]:
 def write_atomic(path: Path, data: bytes) -> None:
     """All of the file or none of it, also when the machine stops in between."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float]:
-    """(artifact, fraction pruned). FIT_TO_CAP looks for the least extra fraction, in steps of 0.5 %, that fits."""
+    """(artifact, fraction pruned). FIT_TO_CAP bisects for the least extra fraction, in steps of 0.5 %, that fits."""
     attempts: dict[int, tuple[bytes, float]] = {}
     def fits(steps: int) -> bool:
         fraction = cfg.prune_pct + steps * 0.005
@@ -1208,7 +1212,7 @@ class Sheet:
             alike = rows[(tokens == t) & (slots == s)]
             for i in range(0, len(alike), size):
                 if next(number) % self.run.world == self.run.rank:
-                    idle = np.repeat(alike[:1, [0, 1, 1]], i + size - len(alike) if self.run.compile else 0, axis=0)
+                    idle = np.repeat(alike[:1, [0, 1, 1]], max(i + size - len(alike), 0) * self.run.compile, axis=0)
                     yield np.concatenate((alike[i:i + size], idle)), t, s  # idle windows score nothing
     @torch.no_grad()
     def fill(self, forward: Callable, rows: np.ndarray, bar: tqdm) -> None:
@@ -1269,8 +1273,7 @@ MODEL_TOGGLES = {"SMEAR_GATE": False, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": Fals
 
 def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable) -> None:
     """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
-    length = min(val.n, cfg.train_seq_len)
-    rows = min(val.n // length, 8)
+    rows, length = min(max(val.n // cfg.train_seq_len, 1), 8), min(val.n, cfg.train_seq_len)
     ids, targets = (val.tokens[i:i + rows * length].long().view(rows, length) for i in (0, 1))
     model, activity = trainer.model, run.activity
     @torch.no_grad()
@@ -1335,16 +1338,15 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
         quant_gap_bpb=bpb.get("unfitted", bpb["quantised"]) - bpb.get("averaged", bpb["live"]),
         fit_cost_bpb=bpb["quantised"] - bpb["unfitted"] if "unfitted" in bpb else None) if trainer else dict.fromkeys(
             "steps tokens_seen train_seconds step_ms_median params live_val_bpb averaged_val_bpb quant_gap_bpb".split())
+    memory = torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(
         schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
-        val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"],
-        **training, artifact_path=str(path),
-        artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total, cap_bytes=cfg.cap_bytes,
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(
-            resource.RUSAGE_SELF).ru_maxrss,  # of rank 0: the GPU's, or on CPU the whole process
-        under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=run.world,
-        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": EVAL_LIMIT_SECONDS}, inactive=inactive,
-        scores={name: s._asdict() for name, s in scores.items()}, toggles=toggles, **environment(run), config=cfg.knobs(),
+        val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"], **training,
+        artifact_path=str(path), artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total,
+        cap_bytes=cfg.cap_bytes, under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds,
+        seed=cfg.seed, world_size=run.world, peak_memory_bytes=memory, inactive=inactive, toggles=toggles,
+        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
+        scores={name: s._asdict() for name, s in scores.items()}, **environment(run), config=cfg.knobs(),
         non_default=cfg.non_default(), code_sha256=CODE_SHA256, config_sha256=cfg.digest(), data=data)
 
 def final_table(r: dict) -> str:
@@ -1353,7 +1355,7 @@ def final_table(r: dict) -> str:
         form = {float: ".6f", int: ",d"}.get(type(value), "")
         return "-" if value is None else format(value, form)
 
-    total, mode = r["total_bytes"], r["scored"]
+    total = r["total_bytes"]
     size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
             "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
     ledger = {name: {"seconds": f"{s:.1f}", "limit": r["limits"].get(name)} for name, s in r["seconds"].items()}
@@ -1364,7 +1366,7 @@ def final_table(r: dict) -> str:
                               for title, rows in tables.items() if rows)] + [
         f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None] + [
         f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]] + [
-        f"RESULT val_bpb {r['val_bpb']:.6f} ({mode}, {r['val_tokens']:,} targets, {r['val_bytes']:,} bytes), "
+        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, {r['val_bytes']:,} bytes), "
         f"{total:,} bytes in all, exit code {r['exit_code']}: {EXIT_CODES[r['exit_code']]}"])
 
 # ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1376,19 +1378,16 @@ def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, at
     bits = sorted(how.bits for how in plan.values() if isinstance(how, Grid))
     run.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(bits)} of {len(plan)} tensors quantised "
             f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step")
-    idle = [name for name, banks in trainer.views.banks.items() if not banks]
-    if idle and cfg.strict:
-        raise Refusal(f"{idle[0]}: requested, but it would touch no tensor; change QAT_SCOPE, QUANT_BITS_* or "
-                      "KEEP_FLOAT_MAX_NUMEL, or set STRICT=0", 4)
     trainer.train()
     with run.phase("average"):
         trainer.live = {n: p.detach().clone() for n, p in model.named_parameters()}
         trainer.averages = {n: {k: w.clone() for k, w in s.items()} for n, s in trainer.average.results().items()}
-        if cfg.average != "none":
-            a = run.activity[cfg.average.upper()]
+        if a := run.activity.get(cfg.average.upper()):
             run.log(f"average: {cfg.average} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; "
                     + ("applied: yes" if cfg.average in trainer.averages else "applied: NO, none was taken"))
     trainer.final = trainer.averages.get(cfg.average, trainer.live)
+    if not all(bool(w.isfinite().all()) for w in trainer.final.values()):
+        raise Refusal(f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates", 5)
     with run.phase("quantise and compress"):
         blob, trainer.pruned = export(cfg, run, trainer.final, plan)
         trainer.unfitted = {n: shipped(w, plan[n]) for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
@@ -1398,24 +1397,31 @@ def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, at
         run.agree(None)  # nobody reads before it is written
     return trainer
 
-def inherit(cfg: Config, knobs: dict) -> Config:
-    """The artifact's model and scoring knobs. The environment may set scoring knobs, but no other model."""
-    for name, value in cfg.knobs("model").items():
-        if name.upper() in cfg.given and knobs.get(name) != value:
-            raise Refusal(f"{name.upper()}={value}: {cfg.eval_only} was made with {knobs.get(name)}; unset it")
+def inherit(cfg: Config, knobs: dict, state: State) -> Config:
+    """The artifact's model and scoring knobs, where the environment does not set the latter. Refusal unless they are
+    complete, of the right types, the environment's model, and ask for exactly these tensors (tried without memory)."""
+    types = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
+    wanted = {f.name: types[f.type] for f in KNOBS if f.metadata["scope"] in ("model", "eval")}
     try:
-        return dataclasses.replace(cfg, **{n: v for n, v in knobs.items() if n in cfg.knobs("model", "eval")
-                                           and n.upper() not in cfg.given})
-    except TypeError as error:
-        raise Refusal(f"EVAL_ONLY={cfg.eval_only}: bad configuration inside ({error}); export it again") from None
+        if knobs.keys() != wanted.keys() or any(type(v) not in wanted[n] for n, v in knobs.items()):
+            raise TypeError("unknown, missing or mistyped settings")
+        for name, value in cfg.knobs("model").items():
+            if name.upper() in cfg.given and knobs[name] != value:
+                raise Refusal(f"{name.upper()}={value}: {cfg.eval_only} was made with {knobs[name]}; unset it")
+        cfg = dataclasses.replace(cfg, **{n: v for n, v in knobs.items() if n.upper() not in cfg.given})
+        with torch.device("meta"):
+            model = GPT(cfg) if cfg.num_layers <= len(state) else nn.Module()
+        if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in state.items()}:
+            raise TypeError("tensors of other names or shapes")
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        problem = str(error).splitlines()[0]
+        raise Refusal(f"EVAL_ONLY={cfg.eval_only}: its configuration does not fit ({problem}); export it again") from None
+    return cfg
 
 def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None) -> dict:
     """The trainer's weights on fixed windows, then the read-back ones in every mode asked for; the last is the result."""
     model = build_model(cfg, run, attend)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise Refusal(f"artifact: tensors do not fit its configuration ({str(error).splitlines()[-1].strip()})") from None
+    model.load_state_dict(state)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
     flat = windows(0, val.n, cfg.window, cfg.eval_stride)
     work: dict[str, Callable[[], Score]] = {"quantised": lambda: score(cfg, run, forward, val)}
@@ -1445,7 +1451,7 @@ def main(cfg: Config) -> dict:
         run.log(f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {CODE_SHA256[:12]}")
         path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
         if cfg.eval_only:
-            cfg = inherit(cfg, unpack(path)[0])
+            cfg = inherit(cfg, *unpack(path))
         run.log("settings: " + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults"))
         run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=environment(run))
         with run.phase("data"):

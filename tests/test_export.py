@@ -1,8 +1,8 @@
 """The artifact: what is in it, how large it is, and what a reader does with a damaged or hostile one.
 
-Would have caught: exports that do not equal what was trained (#304, #975); the wrong layer kept in fp16 (#989's blocks.8);
-artifacts over the cap that nobody noticed (#194, #975, #989) and sizes that were not those of the shipped files (#1835); a
-zstd file that its own reader could not open (#199); pickles, which run what a stranger wrote when they are loaded.
+Would have caught: exports that do not equal what was trained (#304, #975); the wrong layer kept in fp16 (#989's
+blocks.8); artifacts over the cap that nobody noticed (#194, #975, #989) and sizes that were not those of the shipped
+files (#1835); a zstd file that its own reader could not open (#199); pickles, which run a stranger's code when loaded.
 """
 import ast
 import hashlib
@@ -19,8 +19,8 @@ import torch
 import zstandard
 
 import train_gpt
-from train_gpt import (COMPRESSORS, FORMAT_VERSION, HEADER, MAGIC, MAX_RAW_BYTES, GPT, Config, Grid, Refusal, Run, export,
-                       export_plan, main, pack, prune, shipped, unpack, write_atomic)
+from train_gpt import (COMPRESSORS, FORMAT_VERSION, GPT, HEADER, MAGIC, MAX_RAW_BYTES, Config, Grid, Refusal, Run,
+                       export, export_plan, main, pack, prune, shipped, unpack, write_atomic)
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def product(tiny):
         cfg = tiny(**knobs)
         torch.manual_seed(0)
         model = GPT(cfg)
-        return cfg, {n: p.detach() + 0.1 * torch.randn(p.shape) for n, p in model.named_parameters()}, export_plan(cfg, model)
+        state = {n: p.detach() + 0.1 * torch.randn(p.shape) for n, p in model.named_parameters()}
+        return cfg, state, export_plan(cfg, model)
     return make
 
 
@@ -98,8 +99,9 @@ def test_requantising_with_a_quantile_clip_keeps_the_codes_and_moves_a_step_by_o
 
 # ── the plan ──────────────────────────────────────────────────────────────────────────────────────────────────────
 SEEDS = {
-    "989": dict(num_layers=10, bigram_vocab_size=10240, quant_bits_mlp=5, quant_clip="amax", quant_codes="asym", smear_gate=True,
-                quant_scale_floor=False, keep_float_max_numel=8192, fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k"),
+    "989": dict(num_layers=10, bigram_vocab_size=10240, quant_bits_mlp=5, quant_clip="amax", quant_codes="asym",
+                quant_scale_floor=False, keep_float_max_numel=8192,
+                fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k"),
     "194": dict(num_layers=11),
     "975": dict(num_layers=11, bigram_vocab_size=2048, ve_enabled=True, quant_bits_bigram=8, quant_bits_embed=8,
                 quant_clip="search5"),
@@ -123,8 +125,8 @@ def kinds(plan: dict, part: str) -> set:
     ("989", "tok_emb", {"fp16"}), ("989", "mlp.", {5}), ("989", "attn.c_q", {6}), ("989", "attn.c_v", {6}),
     ("989", "blocks.8.attn.c_k", {"fp16"}), ("989", "blocks.9.attn.c_k", {6}), ("989", "bigram.", {6}),
     ("194", "tok_emb", {"fp16"}), ("194", "blocks.", {6}),
-    ("975", "tok_emb", {8}), ("975", "value_embed.embed", {8}), ("975", "bigram.embed", {8}), ("975", "bigram.proj", {"fp16"}),
-    ("975", "value_embed.proj", {"fp16"}), ("975", "blocks.", {6}),
+    ("975", "tok_emb", {8}), ("975", "value_embed.embed", {8}), ("975", "bigram.embed", {8}), ("975", "blocks.", {6}),
+    ("975", "bigram.proj", {"fp16"}), ("975", "value_embed.proj", {"fp16"}),
     ("145", "tok_emb", {8}), ("145", "blocks.", {8})])
 def test_each_tensor_of_a_seed_is_shipped_as_in_the_seed(seed, part, expected):
     assert kinds(full_size_plan(seed), part) == expected
@@ -134,7 +136,7 @@ def test_each_tensor_of_a_seed_is_shipped_as_in_the_seed(seed, part, expected):
 def test_control_tensors_stay_fp32_and_every_matrix_is_planned(seed):
     plan = full_size_plan(seed)
     control = {name for name in plan if not name.endswith(("weight", "embed", "tok_emb"))}
-    assert {name.split(".")[-1] for name in control} >= {"q_gain", "resid_mix", "attn_scale", "mlp_scale", "skip_weights"}
+    assert {n.split(".")[-1] for n in control} >= {"q_gain", "resid_mix", "attn_scale", "mlp_scale", "skip_weights"}
     assert {name for name, how in plan.items() if how == "fp32"} == control
 
 
@@ -268,8 +270,8 @@ TENSORS = {
     "the codes are no integers": lambda t: t.update({FC + ":codes": t[FC + ":codes"].float() + 0.5}),
     "a scale per column": lambda t: t.update({Q + ":scale": t[Q + ":scale"].T.contiguous()}),
     "a scale per weight": lambda t: t.update({Q + ":scale": torch.ones(32, 32, dtype=torch.float16)}),
-    "a scale that blows the tensor up": lambda t: t.update(
-        {FC + ":codes": torch.zeros(6_000, 1, dtype=torch.int8), FC + ":scale": torch.ones(1, 6_000, dtype=torch.float16)}),
+    "a scale that blows the tensor up": lambda t: t.update({
+        FC + ":codes": torch.zeros(6_000, 1, dtype=torch.int8), FC + ":scale": torch.ones(1, 6_000).half()}),
     "a weight is not a number": lambda t: t.update({SKIP: torch.full_like(t[SKIP], math.nan)}),
     "a scale is infinite": lambda t: t.update({FC + ":scale": torch.full_like(t[FC + ":scale"], math.inf)})}
 
@@ -282,13 +284,14 @@ def test_other_tensors_than_the_configuration_asks_for_are_refused(artifact, tin
 
 
 CONFIGS = [
-    dict(num_layers=3.0), dict(num_layers="3"), dict(num_layers=None), dict(num_layers=[3]), dict(num_layers=2), dict(num_layers=0),
-    dict(num_layers=-1), dict(num_layers=2 ** 40), dict(model_dim=2 ** 40), dict(vocab_size=384.0), dict(vocab_size=385),
-    dict(bigram_vocab_size=2 ** 40), dict(train_seq_len=2 ** 40), dict(eval_seq_len=2 ** 40), dict(mlp_mult=1e300),
-    dict(mlp_mult=math.nan), dict(mlp_mult="3"), dict(ve_layers=5), dict(ve_enabled=True, ve_layers=None), dict(smear_gate="yes"),
-    dict(smear_gate=2), dict(mlp_act="gelu"), dict(mlp_act=["relu2"]), dict(init={}), dict(rope_dims=7), dict(rope_base="x"),
-    dict(logit_softcap=math.inf), dict(eval_stride=65), dict(eval_stride=1.5), dict(ttt_mode="lora"), dict(surprise=1),
-    dict(given=["MODEL_DIM"]), dict(data_path="/"), dict(seed=1)]
+    dict(num_layers=3.0), dict(num_layers="3"), dict(num_layers=None), dict(num_layers=[3]), dict(num_layers=2),
+    dict(num_layers=0), dict(num_layers=-1), dict(num_layers=2 ** 40), dict(num_layers=1000), dict(model_dim=2 ** 40),
+    dict(model_dim=65536), dict(vocab_size=384.0), dict(vocab_size=385), dict(bigram_vocab_size=2 ** 40),
+    dict(train_seq_len=2 ** 40), dict(eval_seq_len=2 ** 40), dict(mlp_mult=1e300), dict(mlp_mult=math.nan),
+    dict(mlp_mult="3"), dict(ve_layers=5), dict(ve_enabled=True, ve_layers=None), dict(smear_gate="yes"),
+    dict(smear_gate=2), dict(mlp_act="gelu"), dict(mlp_act=["relu2"]), dict(init={}), dict(rope_dims=7),
+    dict(rope_base="x"), dict(logit_softcap=math.inf), dict(eval_stride=65), dict(eval_stride=1.5),
+    dict(ttt_mode="lora"), dict(surprise=1), dict(given=["MODEL_DIM"]), dict(data_path="/"), dict(seed=1)]
 
 
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
@@ -303,9 +306,10 @@ def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
 
 
 # ── pruning ───────────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("limit", [16, 512])  # at 16 there are large vectors too
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.9])
-def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_else(product, fraction):
-    cfg, state, _ = product(prune_pct=fraction, **ALL_ON)
+def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_else(product, fraction, limit):
+    cfg, state, _ = product(prune_pct=fraction, keep_float_max_numel=limit, **ALL_ON)
     pruned, large = prune(cfg, state, fraction), set()
     for name, w in state.items():
         zeroed = pruned[name] == 0
@@ -316,7 +320,7 @@ def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_el
             assert fraction == 0 or w[zeroed].abs().max() <= w[~zeroed].abs().min()
         else:
             assert torch.equal(pruned[name], w)
-    assert {"tok_emb", "bigram.embed", FC} <= large and SKIP not in large
+    assert {"tok_emb", "bigram.embed", FC} <= large and (SKIP in large) == (limit < 32)
 
 
 # ── the cap ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -351,7 +355,7 @@ def test_over_the_cap_all_is_saved_and_the_exit_code_is_3(tiny, below):
     assert any(line.split() == ["OVER", "CAP", "BY", f"{below:,}"] for line in log.splitlines())
 
 
-@pytest.mark.parametrize("start, compressor", [(0.0, "zstd"), (0.1, "zlib"), (0.0, "lzma")])
+@pytest.mark.parametrize("start, compressor", [(0.0, "zstd"), (0.1, "zlib")])
 def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(product, tiny, start, compressor):
     knobs = dict(prune_pct=start, keep_float_max_numel=64, compressor=compressor, compress_level=6)
     cfg, state, plan = product(**knobs)
@@ -406,7 +410,8 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_part_of_the_new(tmp_pat
 
 def test_nothing_is_pickled():
     tree = ast.parse(train_gpt.SOURCE)
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))}
-    assert not (imported | names) & {"pickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save", "eval", "exec"}
+    names |= {alias.name for node in imports for alias in node.names}
+    assert not names & {"pickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save", "eval", "exec"}
     assert "safetensors.torch.load" in names

@@ -1,8 +1,8 @@
 """The whole run, from tokens to a scored artifact: numerics, every pair of toggles, exit codes, signals, two ranks.
 
 Would have caught: toggles that are requested and never act (#1681, #315, #199's SWA window); combinations that crash or
-deadlock (#975's SQWA, #199's USE_ZSTD); a run whose artifact dies with its scoring (autoresearch#7, #1728); "off" that is
-not the baseline (#769); results overwritten by the next run (#1048); refactors that change the numerics.
+deadlock (#975's SQWA, #199's USE_ZSTD); a run whose artifact dies with its scoring (autoresearch#7, #1728); "off" that
+is not the baseline (#769); results overwritten by the next run (#1048); refactors that change the numerics.
 """
 import itertools
 import json
@@ -18,14 +18,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, environment, write_shard
-from test_score import documents, two_ranks  # noqa: F401 (documents is a fixture)
+from test_score import short_documents, two_ranks
 
 import train_gpt
 from train_gpt import Config, Refusal, Run, main, unpack
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-SMALL = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_batch_tokens=256, iterations=4, warmdown_iters=2,
-             keep_float_max_numel=128, val_max_tokens=260, eval_stride=32, smear_gate=False)
+SMALL = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_batch_tokens=256, iterations=4,
+             warmdown_iters=2, keep_float_max_numel=128, val_max_tokens=260, eval_stride=32, smear_gate=False)
+
+
+@pytest.fixture(scope="module")
+def documents(data, tmp_path_factory) -> Path:
+    """Data whose validation has documents shorter than a window."""
+    return short_documents(data, tmp_path_factory.mktemp("documents") / "data")
 
 
 def folder(cfg: Config) -> Path:
@@ -48,10 +54,11 @@ GOLDEN_RUNS = {
     "bare": dict(smear_gate=False, init="default"),
     "default": dict(),
     "everything": dict(
-        smear_pos="post_norm", smear_mask_bos=True, bigram_vocab_size=64, bigram_dim=16, bigram_proj_opt="adam", ve_enabled=True,
-        ve_dim=16, ve_layers="1,2", xsa_last_n=2, ln_scale=True, rope_dims=4, rope_ntk_len=32, mlp_act="leaky_relu2",
-        qna_enabled=True, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5, quant_bits_mlp=5, quant_bits_embed=8,
-        adam_wd=0.04, ema_enabled=True)}
+        smear_pos="post_norm", smear_mask_bos=True, bigram_vocab_size=64, bigram_dim=16, bigram_proj_opt="adam",
+        ve_enabled=True, ve_dim=16, ve_layers="1,2", xsa_last_n=2, ln_scale=True, rope_dims=4, rope_ntk_len=32,
+        mlp_act="leaky_relu2", qna_enabled=True, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5,
+        quant_bits_mlp=5, quant_bits_embed=8, adam_wd=0.04, ema_enabled=True, tied_embed_init_std=0.3,
+        logit_softcap=8.0)}
 
 
 @pytest.fixture
@@ -83,7 +90,8 @@ TOGGLES = {
     "VE_ENABLED": dict(ve_enabled=True, ve_dim=16, ve_layers="0,1"), "XSA_LAST_N": dict(xsa_last_n=1),
     "LN_SCALE": dict(ln_scale=True), "QAT": dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
     "QNA": dict(qna_enabled=True), "SWA": dict(swa_enabled=True, **HALF), "EMA": dict(ema_enabled=True, ema_decay=0.5),
-    "SQWA": dict(sqwa_enabled=True, **HALF), "PRUNE_PCT": dict(prune_pct=0.3), "DOC_ISOLATED_EVAL": dict(doc_isolated_eval=True),
+    "SQWA": dict(sqwa_enabled=True, **HALF), "PRUNE_PCT": dict(prune_pct=0.3),
+    "DOC_ISOLATED_EVAL": dict(doc_isolated_eval=True),
     "TTT_MODE": dict(ttt_mode="sgd", ttt_chunk_tokens=128, ttt_epochs=1, ttt_freeze_blocks=1)}
 REFUSED = [("SWA", "EMA"), ("SWA", "SQWA")]
 COMBINATIONS = [names for names in [(), *itertools.combinations(TOGGLES, 1), *itertools.combinations(TOGGLES, 2)]
@@ -110,7 +118,7 @@ def assert_all_acted(report: dict, names: tuple) -> None:
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="-".join)
-def test_each_toggle_and_each_pair_trains_exports_reloads_scores_and_acts(documents, tmp_path, monkeypatch, names):  # noqa: F811
+def test_each_toggle_and_each_pair_trains_exports_reloads_scores_and_acts(documents, tmp_path, monkeypatch, names):
     monkeypatch.setattr(Run, "milliseconds", time_once)
     cfg = combination(names, documents, tmp_path)
     report = main(cfg)
@@ -119,8 +127,8 @@ def test_each_toggle_and_each_pair_trains_exports_reloads_scores_and_acts(docume
 
 
 @pytest.mark.parametrize("names", REFUSED, ids="-".join)
-def test_an_ambiguous_pair_is_refused(documents, tmp_path, names):  # noqa: F811
-    with pytest.raises(Refusal, match="ambiguous"):
+def test_an_ambiguous_pair_is_refused(documents, tmp_path, names):
+    with pytest.raises(Refusal, match="SWA_ENABLED"):
         combination(names, documents, tmp_path)
 
 
@@ -131,7 +139,7 @@ def run_combinations(data: Path, logs: Path) -> dict:
         return {names: main(combination(names, data, logs)) for names in COMBINATIONS}
 
 
-def test_each_toggle_and_each_pair_does_the_same_on_two_ranks(documents, tmp_path, monkeypatch):  # noqa: F811
+def test_each_toggle_and_each_pair_does_the_same_on_two_ranks(documents, tmp_path, monkeypatch):
     first, second = two_ranks(run_combinations, documents, tmp_path / "two", folder=tmp_path, seconds=240)
     monkeypatch.setattr(Run, "milliseconds", time_once)
     for names in COMBINATIONS:
@@ -141,6 +149,14 @@ def test_each_toggle_and_each_pair_does_the_same_on_two_ranks(documents, tmp_pat
         if len(names) < 2:
             alone = main(combination(names, documents, tmp_path / "one"))
             assert first[names]["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-3), names
+
+
+@pytest.mark.parametrize("names", [("SWA",), ("EMA",), ("SQWA",), ("EMA", "SQWA")], ids="-".join)
+def test_the_average_is_what_is_exported_and_scored(tiny, names):
+    settings = {k: v for name in names for k, v in TOGGLES[name].items()} | dict(ema_decay=0.9, swa_start_frac=0.1)
+    report = main(tiny(**settings, warmdown_iters=0, keep_float_max_numel=10 ** 6 if names[-1] != "SQWA" else 512))
+    assert abs(report["averaged_val_bpb"] - report["live_val_bpb"]) > 0.02
+    assert report["quantised_val_bpb"] == pytest.approx(report["averaged_val_bpb"], abs=0.01)
 
 
 # ── proof of action ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -182,10 +198,10 @@ def test_a_toggle_that_would_touch_no_tensor_is_refused_before_training(tiny, to
 def test_off_is_the_same_whatever_the_other_knobs_of_the_techniques_say(tiny):
     off = dict(smear_gate=False, train_log_every=1)
     idle = dict(smear_pos="post_norm", smear_mask_bos=True, smear_beta2=0.5, bigram_dim=64, bigram_proj_gain=0.5,
-                bigram_proj_opt="adam", quant_bits_bigram=4, ve_dim=64, ve_layers="0", qat_start_kind="lr_scale", qat_start=0.9,
-                qat_scope="linears", qat_grid="amax", qna_magnitude=2.0, qna_stop_scale=0.0, qna_use_floor=False,
-                swa_start_kind="always", swa_start_frac=0.9, swa_every=1, swa_dtype="bf16", ema_decay=0.5, ttt_lr=0.5,
-                ttt_epochs=9, ttt_chunk_tokens=99, ttt_freeze_blocks=0)
+                bigram_proj_opt="adam", quant_bits_bigram=4, ve_dim=64, ve_layers="0", qat_start_kind="lr_scale",
+                qat_start=0.9, qat_scope="linears", qat_grid="amax", qna_magnitude=2.0, qna_stop_scale=0.0,
+                qna_use_floor=False, swa_start_kind="always", swa_start_frac=0.9, swa_every=1, swa_dtype="bf16",
+                ema_decay=0.5, ttt_lr=0.5, ttt_epochs=9, ttt_chunk_tokens=99, ttt_freeze_blocks=0)
     plain, other = tiny(**off), tiny(**off, **idle)
     assert losses(plain) == losses(other)
     first, second = (json.loads((folder(cfg) / "result.json").read_text()) for cfg in (plain, other))
@@ -223,16 +239,20 @@ def test_a_good_run_exits_0_with_nothing_on_stderr(tiny, command):
     assert command(tiny()) == (0, [])
 
 
-def start(cfg: Config, **options) -> subprocess.Popen:
+SCRIPT = [sys.executable, str(ROOT / "train_gpt.py")]
+
+
+def start(cfg: Config) -> subprocess.Popen:
     """`python train_gpt.py` with this configuration in a fresh process (SIGINT as on a terminal)."""
-    return subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=environment(cfg), text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+    return subprocess.Popen(SCRIPT, env=environment(cfg), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(process: subprocess.Popen, happened, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not happened():
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read() if process.poll() is not None else "too long"
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end, "too long"
         time.sleep(0.01)
 
 
@@ -258,25 +278,25 @@ def test_a_run_id_is_never_overwritten(tiny):
     with pytest.raises(Refusal, match=f"RUN_ID={cfg.run_id}"):
         main(cfg)
     assert {path: path.read_bytes() for path in folder(cfg).iterdir()} == before
-    assert set(before) == {folder(cfg) / n for n in ("artifact.bin", "metrics.jsonl", "result.json", "train.log", "train_gpt.py")}
+    assert {path.name for path in before} == {
+        "artifact.bin", "metrics.jsonl", "result.json", "train.log", "train_gpt.py"}
 
 
 # ── the artifact outlives the run ─────────────────────────────────────────────────────────────────────────────────
-SCORED = dict(doc_isolated_eval=True, ttt_mode="sgd", ttt_chunk_tokens=128, qat_enabled=True, ema_enabled=True, ema_decay=0.5)
-
-
-def test_eval_only_in_a_fresh_process_gives_the_identical_scores_from_validation_tokens_alone(tiny, documents, tmp_path):  # noqa: F811
-    cfg = tiny(**SCORED, data_path=str(documents))
+def test_eval_only_in_a_fresh_process_scores_identically_from_validation_tokens_alone(tiny, documents, tmp_path):
+    cfg = tiny(doc_isolated_eval=True, ttt_mode="sgd", ttt_chunk_tokens=128, qat_enabled=True, ema_enabled=True,
+               ema_decay=0.5, data_path=str(documents))
     trained, shards = main(cfg), tmp_path / "validation alone"
     shards.mkdir()
     (shards / "fineweb_val_000000.bin").symlink_to(documents / "fineweb_val_000000.bin")
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {
         "EVAL_ONLY": str(folder(cfg) / "artifact.bin"), "DATA_PATH": str(shards), "TOKENIZER_PATH": cfg.tokenizer_path,
         "LOGS_DIR": str(tmp_path / "fresh"), "RUN_ID": "a", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(SCRIPT, env=env, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     scored = json.loads((tmp_path / "fresh/a/result.json").read_text())
-    assert scored["val_bpb"] == trained["val_bpb"] and list(scored["scores"]) == ["quantised", "sliding", "documents", "ttt"]
+    assert scored["val_bpb"] == trained["val_bpb"]
+    assert list(scored["scores"]) == ["quantised", "sliding", "documents", "ttt"]
     for mode, found in scored["scores"].items():
         assert {**found, "seconds": 0} == {**trained["scores"][mode], "seconds": 0}
     assert not (tmp_path / "fresh/a/artifact.bin").exists()
@@ -288,7 +308,7 @@ def test_eval_only_refuses_another_model_and_takes_other_scoring_knobs(tiny):
     path = str(folder(cfg) / "artifact.bin")
     with pytest.raises(Refusal, match="MODEL_DIM=64"):
         main(tiny(eval_only=path, model_dim=64, given=frozenset({"MODEL_DIM"})))
-    same = main(tiny(eval_only=path, model_dim=32, given=frozenset({"MODEL_DIM"}), num_layers=7))  # 7 is not given: ignored
+    same = main(tiny(eval_only=path, model_dim=32, given=frozenset({"MODEL_DIM"}), num_layers=7))  # 7 is not "given"
     other = main(tiny(eval_only=path, eval_stride=8, given=frozenset({"EVAL_STRIDE"})))
     assert same["val_bpb"] == trained["val_bpb"] != other["val_bpb"]
     assert same["config"]["num_layers"] == 3 and other["config"]["eval_stride"] == 8
@@ -311,7 +331,7 @@ def test_a_run_killed_while_scoring_leaves_a_whole_artifact(tiny):
 def test_torchrun_on_two_ranks(tiny):
     cfg = tiny(ttt_mode="sgd", ttt_chunk_tokens=320)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, str(ROOT / "train_gpt.py")], env=environment(cfg), text=True, capture_output=True, timeout=120)
+    done = subprocess.run([*launcher, SCRIPT[1]], env=environment(cfg), text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder(cfg) / "result.json").read_text())
     assert result["world_size"] == 2 and result["exit_code"] == 0 and done.stdout.count("RESULT val_bpb") == 1
@@ -321,8 +341,9 @@ def test_a_compiled_run_equals_an_eager_one_and_does_not_recompile_when_qat_star
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of workers that outlives the test
     monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # compiles twice as fast
     torch._dynamo.reset()
-    knobs = dict(num_layers=1, num_kv_heads=4, mlp_mult=1.0, muon_backend_steps=2, train_log_every=1, eval_stride=0, smear_gate=False,
-                 qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5, warmup_steps=2, eval_batch_seqs=8)
+    knobs = dict(num_layers=1, num_kv_heads=4, mlp_mult=1.0, muon_backend_steps=2, train_log_every=1, eval_stride=0,
+                 smear_gate=False, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5, warmup_steps=2,
+                 eval_batch_seqs=8)
     eager, compiled = tiny(**knobs), tiny(**knobs, compile="1")
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
     report, reference = (json.loads((folder(cfg) / "result.json").read_text()) for cfg in (compiled, eager))

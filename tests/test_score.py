@@ -1,10 +1,11 @@
 """Scoring: which targets, in which context, by whom, and in which order.
 
-Would have caught: tail targets scored 16 to 32 times (#50, #989, #194, #975); document windows that ran on into the next
-documents and scored 21 % of their targets twice (#145, #199); a deadlock when a chunk's rows do not divide among the ranks
-(#975); test-time training that scores what it has already learned from (#568, #677); BPB with a wrong denominator (#2071).
+Would have caught: tail targets scored 16 to 32 times (#50, #989, #194, #975); document windows that ran on into the
+next documents and scored 21 % of their targets twice (#145, #199); a deadlock when a chunk's rows do not divide among
+the ranks (#975); test-time training that scores what it has already learned (#568, #677); a wrong denominator (#2071).
 """
 import math
+import os
 import socket
 import time
 from pathlib import Path
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-import torch.nn.functional as F
 from conftest import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,15 +44,17 @@ def documents(data, tmp_path_factory) -> Path:
     return short_documents(data, tmp_path_factory.mktemp("documents") / "data")
 
 
-MODES = {"fixed": dict(eval_stride=0), "sliding": dict(eval_stride=16), "documents": dict(eval_stride=16, doc_isolated_eval=True),
-         "ttt": dict(eval_stride=16, ttt_mode="sgd", ttt_chunk_tokens=128, ttt_lr=0.5, ttt_epochs=2, ttt_freeze_blocks=1)}
+MODES = {
+    "fixed": dict(eval_stride=0), "sliding": dict(eval_stride=16),
+    "documents": dict(eval_stride=16, doc_isolated_eval=True),
+    "ttt": dict(eval_stride=16, ttt_mode="sgd", ttt_chunk_tokens=128, ttt_lr=0.5, ttt_epochs=2, ttt_freeze_blocks=1)}
 
 
 @pytest.fixture
 def setting(tiny, documents):
     """setting(**knobs) -> a Config that scores the short documents, of a model in which context matters a lot."""
-    return lambda **knobs: tiny(**{**dict(data_path=str(documents), val_max_tokens=700, bigram_vocab_size=64, bigram_dim=16,
-                                          eval_batch_seqs=4), **knobs})
+    usual = dict(data_path=str(documents), val_max_tokens=700, bigram_vocab_size=64, bigram_dim=16, eval_batch_seqs=4)
+    return lambda **knobs: tiny(**usual | knobs)
 
 
 def validation(cfg, run) -> Validation:
@@ -69,7 +71,9 @@ def lively_model(cfg, run):
 
 
 def rows_of(cfg, val, mode: str) -> np.ndarray:
-    return (document_windows if mode == "documents" else lambda v, *a: windows(0, v.n, *a))(val, cfg.window, cfg.eval_stride)
+    if mode == "documents":
+        return document_windows(val, cfg.window, cfg.eval_stride)
+    return windows(0, val.n, cfg.window, cfg.eval_stride)
 
 
 def nats_of(cfg, run, val, model, mode: str) -> tuple[torch.Tensor, Score]:
@@ -108,7 +112,7 @@ def test_windows_cover_each_target_once_within_the_length_and_never_read_past_it
 @settings(max_examples=200, deadline=None)
 @given(**spans)
 def test_every_sliding_window_but_the_first_has_full_context(low, n, length, part):
-    for start, end, first in windows(low, low + n, length, max(1, int(part * length)))[1:]:
+    for start, end, _ in windows(low, low + n, length, max(1, int(part * length)))[1:]:
         assert end - start == length
 
 
@@ -121,7 +125,8 @@ def test_stride_0_windows_are_disjoint_and_a_stride_of_the_length_scores_the_sam
 
 
 @settings(max_examples=300, deadline=None)
-@given(n=st.integers(1, 300), starts=st.sets(st.integers(0, 300), max_size=12), length=st.integers(1, 80), part=st.floats(0, 1))
+@given(n=st.integers(1, 300), starts=st.sets(st.integers(0, 300), max_size=12), length=st.integers(1, 80),
+       part=st.floats(0, 1))
 def test_document_windows_cover_the_same_targets_and_never_cross_a_document_start(n, starts, length, part):
     val = SimpleNamespace(n=n, doc_starts=np.array(sorted(s for s in starts if s <= n), dtype=int))
     rows = document_windows(val, length, int(part * length))
@@ -131,8 +136,8 @@ def test_document_windows_cover_the_same_targets_and_never_cross_a_document_star
 
 
 @settings(max_examples=200, deadline=None)
-@given(n=st.integers(1, 500), part=st.floats(0, 1), size=st.integers(1, 9), world=st.integers(1, 5), compiled=st.booleans(),
-       isolated=st.booleans())
+@given(n=st.integers(1, 500), part=st.floats(0, 1), size=st.integers(1, 9), world=st.integers(1, 5),
+       compiled=st.booleans(), isolated=st.booleans())
 def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(n, part, size, world, compiled, isolated):
     stride = int(part * 64)
     val = SimpleNamespace(n=n, doc_starts=np.arange(0, n, 37))
@@ -142,7 +147,8 @@ def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(n, part, size,
         run = SimpleNamespace(rank=rank, world=world, compile=compiled, device=torch.device("cpu"))
         for batch, tokens, slots in Sheet(cfg, run, val).batches(rows):
             real = batch[batch[:, 2] < batch[:, 1]]
-            assert (real[:, 1] - real[:, 0] <= tokens).all() and (real[:, 1] - real[:, 2] <= slots).all() and len(batch) <= size
+            assert (real[:, 1] - real[:, 0] <= tokens).all() and (real[:, 1] - real[:, 2] <= slots).all()
+            assert len(batch) <= size
             shapes.add((len(batch), tokens, slots))
             dealt += real.tolist()
     assert sorted(dealt) == sorted(rows.tolist())
@@ -294,12 +300,11 @@ def test_a_chunk_of_part_windows_is_refused(setting):
 
 # ── ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def enter_rank(rank: int, job, port: int, folder: str, arguments: tuple) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
-            patch.setenv(name, str(value))
-        torch.set_num_threads(1)
-        torch.save(job(*arguments), f"{folder}/{rank}.pt")
-        torch.distributed.destroy_process_group()
+    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ |= {name: str(value) for name, value in place.items()}
+    torch.set_num_threads(1)
+    torch.save(job(*arguments), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def two_ranks(job, *arguments, folder: Path, seconds: float) -> list:
@@ -331,8 +336,8 @@ def score_everything(settings: dict) -> dict:
 
 def test_two_ranks_score_and_learn_the_same_as_one(setting, tmp_path):
     def settings():
-        uneven = dict(ttt_chunk_tokens=320)  # 5 rows in batches of 4 and 1: the second rank has none of the latter
-        return {mode: setting(**knobs) for mode, knobs in MODES.items()} | {"ttt uneven": setting(**MODES["ttt"] | uneven)}
+        uneven = MODES["ttt"] | dict(ttt_chunk_tokens=320)  # 5 rows in batches of 4 and 1: one rank has none of the 1
+        return {mode: setting(**knobs) for mode, knobs in (MODES | {"ttt uneven": uneven}).items()}
     alone = score_everything(settings())
     first, second = two_ranks(score_everything, settings(), folder=tmp_path, seconds=100)
     for mode, (bpb, _) in alone.items():
