@@ -7,7 +7,7 @@ A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.
 """
 from __future__ import annotations
 
-import bisect, contextlib, dataclasses, difflib, hashlib, itertools, json, lzma, math, os, platform, resource, signal
+import contextlib, dataclasses, difflib, hashlib, itertools, json, lzma, math, os, platform, resource, signal
 import statistics, struct, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -1160,7 +1160,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float]:
-    """(artifact, fraction pruned). FIT_TO_CAP bisects for the least extra fraction, in steps of 0.5 %, that fits."""
+    """(artifact, fraction pruned). FIT_TO_CAP finds the least extra fraction, in steps of 0.5 %, that fits."""
     attempts: dict[int, tuple[bytes, float]] = {}
     def fits(steps: int) -> bool:
         fraction = cfg.prune_pct + steps * 0.005
@@ -1168,8 +1168,8 @@ def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, floa
         total = len(attempts[steps][0]) + len(SOURCE)
         run.log(f"export: {fraction:.1%} pruned, {total:,} bytes in all")
         return total <= cfg.cap_bytes
-    if not fits(0) and cfg.fit_to_cap:
-        bisect.bisect_left(range(1, int((0.9 - cfg.prune_pct) / 0.005)), True, key=fits)
+    if not fits(0) and cfg.fit_to_cap:  # step by step: compressed size does not fall steadily, so no bisection
+        any(map(fits, range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5))))
     good = [steps for steps, (blob, _) in attempts.items() if len(blob) + len(SOURCE) <= cfg.cap_bytes]
     return attempts[min(good, default=0)]
 
@@ -1234,7 +1234,8 @@ class Sheet:
         if self.run.world > 1:
             dist.all_reduce(self.nats)
             dist.all_reduce(self.hits)
-        assert bool((self.hits[:-1] == 1).all()), "a target was scored never or twice"
+        if not bool((self.hits[:-1] == 1).all()):
+            raise RuntimeError("a target was scored never or twice")
         nats, size = self.nats[:-1].double().sum().item(), int(self.val.target_bytes.sum())
         return Score(nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began)
 
@@ -1358,7 +1359,7 @@ def final_table(r: dict) -> str:
     total = r["total_bytes"]
     size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
             "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
-    ledger = {name: {"seconds": f"{s:.1f}", "limit": r["limits"].get(name)} for name, s in r["seconds"].items()}
+    ledger = {name: {"seconds": f"{s:.1f}", "limit": f"{r['limits'].get(name) or '-'}"} for name, s in r["seconds"].items()}
     tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": ledger,
               "toggle": r["toggles"]}
     return "\n\n".join(["", *(text_table([(title, *next(iter(rows.values()))), *((name, *map(cell, row.values()))
@@ -1491,7 +1492,7 @@ def command_line(arguments: list[str]) -> int:
     except (Refusal, KeyboardInterrupt) as stop:
         code = stop.code if isinstance(stop, Refusal) else 130
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {stop} [exit {code}: {EXIT_CODES[code]}]", file=sys.stderr, flush=True)
+            print(f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]", file=sys.stderr, flush=True)
         return code
 
 if __name__ == "__main__":

@@ -74,4 +74,4 @@ def run(tiny):
 def environment(cfg: train_gpt.Config) -> dict[str, str]:
     """The environment variables that give this configuration, on top of a clean PATH."""
     knobs = {f.name.upper(): str(int(v) if isinstance(v := getattr(cfg, f.name), bool) else v) for f in train_gpt.KNOBS}
-    return {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR")} | {"OMP_NUM_THREADS": "1"} | knobs
+    return {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR")} | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | knobs

@@ -355,7 +355,7 @@ def test_over_the_cap_all_is_saved_and_the_exit_code_is_3(tiny, below):
     assert any(line.split() == ["OVER", "CAP", "BY", f"{below:,}"] for line in log.splitlines())
 
 
-@pytest.mark.parametrize("start, compressor", [(0.0, "zstd"), (0.1, "zlib")])
+@pytest.mark.parametrize("start, compressor", [(0.0, "zstd"), (0.1, "zlib"), (0.0, "lzma")])
 def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(product, tiny, start, compressor):
     knobs = dict(prune_pct=start, keep_float_max_numel=64, compressor=compressor, compress_level=6)
     cfg, state, plan = product(**knobs)

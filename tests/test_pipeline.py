@@ -240,12 +240,13 @@ def test_a_good_run_exits_0_with_nothing_on_stderr(tiny, command):
 
 
 SCRIPT = [sys.executable, str(ROOT / "train_gpt.py")]
+CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # as in the process of the tests
 
 
 def start(cfg: Config) -> subprocess.Popen:
     """`python train_gpt.py` with this configuration in a fresh process (SIGINT as on a terminal)."""
-    return subprocess.Popen(SCRIPT, env=environment(cfg), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(SCRIPT, env=environment(cfg) | CPU, text=True, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for(process: subprocess.Popen, happened, seconds: float = 60) -> None:
@@ -291,7 +292,7 @@ def test_eval_only_in_a_fresh_process_scores_identically_from_validation_tokens_
     (shards / "fineweb_val_000000.bin").symlink_to(documents / "fineweb_val_000000.bin")
     env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {
         "EVAL_ONLY": str(folder(cfg) / "artifact.bin"), "DATA_PATH": str(shards), "TOKENIZER_PATH": cfg.tokenizer_path,
-        "LOGS_DIR": str(tmp_path / "fresh"), "RUN_ID": "a", "OMP_NUM_THREADS": "1"}
+        "LOGS_DIR": str(tmp_path / "fresh"), "RUN_ID": "a"} | CPU
     done = subprocess.run(SCRIPT, env=env, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     scored = json.loads((tmp_path / "fresh/a/result.json").read_text())
@@ -331,7 +332,8 @@ def test_a_run_killed_while_scoring_leaves_a_whole_artifact(tiny):
 def test_torchrun_on_two_ranks(tiny):
     cfg = tiny(ttt_mode="sgd", ttt_chunk_tokens=320)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launcher, SCRIPT[1]], env=environment(cfg), text=True, capture_output=True, timeout=120)
+    env = environment(cfg) | CPU
+    done = subprocess.run([*launcher, SCRIPT[1]], env=env, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads((folder(cfg) / "result.json").read_text())
     assert result["world_size"] == 2 and result["exit_code"] == 0 and done.stdout.count("RESULT val_bpb") == 1
