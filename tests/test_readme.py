@@ -1,0 +1,53 @@
+"""README.md and submission.json say what the code and the committed log say.
+
+Would have caught: commands that set variables no script reads, hand-copied numbers, tables that drifted from the code.
+"""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import readme_tables
+import train_gpt
+
+ROOT = readme_tables.ROOT
+README = (ROOT / "README.md").read_text()
+
+
+def test_generated_blocks_are_up_to_date():
+    assert README == readme_tables.rendered(README)
+    assert set(re.findall(r"<!-- generated: ([\w-]+) -->", README)) == set(readme_tables.BLOCKS)
+
+
+def test_submission_json_is_made_from_the_log():
+    assert json.loads((ROOT / "submission.json").read_text()) == readme_tables.submission()
+
+
+def test_every_setting_that_readme_names_exists():
+    named = set(re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", README)) - {"PIP_EXTRA_INDEX_URL"}
+    assert len(named) > 10 and named <= {f.name.upper() for f in train_gpt.KNOBS} | set(train_gpt.ALIASES)
+
+
+def test_every_make_target_that_readme_names_exists():
+    targets = set(re.findall(r"make ([a-z]+)", README))
+    assert {"train", "test"} <= targets
+    subprocess.run(["make", "-n", *sorted(targets)], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [["train_gpt.py", "--help"], ["prepare_data.py", "--help"], ["prepare_data.py", "fineweb", "--help"]])
+def test_the_commands_of_readme_start(command):
+    shown = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert len(shown.splitlines()) > 10
+
+
+def test_every_file_that_readme_names_exists():
+    for name in ("train_gpt.py", "prepare_data.py", "submission.json", "Makefile", ".ci/run", "requirements.txt", "logs/demo"):
+        assert name in README and (ROOT / name).exists(), name
+
+
+def test_the_demo_is_one_good_run():
+    result = json.loads((readme_tables.DEMO / "result.json").read_text())
+    events = [json.loads(line) for line in (readme_tables.DEMO / "metrics.jsonl").read_text().splitlines()]
+    assert result["exit_code"] == 0 and result["under_cap"] and result["val_bpb"] < 2.5
+    assert events[0]["config"] == result["config"] and events[-1]["val_bpb"] == result["val_bpb"]
