@@ -34,7 +34,7 @@ export OMP_NUM_THREADS ?= 1
 # OpenMP threads that spin at barriers are up to 35 times slower beside a busy process
 export GOMP_SPINCOUNT ?= 1000
 else
-RANKS := $(GPUS)
+RANKS := gpu
 endif
 
 # Without FineWeb, and unless you name other data: the demo text.
@@ -43,6 +43,7 @@ DEMO_DATA := data/demo/manifest.json
 export DATA_PATH := data/demo
 export TOKENIZER_PATH := data/demo/tokenizer.model
 export MAX_WALLCLOCK_SECONDS ?= 90
+export WARMDOWN_FRAC ?= 0.5
 endif
 
 train: .venv/installed $(DEMO_DATA)

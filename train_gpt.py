@@ -180,7 +180,8 @@ class Config:
             (self.num_heads % self.num_kv_heads, "NUM_KV_HEADS", f"must divide NUM_HEADS={self.num_heads}"),
             (self.rope_dims > head or (self.rope_dims or head) % 2 or (self.rope_ntk_len and (self.rope_dims or head) == 2),
              "ROPE_DIMS", f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)"),
-            (self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS", "is no multiple of TRAIN_SEQ_LEN"),
+            (not self.eval_only and self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS",
+             f"is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
             (self.eval_stride > window, "EVAL_STRIDE", f"must not exceed the window of {window} tokens"),
             (self.mlp_mult * self.model_dim < 1, "MLP_MULT", f"leaves no hidden unit at MODEL_DIM={self.model_dim}"),
             (self.xsa_last_n > self.num_layers, "XSA_LAST_N", f"the model has {self.num_layers} blocks"),
@@ -889,7 +890,8 @@ class Views:
                 key = {n: (tuple(grid), tuple(params[n].shape)) for n, grid in chosen.items()}
                 self.banks[name] = [(Grid(*k[0]), [params[n] for n in same])
                                     for k, same in itertools.groupby(sorted(chosen, key=key.get), key=key.get)]
-                run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), cfg.qat_scope)
+                scope = cfg.qat_scope if name == "QAT" else "exported"
+                run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), scope)
                 if not chosen and cfg.strict:
                     raise Refusal(f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
     def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
@@ -968,9 +970,9 @@ class Trainer:
         self.views, self.average = (part(self.cfg, self.run, self.model, self.plan) for part in (Views, Average))
         if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
             self.run.activity["WARMDOWN"] = Activity(scope="learning rates", unit="lr scale at the end")
-        self.pending, self.loss, self.steps, self.elapsed = [], math.nan, 0, 0.0
+        self.loss, self.steps, self.elapsed = math.nan, 0, 0.0
     def step(self, batch: tuple[Tensor, Tensor], k: Knobs) -> None:
-        """One optimiser step; queues [loss, gradient norm] without waiting for it."""
+        """One optimiser step. Reading its loss is the only host synchronisation, and keeps the clock honest."""
         gradients, share = self.optimiser.gradients, self.run.world / self.cfg.train_batch_tokens
         gradients.flat.zero_()
         latent = self.views.enter(k.qat, k.qna, self.steps)
@@ -979,20 +981,16 @@ class Trainer:
             loss.backward()
             gradients.flat[-1] += loss.detach()
         self.views.leave(latent)
-        self.pending.append((self.steps, gradients.reduce(self.cfg.grad_clip_norm)))
+        stats = gradients.reduce(self.cfg.grad_clip_norm)
         self.optimiser.step(k)
         scheduled = {"WARMDOWN": k.lr_scale < 1, "QAT": k.qat, "QNA": k.qna > 0}
         for name in [name for name, on in scheduled.items() if on] + self.average.update(k.snapshot):
             self.run.activity[name].steps.append(self.steps)
+        self.loss, norm = stats.tolist()
+        if not math.isfinite(self.loss + norm):
+            raise Refusal(f"step {self.steps}: loss {self.loss}, gradient norm {norm}: not finite; lower MATRIX_LR, SCALAR_LR, "
+                          "TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
         self.steps += 1
-    def settle(self, keep: int) -> None:
-        """Waits for all but the last `keep` steps (the only host synchronisation) and refuses a non-finite one."""
-        while len(self.pending) > keep:
-            step, stats = self.pending.pop(0)
-            self.loss, norm = stats.tolist()
-            if not math.isfinite(self.loss + norm):
-                raise Refusal(f"step {step}: loss {self.loss}, gradient norm {norm}: not finite; lower MATRIX_LR, SCALAR_LR "
-                              "and TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
     def warm_up(self) -> float:
         """Runs every variant that the run will need, so that nothing compiles on the clock; then undoes it all: weights,
         optimiser, averages, data position. Returns the median seconds per step."""
@@ -1003,7 +1001,6 @@ class Trainer:
         for n in range(cfg.warmup_steps):
             began = time.perf_counter()
             self.step(next(loader), variants[n % 2])
-            self.settle(0)
             seconds.append(time.perf_counter() - began)
         loader.close()
         if cfg.val_loss_every:
@@ -1028,12 +1025,10 @@ class Trainer:
             while self.steps < cfg.iterations and not budget_spent(cfg, self.steps, self.elapsed):
                 k = schedule.at(self.steps, self.elapsed)
                 self.step(next(loader), k)
-                self.settle(0 if self.steps % cfg.train_log_every == 0 else 1)
                 before, self.elapsed = self.elapsed, run.agree(time.perf_counter() - self.started)
                 self.step_seconds.append(self.elapsed - before)
                 bar.update(self.step_seconds[-1] if cfg.max_wallclock_seconds else 1)
                 self.report(k, bar)
-            self.settle(0)
             self.elapsed = run.agree(time.perf_counter() - self.started)
             loader.close()
         if "WARMDOWN" in run.activity:
@@ -1056,7 +1051,6 @@ class Trainer:
         if step == 50:
             run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            self.settle(0)
             paused = time.perf_counter()
             live = self.score_weights()
             size = len(SOURCE) + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1))
@@ -1270,7 +1264,8 @@ def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np
     return sheet.total()
 
 # ── 13 REPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
-MODEL_TOGGLES = {"SMEAR_GATE": False, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": False, "XSA_LAST_N": 0, "LN_SCALE": False}
+MODEL_TOGGLES = {"SMEAR_GATE": False, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": False, "XSA_LAST_N": 0, "LN_SCALE": False,
+                 "ROPE_NTK_LEN": 0}
 
 def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable) -> None:
     """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
@@ -1472,7 +1467,7 @@ def main(cfg: Config) -> dict:
             write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
         run.log(final_table(report))
         run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
-        return report
+        return run.agree(report)  # all wait until rank 0 has written, and exit alike
     except BaseException as error:
         message = f"stopped in phase '{run.phase_name}' on rank {run.rank}: {type(error).__name__}: {error}"
         run.log(message) if run.rank == 0 else print(message, file=sys.stderr, flush=True)

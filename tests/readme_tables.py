@@ -30,7 +30,8 @@ def toggles() -> str:
     for name, prefix in TOGGLES.items():
         f = knobs[name]
         default = int(f.default) if f.type == "bool" else f.default
-        tuned = [k.upper() for k in knobs if prefix and k.upper().startswith(prefix) and k not in TOGGLES]
+        tuned = [k.upper() for k in knobs if prefix and k.upper().startswith(prefix) and k not in TOGGLES
+                 and knobs[k].metadata["scope"] != "run"]
         rows.append([f"`{name.upper()}`", default, f.metadata["doc"], " ".join(f"`{k}`" for k in tuned), f.metadata["seeds"]])
     return markdown(["variable", "default", "what it does", "tuned by", "seeds that set it"], rows)
 
@@ -57,6 +58,7 @@ BLOCKS = {"toggles": toggles, "exit-codes": exit_codes, "demo": demo_output, "de
 def submission() -> dict:
     """submission.json of the demo run: hardware said plainly, every figure from its result.json."""
     r = json.loads((DEMO / "result.json").read_text())
+    c = r["config"]
     return {
         "author": "the authors of this repository", "github_id": "", "name": "CPU demo run (not a leaderboard entry)",
         "date": r["date"], "track": "none: trained for 90 s on 2 CPU cores, on documentation text, not on FineWeb",
@@ -65,8 +67,9 @@ def submission() -> dict:
         "seed_results": {str(r["seed"]): {
             "val_bpb": r["val_bpb"], "val_loss": r["val_loss"], "artifact_bytes": r["artifact_bytes"], "steps": r["steps"],
             "step_avg_ms": r["step_ms_median"], "train_time_s": r["train_seconds"], "eval_time_s": r["eval_seconds"]}},
-        "blurb": "11 layers, 128 wide, SmearGate, Muon, int6 QAT, EMA, zstd-22; scored from the artifact read back from disk "
-                 "with a sliding window of stride 64. Log: logs/demo.",
+        "blurb": f"{c['num_layers']} layers, {c['model_dim']} wide, SmearGate, Muon, int{c['quant_bits_mlp']} QAT, EMA, "
+                 f"{c['compressor']}; scored from the artifact read back from disk with a sliding window of stride "
+                 f"{c['eval_stride']}. Log: logs/demo.",
         "code_sha256": r["code_sha256"], "config_sha256": r["config_sha256"]}
 
 

@@ -352,3 +352,17 @@ def test_a_compiled_run_equals_an_eager_one_and_does_not_recompile_when_qat_star
     assert report["compile"] and report["recompiles"] == 0 and report["toggles"]["QAT"]["first_step"] == 3
     assert report["val_bpb"] == pytest.approx(reference["val_bpb"], rel=1e-3)
     torch._dynamo.reset()
+
+
+def test_eval_only_needs_no_training_setting(tiny):
+    made = tiny(train_seq_len=48, train_batch_tokens=480)  # 48 does not divide the default TRAIN_BATCH_TOKENS
+    first = train_gpt.main(made)
+    again = train_gpt.main(train_gpt.Config(data_path=made.data_path, tokenizer_path=made.tokenizer_path, run_id="again",
+                                            logs_dir=made.logs_dir, eval_only=first["artifact_path"]))
+    assert again["val_bpb"] == first["val_bpb"] and again["exit_code"] == 0
+
+
+def test_ntk_scaling_that_does_nothing_is_inactive(tiny):
+    assert train_gpt.main(tiny(rope_ntk_len=32))["toggles"]["ROPE_NTK_LEN"]["active"]
+    idle = train_gpt.main(tiny(rope_ntk_len=64))  # as long as the training row: no stretch
+    assert idle["exit_code"] == 4 and idle["inactive"] == ["ROPE_NTK_LEN"]
