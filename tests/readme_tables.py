@@ -47,7 +47,7 @@ def demo_output() -> str:
 def demo_summary() -> str:
     r = json.loads((DEMO / "result.json").read_text())
     return (f"Measured: {r['device']}, {r['world_size']} ranks of {r['threads_per_rank']} thread, torch {r['torch']}, 1 seed, "
-            f"command `make train RUN_ID=demo`: {r['steps']} steps of {r['step_ms_median']:.0f} ms "
+            f"command `make train`: {r['steps']} steps of {r['step_ms_median']:.0f} ms "
             f"({r['tokens_seen'] / r['train_seconds']:,.0f} tokens/s) in {r['train_seconds']:.1f} s, "
             f"{sum(r['seconds'].values()):.0f} s in all.")
 
