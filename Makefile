@@ -50,7 +50,7 @@ train: .venv/installed $(DEMO_DATA)
 	.venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py
 
 test: .venv/installed
-	env -i PATH="$$PATH" HOME="$$HOME" GOLF_DATA="$$GOLF_DATA" .venv/bin/python -m pytest -q -n $(CORES) --dist worksteal tests
+	env -i PATH="$$PATH" HOME="$$HOME" $(if $(GOLF_DATA),GOLF_DATA="$(GOLF_DATA)") .venv/bin/python -m pytest -q -n $(CORES) --dist worksteal tests
 
 knobs: .venv/installed
 	@.venv/bin/python train_gpt.py --help
