@@ -148,7 +148,7 @@ def test_a_tensor_of_exactly_the_limit_stays_fp16_and_bits_16_means_fp16(product
 
 
 # ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────
-def refusal(path, tiny) -> str:
+def assert_refused(path, tiny) -> str:
     """The one line with which scoring this file ends; anything else fails, and so does taking over 20 s."""
     def too_long(*_):
         pytest.fail(f"{path} keeps the reader busy for 20 s")
@@ -193,13 +193,13 @@ def test_a_flipped_bit_anywhere_is_refused(artifact):
     ids=["magic", "version", "compressor", "tail", "empty"])
 def test_the_refusal_says_what_is_wrong(artifact, tiny, change, problem):
     artifact.write_bytes(change(artifact.read_bytes()))
-    message = refusal(artifact, tiny)
+    message = assert_refused(artifact, tiny)
     assert problem in message and str(artifact) in message
 
 
 def test_a_folder_or_a_missing_file_is_refused(artifact, tiny):
-    assert str(artifact.parent) in refusal(artifact.parent, tiny)
-    assert "none.bin" in refusal(artifact.with_name("none.bin"), tiny)
+    assert str(artifact.parent) in assert_refused(artifact.parent, tiny)
+    assert "none.bin" in assert_refused(artifact.with_name("none.bin"), tiny)
 
 
 # ── hostile files: the checksum is right ──────────────────────────────────────────────────────────────────────────
@@ -230,7 +230,7 @@ def test_a_decompression_bomb_is_refused_in_little_memory(artifact, tiny, compre
     forge(artifact, b"", claimed, compressor, blob)
     tracemalloc.start()
     try:
-        refusal(artifact, tiny)
+        assert_refused(artifact, tiny)
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()
@@ -241,7 +241,7 @@ def test_a_decompression_bomb_is_refused_in_little_memory(artifact, tiny, compre
 def test_a_wrong_size_is_refused(artifact, tiny, compressor, lie):
     raw = safetensors.torch.save(*map(dict, [payload(artifact)[0], {"config": json.dumps(payload(artifact)[1])}]))
     assert main(tiny(eval_only=str(forge(artifact, raw, None, compressor))))["exit_code"] == 0
-    refusal(forge(artifact, raw, len(raw) + lie, compressor), tiny)
+    assert_refused(forge(artifact, raw, len(raw) + lie, compressor), tiny)
 
 
 def long_header(n: int) -> bytes:
@@ -254,7 +254,7 @@ def long_header(n: int) -> bytes:
     long_header(54) + b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}' + bytes(4)],
     ids=["text", "zeros", "no config", "huge header", "cut header", "not json", "deep json", "metadata", "offsets"])
 def test_a_bad_safetensors_payload_is_refused(artifact, tiny, raw):
-    refusal(forge(artifact, raw), tiny)
+    assert_refused(forge(artifact, raw), tiny)
 
 
 FC, Q, SKIP = "blocks.1.mlp.fc.weight", "blocks.0.attn.c_q.weight", "skip_weights"
@@ -280,7 +280,7 @@ TENSORS = {
 def test_other_tensors_than_the_configuration_asks_for_are_refused(artifact, tiny, change):
     tensors, config = payload(artifact)
     change(tensors)
-    refusal(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps(config)})), tiny)
+    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps(config)})), tiny)
 
 
 CONFIGS = [
@@ -297,12 +297,12 @@ CONFIGS = [
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_a_hostile_configuration_is_refused(artifact, tiny, change):
     tensors, config = payload(artifact)
-    refusal(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps({**config, **change})})), tiny)
+    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps({**config, **change})})), tiny)
 
 
 @pytest.mark.parametrize("config", ["", "null", "[]", "3", '"text"', "{}", "[[1, 2]]", '{"num_layers": 3}', "{" * 5000])
 def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
-    refusal(forge(artifact, safetensors.torch.save(payload(artifact)[0], {"config": config})), tiny)
+    assert_refused(forge(artifact, safetensors.torch.save(payload(artifact)[0], {"config": config})), tiny)
 
 
 # ── pruning ───────────────────────────────────────────────────────────────────────────────────────────────────────
