@@ -8,6 +8,7 @@ help:
 	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 4 minutes on 2 cores)"
 	@echo "make test     the test suite, on the CPU"
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
+	@echo "make studies-small   run the five studies at the small size: about 90 minutes on 2 cores; goes on where it stopped"
 	@echo "make readme   regenerate the tables of README.md from the code and the committed logs"
 
 # Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
@@ -55,6 +56,11 @@ test: .venv/installed
 knobs: .venv/installed
 	@.venv/bin/python train_gpt.py --help
 
+# Equal steps for every study, equal time for those of the pull requests; a failed trial stays in its table
+studies-small: .venv/installed data/demo/manifest.json
+	status=0; for study in studies/*.toml; do .venv/bin/python ablate.py run $$study --equal steps || status=1; done; \
+	for study in studies/pr*.toml; do .venv/bin/python ablate.py run $$study --equal time --seeds 1,2,3 || status=1; done; exit $$status
+
 readme: .venv/installed
 	.venv/bin/python tests/readme_tables.py
 
@@ -66,4 +72,4 @@ readme: .venv/installed
 data/demo/manifest.json: | .venv/installed
 	.venv/bin/python prepare_data.py demo --out data/demo
 
-.PHONY: help train test knobs readme
+.PHONY: help train test knobs readme studies-small

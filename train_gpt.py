@@ -3,28 +3,19 @@
     tokens -> train -> average -> quantise -> pack -> artifact on disk -> read back -> score (bits per byte)
 
 Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py`; --help lists the knobs.
-A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (the source as run), artifact.bin.
-"""
+A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (as run), checkpoint.bin, artifact.bin."""
 from __future__ import annotations
 
-import contextlib, dataclasses, difflib, hashlib, itertools, json, lzma, math, os, platform, resource, signal
-import statistics, struct, sys, time, zlib
-from concurrent.futures import ThreadPoolExecutor
+import bisect, concurrent.futures, contextlib, dataclasses, datetime, difflib, hashlib, itertools, json, lzma, math, os, platform
+import resource, signal, statistics, struct, sys, time, zlib
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
-import safetensors.torch
-import sentencepiece
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import torch.utils.benchmark
-import zstandard
-from safetensors import SafetensorError
+import safetensors.torch, sentencepiece, torch.utils.benchmark, zstandard
+import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,14 +29,19 @@ class Refusal(Exception):
         super().__init__("\\n".join(message.splitlines()))
         self.code = code
 
+def refuse(broken, message: str, code: int = 2) -> None:
+    if broken:
+        raise Refusal(message, code)
+
 def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), seeds="", scope="train"):
-    """One environment variable. scope: run (where and what), model / eval (travel inside the artifact), train."""
+    """One environment variable. scope: run, seed, train, model / eval (inside the artifact), grid (QAT to export), export."""
     return field(default=default, metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, seeds=seeds, scope=scope))
 
-run_knob, model_knob, eval_knob = partial(knob, scope="run"), partial(knob, scope="model"), partial(knob, scope="eval")
-BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
-SCOPES = ("exported", "linears", "small_linears")
+run_knob, model_knob, grid_knob, export_knob, eval_knob = (partial(knob, scope=s) for s in "run model grid export eval".split())
+BITS, AVERAGES = (2, 3, 4, 5, 6, 7, 8, 16), ("auto", "none", "swa", "ema", "sqwa")
+TRIGGERS, SCOPES = ("always", "lr_scale", "iter_frac", "time_frac"), ("exported", "linears", "small_linears")
+COMPARED = ("model", "train", "grid", "export", "eval")  # scopes that make runs comparable: not names, places, machine, seed
+CLIP_QUANTILES = {"amax": (1.0,), "quantile": (0.9999984,), "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0)}
 
 @dataclass(frozen=True)
 class Config:
@@ -55,8 +51,9 @@ class Config:
     tokenizer_path: str = run_knob("data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of them")
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
     run_id: str = run_knob("", "name", "empty: date, time, config hash and seed; an existing one is refused")
-    eval_only: str = run_knob("", "file", "score this artifact and train nothing")
-    seed: int = run_knob(1337, "", "initial weights and quantisation noise", lo=0, hi=2 ** 32 - 1, seeds="989 975")
+    checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin, with other settings of both, and train nothing")
+    eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
+    seed: int = knob(1337, "", "initial weights and quantisation noise", lo=0, hi=2 ** 32 - 1, seeds="989 975", scope="seed")
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
     attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=("auto", "fa3", "fa2", "sdpa"))
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
@@ -123,7 +120,7 @@ class Config:
     qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
     qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
     qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975", seeds="975")
-    # Averages, by precedence: SQWA (of the EMA if EMA_ENABLED, else of the live weights), EMA, SWA, none
+    # Averages: SQWA is of the EMA if EMA_ENABLED, else of the live weights
     swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights", seeds="199 194 989")
     swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS, seeds="199")
     swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, seeds="199 194 975")
@@ -133,20 +130,21 @@ class Config:
     ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
     sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", seeds="975")
     # Export
-    quant_bits_mlp: int = knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989")
-    quant_bits_attn: int = knob(6, "bits", "attention matrices", choices=BITS, seeds="145 199")
-    quant_bits_bigram: int = knob(6, "bits", "BigramHash table, projections of small tables", choices=BITS, seeds="975")
-    quant_bits_embed: int = knob(16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975")
-    quant_clip: str = knob("quantile", "", "largest weight of a row", choices=("amax", "quantile", "search5"), seeds="989 975")
-    quant_codes: str = knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989")
-    quant_scale_floor: bool = knob(True, "", "step at least 1/c, so rows below 1 share one fixed step", seeds="989")
-    keep_float_max_numel: int = knob(65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989")
-    fp16_keep_name_patterns: str = knob("", "csv", "tensors whose name contains one of these stay fp16", seeds="989")
-    prune_pct: float = knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989")
-    compressor: str = knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma"), seeds="145 199 975")
-    compress_level: int = knob(-1, "", "-1: zlib 9, zstd 22, lzma 6", lo=-1, hi=22)
-    cap_bytes: int = knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
-    fit_to_cap: bool = knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
+    average: str = export_knob("auto", "", "weights to ship; auto: the average that is on", choices=AVERAGES)
+    quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989")
+    quant_bits_attn: int = grid_knob(6, "bits", "attention matrices", choices=BITS, seeds="145 199")
+    quant_bits_bigram: int = grid_knob(6, "bits", "BigramHash table, projections of small tables", choices=BITS, seeds="975")
+    quant_bits_embed: int = grid_knob(16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975")
+    quant_clip: str = grid_knob("quantile", "", "largest weight of a row", choices=tuple(CLIP_QUANTILES), seeds="989 975")
+    quant_codes: str = grid_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989")
+    quant_scale_floor: bool = grid_knob(True, "", "step at least 1/c, so rows below 1 share one fixed step", seeds="989")
+    keep_float_max_numel: int = grid_knob(65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989")
+    fp16_keep_name_patterns: str = grid_knob("", "csv", "tensors whose name contains one of these stay fp16", seeds="989")
+    prune_pct: float = export_knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989")
+    compressor: str = export_knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma"), seeds="145 199 975")
+    compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd 22, lzma 6", lo=-1, hi=22)
+    cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
+    fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
     # Scoring
     eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
     eval_stride: int = eval_knob(64, "tokens", "targets scored per sliding window; 0: fixed windows only", lo=0)
@@ -159,22 +157,21 @@ class Config:
     ttt_chunk_tokens: int = eval_knob(32768, "tokens", "chunk", lo=1)
     ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
     given: frozenset = field(default=frozenset(), compare=False)  # names that the environment set
+    inherited: bool = field(default=False, compare=False)  # the rest is from the file CHECKPOINT or EVAL_ONLY; rules wait for it
     def __post_init__(self):
         for f in KNOBS:
-            name, value, m = f.name.upper(), getattr(self, f.name), f.metadata
-            if isinstance(value, float) and not math.isfinite(value):
-                raise Refusal(f"{name}={value}: must be a finite number")
-            if m["choices"] and value not in m["choices"]:
-                raise Refusal(f"{name}={value}: choose one of {', '.join(map(str, m['choices']))}")
+            name, value, m, choices = f.name.upper(), getattr(self, f.name), f.metadata, f.metadata["choices"]
+            refuse(isinstance(value, float) and not math.isfinite(value), f"{name}={value}: must be a finite number")
+            refuse(choices and value not in choices, f"{name}={value}: choose one of {', '.join(map(str, choices))}")
             if m["lo"] is not None and not m["lo"] <= value <= (math.inf if m["hi"] is None else m["hi"]):
                 raise Refusal(f"{name}={value}: must be {m['lo']} or more" + (f", {m['hi']} or less" if m["hi"] else ""))
+        refuse(self.checkpoint and self.eval_only, f"CHECKPOINT={self.checkpoint}: EVAL_ONLY is set too: choose one")
         for broken, message in self.conflicts():
-            if broken:
-                raise Refusal(message)
+            refuse(broken and (self.inherited or not (self.checkpoint or self.eval_only)), message)
     def conflicts(self) -> list[tuple[bool, str]]:
         """(is violated, message) for every rule that involves more than one knob."""
         window, head, ttt = self.window, self.model_dim // self.num_heads, self.ttt_mode != "none"
-        ve = self.ve_layers.replace(" ", "").split(",")
+        on, ve = self.collected(), self.ve_layers.replace(" ", "").split(",")
         return [(broken, f"{name}={getattr(self, name.lower())}: {remedy}") for broken, name, remedy in [
             (self.model_dim % self.num_heads, "MODEL_DIM", f"must be a multiple of NUM_HEADS={self.num_heads}"),
             (self.num_heads % self.num_kv_heads, "NUM_KV_HEADS", f"must divide NUM_HEADS={self.num_heads}"),
@@ -188,33 +185,39 @@ class Config:
             (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "needs 2 buckets or more (the last one is for row starts)"),
             (self.ve_enabled and (len(set(ve)) < len(ve) or not all(n.isdecimal() and int(n) < self.num_layers for n in ve)),
              "VE_LAYERS", f"needs different block numbers below NUM_LAYERS={self.num_layers}, separated by commas"),
-            (self.swa_enabled and (self.ema_enabled or self.sqwa_enabled), "SWA_ENABLED", "EMA or SQWA is on too: choose one"),
+            (self.swa_enabled and self.sqwa_enabled, "SWA_ENABLED", "SQWA_ENABLED sums snapshots too: choose one"),
+            (self.swa_enabled and self.ema_enabled and self.average == "auto", "SWA_ENABLED",
+             "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped"),
+            (self.average not in ("auto", "none", *on), "AVERAGE", f"is not collected; set {self.average.upper()}_ENABLED=1"),
             (self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always", "QNA_ENABLED",
              "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"),
             (self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0, "QAT_START",
              "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"),
             (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"is no multiple of the window of {window} tokens"),
-            (self.compressor != "zstd" and self.compress_level > 9, "COMPRESS_LEVEL", f"{self.compressor} knows 0 to 9"),
-        ]]
+            (self.compressor != "zstd" and self.compress_level > 9, "COMPRESS_LEVEL", f"{self.compressor} knows 0 to 9")]]
     @property
     def window(self) -> int:  # tokens of one scoring window
         return self.eval_seq_len or self.train_seq_len
+    def collected(self) -> list[str]:  # the averages that are on
+        return [name for name in ("swa", "ema", "sqwa") if getattr(self, f"{name}_enabled")]
     @property
-    def average(self) -> str:  # which one is exported
-        return "sqwa" if self.sqwa_enabled else "ema" if self.ema_enabled else "swa" if self.swa_enabled else "none"
+    def shipped_average(self) -> str:
+        return ["none", *self.collected()][-1] if self.average == "auto" else self.average
+    @property
+    def training_scopes(self) -> tuple[str, ...]:  # of the knobs that a checkpoint depends on
+        return ("seed", "model", "train") + ("grid",) * (self.qat_enabled or self.qna_enabled or self.sqwa_enabled)
     def knobs(self, *scopes: str) -> dict:
         """Name -> value of the knobs in these scopes (all without an argument)."""
         return {f.name: getattr(self, f.name) for f in KNOBS if not scopes or f.metadata["scope"] in scopes}
     def non_default(self) -> dict:
         return {f.name.upper(): getattr(self, f.name) for f in KNOBS if getattr(self, f.name) != f.default}
-    def digest(self) -> str:
-        """sha256 of everything that makes two runs comparable: all but names, places, machine and the seed."""
-        return hashlib.sha256(json.dumps(self.knobs("model", "train", "eval"), sort_keys=True).encode()).hexdigest()
+    def digest(self, *scopes: str) -> str:
+        """sha256 of the knobs in these scopes (without an argument: of all that makes runs comparable)."""
+        return hashlib.sha256(json.dumps(self.knobs(*scopes or COMPARED), sort_keys=True).encode()).hexdigest()
     @classmethod
     def from_env(cls, env) -> Config:
         """Typed and checked configuration; Refusal on a bad value or on a variable that looks like ours but is not."""
-        known = {f.name.upper(): f for f in KNOBS}
-        settings = translate_old_names(dict(env))
+        known, settings = {f.name.upper(): f for f in KNOBS}, translate_old_names(dict(env))
         ours = {*ALIASES, *(n for n, f in known.items() if f.metadata["scope"] != "run")}
         words = {name.split("_")[0] for name in known} - {"INIT"}
         for name in sorted(settings.keys() - known.keys() - FOREIGN):
@@ -233,8 +236,7 @@ def parse(name: str, text: str, kind: str):
     try:
         return {"0": False, "1": True}[text] if kind == "bool" else {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
-        wanted = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
-        raise Refusal(f"{name}={text}: must be {wanted}") from None
+        raise Refusal(f"{name}={text}: must be {dict(bool='0 or 1', int='a whole number', float='a number')[kind]}") from None
 
 def switch(old: str, name: str, off: str, on: str) -> Callable:
     """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
@@ -247,8 +249,7 @@ ALIASES = {  # spellings of the seeds: old name -> the new name, or a function (
     "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_DIM": "BIGRAM_DIM",
     "LATE_QAT_THRESHOLD": lambda value, env: {"QAT_START_KIND": "lr_scale", "QAT_START": value},
     "QUANT_BITS": lambda value, env: dict.fromkeys(("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"), value),
-    "FP16_EMBED": switch("FP16_EMBED", "QUANT_BITS_EMBED", "8", "16"),
-    "FP16_EMBED_EXPORT": switch("FP16_EMBED_EXPORT", "QUANT_BITS_EMBED", "8", "16"),
+    **{old: switch(old, "QUANT_BITS_EMBED", "8", "16") for old in ("FP16_EMBED", "FP16_EMBED_EXPORT")},
     "USE_ZSTD": switch("USE_ZSTD", "COMPRESSOR", "zlib", "zstd"), "TTT_ENABLED": switch("TTT_ENABLED", "TTT_MODE", "none", "sgd")}
 UNSUPPORTED = {  # off in every published row: the off value is accepted, anything else refused
     "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "CONTROL_TENSOR_NAME_PATTERNS": "", "LATE_K_LAYERS": "0",
@@ -257,7 +258,7 @@ FOREIGN = {"MAX_JOBS", "DATA_DIRECTORY", *(f"RUN_{what}DISPLAY_URL" for what in 
 
 def translate_old_names(env: dict) -> dict:
     """The environment in today's names. Raises Refusal when an old and a new spelling disagree."""
-    settings = {k: v for k, v in env.items() if k not in ALIASES and k not in UNSUPPORTED}
+    today = {k: v for k, v in env.items() if k not in ALIASES and k not in UNSUPPORTED}
     for old, off in UNSUPPORTED.items():
         if env.get(old, off) != off:
             raise Refusal(f"{old}={env[old]}: not supported (off in every published row); set {old}={off} or unset it")
@@ -266,15 +267,16 @@ def translate_old_names(env: dict) -> dict:
         for name, value in ({new: env[old]} if isinstance(new, str) else new(env[old], env)).items():
             if value == env[old]:
                 parse(old, value, {f.name: f.type for f in KNOBS}[name.lower()])
-            if settings.setdefault(name, value) != value:
-                raise Refusal(f"{old}={env[old]} contradicts {name}={settings[name]}; set only {name}")
-    return settings
+            refuse(today.setdefault(name, value) != value, f"{old}={env[old]} contradicts {name}={today[name]}; set only {name}")
+    return today
 
 def text_table(rows: list[tuple]) -> str:
     """Left-aligned columns under a ruled header."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    forms = {float: "{:.6f}", int: "{:,}", type(None): "-"}
+    cells = [[forms.get(type(cell), "{}").format(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    rule = ["-" * width for width in widths]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in [cells[0], rule, *cells[1:]])
 
 def help_text() -> str:
     """Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else."""
@@ -300,7 +302,7 @@ class Run:
         if self.cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=timedelta(minutes=5))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=datetime.timedelta(minutes=5))
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations; on CPU bf16 is 15 times slower
         torch._dynamo.config.recompile_limit = 32  # one graph per shape: training, fixed, sliding, documents
@@ -315,8 +317,7 @@ class Run:
                 self.text, self.jsonl = ((self.dir / n).open("a", buffering=1) for n in ("train.log", "metrics.jsonl"))
             except OSError as error:
                 problem = f"RUN_ID={name}: cannot create {self.dir} ({error.strerror}); choose another RUN_ID or LOGS_DIR"
-        if problem := self.agree(problem):
-            raise Refusal(problem)
+        refuse(problem := self.agree(problem), problem)
     def agree(self, value):
         """Rank 0's value, on every rank."""
         box = [value]
@@ -343,9 +344,9 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self.phase_name = outer  # an exception leaves `name`, so that the message can say where
     def milliseconds(self, work: Callable) -> float:
-        """Time of one call on the device: the fastest of five, since other programs can only slow it down."""
+        """Time of one call on the device: the fastest of three, since other programs can only slow it down."""
         timer = torch.utils.benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-        return min(timer.timeit(1).mean for _ in range(5)) * 1e3
+        return min(timer.timeit(1).mean for _ in range(3)) * 1e3
     def bar(self, total: float) -> tqdm:
         """Progress bar of the phase on a terminal, nothing elsewhere."""
         return tqdm(total=total, desc=self.phase_name, leave=False, disable=self.rank != 0 or not sys.stderr.isatty(),
@@ -363,10 +364,9 @@ class Activity:
     cost_ms: float | None = None
     def row(self, total_steps: int) -> dict:
         """For result.json. Active: it acted, and that made a difference."""
-        first, last, n = (self.steps[0], self.steps[-1], len(self.steps)) if self.steps else (None, None, 0)
-        return dict(active=bool(n and self.effect), first_step=first, last_step=last,
-                    share_of_steps=n / max(total_steps, n, 1), tensors=self.tensors, params=self.params,
-                    effect=self.effect, unit=self.unit, cost_ms=self.cost_ms, scope=self.scope)
+        n, first, last = len(self.steps), min(self.steps, default=None), max(self.steps, default=None)
+        return dict(active=bool(n and self.effect), first_step=first, last_step=last, share_of_steps=n / max(total_steps, n, 1),
+                    **{name: getattr(self, name) for name in ("tensors", "params", "effect", "unit", "cost_ms", "scope")})
 
 # ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
 BOS = 1
@@ -387,8 +387,7 @@ class Split:
     def __init__(self, cfg: Config, name: str):
         self.vocab, self.paths = cfg.vocab_size, sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin"))
         self.shards = [read_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(s) for s in self.shards])
-        self.tokens = int(self.ends[-1]) if self.paths else 0
+        *self.starts, self.tokens = np.cumsum([0, *map(len, self.shards)]).tolist()
         if self.tokens < 2:
             raise Refusal(f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} files fineweb_{name}_*.bin; "
                           "run python prepare_data.py demo (or fineweb), or set DATA_PATH")
@@ -397,82 +396,69 @@ class Split:
         parts = []
         while n > 0:
             start %= self.tokens
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            offset = start - int(self.ends[i]) + len(self.shards[i])
-            part = self.shards[i][offset:offset + n].astype(np.int64)
+            i = bisect.bisect(self.starts, start) - 1
+            part = self.shards[i][start - self.starts[i]:][:n].astype(np.int64)
             if part.max() >= self.vocab:
                 raise Refusal(f"{self.paths[i]}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
             parts.append(part)
             start, n = start + len(part), n - len(part)
         return np.concatenate(parts)
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
 def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
-    """The data fingerprint for the log. Where there is a manifest.json, the tokenizer, the size of every shard and the
-    validation hashes must agree with it, and it must not admit documents in both splits; else Refusal."""
-    folder, paths = Path(cfg.data_path), [path for split in splits.values() for path in split.paths]
-    found = {"path": str(folder), "tokenizer_sha256": sha256(Path(cfg.tokenizer_path)),
-             "val_sha256": {path.name: sha256(path) for path in splits["val"].paths}}
-    for name, split in splits.items():
-        found |= {f"{name}_shards": len(split.paths), f"{name}_tokens": split.tokens}
+    """The data fingerprint for the log; Refusal where a manifest.json says otherwise, or that documents are in both splits."""
+    folder, paths, names = Path(cfg.data_path), [path for s in splits.values() for path in s.paths], [[name] for name in splits]
+    tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in splits["val"].paths}
+    found = {"path": str(folder), "tokenizer_sha256": tokenizer, "val_sha256": hashes}
+    found |= {f"{name}_{unit}": n for name, s in splits.items() for unit, n in (("shards", len(s.paths)), ("tokens", s.tokens))}
     if not (folder / "manifest.json").exists():
         return found | {"manifest": "none: hashes and train/validation overlap not checked"}
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        promised = {s["file"]: (s["bytes"], s["sha256"]) for s in manifest["shards"]}
-        expected, disjoint = manifest["tokenizer"]["sha256"], manifest["disjoint"]
-        shared = disjoint["shared"] if disjoint else None
-    except (ValueError, KeyError, TypeError) as error:
+        promised = {s["file"]: (s["bytes"], s["sha256"]) for s in manifest["shards"] if s["file"].split("_")[1:2] in names}
+        expected, shared = manifest["tokenizer"]["sha256"], (manifest["disjoint"] or {"shared": None})["shared"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Refusal(f"{folder}/manifest.json: no manifest ({error!r}); {AGAIN}") from None
-    if shared:
-        raise Refusal(f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}")
-    if found["tokenizer_sha256"] != expected:
+    refuse(shared, f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}")
+    if tokenizer != expected:
         raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer (sha256 "
-                      f"{str(expected)[:12]}..., not {found['tokenizer_sha256'][:12]}...); use the one that lies beside them")
-    wanted = {name: entry for name, entry in promised.items() if name.split("_")[1:2] in [[split] for split in splits]}
-    hashes = {name: digest for name, (_, digest) in promised.items()} | found["val_sha256"]
-    actual = {path.name: (path.stat().st_size, hashes.get(path.name)) for path in paths}
-    wrong = sorted(name for name in wanted.keys() | actual.keys() if wanted.get(name) != actual.get(name))
-    if wrong:
+                      f"{str(expected)[:12]}..., not {tokenizer[:12]}...); use the one that lies beside them")
+    trusted = {name: digest for name, (_, digest) in promised.items()}  # of training shards: too large to read here
+    actual = {path.name: (path.stat().st_size, (trusted | hashes).get(path.name)) for path in paths}
+    if wrong := sorted(name for name in promised.keys() | actual.keys() if promised.get(name) != actual.get(name)):
         raise Refusal(f"{folder / wrong[0]}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}")
     overlap = "train/validation overlap not stated" if shared is None else "no document in both splits"
     return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
 
 def batches(cfg: Config, run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64 on the device; two steps are read ahead in a
-    thread. The rows of a step are the same on any number of ranks and lie evenly spaced in the stream, each where its
-    predecessor of the last step ended: a small batch is not one document, and an epoch still sees every row once."""
+    """Endless (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64, read two steps ahead. The rows of a step are the
+    same on any number of ranks and evenly spaced in the stream: not one document, and an epoch still sees every row once."""
     length, rows = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
     starts = [split.tokens * row // rows for row in range(rows)]
     def load(n: int) -> list[Tensor]:  # every rank checks the tokens of the whole step: all refuse, or none
         tokens = torch.from_numpy(np.stack([split.take(start + n * length, length + 1) for start in starts]))
         pair = [t.tensor_split(run.world)[run.rank].contiguous() for t in (tokens[:, :-1], tokens[:, 1:])]
         return [t.pin_memory() for t in pair] if run.cuda else pair
-    with ThreadPoolExecutor(1) as reader:
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load, n) for n in range(2)]
         for n in itertools.count(2):
             ahead.append(reader.submit(load, n))
             yield tuple(t.to(run.device, non_blocking=True) for t in ahead.pop(0).result())
 
 class ByteTable:
-    """UTF-8 bytes of a target token (the challenge's rule): control tokens 0, byte tokens 1, other pieces their text, its
-    leading space only if the previous token is no control token."""
+    """UTF-8 bytes of a target (the challenge's rule): control 0, byte 1, else its text; no leading space after a control."""
     def __init__(self, cfg: Config):
         try:
             self.sp = sp = sentencepiece.SentencePieceProcessor()
             sp.LoadFromSerializedProto(Path(cfg.tokenizer_path).read_bytes())  # (given a folder, model_file= aborts the process)
         except (RuntimeError, OSError):
             raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model there; set it, or {AGAIN}") from None
-        n = sp.vocab_size()
-        if n != cfg.vocab_size:
+        if (n := sp.vocab_size()) != cfg.vocab_size:
             raise Refusal(f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}")
-        pieces = [sp.id_to_piece(i) for i in range(n)]
-        self.boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(n)])
+        ids, pieces = list(range(n)), [sp.id_to_piece(i) for i in range(n)]
+        self.boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
         self.space = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
-        length = [1 if sp.is_byte(i) else len(p.removeprefix("\u2581").encode()) for i, p in enumerate(pieces)]
-        self.base = np.where(self.boundary, 0, length)
+        self.base = ~self.boundary * np.where(sp.is_byte(ids), 1, [len(p.removeprefix("\u2581").encode()) for p in pieces])
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """(n + 1,) token ids -> (n,) bytes of the targets tokens[1:]."""
         return self.base[tokens[1:]] + (self.space[tokens[1:]] & ~self.boundary[tokens[:-1]])
@@ -496,12 +482,9 @@ class Validation:
         table.verify(tokens)
         self.tokens, self.target_bytes = torch.from_numpy(tokens).int().to(run.device), torch.from_numpy(table.count(tokens))
         self.n, self.doc_starts = len(self.target_bytes), np.flatnonzero(tokens == BOS)
-        if not self.target_bytes.any():
-            raise Refusal(f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}")
+        refuse(not self.target_bytes.any(), f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}")
 
 # ── 4 GRID: the only definition of quantisation; QAT, QNA, SQWA and export all call it ────────────────────────────
-CLIP_QUANTILES = {"amax": (1.0,), "quantile": (0.9999984,), "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0)}
-
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
     """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, from the few largest entries alone (no full sort)."""
     place = q * (magnitude.shape[-1] - 1)
@@ -556,14 +539,16 @@ def param(tensor: Tensor, role: Role) -> nn.Parameter:
 
 CONTROL, ATTN_ROLE, MLP_ROLE = Role("scalar"), Role("muon", "quant_bits_attn"), Role("muon", "quant_bits_mlp")
 EMBED_ROLE, BIGRAM_ROLE = Role("embed", "quant_bits_embed"), Role("embed", "quant_bits_bigram")
-INITS = {"default": lambda rows, columns: nn.init.kaiming_uniform_(torch.empty(rows, columns), a=5 ** 0.5),  # as nn.Linear
-         "ortho": lambda rows, columns: nn.init.orthogonal_(torch.empty(rows, columns))}
+INITS = {"default": partial(nn.init.kaiming_uniform_, a=5 ** 0.5), "ortho": nn.init.orthogonal_}  # default: as nn.Linear
+ACTIVATIONS = {"relu2": lambda z: F.relu(z).square(), "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square()}
+FLASH = {"fa3": ("flash_attn_interface", "build the folder hopper of github.com/Dao-AILab/flash-attention"),
+         "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation")}
 
 class Linear(nn.Module):
     """y = x W^T in the dtype of x; the fp32 weight is what the optimiser, the views and the exporter see."""
-    def __init__(self, columns: int, rows: int, role: Role, init: Callable[[int, int], Tensor] = torch.zeros):
+    def __init__(self, columns: int, rows: int, role: Role, init: Callable[[Tensor], Tensor] = nn.init.zeros_):
         super().__init__()
-        self.weight = param(init(rows, columns), role)
+        self.weight = param(init(torch.empty(rows, columns)), role)
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -577,8 +562,7 @@ def norm(x: Tensor, scale: float = 1.0) -> Tensor:
     return y if scale == 1.0 else y * scale
 
 class SmearGate(nn.Module):
-    """Blend each token's embedding with the previous one, per dimension: (1 - g) x_t + g x_{t-1}, g = sigmoid(gate).
-    Source: #194; toggle SMEAR_GATE. With SMEAR_MASK_BOS (#1851) a document start sees zeros, as a row start does."""
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate). Source: #194; toggle SMEAR_GATE. SMEAR_MASK_BOS (#1851): zeros before a BOS."""
     def __init__(self, cfg: Config):
         super().__init__()
         self.gate, self.mask_bos = param(torch.zeros(cfg.model_dim), Role("smear")), cfg.smear_mask_bos
@@ -620,8 +604,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin (longest row, 1, rotated pairs). NTK: the base grows with the TRAINING row, so that scoring rows of every
-    length meet the rotation that was trained (#975 recomputed it per length)."""
+    """cos, sin (longest row, 1, pairs). NTK: the base grows with the TRAINING row, for all scoring rows (#975: with each row)."""
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
     stretch = max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2)) if cfg.rope_ntk_len else 1.0
     frequency = (cfg.rope_base * stretch) ** (-torch.arange(0, dims, 2) / dims)
@@ -639,15 +622,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
-FLASH = {"fa3": ("flash_attn_interface", "build the folder hopper of github.com/Dao-AILab/flash-attention"),
-         "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation")}
-
 def flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y  # some also return the log-sum-exp
 
 def choose_attention(cfg: Config, run: Run) -> Callable:
     """The attention function; auto on a GPU times forward + backward of each installed one at the run's shape."""
-    found, missing, wanted = {"sdpa": sdpa}, {}, cfg.attn_backend
+    found, missing, wanted = {"sdpa": sdpa}, {}, cfg.attn_backend.replace("auto", "sdpa")
     for name, (module, install) in FLASH.items():
         try:
             found[name] = partial(flash, __import__(module).flash_attn_func)
@@ -655,13 +635,12 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
             missing[name] = f"{name} is not installed ({install})"
     if wanted in missing:
         raise Refusal(f"ATTN_BACKEND={wanted}: {missing[wanted]}; or use ATTN_BACKEND=auto")
-    if wanted == "auto" and run.cuda and len(found) > 1:
+    if cfg.attn_backend == "auto" and run.cuda and len(found) > 1:
         kv, like = cfg.num_kv_heads, dict(device=run.device, dtype=run.dtype, requires_grad=True)
         q, k, v = (torch.randn(8, cfg.train_seq_len, n, cfg.model_dim // cfg.num_heads, **like) for n in (cfg.num_heads, kv, kv))
         cost = {name: run.milliseconds(lambda: attend(q, k, v).sum().backward()) for name, attend in found.items()}
         wanted = run.agree(min(cost, key=cost.get))
         run.log("attention, ms for 8 rows: " + ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()))
-    wanted = "sdpa" if wanted == "auto" else wanted
     run.log(f"attention: {wanted} (ATTN_BACKEND={cfg.attn_backend}{''.join(f'; {m}' for m in missing.values() if run.cuda)})")
     return found[wanted]
 
@@ -671,8 +650,7 @@ class Attention(nn.Module):
         super().__init__()
         d, self.head_dim, self.attend, init = cfg.model_dim, cfg.model_dim // cfg.num_heads, attend, INITS[cfg.init]
         self.c_q = Linear(d, d, ATTN_ROLE, init)
-        self.c_k = Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init)
-        self.c_v = Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init)
+        self.c_k, self.c_v = (Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init) for _ in range(2))
         self.proj = Linear(d, d, ATTN_ROLE)
         self.q_gain = param(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
         self.xsa = exclude_self if index >= cfg.num_layers - cfg.xsa_last_n else absent
@@ -682,8 +660,6 @@ class Attention(nn.Module):
         q = rotate(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), cos, sin)
         return self.proj(self.xsa(self.attend(q, k, v), v).flatten(2))
-
-ACTIVATIONS = {"relu2": lambda z: F.relu(z).square(), "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square()}
 
 class MLP(nn.Module):
     def __init__(self, cfg: Config):
@@ -770,8 +746,7 @@ class Schedule:
             remaining = max(min(remaining, (c.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)), 0.0)
         total = step + remaining
         warmdown = c.warmdown_frac * total or c.warmdown_iters
-        known = step or not c.max_wallclock_seconds
-        scale = min(remaining / warmdown, 1.0) if warmdown and known else 1.0
+        scale = min(remaining / warmdown, 1.0) if warmdown and (step or not c.max_wallclock_seconds) else 1.0
         now = {"always": lambda v: True, "lr_scale": lambda v: scale < v, "time_frac": lambda v: step >= v * total,
                "iter_frac": lambda v: step >= int(v * c.iterations)}
         triggers = {"qat": (c.qat_enabled, c.qat_start_kind, c.qat_start),
@@ -857,14 +832,13 @@ class Muon:
 class Optimiser:
     """Muon for matrices and AdamW for the rest; every parameter in exactly one group."""
     def __init__(self, model: GPT, cfg: Config, run: Run):
-        def group(name: str) -> list[nn.Parameter]:
-            return sorted((p for p in model.parameters() if p.role.optimiser == name), key=lambda p: tuple(p.shape))
-        rates = [("embed", cfg.tied_embed_lr, cfg.beta2), ("scalar", cfg.scalar_lr, cfg.beta2),
-                 ("smear", cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2)]
-        everything = [p for name in ("muon", *(name for name, *_ in rates)) for p in group(name)]
-        assert len({id(p) for p in everything}) == len(everything) == len(list(model.parameters())), "in 0 or 2 groups"
-        self.cfg, self.gradients, self.muon = cfg, Gradients(everything, run), Muon(group("muon"), cfg, run)
-        groups = [dict(params=group(n), lr=lr, base_lr=lr, betas=(cfg.beta1, beta2)) for n, lr, beta2 in rates if group(n)]
+        rates = {"embed": (cfg.tied_embed_lr, cfg.beta2), "scalar": (cfg.scalar_lr, cfg.beta2),
+                 "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2)}
+        group: dict[str, list[nn.Parameter]] = {name: [] for name in ("muon", *rates)}
+        for p in sorted(model.parameters(), key=lambda p: tuple(p.shape)):
+            group[p.role.optimiser].append(p)
+        self.cfg, self.gradients, self.muon = cfg, Gradients(sum(group.values(), []), run), Muon(group["muon"], cfg, run)
+        groups = [dict(params=group[n], lr=lr, base_lr=lr, betas=(cfg.beta1, b2)) for n, (lr, b2) in rates.items() if group[n]]
         self.adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
     def step(self, k: Knobs) -> None:
         for group in self.adamw.param_groups:
@@ -874,26 +848,23 @@ class Optimiser:
 
 # ── 8 VIEWS: the weights that the forward pass sees ───────────────────────────────────────────────────────────────
 class Views:
-    """QAT and QNA. Before a step the chosen weights are overwritten by what the forward pass shall see, afterwards the
-    latent ones come back, and the gradient goes to them unchanged: a straight-through estimator outside the compiled
-    graph, once per step. So there is no flag that a compiler can lose, no recompile, and no cost before the start.
-    QAT (#989): the exported round trip. QNA (#975): U(-1/2, 1/2) grid steps times the width, alike on every rank."""
+    """Before a step the chosen weights become what the forward pass shall see; then the latent ones return, and take the
+    gradient unchanged: a straight-through estimator outside the compiled graph, with no flag that a compiler can lose and no
+    recompile. QAT (#989): the exported round trip. QNA (#975): U(-1/2, 1/2) grid steps times the width, alike on all ranks."""
     def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict):
         self.cfg, self.run = cfg, run
         grids = {name: grid for name, grid in plan.items() if isinstance(grid, Grid)}
         noise = {name: grid._replace(floor=grid.floor and cfg.qna_use_floor) for name, grid in grids.items()}
-        wanted = {"QAT": cfg.qat_enabled and self.qat_grids(model, grids), "QNA": cfg.qna_enabled and noise}
+        wanted = {"QAT": (self.qat_grids(model, grids), cfg.qat_scope)} if cfg.qat_enabled else {}
+        wanted |= {"QNA": (noise, "exported")} if cfg.qna_enabled else {}
         self.banks: dict[str, list] = {}  # (grid, tensors of one shape), which go through the arithmetic as one stack
         params = dict(model.named_parameters())
-        for name, chosen in wanted.items():
-            if chosen is not False:
-                key = {n: (tuple(grid), tuple(params[n].shape)) for n, grid in chosen.items()}
-                self.banks[name] = [(Grid(*k[0]), [params[n] for n in same])
-                                    for k, same in itertools.groupby(sorted(chosen, key=key.get), key=key.get)]
-                scope = cfg.qat_scope if name == "QAT" else "exported"
-                run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), scope)
-                if not chosen and cfg.strict:
-                    raise Refusal(f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
+        for name, (chosen, scope) in wanted.items():
+            by = {n: (grid, params[n].shape) for n, grid in chosen.items()}.get
+            self.banks[name] = [(k[0], [params[n] for n in same]) for k, same in itertools.groupby(sorted(chosen, key=by), by)]
+            run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), scope)
+            if not chosen and cfg.strict:
+                raise Refusal(f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
     def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
         """Which tensors QAT covers, and on which grid: all that export quantises, or a narrower scope of the seeds."""
         scope, linears = self.cfg.qat_scope, {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")}
@@ -905,8 +876,6 @@ class Views:
     def enter(self, qat: bool, qna: float, step: int) -> list:
         """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
         banks = self.banks["QAT"] if qat else self.banks["QNA"] if qna else []
-        if not banks:
-            return []
         noise = torch.Generator(self.run.device).manual_seed(self.cfg.seed * 1_000_003 + step)
         latent = [(bank, torch.stack(bank)) for _, bank in banks]
         for (grid, _), (bank, w) in zip(banks, latent):
@@ -928,25 +897,26 @@ class Average:
         self.ema = [p.detach().clone() for p in self.params] if cfg.ema_enabled else []
         self.sums = [torch.zeros_like(p, dtype=torch.bfloat16 if p.role.optimiser in low else torch.float32)
                      for p in self.params] if cfg.swa_enabled or cfg.sqwa_enabled else []
-        source = {"SQWA": "EMA" if cfg.ema_enabled else "live weights"}
-        for name in ("SWA", "EMA", "SQWA"):
-            if getattr(cfg, f"{name.lower()}_enabled"):
-                numel = sum(p.numel() for p in self.params)
-                run.activity[name] = Activity(len(self.params), numel, "of " + source.get(name, "live weights"))
+        for name in cfg.collected():
+            source = "EMA" if name == "sqwa" and self.ema else "live weights"
+            run.activity[name.upper()] = Activity(len(self.params), sum(p.numel() for p in self.params), f"of {source}")
     @torch.no_grad()
     def update(self, snapshot: bool) -> list[str]:
         """After an optimiser step. Returns which averages took the weights in."""
         if self.ema:
             torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
         if snapshot:
-            weights = self.ema if self.cfg.sqwa_enabled and self.ema else self.params
-            if self.cfg.sqwa_enabled:
-                weights = [shipped(w, self.plan[name]) for name, w in zip(self.names, weights)]
+            weights = self.params if not self.cfg.sqwa_enabled else [
+                shipped(w, self.plan[name]) for name, w in zip(self.names, self.ema or self.params)]
             torch._foreach_add_(self.sums, [w.to(total.dtype) for w, total in zip(weights, self.sums)])
             self.count += 1
         return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the live weights and the state of the averages."""
+        groups = {"live": self.params, "ema": self.ema, "sum": self.sums}
+        return {f"{group}/{name}": w for group, weights in groups.items() for name, w in zip(self.names, weights)}
     def results(self) -> dict[str, State]:
-        """Every average that there is, by name; the exported one is cfg.average."""
+        """Every average that has weights, by name."""
         means = [total.float() / self.count for total in self.sums] if self.count else []
         found = {"ema": self.ema, "sqwa" if self.cfg.sqwa_enabled else "swa": means}
         return {name: dict(zip(self.names, weights)) for name, weights in found.items() if weights}
@@ -954,14 +924,14 @@ class Average:
 # ── 10 TRAIN ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class Trainer:
     """Model, optimiser, views and averages, driven by the schedule."""
+    PROGRESS = ("steps", "elapsed", "step_seconds", "recompiles", "code_sha256")  # that a checkpoint keeps
     def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict, split: Split, val: Validation):
         self.cfg, self.run, self.model, self.plan, self.split, self.val = cfg, run, model, plan, split, val
         rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
-        if rows == 0:
-            raise Refusal(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks")
+        refuse(rows == 0, f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks")
         self.accumulate = min(cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows)
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-        self.step_seconds, self.bytes_per_token = [], val.target_bytes.double().mean().item()
+        self.bytes_per_token = val.target_bytes.double().mean().item()
         self.restart()
     def restart(self) -> None:
         """Everything but the weights as before the first step."""
@@ -970,7 +940,25 @@ class Trainer:
         self.views, self.average = (part(self.cfg, self.run, self.model, self.plan) for part in (Views, Average))
         if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
             self.run.activity["WARMDOWN"] = Activity(scope="learning rates", unit="lr scale at the end")
-        self.loss, self.steps, self.elapsed = math.nan, 0, 0.0
+        self.loss, self.steps, self.elapsed, self.step_seconds, self.recompiles = math.nan, 0, 0.0, [], 0
+        self.code_sha256 = CODE_SHA256  # of the script that trained
+    def checkpoint(self) -> bytes:
+        """Weights, averages, clock and ledger: another export or scoring needs no other training."""
+        return seal(self.average.parts(), dict(
+            config=self.cfg.knobs("seed", *COMPARED), progress={name: getattr(self, name) for name in self.PROGRESS},
+            snapshots=self.average.count, activity={n: dataclasses.asdict(a) for n, a in self.run.activity.items()}), "none")
+    @torch.no_grad()
+    def restore(self, facts: dict, tensors: State) -> None:
+        """The inverse of checkpoint, for the same settings. Refusal when the two do not belong together."""
+        try:
+            for name, w in self.average.parts().items():
+                w.copy_(tensors[name].view_as(w))
+            self.average.count = facts["snapshots"]
+            self.run.activity.update({name: Activity(**facts["activity"][name]) for name in self.run.activity})
+            vars(self).update({name: facts["progress"][name] for name in self.PROGRESS})
+            self.run.log(f"checkpoint: {self.steps} steps, {self.elapsed:.1f} s, code {self.code_sha256[:12]}; nothing trained")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Refusal(f"CHECKPOINT={self.cfg.checkpoint}: incomplete ({type(error).__name__} {error}); train again") from None
     def step(self, batch: tuple[Tensor, Tensor], k: Knobs) -> None:
         """One optimiser step. Reading its loss is the only host synchronisation, and keeps the clock honest."""
         gradients, share = self.optimiser.gradients, self.run.world / self.cfg.train_batch_tokens
@@ -992,9 +980,8 @@ class Trainer:
                           "TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
         self.steps += 1
     def warm_up(self) -> float:
-        """Runs every variant that the run will need, so that nothing compiles on the clock; then undoes it all: weights,
-        optimiser, averages, data position. Returns the median seconds per step."""
-        cfg, weights, seconds = self.cfg, [p.detach().clone() for p in self.model.parameters()], []
+        """Runs all that the run will need, so that nothing compiles on the clock; undoes it. Returns median seconds per step."""
+        cfg, weights, seconds = self.cfg, {n: p.detach().clone() for n, p in self.model.named_parameters()}, []
         averaging, loader = cfg.swa_enabled or cfg.sqwa_enabled, batches(cfg, self.run, self.split)
         variants = [Knobs(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
                     Knobs(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled)]
@@ -1005,8 +992,7 @@ class Trainer:
         loader.close()
         if cfg.val_loss_every:
             self.score_weights()
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.model.parameters()), weights)
+        self.model.load_state_dict(weights)
         self.restart()
         return statistics.median(seconds[1:] or seconds)
     def score_weights(self, state: State | None = None) -> Score:
@@ -1059,6 +1045,16 @@ class Trainer:
             run.event("val", step=step, seconds=self.elapsed, val_bpb=live.bpb, val_loss=live.loss, size_estimate=size)
 
 # ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
+MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 2
+HEADER = struct.Struct("<8sHHQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
+MAX_RAW_BYTES = 1 << 30  # a reader allocates no more
+COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n bytes, default level; order = number
+    "none": (lambda raw, level: raw, lambda blob, n: blob[:n], 0),
+    "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n), 9),
+    "zstd": (lambda raw, level: zstandard.ZstdCompressor(level=level).compress(raw),
+             lambda blob, n: zstandard.ZstdDecompressor().stream_reader(blob).read(n), 22),
+    "lzma": (lambda raw, level: lzma.compress(raw, preset=level), lambda blob, n: lzma.LZMADecompressor().decompress(blob, n), 6)}
+
 def role_grid(cfg: Config, role: Role) -> Grid:
     return Grid(getattr(cfg, role.bits), cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
 
@@ -1077,41 +1073,21 @@ def shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
 
 def prune(cfg: Config, state: State, fraction: float) -> State:
     """The smallest `fraction` of each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights set to 0 (#989)."""
-    pruned = dict(state)
-    for name, w in state.items():
-        if w.ndim == 2 and w.numel() > cfg.keep_float_max_numel and fraction:
-            threshold = w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
-            pruned[name] = torch.where(w.abs() < threshold, 0.0, w)
-    return pruned
+    least = {name: w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values for name, w in state.items()
+             if fraction and w.ndim == 2 and w.numel() > cfg.keep_float_max_numel}  # the smallest that stays
+    return state | {name: torch.where(state[name].abs() < stays, 0.0, state[name]) for name, stays in least.items()}
 
-MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 1
-HEADER = struct.Struct("<8sHHQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
-MAX_RAW_BYTES = 1 << 30  # a reader allocates no more
-COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n + 1 bytes, default level; order = number
-    "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n + 1), 9),
-    "zstd": (lambda raw, level: zstandard.ZstdCompressor(level=level).compress(raw),
-             lambda blob, n: zstandard.ZstdDecompressor().stream_reader(blob).read(n + 1), 22),
-    "lzma": (lambda raw, level: lzma.compress(raw, preset=level),
-             lambda blob, n: lzma.LZMADecompressor().decompress(blob, n + 1), 6)}
+def seal(tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1) -> bytes:
+    """The container of artifacts and checkpoints: HEADER | compress(safetensors, with the facts as JSON). No pickle."""
+    raw = safetensors.torch.save({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, {"facts": json.dumps(facts)})
+    compress, _, default = COMPRESSORS[compressor]
+    blob = compress(raw, default if level < 0 else level)
+    return HEADER.pack(MAGIC, FORMAT_VERSION, list(COMPRESSORS).index(compressor), len(raw), hashlib.sha256(blob).digest()) + blob
 
-def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
-    """The artifact: HEADER | compress(safetensors of codes, scales and floats, with the configuration). No pickle."""
-    tensors = {}
-    for name, w in state.items():
-        how, w = plan[name], w.detach()
-        parts = zip((":codes", ":scale"), how.quantise(w)) if isinstance(how, Grid) else [("", w.to(how))]
-        tensors |= {name + suffix: part.contiguous().cpu() for suffix, part in parts}
-    raw = safetensors.torch.save(tensors, {"config": json.dumps(cfg.knobs("model", "eval"))})
-    compress, _, default = COMPRESSORS[cfg.compressor]
-    blob = compress(raw, level if level is not None else default if cfg.compress_level < 0 else cfg.compress_level)
-    number = list(COMPRESSORS).index(cfg.compressor)
-    return HEADER.pack(MAGIC, FORMAT_VERSION, number, len(raw), hashlib.sha256(blob).digest()) + blob
-
-def unpack(path: Path) -> tuple[dict, State]:
-    """(knobs, fp32 weights) of an artifact. Refusal on anything that pack would not have written."""
+def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(facts, tensors). Refusal on anything that seal would not have written."""
     def check(fine: bool, problem: str) -> None:
-        if not fine:
-            raise Refusal(f"{path}: {problem}; not one of our artifacts, or damaged: export it again")
+        refuse(not fine, f"{path}: {problem}; not one of our files, or damaged: make it again")
     try:
         data = path.read_bytes()
         check(len(data) > HEADER.size and data.startswith(MAGIC), "no GOLFGPT header")
@@ -1119,26 +1095,47 @@ def unpack(path: Path) -> tuple[dict, State]:
         check(version == FORMAT_VERSION, f"format version {version}, but this script reads {FORMAT_VERSION}")
         check(number < len(COMPRESSORS) and 8 < size <= MAX_RAW_BYTES, f"compressor {number}, size {size:,}: out of range")
         check(hashlib.sha256(data[HEADER.size:]).digest() == digest, "checksum differs")
-        raw = list(COMPRESSORS.values())[number][1](data[HEADER.size:], size)
+        raw = list(COMPRESSORS.values())[number][1](data[HEADER.size:], size + 1)
         check(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
         tensors, header = safetensors.torch.load(raw), json.loads(raw[8:8 + struct.unpack_from("<Q", raw)[0]])
-        state: State = {}
         for name, t in tensors.items():
-            base, _, part = name.partition(":")
-            if part == "scale" and base + ":codes" in tensors:
-                continue
-            values, scale = t.float(), tensors[base + ":scale"] if part == "codes" else None
-            if scale is not None:
-                check((t.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float16, (*t.shape[:-1], 1)), f"tensor {name}")
-                values = Grid.dequantise(t, scale)
-            check(part in ("", "codes") and base not in state and bool(values.isfinite().all()), f"tensor {name}")
-            state[base] = values
-        return json.loads(header["__metadata__"]["config"]), state
+            check(bool(t.isfinite().all()), f"tensor {name} is not finite")
+        return dict(json.loads(header["__metadata__"]["facts"])), tensors
     except OSError as error:
-        raise Refusal(f"{path}: {error.strerror}; give EVAL_ONLY the path of an artifact.bin") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
-            SafetensorError) as error:
+        raise Refusal(f"{path}: {error.strerror}; give the path of a file that a run has written") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
+            safetensors.SafetensorError) as error:
         check(False, f"unreadable ({type(error).__name__})")
+
+def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
+    """The artifact: codes, scales and floats as planned, with the knobs that a reader needs."""
+    tensors = {}
+    for name, w in state.items():
+        how, w = plan[name], w.detach()
+        parts = zip((":codes", ":scale"), how.quantise(w)) if isinstance(how, Grid) else [("", w.to(how))]
+        tensors |= {name + suffix: part for suffix, part in parts}
+    return seal(tensors, cfg.knobs("model", "eval"), cfg.compressor, cfg.compress_level if level is None else level)
+
+def unpack(path: Path) -> tuple[dict, State]:
+    """(knobs, fp32 weights) of an artifact; Refusal as in unseal."""
+    (knobs, tensors), state = unseal(path), {}
+    for name, t in tensors.items():
+        base, _, part = name.partition(":")
+        codes, scale = tensors.get(base + ":codes", t), tensors.get(base + ":scale", t)  # t has one dtype, hence is not both
+        pair = (codes.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float16, (*codes.shape[:-1], 1))
+        refuse(part not in ("", "codes", "scale") or (part and (not pair or base in tensors)),
+               f"{path}: tensor {name}: not one of our artifacts; export it again")
+        state[base] = Grid.dequantise(codes, scale) if part else t.float()
+    return knobs, state
+
+def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
+    """Per kind of tensor: how many, parameters, bytes compressed alone (fast), root mean square of the rounding error."""
+    kinds: dict[str, State] = {}
+    for name, p in model.named_parameters():
+        kinds.setdefault((p.role.bits or "control").removeprefix("quant_bits_"), {})[name] = state[name]
+    error = {kind: torch.cat([(shipped(w, plan[n]) - w).flatten() for n, w in part.items()]) for kind, part in kinds.items()}
+    return {kind: dict(tensors=len(part), params=len(error[kind]), bytes=len(pack(cfg, part, plan, 1)),
+                       rms_error=error[kind].square().mean(dtype=torch.float64).sqrt().item()) for kind, part in kinds.items()}
 
 def write_atomic(path: Path, data: bytes) -> None:
     """All of the file or none of it, also when the machine stops in between."""
@@ -1149,23 +1146,21 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
 
 def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float]:
     """(artifact, fraction pruned). FIT_TO_CAP finds the least extra fraction, in steps of 0.5 %, that fits."""
-    attempts: dict[int, tuple[bytes, float]] = {}
-    def fits(steps: int) -> bool:
+    first = None
+    for steps in range(int((0.9 - cfg.prune_pct) / 0.005 + 1.5)):  # compressed size does not fall steadily: no bisection
         fraction = cfg.prune_pct + steps * 0.005
-        attempts[steps] = pack(cfg, prune(cfg, state, fraction), plan), fraction
-        total = len(attempts[steps][0]) + len(SOURCE)
+        blob = pack(cfg, prune(cfg, state, fraction), plan)
+        total = len(blob) + len(SOURCE)
         run.log(f"export: {fraction:.1%} pruned, {total:,} bytes in all")
-        return total <= cfg.cap_bytes
-    if not fits(0) and cfg.fit_to_cap:  # step by step: compressed size does not fall steadily, so no bisection
-        any(map(fits, range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5))))
-    good = [steps for steps, (blob, _) in attempts.items() if len(blob) + len(SOURCE) <= cfg.cap_bytes]
-    return attempts[min(good, default=0)]
+        first = first or (blob, fraction)
+        if total <= cfg.cap_bytes or not cfg.fit_to_cap:
+            return blob, fraction
+    return first
 
 # ── 12 SCORE ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class Score(NamedTuple):
@@ -1177,17 +1172,15 @@ class Score(NamedTuple):
     seconds: float
 
 def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
-    """(n, 3) int64 rows [start, end, first]: read tokens [start, end), score targets [first, end), where target t is
-    token t + 1. Targets [low, high) are covered exactly once. stride 0: fixed windows; else the first window scores all
-    its targets and each later one the next `stride`, with `length` tokens of context where there are as many."""
+    """(n, 3) rows [start, end, first]: read tokens [start, end), score targets [first, end); target t is token t + 1. Covers
+    [low, high) once. stride 0: fixed windows; else the first scores all it reads, each later one `stride` new targets."""
     first = np.append(low, np.arange(low + length, high, stride or length)) if high > low else np.arange(0)
     end = np.append(first[1:], high)[:len(first)]
     return np.stack((first if stride == 0 else np.maximum(end - length, low), end, first), axis=1)
 
 def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
     """The same targets as windows(0, n, ...), none with context before its document (whose last target is the next BOS)."""
-    n = val.n
-    edges = np.unique(np.concatenate(([0], val.doc_starts[val.doc_starts < n], [n])))
+    edges = np.unique([0, *val.doc_starts[val.doc_starts < val.n], val.n])
     return np.concatenate([windows(a, b, length, stride) for a, b in zip(edges[:-1], edges[1:])])
 
 class Sheet:
@@ -1210,7 +1203,6 @@ class Sheet:
                     yield np.concatenate((alike[i:i + size], idle)), t, s  # idle windows score nothing
     @torch.no_grad()
     def fill(self, forward: Callable, rows: np.ndarray, bar: tqdm) -> None:
-        """Scores these windows."""
         tokens, device = self.val.tokens, self.run.device
         for batch, length, slots in self.batches(rows):
             start, end, first = torch.from_numpy(batch).to(device).split(1, dim=1)
@@ -1242,10 +1234,9 @@ def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.nd
     return sheet.total()
 
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
-    """Score-first chunked SGD (momentum 0.9, clip 1; #549, #975): a chunk is scored, and only then learned from; the
-    last one is not. The model is changed. Rows are dealt out to the ranks and gradients averaged."""
-    frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks] for p in block.parameters()}
-    params = [p for p in model.parameters() if id(p) not in frozen]
+    """Score-first SGD by chunks (momentum 0.9, clip 1; #549, #975): each is scored, then learned from. Changes the model."""
+    frozen = {*model.blocks[:cfg.ttt_freeze_blocks].parameters()}
+    params = [p for p in model.parameters() if p not in frozen]
     gradients, optimiser = Gradients(params, run), torch.optim.SGD(params, lr=cfg.ttt_lr, momentum=0.9)
     sheet, chunk = Sheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
     with run.bar(len(rows)) as bar:
@@ -1264,12 +1255,11 @@ def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np
     return sheet.total()
 
 # ── 13 REPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
-MODEL_TOGGLES = {"SMEAR_GATE": False, "BIGRAM_VOCAB_SIZE": 0, "VE_ENABLED": False, "XSA_LAST_N": 0, "LN_SCALE": False,
-                 "ROPE_NTK_LEN": 0}
+MODEL_TOGGLES = ("SMEAR_GATE", "BIGRAM_VOCAB_SIZE", "VE_ENABLED", "XSA_LAST_N", "LN_SCALE", "ROPE_NTK_LEN")  # off: 0
 
 def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable) -> None:
     """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
-    rows, length = min(max(val.n // cfg.train_seq_len, 1), 8), min(val.n, cfg.train_seq_len)
+    rows, length = min(max(val.n // cfg.train_seq_len, 1), 4), min(val.n, cfg.train_seq_len)
     ids, targets = (val.tokens[i:i + rows * length].long().view(rows, length) for i in (0, 1))
     model, activity = trainer.model, run.activity
     @torch.no_grad()
@@ -1279,7 +1269,6 @@ def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Call
     def both_ways(model: GPT) -> float:
         weights = list(model.parameters())  # with one block, the skip weights are unused
         return run.milliseconds(lambda: torch.autograd.grad(model(ids, targets).mean(), weights, allow_unused=True))
-
     base = loss(model, trainer.live)
     for name in trainer.views.banks:
         enter, leave = partial(trainer.views.enter, name == "QAT", cfg.qna_magnitude, 0), trainer.views.leave
@@ -1288,17 +1277,15 @@ def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Call
         leave(latent)
         activity[name].cost_ms = run.milliseconds(lambda: leave(enter()))
     for name, state in trainer.averages.items():
-        activity[name.upper()].effect = loss(model, state) - base
-    if cfg.average != "none":
-        activity[cfg.average.upper()].cost_ms = run.milliseconds(partial(trainer.average.update, cfg.average != "ema"))
+        activity[name.upper()].effect = loss(model, state) - base  # and the milliseconds, with those of an EMA that is on too
+        activity[name.upper()].cost_ms = run.milliseconds(partial(trainer.average.update, name != "ema"))
     model.load_state_dict(trainer.live)
-    for name, off in MODEL_TOGGLES.items():
-        if getattr(cfg, name.lower()) != off:
-            without = build_model(dataclasses.replace(cfg, **{name.lower(): off}), run, attend)
-            extra = [p.numel() for key, p in model.named_parameters() if key not in without.state_dict()]
-            effect, cost_ms = base - loss(without, trainer.live), both_ways(model) - both_ways(without)
-            activity[name] = Activity(len(extra), sum(extra), "the model; ms forward + backward, eager", "nats",
-                                      list(range(trainer.steps)), effect, cost_ms)
+    for name in [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]:
+        without = build_model(dataclasses.replace(cfg, **{name.lower(): 0}), run, attend)
+        extra = [p.numel() for key, p in model.named_parameters() if key not in without.state_dict()]
+        effect, cost_ms = base - loss(without, trainer.live), both_ways(model) - both_ways(without)
+        activity[name] = Activity(len(extra), sum(extra), "the model; ms forward + backward, eager", "nats",
+                                  list(range(trainer.steps)), effect, cost_ms)
     if trainer.pruned:
         off, on = ({name: shipped(w, trainer.plan[name]) for name, w in prune(cfg, trainer.final, share).items()}
                    for share in (0.0, trainer.pruned))
@@ -1318,22 +1305,23 @@ def environment(run: Run) -> dict:
 def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Path, trainer: Trainer | None) -> dict:
     """result.json: everything the final table says, and what it takes to reproduce it."""
     (mode, final), steps = list(scores.items())[-1], trainer.steps if trainer else 0
-    bpb, total, flat = {name: s.bpb for name, s in scores.items()}, len(SOURCE) + path.stat().st_size, "sliding"
-    for name, isolated in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt")):
-        if isolated in bpb:
-            flat = flat if flat in bpb else "quantised"
-            effect = bpb[isolated] - bpb[flat]
-            run.activity[name] = Activity(scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=effect)
+    bpb, total = {name: s.bpb for name, s in scores.items()}, len(SOURCE) + path.stat().st_size
+    flat = "sliding" if "sliding" in bpb else "quantised"
+    run.activity |= {name: Activity(scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=bpb[way] - bpb[flat])
+                     for name, way in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt")) if way in bpb}
     toggles = {name: a.row(steps) for name, a in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
     code = 3 if total > cfg.cap_bytes else 4 if inactive and cfg.strict else 0
-    training = dict(
-        steps=steps, tokens_seen=steps * cfg.train_batch_tokens, train_seconds=trainer.elapsed, recompiles=trainer.recompiles,
-        step_ms_median=statistics.median(trainer.step_seconds) * 1e3, params=sum(w.numel() for w in trainer.live.values()),
-        average=cfg.average, pruned=trainer.pruned, live_val_bpb=bpb["live"], averaged_val_bpb=bpb.get("averaged"),
-        quant_gap_bpb=bpb.get("unfitted", bpb["quantised"]) - bpb.get("averaged", bpb["live"]),
-        fit_cost_bpb=bpb["quantised"] - bpb["unfitted"] if "unfitted" in bpb else None) if trainer else dict.fromkeys(
-            "steps tokens_seen train_seconds step_ms_median params live_val_bpb averaged_val_bpb quant_gap_bpb".split())
+    training = dict.fromkeys(
+        "steps tokens_seen train_seconds step_ms_median params live_val_bpb averaged_val_bpb quant_gap_bpb".split())
+    if trainer:
+        plain, floats = bpb.get("unfitted", bpb["quantised"]), bpb.get("averaged", bpb["live"])
+        training = dict(
+            steps=steps, tokens_seen=steps * cfg.train_batch_tokens, train_seconds=trainer.elapsed, recompiles=trainer.recompiles,
+            step_ms_median=statistics.median(trainer.step_seconds) * 1e3, params=sum(w.numel() for w in trainer.live.values()),
+            average=cfg.shipped_average, groups=trainer.groups, pruned=trainer.pruned, trained_code_sha256=trainer.code_sha256,
+            live_val_bpb=bpb["live"], averaged_val_bpb=bpb.get("averaged"), quant_gap_bpb=plain - floats,
+            fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None)
     memory = torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(
         schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
@@ -1341,47 +1329,49 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
         artifact_path=str(path), artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total,
         cap_bytes=cfg.cap_bytes, under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds,
         seed=cfg.seed, world_size=run.world, peak_memory_bytes=memory, inactive=inactive, toggles=toggles,
-        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
-        scores={name: s._asdict() for name, s in scores.items()}, **environment(run), config=cfg.knobs(),
+        checkpoint=cfg.checkpoint or None, limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
+        config=cfg.knobs(), scores={name: s._asdict() for name, s in scores.items()}, **environment(run),
         non_default=cfg.non_default(), code_sha256=CODE_SHA256, config_sha256=cfg.digest(), data=data)
 
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
-    def cell(value) -> str:
-        form = {float: ".6f", int: ",d"}.get(type(value), "")
-        return "-" if value is None else format(value, form)
-
-    total = r["total_bytes"]
+    total, limits, code = r["total_bytes"], r["limits"], r["exit_code"]
     size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
             "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
-    ledger = {name: {"seconds": f"{s:.1f}", "limit": f"{r['limits'].get(name) or '-'}"} for name, s in r["seconds"].items()}
+    ledger = {name: {"seconds": f"{s:.1f}", "limit": str(limits.get(name) or "-")} for name, s in r["seconds"].items()}
     tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": ledger,
               "toggle": r["toggles"]}
-    return "\n\n".join(["", *(text_table([(title, *next(iter(rows.values()))), *((name, *map(cell, row.values()))
-                                                                              for name, row in rows.items())])
-                              for title, rows in tables.items() if rows)] + [
-        f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None] + [
-        f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]] + [
-        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, {r['val_bytes']:,} bytes), "
-        f"{total:,} bytes in all, exit code {r['exit_code']}: {EXIT_CODES[r['exit_code']]}"])
+    parts = [text_table([(title, *next(iter(rows.values()))), *((name, *row.values()) for name, row in rows.items())])
+             for title, rows in tables.items() if rows]
+    parts += [f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None]
+    parts += [f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]]
+    return "\n\n".join(["", *parts, f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
+                        f"{r['val_bytes']:,} bytes), {total:,} bytes in all, exit code {code}: {EXIT_CODES[code]}"])
 
 # ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, attend: Callable) -> Trainer:
-    """Train, average, export; the artifact is on disk before anything is scored."""
+def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, attend: Callable, saved: tuple | None) -> Trainer:
+    """Train (or restore what was saved), average, export; checkpoint and artifact are on disk before anything is scored."""
     model = build_model(cfg, run, attend)
     plan = export_plan(cfg, model)
     trainer = Trainer(cfg, run, model, plan, splits["train"], val)
     bits = sorted(how.bits for how in plan.values() if isinstance(how, Grid))
     run.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(bits)} of {len(plan)} tensors quantised "
             f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step")
-    trainer.train()
+    if saved:
+        trainer.restore(*saved)
+    else:
+        trainer.train()
+        with run.phase("checkpoint"):
+            if run.rank == 0:
+                write_atomic(run.dir / "checkpoint.bin", trainer.checkpoint())
     with run.phase("average"):
         trainer.live = {n: p.detach().clone() for n, p in model.named_parameters()}
         trainer.averages = {n: {k: w.clone() for k, w in s.items()} for n, s in trainer.average.results().items()}
-        if a := run.activity.get(cfg.average.upper()):
-            run.log(f"average: {cfg.average} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; "
-                    + ("applied: yes" if cfg.average in trainer.averages else "applied: NO, none was taken"))
-    trainer.final = trainer.averages.get(cfg.average, trainer.live)
+        for name in cfg.collected():
+            a, use = run.activity[name.upper()], "yes" if name == cfg.shipped_average else f"no (AVERAGE={cfg.average})"
+            run.log(f"average: {name} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; applied: "
+                    + (use if name in trainer.averages else "NO, none was taken"))
+    trainer.final = trainer.averages.get(cfg.shipped_average, trainer.live)
     if not all(bool(w.isfinite().all()) for w in trainer.final.values()):
         raise Refusal(f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates", 5)
     with run.phase("quantise and compress"):
@@ -1390,28 +1380,28 @@ def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, at
                             } if trainer.pruned > cfg.prune_pct else None  # quantised, without what FIT_TO_CAP pruned
         if run.rank == 0:
             write_atomic(run.dir / "artifact.bin", blob)
+        trainer.groups = group_sizes(cfg, model, trainer.final, plan)
         run.agree(None)  # nobody reads before it is written
     return trainer
 
 def inherit(cfg: Config, knobs: dict, state: State) -> Config:
-    """The artifact's model and scoring knobs, where the environment does not set the latter. Refusal unless they are
-    complete, of the right types, the environment's model, and ask for exactly these tensors (tried without memory)."""
-    types = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
-    wanted = {f.name: types[f.type] for f in KNOBS if f.metadata["scope"] in ("model", "eval")}
+    """The knobs that a file holds, and the environment's where those may differ. Refusal unless all fit these very tensors."""
+    source, scopes = ("CHECKPOINT", ("seed", *COMPARED)) if cfg.checkpoint else ("EVAL_ONLY", ("model", "eval"))
+    types, path = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}, cfg.checkpoint or cfg.eval_only
+    wanted = {f.name: types[f.type] for f in KNOBS if f.metadata["scope"] in scopes}
     try:
         if knobs.keys() != wanted.keys() or any(type(v) not in wanted[n] for n, v in knobs.items()):
             raise TypeError("unknown, missing or mistyped settings")
-        for name, value in cfg.knobs("model").items():
-            if name.upper() in cfg.given and knobs[name] != value:
-                raise Refusal(f"{name.upper()}={value}: {cfg.eval_only} was made with {knobs[name]}; unset it")
-        cfg = dataclasses.replace(cfg, **{n: v for n, v in knobs.items() if n.upper() not in cfg.given})
-        with torch.device("meta"):
+        cfg = dataclasses.replace(cfg, inherited=True, **{n: v for n, v in knobs.items() if n.upper() not in cfg.given})
+        for name, value in cfg.knobs(*cfg.training_scopes if cfg.checkpoint else ("model",)).items():
+            refuse(knobs[name] != value, f"{name.upper()}={value}: {path} was made with {knobs[name]}; unset it")
+        with torch.device("meta"):  # needs no memory
             model = GPT(cfg) if cfg.num_layers <= len(state) else nn.Module()
         if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in state.items()}:
             raise TypeError("tensors of other names or shapes")
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         problem = str(error).splitlines()[0]
-        raise Refusal(f"EVAL_ONLY={cfg.eval_only}: its configuration does not fit ({problem}); export it again") from None
+        raise Refusal(f"{source}={path}: its configuration does not fit ({problem}); make it again") from None
     return cfg
 
 def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None) -> dict:
@@ -1420,18 +1410,16 @@ def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Call
     model.load_state_dict(state)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
     flat = windows(0, val.n, cfg.window, cfg.eval_stride)
-    work: dict[str, Callable[[], Score]] = {"quantised": lambda: score(cfg, run, forward, val)}
-    if cfg.eval_stride:
-        work["sliding"] = lambda: score(cfg, run, forward, val, flat)
-    if cfg.doc_isolated_eval:
-        work["documents"] = lambda: score(cfg, run, forward, val, document_windows(val, cfg.window, cfg.eval_stride))
-    if cfg.ttt_mode == "sgd":
-        work["ttt"] = lambda: test_time_train(cfg, run, model, val, flat)
-    if trainer:
-        floats = {"live": trainer.live, "averaged": trainer.averages.get(cfg.average), "unfitted": trainer.unfitted}
-        work = {name: partial(trainer.score_weights, state) for name, state in floats.items() if state} | work
+    measure = partial(score, cfg, run, forward, val)
+    jobs = [  # what is scored, if, how
+        ("live", trainer, lambda: trainer.score_weights(trainer.live)),
+        ("averaged", trainer and cfg.shipped_average in trainer.averages, lambda: trainer.score_weights(trainer.final)),
+        ("unfitted", trainer and trainer.unfitted, lambda: trainer.score_weights(trainer.unfitted)),
+        ("quantised", True, measure), ("sliding", cfg.eval_stride, partial(measure, flat)),
+        ("documents", cfg.doc_isolated_eval, lambda: measure(document_windows(val, cfg.window, cfg.eval_stride))),
+        ("ttt", cfg.ttt_mode == "sgd", lambda: test_time_train(cfg, run, model, val, flat))]
     scores = {}
-    for name, job in work.items():
+    for name, job in [(name, job) for name, wanted, job in jobs if wanted]:
         if name == "sliding":
             projected = scores["quantised"].seconds * len(flat) / -(-val.n // cfg.window)
             run.log(f"score sliding: {len(flat):,} windows, about {projected:.0f} s at the speed of the fixed ones")
@@ -1446,7 +1434,11 @@ def main(cfg: Config) -> dict:
     try:
         run.log(f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {CODE_SHA256[:12]}")
         path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
-        if cfg.eval_only:
+        saved = unseal(Path(cfg.checkpoint)) if cfg.checkpoint else None
+        if saved:
+            live = {n.removeprefix("live/"): w for n, w in saved[1].items() if n.startswith("live/")}
+            cfg = inherit(cfg, saved[0].get("config", {}), live)
+        elif cfg.eval_only:
             cfg = inherit(cfg, *unpack(path))
         run.log("settings: " + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults"))
         run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=environment(run))
@@ -1455,7 +1447,7 @@ def main(cfg: Config) -> dict:
             val, data = Validation(cfg, run, splits["val"]), check_data(cfg, splits)
         run.log("data: " + ", ".join(f"{key} {value}" for key, value in data.items()))
         attend = choose_attention(cfg, run)
-        trainer = None if cfg.eval_only else produce(cfg, run, splits, val, attend)
+        trainer = None if cfg.eval_only else produce(cfg, run, splits, val, attend, saved)
         with run.phase("read back"):
             _, state = unpack(path)
         scores = score_all(cfg, run, state, val, attend, trainer)

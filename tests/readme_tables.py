@@ -1,7 +1,8 @@
-"""The generated parts of README.md and submission.json: from the code and from the committed log of the demo run.
+"""The generated parts of README.md and submission.json: from the code and from the committed logs of the demo and the studies.
 
 `python tests/readme_tables.py` (make readme) rewrites them; test_readme.py fails when they are stale.
 """
+import functools
 import json
 import re
 import sys
@@ -10,18 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import ablate
 import train_gpt
+from ablate import markdown_table as markdown
 
 DEMO = ROOT / "logs" / "demo"
 TOGGLES = {  # knob that switches a technique -> the knobs that tune it start with
     "smear_gate": "SMEAR_", "bigram_vocab_size": "BIGRAM_", "ve_enabled": "VE_", "xsa_last_n": "", "ln_scale": "",
     "rope_ntk_len": "ROPE_", "qat_enabled": "QAT_", "qna_enabled": "QNA_", "swa_enabled": "SWA_", "ema_enabled": "EMA_",
     "sqwa_enabled": "SWA_", "prune_pct": "", "fit_to_cap": "CAP_", "doc_isolated_eval": "EVAL_", "ttt_mode": "TTT_"}
-
-
-def markdown(header: list[str], rows: list[list]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def toggles() -> str:
@@ -52,7 +50,34 @@ def demo_summary() -> str:
             f"{sum(r['seconds'].values()):.0f} s in all.")
 
 
-BLOCKS = {"toggles": toggles, "exit-codes": exit_codes, "demo": demo_output, "demo-summary": demo_summary}
+def study(stem: str, size: str, equal: str) -> str:
+    """The tables of a study in short form: how it ran, the arms, the differences, the factorial."""
+    matrix = ablate.matrix(ablate.read_study(ROOT / "studies" / f"{stem}.toml"), size, equal)
+    folder = ROOT / matrix.folder
+    matrix = ablate.matrix(matrix.study, size, equal, out=folder)
+    found = ablate.load_matrix(matrix)
+    run = found.all()[0]
+    budget = f"{matrix.size.steps} steps" if equal == "steps" else f"{matrix.size.seconds:g} s of training"
+    line = (f"`python ablate.py run studies/{stem}.toml --size {size} --equal {equal}`: {budget} for every arm, "
+            f"{len(found.all())} runs of {sum(not r['checkpoint'] for r in found.all())} trainings on {run['device']}, one core each, "
+            f"torch {run['torch']}; {run['val_tokens']:,} targets of {run['val_bytes']:,} bytes scored.")
+    blocks = [line]
+    for (header, rows), drop in ((ablate.arm_table(found), {"settings", "published", "code + artifact, bytes"}
+             | ({"steps"} if equal == "steps" else set())), (ablate.comparison_table(found), {"in words", "paired t (df)"}),
+            (ablate.factorial_table(found), set())):
+        kept = [i for i, name in enumerate(header) if name not in drop and any(row[i] != "-" for row in rows)]
+        if rows:
+            blocks.append(markdown([header[i] for i in kept], [[row[i] for i in kept] for row in rows]))
+    return "\n\n".join(blocks)
+
+
+STUDIES = [("pr989_qat_x_swa", "small"), ("pr199_swa_doc_isolated", "small"), ("pr975_qna_sqwa", "small"),
+           ("pr145_int8_qat", "small"), ("pr194_11l_record", "small")]
+BLOCKS = {"toggles": toggles, "exit-codes": exit_codes, "demo": demo_output, "demo-summary": demo_summary,
+          **{f"{stem}-{size}-{equal}": functools.partial(study, stem, size, equal) for stem, size in STUDIES
+             for equal in ("steps", "time")},
+          "swa_sums_in_bf16-small-steps": functools.partial(study, "swa_sums_in_bf16", "small", "steps"),
+          "pr199_swa_doc_isolated-fineweb-steps": functools.partial(study, "pr199_swa_doc_isolated", "fineweb", "steps")}
 
 
 def submission() -> dict:

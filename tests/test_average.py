@@ -162,12 +162,14 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
     for name, w, live in zip(names, weights, states[-1][0]):
         assert torch.equal(state[name], shipped(w, plan[name])), name
         assert not torch.equal(state[name], shipped(live, plan[name])) or not live.any(), name
-    toggle = report["toggles"][cfg.average.upper()]
+    toggle = report["toggles"][cfg.shipped_average.upper()]
     assert report["exit_code"] == 0 and toggle["active"] and (toggle["first_step"], toggle["last_step"]) == (first, 5)
     assert toggle["tensors"] == len(names) and report["averaged_val_bpb"] != report["live_val_bpb"]
     log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
     of = "EMA" if "of_ema" in kind else "live weights"
-    assert f"average: {cfg.average} of {of}, {count} snapshots, steps [{first}] to [5]; applied: yes" in log
+    assert f"average: {cfg.shipped_average} of {of}, {count} snapshots, steps [{first}] to [5]; applied: yes" in log
+    assert log.count("average: ") == len(cfg.collected()) and log.count("applied: yes") == 1
+    assert ("average: ema of live weights, 6 snapshots, steps [0] to [5]; applied: no (AVERAGE=auto)" in log) == ("of_ema" in kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

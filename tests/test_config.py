@@ -6,6 +6,8 @@ Failures that these tests would have caught: #194's own run command set WARMDOWN
 a checker with false alarms, which people switch off; two runs averaged although one knob differed (#2124, #989).
 """
 import copy
+import dataclasses
+import itertools
 import math
 import os
 import shlex
@@ -128,7 +130,7 @@ def test_bare_defaults_are_194s_architecture_with_every_averaging_and_quantisati
     assert (cfg.qat_enabled, cfg.swa_enabled, cfg.ema_enabled, cfg.qna_enabled, cfg.sqwa_enabled) == (False,) * 5
     assert (cfg.quant_bits_mlp, cfg.quant_bits_attn, cfg.quant_bits_embed) == (6, 6, 16)
     assert (cfg.compressor, cfg.compress_level, cfg.eval_stride, cfg.cap_bytes) == ("zstd", -1, 64, 16_000_000)
-    assert cfg.non_default() == {} and cfg.average == "none"
+    assert cfg.non_default() == {} and cfg.shipped_average == "none"
 
 
 # ── Old spellings ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -330,6 +332,9 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
     ("VE_ENABLED=1 VE_LAYERS=-1", "VE_LAYERS", "VE_LAYERS=1"),
     ("VE_ENABLED=1 VE_LAYERS=\u00b2", "VE_LAYERS", "VE_LAYERS=2"),
     ("SWA_ENABLED=1 EMA_ENABLED=1", "SWA_ENABLED", "SWA_ENABLED=0"),
+    *(("SWA_ENABLED=1 EMA_ENABLED=1", "SWA_ENABLED", f"AVERAGE={name}") for name in ("swa", "ema", "none")),
+    *((f"AVERAGE={name}", "AVERAGE", f"{name.upper()}_ENABLED=1") for name in ("swa", "ema", "sqwa")),
+    ("AVERAGE=sqwa EMA_ENABLED=1", "AVERAGE", "AVERAGE=ema"),
     ("SWA_ENABLED=1 SQWA_ENABLED=1", "SWA_ENABLED", "SWA_ENABLED=0"),
     ("QNA_ENABLED=1 QAT_ENABLED=1", "QNA_ENABLED", "QAT_START_KIND=lr_scale QAT_START=0.15"),
     ("QAT_ENABLED=1 QAT_START=0.7", "QAT_START", "QAT_START_KIND=lr_scale"),
@@ -352,10 +357,25 @@ def test_every_rule_between_knobs_has_a_case_here():
 
 
 @pytest.mark.parametrize("settings, average", [
-    ("SWA_ENABLED=1", "swa"), ("EMA_ENABLED=1", "ema"), ("SQWA_ENABLED=1", "sqwa"),
-    ("SQWA_ENABLED=1 EMA_ENABLED=1", "sqwa")])
-def test_the_exported_average_follows_the_documented_precedence(settings, average):
-    assert Config.from_env(parse(settings)).average == average
+    ("", "none"), ("SWA_ENABLED=1", "swa"), ("EMA_ENABLED=1", "ema"), ("SQWA_ENABLED=1", "sqwa"),
+    ("SQWA_ENABLED=1 EMA_ENABLED=1", "sqwa"), ("SQWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=ema", "ema"),
+    ("SWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=swa", "swa"), ("SWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=none", "none")])
+def test_the_shipped_average_is_the_one_asked_for_or_follows_the_documented_precedence(settings, average):
+    assert Config.from_env(parse(settings)).shipped_average == average
+
+
+def test_a_checkpoint_and_an_artifact_to_score_exclude_each_other():
+    message = refused({"CHECKPOINT": "a.bin", "EVAL_ONLY": "b.bin"})
+    assert message.startswith("CHECKPOINT=a.bin: ") and "EVAL_ONLY" in message
+
+
+@pytest.mark.parametrize("file", ["CHECKPOINT", "EVAL_ONLY"])
+def test_a_rule_between_knobs_waits_until_those_in_the_file_are_known(file):
+    cfg = Config.from_env({file: "a.bin", "EVAL_STRIDE": "4096"})  # the window may be that long
+    assert any(broken for broken, _ in cfg.conflicts())
+    assert dataclasses.replace(cfg, train_seq_len=4096, inherited=True).window == 4096
+    with pytest.raises(Refusal, match="EVAL_STRIDE=4096"):
+        dataclasses.replace(cfg, inherited=True)
 
 
 # ── Identity of a configuration ───────────────────────────────────────────────────────────────────────────────────
@@ -371,9 +391,26 @@ def test_the_digest_ignores_seed_names_and_places(name):
     assert with_other(Config(), BY_NAME[name]).digest() == Config().digest()
 
 
-@pytest.mark.parametrize("f", [f for f in KNOBS if f.metadata["scope"] != "run"], ids=lambda f: f.name)
+@pytest.mark.parametrize("f", [f for f in KNOBS if f.metadata["scope"] not in ("run", "seed")], ids=lambda f: f.name)
 def test_the_digest_changes_with_every_knob_that_changes_the_result(f):
     assert with_other(Config(), f).digest() != Config().digest()
+
+
+@pytest.mark.parametrize("on", [{}, *({name: True} for name in ("qat_enabled", "qna_enabled", "sqwa_enabled"))], ids=str)
+@pytest.mark.parametrize("f", KNOBS, ids=lambda f: f.name)
+def test_the_training_digest_changes_with_the_knobs_that_a_checkpoint_depends_on_and_no_other(f, on):
+    cfg, other = Config(**on), with_other(Config(**on), f)
+    depends = {"run": False, "seed": True, "model": True, "train": True, "grid": bool(on), "export": False, "eval": False}
+    changed = other.digest(*cfg.training_scopes) != cfg.digest(*cfg.training_scopes)
+    assert changed == depends[f.metadata["scope"]]
+
+
+def test_the_grid_belongs_to_the_training_only_where_training_uses_it():
+    for names in itertools.product((False, True), repeat=5):
+        flags = dict(zip(("qat_enabled", "qna_enabled", "sqwa_enabled", "ema_enabled", "swa_enabled"), names))
+        if not (flags["swa_enabled"] and (flags["sqwa_enabled"] or flags["ema_enabled"])):
+            scopes = Config(**flags, qat_start_kind="lr_scale").training_scopes
+            assert scopes == ("seed", "model", "train") + ("grid",) * any(names[:3])
 
 
 def test_the_digest_does_not_depend_on_the_spelling():

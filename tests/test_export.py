@@ -20,7 +20,9 @@ import zstandard
 
 import train_gpt
 from train_gpt import (COMPRESSORS, FORMAT_VERSION, GPT, HEADER, MAGIC, MAX_RAW_BYTES, Config, Grid, Refusal, Run,
-                       export, export_plan, main, pack, prune, shipped, unpack, write_atomic)
+                       export, export_plan, group_sizes, main, pack, prune, seal, shipped, unpack, unseal, write_atomic)
+
+CHOICES = [name for name in COMPRESSORS if name != "none"]  # of the knob COMPRESSOR
 
 
 @pytest.fixture
@@ -49,8 +51,12 @@ ALL_ON = dict(bigram_vocab_size=64, bigram_dim=16, ve_enabled=True, ve_dim=16, v
 GRIDS = [dict(), dict(quant_clip="amax", quant_codes="asym", quant_scale_floor=False), dict(quant_clip="search5")]
 
 
+def test_an_artifact_is_always_compressed():
+    assert next(f for f in train_gpt.KNOBS if f.name == "compressor").metadata["choices"] == tuple(CHOICES)
+
+
 @pytest.mark.parametrize("knobs", GRIDS, ids=str)
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", CHOICES)
 def test_what_is_read_back_is_exactly_what_was_shipped(product, tmp_path, compressor, knobs):
     cfg, state, plan = product(compressor=compressor, **ALL_ON, **knobs)
     path = tmp_path / "a.bin"
@@ -61,7 +67,7 @@ def test_what_is_read_back_is_exactly_what_was_shipped(product, tmp_path, compre
         assert weights[name].dtype == torch.float32 and torch.equal(weights[name], shipped(w, plan[name])), name
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", CHOICES)
 def test_the_same_weights_give_the_same_bytes_whatever_their_order(product, compressor):
     cfg, state, plan = product(compressor=compressor)
     assert pack(cfg, state, plan) == pack(cfg, dict(reversed(state.items())), plan)
@@ -70,7 +76,7 @@ def test_the_same_weights_give_the_same_bytes_whatever_their_order(product, comp
 @pytest.mark.parametrize("level", [1, 9])
 def test_the_level_reaches_the_compressor_and_the_reader_needs_no_setting(product, tmp_path, level):
     sizes = {}
-    for compressor in COMPRESSORS:
+    for compressor in CHOICES:
         cfg, state, plan = product(compressor=compressor, compress_level=level)
         (tmp_path / compressor).write_bytes(blob := pack(cfg, state, plan))
         assert blob == pack(product(compressor=compressor)[0], state, plan, level)
@@ -188,8 +194,8 @@ def test_a_flipped_bit_anywhere_is_refused(artifact):
 
 
 @pytest.mark.parametrize("change, problem", [
-    (lambda d: b"PK\3\4" + d[4:], "GOLFGPT"), (lambda d: d[:8] + b"\2\0" + d[10:], "version 2"),
-    (lambda d: d[:10] + b"\3" + d[11:], "compressor 3"), (lambda d: d + b"!", "checksum"), (lambda d: b"", "GOLFGPT")],
+    (lambda d: b"PK\3\4" + d[4:], "GOLFGPT"), (lambda d: d[:8] + b"\1\0" + d[10:], "version 1"),
+    (lambda d: d[:10] + b"\4" + d[11:], "compressor 4"), (lambda d: d + b"!", "checksum"), (lambda d: b"", "GOLFGPT")],
     ids=["magic", "version", "compressor", "tail", "empty"])
 def test_the_refusal_says_what_is_wrong(artifact, tiny, change, problem):
     artifact.write_bytes(change(artifact.read_bytes()))
@@ -215,7 +221,7 @@ def payload(artifact) -> tuple[dict, dict]:
     """(tensors, configuration) inside a good artifact."""
     raw = zstandard.decompress(artifact.read_bytes()[HEADER.size:], MAX_RAW_BYTES)
     header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
-    return safetensors.torch.load(raw), json.loads(header["__metadata__"]["config"])
+    return safetensors.torch.load(raw), json.loads(header["__metadata__"]["facts"])
 
 
 COMPRESS_STREAM = {"zlib": lambda: zlib.compressobj(9), "zstd": lambda: zstandard.ZstdCompressor().compressobj(),
@@ -223,7 +229,7 @@ COMPRESS_STREAM = {"zlib": lambda: zlib.compressobj(9), "zstd": lambda: zstandar
 
 
 @pytest.mark.parametrize("claimed", [4096, MAX_RAW_BYTES + 1, 2 ** 63])
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("compressor", CHOICES)
 def test_a_decompression_bomb_is_refused_in_little_memory(artifact, tiny, compressor, claimed):
     stream, million = COMPRESS_STREAM[compressor](), bytes(1 << 20)
     blob = b"".join([stream.compress(million) for _ in range(128)] + [stream.flush()])
@@ -239,7 +245,7 @@ def test_a_decompression_bomb_is_refused_in_little_memory(artifact, tiny, compre
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 @pytest.mark.parametrize("lie", [-1, 1, 10 ** 8])
 def test_a_wrong_size_is_refused(artifact, tiny, compressor, lie):
-    raw = safetensors.torch.save(*map(dict, [payload(artifact)[0], {"config": json.dumps(payload(artifact)[1])}]))
+    raw = safetensors.torch.save(*map(dict, [payload(artifact)[0], {"facts": json.dumps(payload(artifact)[1])}]))
     assert main(tiny(eval_only=str(forge(artifact, raw, None, compressor))))["exit_code"] == 0
     assert_refused(forge(artifact, raw, len(raw) + lie, compressor), tiny)
 
@@ -280,7 +286,7 @@ TENSORS = {
 def test_other_tensors_than_the_configuration_asks_for_are_refused(artifact, tiny, change):
     tensors, config = payload(artifact)
     change(tensors)
-    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps(config)})), tiny)
+    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"facts": json.dumps(config)})), tiny)
 
 
 CONFIGS = [
@@ -297,12 +303,61 @@ CONFIGS = [
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_a_hostile_configuration_is_refused(artifact, tiny, change):
     tensors, config = payload(artifact)
-    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"config": json.dumps({**config, **change})})), tiny)
+    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"facts": json.dumps({**config, **change})})), tiny)
 
 
 @pytest.mark.parametrize("config", ["", "null", "[]", "3", '"text"', "{}", "[[1, 2]]", '{"num_layers": 3}', "{" * 5000])
 def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
-    assert_refused(forge(artifact, safetensors.torch.save(payload(artifact)[0], {"config": config})), tiny)
+    assert_refused(forge(artifact, safetensors.torch.save(payload(artifact)[0], {"facts": config})), tiny)
+
+
+# ── sizes by kind of tensor ───────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("compressor", CHOICES)
+def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(product, compressor):
+    cfg, state, plan = product(**ALL_ON, compressor=compressor, quant_clip="amax")
+    model = GPT(cfg)
+    groups = group_sizes(cfg, model, state, plan)
+    assert groups.keys() == {"mlp", "attn", "bigram", "embed", "control"}
+    kinds = {"attn": ("attn.c_q.", "attn.c_k.", "attn.c_v.", "attn.proj."), "mlp": (".mlp.",),
+             "bigram": ("bigram.embed", "bigram.proj", "value_embed.proj"), "embed": ("tok_emb", "value_embed.embed")}
+    seen = set()
+    for kind in groups:
+        names = {n for n in state if any(part in n for part in kinds.get(kind, ()))} if kind in kinds else state.keys() - seen
+        seen |= names
+        squares = sum(((shipped(state[n], plan[n]).double() - state[n].double()) ** 2).sum().item() for n in sorted(names))
+        count = sum(state[n].numel() for n in names)
+        assert (groups[kind]["tensors"], groups[kind]["params"]) == (len(names), count)
+        assert groups[kind]["rms_error"] == pytest.approx(math.sqrt(squares / count), rel=1e-5)
+        facts = cfg.knobs("model", "eval")
+        stored = {}
+        for n in names:
+            codes, scale = plan[n].quantise(state[n]) if isinstance(plan[n], Grid) else (None, None)
+            stored |= {n + ":codes": codes, n + ":scale": scale} if codes is not None else {n: state[n].to(plan[n])}
+        assert groups[kind]["bytes"] == len(seal(stored, facts, compressor, 1))
+    assert sum(g["tensors"] for g in groups.values()) == len(state) and groups["control"]["rms_error"] == 0
+    assert sum(g["params"] for g in groups.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_group_sizes_follow_the_bits_of_each_kind_and_are_in_the_result(product, tiny):
+    groups = {bits: group_sizes(cfg, GPT(cfg), *rest) for bits in (4, 6, 8, 16) for cfg, *rest in [product(quant_bits_mlp=bits)]}
+    sizes, errors = ([groups[bits]["mlp"][key] for bits in (4, 6, 8, 16)] for key in ("bytes", "rms_error"))
+    assert sizes == sorted(set(sizes)) and errors == sorted(set(errors), reverse=True)
+    assert len({json.dumps(g["attn"]) for g in groups.values()}) == 1
+    report = main(tiny())
+    assert sum(g["params"] for g in report["groups"].values()) == report["params"]
+
+
+# ── one container ─────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+def test_what_is_unsealed_is_exactly_what_was_sealed(tmp_path, compressor):
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(7, dtype=torch.int8), "c": torch.randn(4).bfloat16(),
+               "d": torch.randn(4, 6).half().T}
+    facts = {"config": {"text": "\u00e4\n", "number": 0.1}, "list": [1, None, True]}
+    path = tmp_path / "sealed"
+    path.write_bytes(seal(tensors, facts, compressor))
+    found, read = unseal(path)
+    assert found == facts and read.keys() == tensors.keys()
+    assert all(read[n].dtype == t.dtype and torch.equal(read[n], t) for n, t in tensors.items())
 
 
 # ── pruning ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ from conftest import ROOT, TINY, environment, write_shard
 from test_score import short_documents, two_ranks
 
 import train_gpt
-from train_gpt import Config, Refusal, Run, main, unpack
+from train_gpt import CODE_SHA256, Config, Refusal, Run, main, seal, unpack, unseal
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 SMALL = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_batch_tokens=256, iterations=4,
@@ -280,7 +280,7 @@ def test_a_run_id_is_never_overwritten(tiny):
         main(cfg)
     assert {path: path.read_bytes() for path in folder(cfg).iterdir()} == before
     assert {path.name for path in before} == {
-        "artifact.bin", "metrics.jsonl", "result.json", "train.log", "train_gpt.py"}
+        "artifact.bin", "checkpoint.bin", "metrics.jsonl", "result.json", "train.log", "train_gpt.py"}
 
 
 # ── the artifact outlives the run ─────────────────────────────────────────────────────────────────────────────────
@@ -326,6 +326,267 @@ def test_a_run_killed_while_scoring_leaves_a_whole_artifact(tiny):
     given = frozenset({"EVAL_STRIDE", "EVAL_BATCH_SEQS", "VAL_MAX_TOKENS"})
     scored = main(tiny(eval_only=str(path), given=given))
     assert scored["val_bpb"] == main(tiny())["val_bpb"] and scored["exit_code"] == 0
+
+
+# ── the training outlives the run: a checkpoint is exported and scored again ──────────────────────────────────────
+def again(cfg: Config, **settings: str) -> Config:
+    """The configuration, from the environment, that exports and scores cfg's checkpoint with these settings."""
+    places = {name: getattr(cfg, name.lower()) for name in ("DATA_PATH", "TOKENIZER_PATH", "LOGS_DIR")}
+    run_id = f"{cfg.run_id}-{'-'.join(f'{n}={v}' for n, v in settings.items())}-again"
+    return Config.from_env({**places, "CHECKPOINT": str(folder(cfg) / "checkpoint.bin"), "RUN_ID": run_id, **settings})
+
+
+def artifact(report: dict) -> bytes:
+    return Path(report["artifact_path"]).read_bytes()
+
+
+def outcome(report: dict, *also: str) -> dict:
+    """What a run found, and these keys of result.json; nothing that a clock measured while it exported and scored."""
+    report = json.loads(json.dumps(report))
+    for row in [*report["scores"].values(), *report["toggles"].values()]:
+        row.pop("seconds", None), row.pop("cost_ms", None)
+    keys = ["scores", "toggles", "inactive", "exit_code", "val_bpb", "steps", "tokens_seen", "params", "average", "groups", "pruned",
+            "live_val_bpb", "averaged_val_bpb", "quantised_val_bpb", "quant_gap_bpb", "fit_cost_bpb", "total_bytes",
+            "trained_code_sha256", "config_sha256", *also]
+    return {key: report[key] for key in keys}
+
+
+CLOCK = ("train_seconds", "step_ms_median", "recompiles")  # of the training: a re-export reports the recorded ones
+TABLES = dict(bigram_vocab_size=64, bigram_dim=16, quant_bits_embed=8)
+KEPT = {
+    "nothing": {}, "QAT": TOGGLES["QAT"], "QNA": TOGGLES["QNA"], "EMA": TOGGLES["EMA"], "SWA": TOGGLES["SWA"],
+    "SWA in bf16": TOGGLES["SWA"] | dict(swa_dtype="bf16"), "SWA, native": TOGGLES["SWA"] | TABLES | dict(swa_dtype="native"),
+    "SQWA": TOGGLES["SQWA"], "SQWA in bf16": TOGGLES["SQWA"] | dict(swa_dtype="bf16"),
+    "SQWA of the EMA, QAT": TOGGLES["SQWA"] | TOGGLES["EMA"] | TOGGLES["QAT"] | dict(swa_dtype="native"),
+    "SWA and EMA": TOGGLES["SWA"] | TOGGLES["EMA"] | dict(average="swa"), "no warm-down": dict(warmdown_iters=0),
+    "everything": {k: v for name in TOGGLES if name not in ("SWA", "SQWA") for k, v in TOGGLES[name].items()}}
+
+
+def kept(name: str, data: Path, logs: Path) -> Config:
+    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs))
+    return Config(**TINY | SMALL | KEPT[name] | paths, run_id=name)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_checkpoint_exported_again_unchanged_gives_the_same_bytes_scores_and_clock(documents, tmp_path, name):
+    cfg = kept(name, documents, tmp_path)
+    first = main(cfg)
+    second = main(again(cfg))
+    assert artifact(first) == artifact(second) and first["artifact_path"] != second["artifact_path"]
+    assert outcome(first, *CLOCK) == outcome(second, *CLOCK) and first["exit_code"] == 0
+    assert second["checkpoint"] == str(folder(cfg) / "checkpoint.bin") and first["checkpoint"] is None
+    assert "train" in first["seconds"] and "train" not in second["seconds"]
+    assert first["trained_code_sha256"] == CODE_SHA256 and not (Path(second["artifact_path"]).parent / "checkpoint.bin").exists()
+
+
+def keep_and_export_again(names: list[str], data: Path, logs: Path) -> dict:
+    """name -> (report of the training, report of its checkpoint exported again, the two artifacts) on this process's ranks."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "milliseconds", time_once)
+        for name in names:
+            cfg = kept(name, data, logs)
+            reports = main(cfg), main(again(cfg))
+            found[name] = (*reports, *map(artifact, reports))
+    return found
+
+
+def test_a_checkpoint_exported_again_on_two_ranks_gives_the_same_and_one_rank_the_same_bytes(documents, tmp_path):
+    names = ["QAT", "SQWA of the EMA, QAT", "SWA and EMA", "everything"]
+    ranks = two_ranks(keep_and_export_again, names, documents, tmp_path / "two", folder=tmp_path, seconds=120)
+    for found in ranks:
+        for first, second, trained, exported in found.values():
+            assert trained == exported and outcome(first, *CLOCK) == outcome(second, *CLOCK)
+            assert first["world_size"] == second["world_size"] == 2 and first["exit_code"] == 0
+    for name in names:
+        alone = main(again(kept(name, documents, tmp_path / "two"), STRICT="0"))
+        assert alone["world_size"] == 1 and artifact(alone) == ranks[0][name][2]
+        assert alone["quantised_val_bpb"] == pytest.approx(ranks[0][name][0]["quantised_val_bpb"], rel=1e-6)
+
+
+PLAIN = TOGGLES["SWA"] | TOGGLES["EMA"] | TABLES | dict(average="swa", strict=False)
+OTHER_SETTINGS = [
+    dict(quant_bits_mlp=5, quant_bits_embed=6), dict(quant_bits_attn=16), dict(quant_clip="search5"), dict(quant_codes="asym"),
+    dict(quant_scale_floor=False), dict(keep_float_max_numel=10 ** 6), dict(fp16_keep_name_patterns="mlp.fc"),
+    dict(prune_pct=0.3), dict(compressor="lzma"), dict(compressor="zlib", compress_level=9), dict(average="ema"),
+    dict(average="none"), dict(fit_to_cap=True, cap_bytes=len(train_gpt.SOURCE) + 5000), dict(cap_bytes=100_000),
+    dict(eval_stride=8), dict(eval_stride=0), dict(eval_seq_len=32), dict(val_max_tokens=130), dict(doc_isolated_eval=True),
+    TOGGLES["TTT_MODE"], dict(average="ema", quant_bits_mlp=4, prune_pct=0.1, eval_stride=16)]
+
+
+@pytest.fixture(scope="module")
+def plain(documents, tmp_path_factory) -> tuple[Config, dict]:
+    """A training without QAT that collects two averages: (cfg, report)."""
+    paths = dict(data_path=str(documents), tokenizer_path=str(documents / "tokenizer.model"))
+    cfg = Config(**TINY | SMALL | PLAIN | paths, logs_dir=str(tmp_path_factory.mktemp("plain")), run_id="plain")
+    return cfg, main(cfg)
+
+
+@pytest.mark.parametrize("settings", OTHER_SETTINGS, ids=str)
+def test_other_export_and_scoring_settings_give_what_a_full_training_with_them_gives(plain, tmp_path, settings):
+    cfg, before = plain
+    full = main(Config(**{f.name: getattr(cfg, f.name) for f in train_gpt.KNOBS} | settings | dict(logs_dir=str(tmp_path))))
+    text = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in settings.items()}
+    second = main(again(cfg, **text, STRICT="0"))
+    assert artifact(second) == artifact(full) and outcome(second) == outcome(full)
+    assert outcome(second) != {**outcome(before), "config_sha256": second["config_sha256"]}  # they take effect
+    for name in CLOCK:
+        assert second[name] == before[name]
+    assert {name: second["config"][name] for name in settings} == settings
+
+
+def test_a_checkpoint_needs_no_setting_and_an_old_spelling_works_too(plain, tmp_path):
+    cfg, before = plain
+    assert artifact(main(again(cfg, STRICT="0"))) == artifact(before)
+    assert main(again(cfg, STRICT="0", QUANT_BITS="5"))["config"]["quant_bits_attn"] == 5
+
+
+@pytest.mark.parametrize("name, value, trained", [
+    ("SEED", "7", "1337"), ("MATRIX_LR", "0.5", "0.02"), ("MODEL_DIM", "32", "16"), ("ITERATIONS", "9", "4"),
+    ("EMA_DECAY", "0.75", "0.5"), ("SWA_EVERY", "2", "1"), ("QAT_ENABLED", "1", "False"), ("QNA_ENABLED", "1", "False"),
+    ("TRAIN_BATCH_TOKENS", "512", "256"), ("TRAIN_SEQ_LEN", "32", "64"), ("SMEAR_GATE", "1", "False"),
+    ("BIGRAM_HASH_BUCKETS", "128", "64"), ("WEIGHT_DECAY", "0.25", "0.0")])
+def test_a_setting_that_the_training_contradicts_is_refused_with_both_values(plain, name, value, trained):
+    with pytest.raises(Refusal) as caught:
+        main(again(plain[0], **{name: value}))
+    known = {"BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "WEIGHT_DECAY": "ADAM_WD"}.get(name, name)
+    message = str(caught.value)
+    assert caught.value.code == 2 and message.startswith(f"{known}={'True' if trained == 'False' else value}: ")
+    assert "checkpoint.bin" in message and f"made with {trained};" in message
+
+
+def test_a_setting_that_the_training_had_is_accepted(plain):
+    assert main(again(plain[0], SEED="1337", MODEL_DIM="16", EMA_DECAY="0.50", STRICT="0"))["val_bpb"] == plain[1]["val_bpb"]
+
+
+@pytest.mark.parametrize("toggle", ["QAT", "QNA", "SQWA"])
+def test_the_grid_is_a_training_setting_where_training_used_it(documents, tmp_path, toggle):
+    cfg = kept(toggle, documents, tmp_path)
+    main(cfg)
+    for name, value, trained in [("QUANT_BITS_MLP", "5", "6"), ("QUANT_CLIP", "amax", "quantile"),
+                                 ("KEEP_FLOAT_MAX_NUMEL", "0", "128"), ("QUANT_SCALE_FLOOR", "0", "True")]:
+        with pytest.raises(Refusal) as caught:
+            main(again(cfg, **{name: value}))
+        shown = "False" if value == "0" and trained == "True" else value
+        assert str(caught.value).startswith(f"{name}={shown}: ") and f"made with {trained};" in str(caught.value)
+    assert main(again(cfg, QUANT_BITS_MLP="6", PRUNE_PCT="0.3", COMPRESSOR="zlib"))["exit_code"] == 0
+
+
+def truncated(data: bytes, share: float) -> bytes:
+    return data[:int(share * len(data))]
+
+
+def flipped(data: bytes, share: float) -> bytes:
+    place = int(share * (len(data) - 1))
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1:]
+
+
+DAMAGE = {f"{change.__name__} at {share}": (lambda data, change=change, share=share: change(data, share))
+          for change, shares in ((truncated, (0.0, 0.001, 0.5, 0.9999)), (flipped, (0.0, 0.0001, 0.01, 0.5, 1.0)))
+          for share in shares} | {"with a tail": lambda data: data + b"!"}
+
+
+@pytest.fixture
+def checkpoint(tiny) -> tuple[dict, Path]:
+    """(the settings of a training, the file that it left)."""
+    settings = TOGGLES["SWA"] | TOGGLES["EMA"] | dict(average="ema", strict=False)
+    cfg = tiny(**settings)
+    main(cfg)
+    return settings, folder(cfg) / "checkpoint.bin"
+
+
+def refusal(found: tuple[int, list[str]]) -> str:
+    """The one line with which the command line refuses."""
+    code, stderr = found
+    assert code == 2 and len(stderr) == 1 and "Traceback" not in stderr[0] and "[exit 2" in stderr[0]
+    return stderr[0]
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(checkpoint, tiny, command):
+    settings, path = checkpoint
+    data = path.read_bytes()
+    assert command(tiny(**settings, checkpoint=str(path))) == (0, [])
+    for damage, inflict in DAMAGE.items():
+        path.write_bytes(inflict(data))
+        assert str(path) in refusal(command(tiny(**settings, checkpoint=str(path)))), damage
+
+
+def test_another_file_in_its_place_is_refused_in_one_line(checkpoint, tiny, command):
+    settings, path = checkpoint
+    artifact_path, missing = path.with_name("artifact.bin"), path.with_name("none.bin")
+    for other in (artifact_path, missing, path.parent, path.with_name("train.log")):
+        assert str(other) in refusal(command(tiny(**settings, checkpoint=str(other))))
+    assert str(path) in refusal(command(tiny(**settings, eval_only=str(path))))
+
+
+FORGED = {  # a right checksum around something that no training wrote
+    "no configuration": lambda facts, tensors: facts.pop("config"),
+    "a configuration that is none": lambda facts, tensors: facts.update(config=[1]),
+    "a knob is missing": lambda facts, tensors: facts["config"].pop("matrix_lr"),
+    "a knob is unknown": lambda facts, tensors: facts["config"].update(surprise=1),
+    "a knob of another type": lambda facts, tensors: facts["config"].update(ema_decay="0.5"),
+    "a knob of a place": lambda facts, tensors: facts["config"].update(data_path="/"),
+    "no progress": lambda facts, tensors: facts.pop("progress"),
+    "no steps": lambda facts, tensors: facts["progress"].pop("steps"),
+    "a clock that is text": lambda facts, tensors: facts["progress"].update(elapsed="soon"),
+    "no ledger": lambda facts, tensors: facts.pop("activity"),
+    "a toggle without ledger": lambda facts, tensors: facts["activity"].pop("EMA"),
+    "a ledger with another column": lambda facts, tensors: facts["activity"]["EMA"].update(evil=1),
+    "no count": lambda facts, tensors: facts.pop("snapshots"),
+    "live weights missing": lambda facts, tensors: tensors.pop("live/tok_emb"),
+    "live weights of another shape": lambda facts, tensors: tensors.update({"live/tok_emb": torch.zeros(3, 3)}),
+    "more live weights": lambda facts, tensors: tensors.update({"live/evil": torch.zeros(3)}),
+    "an average's tensor missing": lambda facts, tensors: tensors.pop("ema/tok_emb"),
+    "an average's tensor of one number": lambda facts, tensors: tensors.update({"sum/tok_emb": torch.zeros(1)}),
+    "a sum that is not finite": lambda facts, tensors: tensors["sum/tok_emb"].fill_(math.inf)}
+
+
+@pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
+def test_a_checkpoint_that_no_training_wrote_is_refused_in_one_line(checkpoint, tiny, command, change):
+    settings, path = checkpoint
+    facts, tensors = unseal(path)
+    change(facts, tensors)
+    path.write_bytes(seal(tensors, facts, "none"))
+    assert str(path) in refusal(command(tiny(**settings, checkpoint=str(path))))
+
+
+def test_facts_of_a_checkpoint_reach_nothing_but_the_clock(checkpoint, tiny):
+    settings, path = checkpoint
+    facts, tensors = unseal(path)
+    facts["progress"].update(cfg=None, model=None)
+    path.write_bytes(seal(tensors, facts, "none"))
+    assert main(tiny(**settings, checkpoint=str(path)))["exit_code"] == 0
+
+
+def test_a_checkpoint_and_an_artifact_together_are_refused_in_one_line(monkeypatch, capfd):
+    monkeypatch.setenv("CHECKPOINT", "a.bin")
+    monkeypatch.setenv("EVAL_ONLY", "b.bin")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    code = train_gpt.command_line([])
+    message = refusal((code, capfd.readouterr().err.splitlines()))
+    assert "CHECKPOINT=a.bin" in message and "EVAL_ONLY" in message
+
+
+# ── several averages are collected, one is shipped ────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("shipped, alone", [("none", {}), ("swa", TOGGLES["SWA"]), ("ema", TOGGLES["EMA"])], ids=str)
+def test_the_average_that_is_asked_for_is_shipped_while_all_are_collected(tiny, shipped, alone):
+    both, single = tiny(**TOGGLES["SWA"], **TOGGLES["EMA"], average=shipped), tiny(**alone)
+    report, reference = main(both), main(single)
+    assert artifact(report) == artifact(reference) and report["val_bpb"] == reference["val_bpb"]
+    assert report["average"] == reference["average"] == shipped
+    assert report["toggles"]["SWA"]["active"] and report["toggles"]["EMA"]["active"] and report["exit_code"] == 0
+    assert (report["averaged_val_bpb"] is None) == (shipped == "none")
+    log = (folder(both) / "train.log").read_text()
+    for name in ("swa", "ema"):
+        line = next(line for line in log.splitlines() if line.startswith(f"average: {name} "))
+        assert line.endswith("applied: yes" if name == shipped else f"applied: no (AVERAGE={shipped})")
+
+
+@pytest.mark.parametrize("knobs, blamed", [(TOGGLES["SWA"] | TOGGLES["EMA"], "SWA_ENABLED"), (dict(average="ema"), "AVERAGE=ema"),
+                                           (TOGGLES["EMA"] | dict(average="swa"), "AVERAGE=swa")], ids=str)
+def test_an_average_that_is_ambiguous_or_not_collected_is_refused(tiny, knobs, blamed):
+    with pytest.raises(Refusal, match=blamed):
+        tiny(**knobs)
 
 
 # ── launchers and compilers ───────────────────────────────────────────────────────────────────────────────────────
