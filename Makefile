@@ -8,7 +8,7 @@ help:
 	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 4 minutes on 2 cores)"
 	@echo "make test     the test suite, on the CPU"
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
-	@echo "make studies-small   run the five studies at the small size: about 90 minutes on 2 cores; goes on where it stopped"
+	@echo "make studies-small   run every study at the small size, about 90 minutes on 2 cores, and renew README"
 	@echo "make readme   regenerate the tables of README.md from the code and the committed logs"
 
 # Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
@@ -56,10 +56,15 @@ test: .venv/installed
 knobs: .venv/installed
 	@.venv/bin/python train_gpt.py --help
 
-# Equal steps for every study, equal time for those of the pull requests; a failed trial stays in its table
+# Equal steps for every study, equal time for those of the pull requests. A failed trial (1) stays in its table, an
+# interruption (130) ends it; the same command goes on. Where data/text is (README), its size of #199 runs too.
+RUN_STUDY = .venv/bin/python ablate.py run studies/$$study.toml
 studies-small: .venv/installed data/demo/manifest.json
-	status=0; for study in studies/*.toml; do .venv/bin/python ablate.py run $$study --equal steps || status=1; done; \
-	for study in studies/pr*.toml; do .venv/bin/python ablate.py run $$study --equal time --seeds 1,2,3 || status=1; done; exit $$status
+	@for study in $(basename $(notdir $(wildcard studies/*.toml))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done
+	@for study in $(basename $(notdir $(wildcard studies/pr*.toml))); do $(RUN_STUDY) --equal time --seeds 1,2,3 || [ $$? = 1 ] || exit; done
+	@for size in docs $(if $(wildcard data/text/manifest.json),fineweb); do study=pr199_swa_doc_isolated; \
+	  $(RUN_STUDY) --size $$size || [ $$? = 1 ] || exit; done
+	.venv/bin/python tests/readme_tables.py logs/runs
 
 readme: .venv/installed
 	.venv/bin/python tests/readme_tables.py

@@ -14,6 +14,7 @@ Format of a study: see README, or any file in studies/.
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import glob
 import hashlib
 import io
@@ -64,8 +65,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent
-SCRIPT = ROOT / "train_gpt.py"
+ROOT = Path(__file__).resolve().parent  # runs start here, so that relative paths of a study are below it
+PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] in ("run", "seed")}  # knobs that make no other arm
 
 # ── 1 STUDY: a TOML file as data ──────────────────────────────────────────────────────────────────────────────────
 STUDY_KEYS = {**dict.fromkeys(("title", "source", "question", "limits", "reference"), str),
@@ -163,7 +164,11 @@ def read_size(name: str, table: dict, where: str) -> Size:
         raise Refusal(f"{where}: needs steps and seconds, the budgets of --equal steps and --equal time")
     typed(table, SIZE_KEYS, where)
     lists = {key: tuple(table[key]) for key in ("seeds", "arms") if key in table}
-    return Size(name=name, **{**table, **lists, "env": settings(table.get("env", {}), where)})
+    size = Size(name=name, **{**table, **lists, "env": settings(table.get("env", {}), where)})
+    for key, least in {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}.items():
+        if not least <= getattr(size, key) < 1e9:
+            raise Refusal(f"{where}: {key} = {getattr(size, key)}: must be {least} or more")
+    return size
 
 
 def read_study(path: Path) -> Study:
@@ -179,7 +184,8 @@ def read_study(path: Path) -> Study:
     typed(data, STUDY_KEYS, str(path))
     sizes = {name: read_size(name, table, f"{path}: size.{name}") for name, table in data.get("size", {}).items()}
     split = {name: split_arm(table, f"{path}: arm.{name}") for name, table in data.get("arm", {}).items()}
-    arms = product_arms(data.get("factorial", {}), f"{path}: factorial") | {name: env for name, (env, _) in split.items()}
+    arms = product_arms(data.get("factorial", {}), f"{path}: factorial")
+    arms |= {name: {**arms.get(name, {}), **env} for name, (env, _) in split.items()}  # of a cell: its facts
     study = Study(
         path, data.get("title", path.stem), data.get("question", ""), data.get("source", ""), data.get("limits", ""),
         tuple(data.get("seeds", (1, 2, 3))), data.get("reference", next(iter(arms), "")),
@@ -193,6 +199,10 @@ def read_study(path: Path) -> Study:
             (not all(len(pair) == 2 for pair in study.compare), "compare: needs pairs of arms"),
             (not sizes, "no [size.NAME]; give at least one"),
             (len(arms) < 2, "fewer than two arms; add [arm.NAME] or [factorial]"),
+            (not all(type(seed) is int and seed >= 0 for group in (study, *sizes.values()) for seed in group.seeds),
+             "seeds must be whole numbers, 0 or more"),
+            (not all(isinstance(name, str) for name in study.metrics), "metrics must be names of figures of result.json"),
+            (any(len(set(scale.arms)) < len(scale.arms) for scale in sizes.values()), "an arm stands twice in a size"),
             (named - arms.keys(), f"no such arm: {', '.join(map(str, named - arms.keys()))}"),
             (not all(NAME.fullmatch(arm) for arm in (*arms, *sizes)), "names may hold letters, digits and _ . = - only")]:
         if problem:
@@ -229,11 +239,17 @@ class Matrix:
         """What a user types to make these runs (in the default folder)."""
         seeds = tuple(dict.fromkeys(t.seed for t in self.trials))
         chosen = "" if seeds == (self.size.seeds or self.study.seeds) else f" --seeds {','.join(map(str, seeds))}"
-        return f"python ablate.py run {self.study.path} --size {self.size.name} --equal {self.equal}{chosen}"
+        return f"python ablate.py run {from_root(self.study.path)} --size {self.size.name} --equal {self.equal}{chosen}"
 
     def groups(self) -> list[list[Trial]]:
         """Each training with the trials that share it."""
         return [[t, *(f for f in self.trials if f.donor == t.id)] for t in self.trials if t.donor is None]
+
+
+def from_root(path: Path) -> str:
+    """The path as a run sees it: relative to the repository where it lies in it."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def matrix(study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out: Path | None = None) -> Matrix:
@@ -242,13 +258,13 @@ def matrix(study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out
     if size not in study.sizes:
         raise Refusal(f"{study.path}: no size {size}; choose from {', '.join(study.sizes)}")
     scale, trials, donors = study.sizes[size], [], {}
-    folder = out or Path("logs/studies") / study.name / f"{size}-{equal}"
+    folder = (out or ROOT / "logs/runs" / study.name / f"{size}-{equal}").absolute()
     budget = {"steps": {"ITERATIONS": str(scale.steps), "MAX_WALLCLOCK_SECONDS": "0"},
               "time": {"MAX_WALLCLOCK_SECONDS": str(scale.seconds)}}[equal]
     for seed in seeds or scale.seeds or study.seeds:
         for arm in scale.arms or study.arms:
-            env = {**study.env, **scale.env, **study.arms[arm], **budget, "SEED": str(seed), "LOGS_DIR": str(folder)}
-            env["RUN_ID"] = f"{arm}-s{seed}"
+            env = {**study.env, **scale.env, **study.arms[arm], **budget, "SEED": str(seed)}
+            env |= {"RUN_ID": f"{arm}-s{seed}", "LOGS_DIR": from_root(folder)}
             try:
                 cfg = Config.from_env(env)
             except Refusal as refusal:
@@ -258,10 +274,10 @@ def matrix(study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out
             if donor.arm != arm:  # what it inherits from the checkpoint must not replace a default of its own
                 differing = {n.upper(): v for n, v in cfg.knobs("grid", "export", "eval").items() if getattr(donor.cfg, n) != v}
                 env |= {n: str(int(v) if isinstance(v, bool) else v) for n, v in differing.items()}
-                env["CHECKPOINT"] = str(donor.folder / "checkpoint.bin")
+                env["CHECKPOINT"] = from_root(donor.folder / "checkpoint.bin")
             trials.append(Trial(arm, seed, folder / env["RUN_ID"], env, cfg, donor.id if donor.arm != arm else None))
-    if len({t.id for t in trials}) < len(trials):
-        raise Refusal(f"{study.path}: a seed stands there twice")
+    if not trials or len({t.id for t in trials}) < len(trials):
+        raise Refusal(f"{study.path}: no seed, or a seed stands there twice")
     return Matrix(study, scale, equal, folder, trials)
 
 
@@ -281,13 +297,11 @@ def command(size: Size) -> list[str]:
 
 # ── 3 RUNNER: clean processes, nothing twice, nothing lost ────────────────────────────────────────────────────────
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file; a line that a crash cut off is left out."""
+    """The objects of a JSON-lines file; what a crash or a stranger left otherwise is passed over."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return [event for event in found if isinstance(event, dict)]
 
 
@@ -296,30 +310,18 @@ class Ledger:
     def __init__(self, folder: Path):
         self.path, self.lock = folder / "ledger.jsonl", threading.Lock()
 
-    def write(self, trial: str, **facts) -> None:
+    def write(self, trial: Trial, event: str, **facts) -> None:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        record = dict(trial=trial.id, event=event, time=now, config_sha256=trial.cfg.digest(), **facts)
         with self.lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"trial": trial, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **facts}) + "\n")
+            file.write("\n" * (file.tell() > 0 and not self.path.read_bytes().endswith(b"\n")) + json.dumps(record) + "\n")
 
-    def failures(self) -> dict[str, str]:
-        """Trial -> reason, for those whose last attempt ended badly."""
-        last = {event.get("trial"): event for event in read_lines(self.path)}
-        return {name: str(e.get("reason")) for name, e in last.items() if e.get("event") == "end" and e.get("exit_code") != 0}
-
-
-def finished(trial: Trial) -> dict | None:
-    """The result of a finished trial, None if there is none. Refusal if it came from other code or settings."""
-    if not (trial.folder / "result.json").exists():
-        return None
-    result = load(trial.folder)
-    code = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-    differing = [f"{n.upper()} ({result.get('config', {}).get(n)}, now {v})" for n, v in
-                 trial.cfg.knobs(*COMPARED).items() if result.get("config", {}).get(n) != v]
-    for what, there, now in [("code_sha256", result.get("code_sha256"), code), ("seed", result.get("seed"), trial.seed),
-                             ("config_sha256", result.get("config_sha256"), trial.cfg.digest())]:
-        if there != now:
-            detail = f": {', '.join(differing)}" if what == "config_sha256" else f" ({str(there)[:12]}, now {str(now)[:12]})"
-            raise Refusal(f"{trial.folder}: finished with another {what}{detail}; move the folder away, or use --out")
-    return result
+    def failures(self, trials: list[Trial]) -> dict[str, str]:
+        """Trial -> reason, for those of these trials whose last attempt with these settings ended badly."""
+        last = {(str(e.get("trial")), str(e.get("config_sha256"))): e for e in read_lines(self.path)}
+        ends = {t.id: last.get((t.id, t.cfg.digest()), {}) for t in trials}
+        return {name: f"FAILED (exit {e.get('exit_code')}): {e.get('reason')}"
+                for name, e in ends.items() if e.get("event") == "end" and e.get("exit_code") != 0}
 
 
 class Runner:
@@ -327,18 +329,33 @@ class Runner:
     again and keeps the old attempt's line in the ledger), one that a crash cut off is set aside and run again."""
     def __init__(self, matrix: Matrix, retry: bool = False, only: tuple[str, ...] = (),
                  before: Callable[[], None] = lambda: None):
-        self.matrix, self.before, self.running, self.stopping = matrix, before, {}, False
-        self.ledger = Ledger(matrix.folder)
-        self.failed = {} if retry else self.ledger.failures()
-        self.results = {t.id: r for t in matrix.trials if t.id not in self.failed and (r := finished(t))}
-        chosen = [t for t in matrix.trials if not only or t.id in only]
-        if len(chosen) < len(only):
+        self.matrix, self.before, self.ledger = matrix, before, Ledger(matrix.folder)
+        self.running: dict[str, subprocess.Popen] = {}
+        self.lock, self.stopping = threading.Lock(), False
+        self.failed = {} if retry else self.ledger.failures(matrix.trials)
+        self.results = {t.id: r for t in matrix.trials if t.id not in self.failed and (r := self.finished(t))}
+        self.chosen = [t for t in matrix.trials if not only or t.id in only]
+        if len(self.chosen) < len(set(only)):
             raise Refusal(f"--only {','.join(only)}: not all are trials of {matrix.study.name}; see --dry-run")
-        self.todo = [t for t in chosen if t.id not in self.results and t.id not in self.failed]
+        self.todo = [t for t in self.chosen if t.id not in self.results and t.id not in self.failed]
+
+    def finished(self, trial: Trial) -> dict | None:
+        """The result of a trial that ended well, else None. Refusal if it came from other code, settings, data or ranks."""
+        if not (trial.folder / "result.json").exists() or (result := load(trial.folder))["exit_code"]:
+            return None
+        wanted = {"code_sha256": train_gpt.CODE_SHA256, "seed": trial.seed, "world_size": self.matrix.size.ranks}
+        settings = trial.cfg.knobs(*COMPARED) | {"data_path": trial.cfg.data_path}
+        for there, expected in ((result, wanted), (result["config"], settings), (result, {"config_sha256": trial.cfg.digest()})):
+            for name, value in expected.items():
+                if there.get(name) != value:
+                    raise Refusal(f"{trial.folder}: finished with {name} {there.get(name)}, now {value}; move the folder away, "
+                                  "or use --out")
+        return result
 
     def seconds(self, trial: Trial) -> float:
         """Projected wall seconds: as a finished trial of this arm took, else the size's budget."""
-        known = [sum(r["seconds"].values()) + 5 for name, r in self.results.items() if name.rpartition("-s")[0] == trial.arm]
+        mine = [r for name, r in list(self.results.items()) if name.rpartition("-s")[0] == trial.arm]
+        known = [sum(r["seconds"].values()) + 5 for r in mine]
         return sum(known) / len(known) if known else (self.matrix.size.seconds if trial.donor is None else 0) + 10
 
     def remaining(self) -> float:
@@ -346,71 +363,98 @@ class Runner:
         return sum(map(self.seconds, waiting)) / self.matrix.size.jobs
 
     def run(self, log: Callable[[str], None]) -> None:
-        """Runs the groups, `jobs` at a time, in order."""
+        """Runs the groups, `jobs` at a time, in order. An interruption ends what runs, and writes no end of it."""
         self.matrix.folder.mkdir(parents=True, exist_ok=True)
         groups = [[t for t in group if t in self.todo] for group in self.matrix.groups()]
         with ThreadPoolExecutor(self.matrix.size.jobs) as pool:
             try:
                 for future in [pool.submit(self.run_group, group, log) for group in groups if group]:
                     future.result()
-            except BaseException:
-                self.stopping = True
+            except BaseException as error:
+                with self.lock:
+                    self.stopping = True
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self.running.values()):
                     process.terminate()
+                for process in list(self.running.values()):
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(30)
+                    process.kill()
+                if isinstance(error, KeyboardInterrupt):
+                    raise Refusal("interrupted; the same command goes on where this one stopped", 130) from None
                 raise
 
     def run_group(self, group: list[Trial], log: Callable[[str], None]) -> None:
-        """A training and what shares it; its checkpoint is removed when all that need it have ended."""
+        """A training and what shares it. Its checkpoint is removed at the end; a later arm that would share it trains."""
         for trial in group:
-            self.before()
-            self.run_trial(trial)
-            left = f"about {self.remaining() / 60:.0f} min left"
+            if trial.donor in self.failed:
+                self.end(trial, -1, f"its training {trial.donor} failed")
+            else:
+                self.before()
+                self.run_trial(trial)
             outcome = self.failed.get(trial.id) or f"val bpb {self.results[trial.id]['val_bpb']:.5f}"
             done = len(self.results) + len(self.failed)
-            log(f"[{done}/{len(self.matrix.trials)}] {trial.id}: {outcome}; {left}")
-        donor = next(t for t in self.matrix.trials if t.id == (group[0].donor or group[0].id))
-        if all(t.id in self.results or t.id in self.failed for t in self.matrix.trials if donor.id in (t.id, t.donor)):
-            (donor.folder / "checkpoint.bin").unlink(missing_ok=True)
+            log(f"[{done}/{len(self.matrix.trials)}] {trial.id}: {outcome}; about {self.remaining() / 60:.0f} min left")
+        (self.matrix.folder / (group[0].donor or group[0].id) / "checkpoint.bin").unlink(missing_ok=True)
 
-    def run_trial(self, trial: Trial) -> None:
-        if trial.donor and not Path(trial.env["CHECKPOINT"]).exists():
-            gone = "failed" if trial.donor in self.failed else f"no longer has its checkpoint; remove {trial.donor} and run again"
-            self.end(trial, -1, f"its training {trial.donor} {gone}")
-            return
+    def start(self, trial: Trial, output, lock) -> subprocess.Popen:
+        """The process of a trial; it holds the trial's lock, even when this program is gone."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal(f"{trial.id}: a process of an earlier start still runs it; end that first") from None
         if trial.folder.exists():  # cut off by a crash
             attempts = itertools.count(1)
             trial.folder.rename(next(p for n in attempts if not (p := trial.folder.with_name(f"{trial.id}.cut{n}")).exists()))
-        self.ledger.write(trial.id, event="start")
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(command(self.matrix.size), cwd=ROOT, env=clean_environment(trial, self.matrix.size),
-                                       stdout=output, stderr=subprocess.STDOUT)
-            self.running[trial.id] = process
-            code = process.wait()
+        env = clean_environment(trial, self.matrix.size)
+        if trial.donor and not (self.matrix.folder / trial.donor / "checkpoint.bin").exists():
+            del env["CHECKPOINT"]  # that training is over: this trial trains
+        with self.lock:
+            if self.stopping:
+                raise Refusal(f"{trial.id}: interrupted", 130)
+            self.ledger.write(trial, "start")
+            self.running[trial.id] = subprocess.Popen(command(self.matrix.size), cwd=ROOT, env=env, stdout=output,
+                                                      stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
+        return self.running[trial.id]
+
+    def run_trial(self, trial: Trial) -> None:
+        """Runs one trial and writes down how it ended."""
+        lock_path = self.matrix.folder / f".{trial.id}.lock"
+        with tempfile.TemporaryFile() as output, lock_path.open("w") as lock:
+            code = self.start(trial, output, lock).wait()
             del self.running[trial.id]
-            if self.stopping or code in (130, 143, -2, -15):  # no end is written: it runs again next time
-                raise Refusal(f"{trial.id}: interrupted; the same command goes on where this one stopped", 130)
             output.seek(max(0, output.seek(0, os.SEEK_END) - 20_000))
             lines = output.read().decode(errors="replace").strip().splitlines()
-        result = load(trial.folder) if (trial.folder / "result.json").exists() else {}
-        code = result.get("exit_code", code)
-        stopped = [e["error"] for e in read_lines(trial.folder / "metrics.jsonl") if "error" in e]
+        lock_path.unlink(missing_ok=True)
+        if self.stopping or code in (130, 143, -signal.SIGINT, -signal.SIGTERM):  # no end is written: it runs again next time
+            raise Refusal(f"{trial.id}: interrupted; the same command goes on where this one stopped", 130)
+        try:
+            code, reason = self.outcome(trial, code, lines)
+            if code == 0 and (result := self.finished(trial)):
+                self.results[trial.id] = result
+        except Refusal as refusal:  # an unreadable or foreign result
+            code, reason = code or 5, str(refusal)
+        self.end(trial, code, reason)
+
+    @staticmethod
+    def outcome(trial: Trial, code: int, lines: list[str]) -> tuple[int, str]:
+        """(exit code, reason) of a run; torchrun itself ends with 1, whatever the rank's code."""
+        if (trial.folder / "result.json").exists():
+            code = load(trial.folder)["exit_code"]
+            return code, train_gpt.EXIT_CODES.get(code, "unknown exit code")
         told = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["no output"]
-        reasons = [train_gpt.EXIT_CODES.get(code, "unknown exit code")] if result else stopped or told
-        self.end(trial, code, "" if code == 0 else reasons[-1])
-        if code == 0:
-            self.results[trial.id] = finished(trial)
+        exits = re.findall(r"\[exit (\d+):", told[-1])
+        return int(exits[-1]) if exits else code or 1, told[-1]
 
     def end(self, trial: Trial, code: int, reason: str) -> None:
-        self.ledger.write(trial.id, event="end", exit_code=code, reason=reason)
-        if code != 0:
-            self.failed[trial.id] = f"FAILED (exit {code}): {reason}"
+        self.ledger.write(trial, "end", exit_code=code, reason=reason)
+        self.failed |= self.ledger.failures([trial])
 
 
 def shell(trial: Trial, size: Size) -> str:
-    """The command of a trial as one line for a shell."""
-    env = [f"{name}={shlex.quote(value)}" for name, value in clean_environment(trial, size).items() if name in trial.env]
-    return " ".join([*env, shlex.join(command(size))])
+    """The command of a trial as one line for a shell, with the whole environment that it gets."""
+    env = [f"{name}={shlex.quote(value)}" for name, value in clean_environment(trial, size).items() if name != "PATH"]
+    return " ".join(["env", "-i", 'PATH="$PATH"', *env, shlex.join(command(size))])
 
 
 def watch(runner: Runner) -> rich.table.Table:
@@ -421,8 +465,8 @@ def watch(runner: Runner) -> rich.table.Table:
     for trial in [t for t in runner.matrix.trials if t.id in runner.running]:
         events = read_lines(trial.folder / "metrics.jsonl")
         step = next((e for e in reversed(events) if e.get("event") == "step"), {})
-        left = runner.seconds(trial) - (events[-1]["t"] if events else 0)
-        table.add_row(trial.id, str(step.get("step", "-")), f"{step.get('loss', math.nan):.4f}", f"{max(left, 0):.0f} s")
+        left = runner.seconds(trial) - (events[-1].get("t", 0) if events else 0)
+        table.add_row(trial.id, str(step.get("step", "-")), str(step.get("loss", "-"))[:6], f"{max(left, 0):.0f} s")
     return table
 
 
@@ -437,7 +481,7 @@ def run_here(runner: Runner) -> None:
 
 
 def run_elsewhere(runner: Runner, cluster: str, arguments: list[str]) -> None:
-    """One job per training through submitit (cluster: slurm or local), each of which calls `ablate.py run --only`."""
+    """One job per training through submitit (cluster: slurm; local starts all at once), each a call of `ablate.py run --only`."""
     try:
         import submitit
     except ImportError:
@@ -449,7 +493,7 @@ def run_elsewhere(runner: Runner, cluster: str, arguments: list[str]) -> None:
         if mine := [t for t in group if t in runner.todo]:
             minutes, gpus = math.ceil(3 * sum(map(runner.seconds, mine)) / 60) + 30, size.ranks if cluster == "slurm" else 0
             executor.update_parameters(timeout_min=minutes, name=runner.matrix.study.name, gpus_per_node=gpus)
-            call = [sys.executable, str(ROOT / "ablate.py"), *arguments, "--only", ",".join(t.id for t in mine)]
+            call = [sys.executable, __file__, *arguments, "--only", ",".join(t.id for t in mine)]
             jobs.append(executor.submit(submitit.helpers.CommandFunction(call, cwd=str(ROOT), verbose=False)))
     for job in jobs:
         print(f"job {job.job_id}: {job.state}", flush=True)
@@ -459,19 +503,22 @@ def run_elsewhere(runner: Runner, cluster: str, arguments: list[str]) -> None:
 
 
 def gpu_gate(cool_down: float, max_celsius: float, max_busy: float) -> None:
-    """Sleeps cool_down seconds, then until every GPU is idle and cool. Refusal after 15 minutes of waiting."""
+    """Sleeps cool_down seconds, then until every GPU is idle and cool (0: no limit). Refusal where no GPU can be asked, and
+    after 15 minutes of waiting."""
     time.sleep(cool_down)
-    if not shutil.which("nvidia-smi") or not (max_celsius or max_busy):
-        return
     query = ["nvidia-smi", "--query-gpu=utilization.gpu,temperature.gpu", "--format=csv,noheader,nounits"]
-    for _ in range(90):
-        lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
-        found = [tuple(map(float, line.split(","))) for line in lines if re.fullmatch(r"\s*[\d.]+\s*,\s*[\d.]+\s*", line)]
-        if all((not max_busy or busy <= max_busy) and (not max_celsius or celsius <= max_celsius) for busy, celsius in found):
-            return
+    for _ in range(90 if max_celsius or max_busy else 0):
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+            found = [tuple(map(float, line.split(","))) for line in answer.strip().splitlines()]
+            if all(busy <= (max_busy or math.inf) and celsius <= (max_celsius or math.inf) for busy, celsius in found):
+                return
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            raise Refusal(f"--max-celsius, --max-busy: nvidia-smi does not answer ({error}); leave them out") from None
         time.sleep(10)
-    raise Refusal(f"GPUs are not idle and cool after 15 minutes: (% busy, Celsius) {found}; stop what uses them, or raise the "
-                  "limits")
+    if max_celsius or max_busy:
+        raise Refusal(f"GPUs are not idle and cool after 15 minutes: (% busy, Celsius) {found}; stop what uses them, or raise "
+                      "the limits")
 
 # ── 4 STATISTICS ──────────────────────────────────────────────────────────────────────────────────────────────────
 LEVEL = 0.05  # two-sided, of every interval and verdict
@@ -479,7 +526,6 @@ RECORD_NATS, RECORD_LEVEL = 0.005, 0.01  # the challenge: a record is better by 
 ROUNDING = 1e-14  # of the largest score: a difference or spread below it is arithmetic, not training
 FINGERPRINT = ("code_sha256", "data.val_sha256", "data.tokenizer_sha256", "data.train_tokens", "val_tokens", "val_bytes",
                "device", "world_size", "threads_per_rank", "dtype", "compile", "cuda", "torch")
-PLACES = {"seed", "run_id", "data_path", "tokenizer_path", "logs_dir", "eval_only", "checkpoint"}  # no part of an arm
 
 class Summary(NamedTuple):
     """One arm; sd is that of a sample (n - 1), nan for one run."""
@@ -676,8 +722,9 @@ def metric(run: dict, name: str) -> float | None:
 
 def heading_of(name: str) -> tuple[str, str, int]:
     """(heading, unit, digits) of a metric."""
-    unit = "ms" if name.endswith("_ms") else "nats" if name.startswith("toggles.") and "DOC" not in name else "BPB"
-    return METRICS.get(name, (name.removeprefix("scores.").removeprefix("toggles."), unit, 5 if unit != "ms" else 2))
+    units = {"bpb": ("BPB", 5), "_ms": ("ms", 2), "seconds": ("s", 2), "bytes": ("bytes", 0), "loss": ("nats", 5)}
+    unit, digits = next((u for suffix, u in units.items() if name.endswith(suffix)), ("", 5))
+    return METRICS.get(name, (name.removeprefix("scores.").removeprefix("toggles."), unit, digits))
 
 
 @dataclass(frozen=True)
@@ -704,18 +751,21 @@ def load(folder: Path) -> dict:
 def load_matrix(matrix: Matrix) -> Finished:
     """The finished and failed trials. Refusal when a log says other settings than the study, or when the runs are of
     different code, data or hardware."""
-    runs, failed = {}, Ledger(matrix.folder).failures()
+    runs, failed = {}, Ledger(matrix.folder).failures(matrix.trials)
     for trial in matrix.trials:
         if trial.id in failed or not (trial.folder / "result.json").exists():
             continue
         run = load(trial.folder) | {"arm": trial.arm}
         logged = run["config"]
+        if run["exit_code"]:
+            failed[trial.id] = f"FAILED (exit {run['exit_code']}): {train_gpt.EXIT_CODES.get(run['exit_code'])}"
+            continue
         wrong = [f"{n.upper()}={v} in the study, {logged[n]} in the log"
                  for n, v in trial.cfg.knobs(*COMPARED).items() if n in logged and logged[n] != v]
         if wrong or run["seed"] != trial.seed:
             raise Refusal(f"{trial.folder}: {', '.join(wrong) or 'another seed'}; run the study again, or take the old file")
         runs.setdefault(trial.arm, {})[trial.seed] = run
-    found = Finished(matrix, runs, {t.id: failed[t.id] for t in matrix.trials if t.id in failed})
+    found = Finished(matrix, runs, failed)
     check_alike(found.all(), config=False)
     for by_seed in runs.values():
         check_alike(list(by_seed.values()), config=True)
@@ -736,29 +786,31 @@ def arm_table(found: Finished) -> tuple[list[str], list[list]]:
     extra = [name for name in study.metrics if name not in METRICS]
     names = ["live_val_bpb", "float_val_bpb", "quantised_val_bpb", "val_bpb", "quant_gap_bpb", *extra, "step_ms_median", "steps",
              "total_bytes"]
-    rows, published = [], {arm: study.facts.get(arm, {}).get("published", {}) for arm in study.arms}
+    rows, told = [], any("published" in facts or "expect" in facts for facts in study.facts.values())
     for arm in size.arms or study.arms:
         lost = [f"s{name.rpartition('-s')[2]} {why}" for name, why in found.failed.items() if name.rpartition("-s")[0] == arm]
         figures = [spell(found.values(arm, name), heading_of(name)[2]) for name in names]
-        told = "; ".join(f"{k} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in published[arm].items())
+        facts = study.facts.get(arm, {})
+        published = {**facts.get("published", {}), **{k: facts[k] for k in ("expect", "note") if k in facts}}
+        words = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in published.items())
         rows.append([arm, " ".join(f"{k}={v}" for k, v in study.arms[arm].items()), str(len(found.runs.get(arm, {})))
-                     + (f", failed: {'; '.join(lost)}" if lost else ""), *figures, *([told] if any(published.values()) else [])])
+                     + (f", failed: {'; '.join(lost)}" if lost else ""), *figures, *[words] * told])
     return ["arm", "settings", "n", *(", ".join(filter(None, heading_of(n)[:2])) for n in names),
-            *(["published"] if any(published.values()) else [])], rows
+            *["published, expected"] * told], rows
 
 
 def pairs(found: Finished) -> Iterator[tuple[str, str, str, dict, dict]]:
     """(name of a, name of b, metric, values of a, values of b): each arm against the reference in every metric of the
     study, then its own comparisons, where `arm:metric` names a figure of one arm."""
     study, size = found.matrix.study, found.matrix.size
-    arms = size.arms or tuple(study.arms)
+    arms, metrics = size.arms or tuple(study.arms), dict.fromkeys(study.metrics)
+    metrics |= dict.fromkeys(["step_ms_median", "steps"] if found.matrix.equal == "time" else [])  # what an arm costs
     for a, b in [(study.reference, arm) for arm in arms if arm != study.reference] + [c for c in study.compare]:
         (a, own_a), (b, own_b) = ((side.partition(":")[0], side.partition(":")[2]) for side in (a, b))
         if a in arms and b in arms:
-            for name in [own_a] if own_a else study.metrics:
-                left, right = found.values(a, name), found.values(b, own_b or name)
-                if left and right:
-                    yield f"{a}:{own_a}" if own_a else a, f"{b}:{own_b}" if own_b else b, name, left, right
+            for name in [own_a] if own_a else metrics:
+                names = (f"{a}:{own_a}" if own_a else a, f"{b}:{own_b}" if own_b else b)
+                yield *names, name, found.values(a, name), found.values(b, own_b or name)
 
 
 COMPARISON_HEADER = ["difference", "metric", "mean", "95 % CI", "n could show", "paired t (df)", "paired p", "Welch p",
@@ -802,16 +854,17 @@ def factorial_table(found: Finished) -> tuple[list[str], list[list]]:
 
 def record_lines(found: Finished) -> list[str]:
     """The challenge's rule for every arm against the reference."""
-    reference, lines = found.matrix.study.reference, []
+    reference, lines, tested = found.matrix.study.reference, [], False
     for arm in found.runs:
         new, old = found.values(arm, "val_bpb"), found.values(reference, "val_bpb")
-        if arm != reference and min(len(new), len(old)) >= 2:
+        alike = {run["scored"] for name in (arm, reference) for run in found.runs.get(name, {}).values()}
+        if arm != reference and min(len(new), len(old)) >= 2 and len(alike) == 1:
             run = found.all()[0]
-            rule = record_rule(new, old, run["val_tokens"] / run["val_bytes"])
+            rule, tested = record_rule(new, old, run["val_tokens"] / run["val_bytes"]), True
             if rule.holds:
                 lines.append(f"{arm} is below {reference} by {rule.difference:.5f} BPB, more than the {rule.margin:.5f} BPB "
                              f"(0.005 nats) of the record rule, at p = {rule.p:.2g}.")
-    return lines or [f"No arm is below {reference} by 0.005 nats at p < 0.01 (the record rule)."]
+    return lines or [f"No arm is below {reference} by 0.005 nats at p < 0.01 (the record rule)."] * tested
 
 
 def notes(found: Finished) -> list[str]:
@@ -1241,12 +1294,10 @@ def unfit(results: Results) -> Iterator[str]:
 
 def unlike(results: Results) -> Iterator[str]:
     """What differs between the runs although it must not, with both values."""
-    free = {"seed"} | {f.name for f in train_gpt.KNOBS if f.metadata["scope"] == "run"}
     def identity(r: dict) -> dict:
         data = {f"data.{key}": value for key, value in r["data"].items() if key not in ("path", "manifest")}
-        config = {key.upper(): value for key, value in r["config"].items() if key not in free}
-        return {key: r[key] for key in ("code_sha256", "device", "world_size", "torch")} | data | config | {
-            "config_sha256": r["config_sha256"]}
+        config = {key.upper(): value for key, value in r["config"].items() if key not in PLACES}
+        return {key: lookup(r, key) for key in FINGERPRINT} | data | config | {"config_sha256": r["config_sha256"]}
     (seed, first), *others = [(seed, identity(r)) for seed, r in results.items()]
     for other, found in others:
         for key in dict.fromkeys([*first, *found]):
@@ -1613,7 +1664,7 @@ class StudyOptions:
     equal: Annotated[str, typer.Option(help="what all arms get: steps, or time (the challenge's view)")] = "steps"
     seeds: Annotated[str, typer.Option(help="such as 1,2,3; default: the study's")] = ""
     ranks: Annotated[int, typer.Option(min=0, help="processes, one per GPU; 0: the size's")] = 0
-    out: Annotated[Path | None, typer.Option(help="folder of the runs; default logs/studies/STUDY/SIZE-EQUAL")] = None
+    out: Annotated[Path | None, typer.Option(help="folder of the runs; default logs/runs/STUDY/SIZE-EQUAL")] = None
 
     def matrix(self) -> Matrix:
         if self.equal not in ("steps", "time"):
@@ -1633,9 +1684,9 @@ class RunOptions(StudyOptions):
     retry: Annotated[bool, typer.Option("--retry", help="run failed trials again")] = False
     only: Annotated[str, typer.Option(help="these trials alone, separated by commas")] = ""
     launcher: Annotated[str, typer.Option(help="here; slurm or local: one job per training, through submitit")] = "here"
-    cool_down: Annotated[float, typer.Option(help="seconds to wait before each trial")] = 0.0
-    max_celsius: Annotated[float, typer.Option(help="wait until every GPU is cooler; 0: do not look")] = 0.0
-    max_busy: Annotated[float, typer.Option(help="wait until every GPU is less busy, in percent; 0: do not look")] = 0.0
+    cool_down: Annotated[float, typer.Option(min=0, help="seconds to wait before each trial")] = 0.0
+    max_celsius: Annotated[float, typer.Option(min=0, help="wait until every GPU is cooler; 0: do not look")] = 0.0
+    max_busy: Annotated[float, typer.Option(min=0, help="wait until every GPU is less busy, percent; 0: do not look")] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1649,9 +1700,14 @@ class SweepOptions(RunOptions):
 def run(options: RunOptions) -> None:
     """Run what is missing of a study, then write its report. Exit code 1 when a trial failed."""
     m, only = options.matrix(), tuple(name for name in options.only.split(",") if name)
+    limits = (options.cool_down, options.max_celsius, options.max_busy)
     if options.launcher not in ("here", "slurm", "local"):
         raise Refusal(f"--launcher {options.launcher}: choose here, slurm or local")
-    runner = Runner(m, options.retry, only, lambda: gpu_gate(options.cool_down, options.max_celsius, options.max_busy))
+    if any(limits) and m.size.jobs > 1:
+        raise Refusal(f"--cool-down, --max-celsius, --max-busy: {m.size.jobs} trainings run side by side; set its jobs to 1")
+    runner = Runner(m, options.retry, only, lambda: gpu_gate(*limits))
+    if runner.failed:
+        print(f"{len(runner.failed)} trials failed before and stay so (--retry runs them again)")
     if options.dry_run:
         for trial in runner.todo:
             shares = f", shares the training of {trial.donor}" if trial.donor else ""
@@ -1662,13 +1718,14 @@ def run(options: RunOptions) -> None:
         run_here(runner)
     else:
         seeds = ",".join(str(seed) for seed in dict.fromkeys(t.seed for t in m.trials))
-        run_elsewhere(runner, options.launcher, [
-            "run", str(m.study.path), "--size", m.size.name, "--equal", m.equal, "--out", str(m.folder), "--seeds", seeds,
-            "--ranks", str(m.size.ranks)])
+        said = {"size": m.size.name, "equal": m.equal, "out": m.folder, "seeds": seeds, "ranks": m.size.ranks,
+                "cool-down": limits[0], "max-celsius": limits[1], "max-busy": limits[2]}
+        run_elsewhere(runner, options.launcher, ["run", str(m.study.path.absolute()), *["--retry"] * options.retry,
+                                                 *(f"--{name}={value}" for name, value in said.items())])
     for path in [] if only else write_report(m):
         print(f"wrote {path}")
-    failed = runner.ledger.failures()
-    raise typer.Exit(int(any(t.id in failed for t in m.trials)))
+    after = Runner(m, only=only)
+    raise typer.Exit(int(bool(after.todo) or any(t.id in after.failed for t in after.chosen)))
 
 
 @app.command()
@@ -1687,6 +1744,9 @@ def run_set(patterns: str) -> list[dict]:
     if not folders:
         raise Refusal(f"{patterns}: no folder with a result.json matches; quote the pattern, as in 'logs/base-s*'")
     runs = [load(folder) for folder in folders]
+    for run in runs:
+        if run["exit_code"]:
+            raise Refusal(f"{run['name']}: exit code {run['exit_code']}; only good runs are compared, leave it out")
     check_alike(runs, config=True)
     return runs
 
@@ -1725,13 +1785,15 @@ def sweep(options: SweepOptions) -> None:
         raise Refusal(f"--grid {options.grid}: give one or two, each as KNOB=v1,v2,...")
     if options.size not in base.sizes:
         raise Refusal(f"{base.path}: no size {options.size}; choose from {', '.join(base.sizes)}")
-    path = Path("logs/studies") / f"sweep_{'_'.join(factors).lower()}_{base.name}.toml"
+    digest = hashlib.sha256(repr(sorted(factors.items())).encode()).hexdigest()[:6]
+    path = ROOT / "logs/runs" / f"sweep_{'_'.join(factors).lower()}_{base.name}_{digest}.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = {k: v for k, v in dataclasses.asdict(base.sizes[options.size]).items() if k not in ("name", "arms", "env") and v}
+    scale = base.sizes[options.size]
+    env = {**base.env, **scale.env, **base.arms[base.reference]}
+    size = {k: v for k, v in dataclasses.asdict(scale).items() if k not in ("name", "arms", "env", "seeds")}
     title = f"Sweep of {', '.join(factors)} on {base.name}"
-    blocks = {"": {"title": title, "seeds": list(base.seeds), "metrics": list(base.metrics)},
-              "env": {k: v for k, v in {**base.env, **base.arms[base.reference]}.items() if k not in factors},
-              f"size.{options.size}": size, f"size.{options.size}.env": base.sizes[options.size].env,
+    blocks = {"": {"title": title, "seeds": list(scale.seeds or base.seeds), "metrics": list(base.metrics)},
+              "env": {k: v for k, v in env.items() if k not in factors}, f"size.{options.size}": size,
               "factorial": {knob: values.split(",") for knob, values in factors.items()}}
     lines = [line for name, table in blocks.items()
              for line in [f"[{name}]" * bool(name), *(f"{key} = {json.dumps(value)}" for key, value in table.items()), ""]]
@@ -1748,7 +1810,7 @@ def submission(
     github_id: Annotated[str, typer.Option()],
     name: Annotated[str, typer.Option(help="title of the run")],
     blurb: Annotated[str, typer.Option(help="one paragraph")] = "",
-    track: Annotated[str, typer.Option()] = "10min_16mb",
+    track: Annotated[str, typer.Option(help="default: 10min_16mb for three good seeds on 8xH100, else none")] = "",
 ) -> None:
     """Build the leaderboard folder from the logs of full trainings, one per seed."""
     about = {"author": author, "github_id": github_id, "name": name, "blurb": blurb, "track": track}
@@ -1772,7 +1834,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Refusal as refusal:
         message, code = str(refusal), refusal.code
     except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted; the same command goes on where this one stopped", 130
+        message, code = "interrupted", 130
     except OSError as error:
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}; check its folder, rights and free space", 2
     print("ablate.py: error:", message, file=sys.stderr)
@@ -1780,4 +1842,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated study ends its runs, as an interrupted one does
     sys.exit(main())

@@ -1,10 +1,12 @@
-"""The generated parts of README.md and submission.json: from the code and from the committed logs of the demo and the studies.
+"""The generated parts of README.md: from the code and from the committed logs of the demo and the studies.
 
-`python tests/readme_tables.py` (make readme) rewrites them; test_readme.py fails when they are stale.
+`python tests/readme_tables.py` (make readme) rewrites them; test_readme.py fails when they are stale. With a folder of runs,
+such as logs/runs, the committed logs of studies are first replaced by those.
 """
 import functools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,52 +52,52 @@ def demo_summary() -> str:
             f"{sum(r['seconds'].values()):.0f} s in all.")
 
 
-def study(stem: str, size: str, equal: str) -> str:
+def study(stem: str, size: str, equal: str, logs: Path = ROOT / "logs" / "studies") -> ablate.Matrix:
+    """The matrix of committed logs; equal time was run with three seeds."""
+    folder = logs / stem / f"{size}-{equal}"
+    seeds = (1, 2, 3) if equal == "time" else ()
+    return ablate.matrix(ablate.read_study(ROOT / "studies" / f"{stem}.toml"), size, equal, seeds, folder)
+
+
+def study_tables(stem: str, size: str, equal: str) -> str:
     """The tables of a study in short form: how it ran, the arms, the differences, the factorial."""
-    matrix = ablate.matrix(ablate.read_study(ROOT / "studies" / f"{stem}.toml"), size, equal)
-    folder = ROOT / matrix.folder
-    matrix = ablate.matrix(matrix.study, size, equal, out=folder)
+    matrix = study(stem, size, equal)
     found = ablate.load_matrix(matrix)
-    run = found.all()[0]
+    runs = found.all()
     budget = f"{matrix.size.steps} steps" if equal == "steps" else f"{matrix.size.seconds:g} s of training"
-    line = (f"`python ablate.py run studies/{stem}.toml --size {size} --equal {equal}`: {budget} for every arm, "
-            f"{len(found.all())} runs of {sum(not r['checkpoint'] for r in found.all())} trainings on {run['device']}, one core each, "
-            f"torch {run['torch']}; {run['val_tokens']:,} targets of {run['val_bytes']:,} bytes scored.")
-    blocks = [line]
-    for (header, rows), drop in ((ablate.arm_table(found), {"settings", "published", "code + artifact, bytes"}
-             | ({"steps"} if equal == "steps" else set())), (ablate.comparison_table(found), {"in words", "paired t (df)"}),
-            (ablate.factorial_table(found), set())):
+    r, trainings = runs[0], sum(not run["checkpoint"] for run in runs)
+    blocks = [f"`{matrix.command()}`: {budget} for every arm, {len(runs)} runs of {trainings} trainings on {r['device']}, "
+              f"{matrix.size.jobs} side by side, threads: {r['threads_per_rank']}, torch {r['torch']}; scored: "
+              f"{r['val_tokens']:,} targets of {r['val_bytes']:,} bytes."]
+    long = {"settings", "published, expected", "code + artifact, bytes", "steps" * (equal == "steps")}
+    for (header, rows), drop in [
+            (ablate.arm_table(found), long), (ablate.comparison_table(found), {"in words", "paired t (df)"}),
+            (ablate.factorial_table(found), set())]:
         kept = [i for i, name in enumerate(header) if name not in drop and any(row[i] != "-" for row in rows)]
         if rows:
             blocks.append(markdown([header[i] for i in kept], [[row[i] for i in kept] for row in rows]))
     return "\n\n".join(blocks)
 
 
-STUDIES = [("pr989_qat_x_swa", "small"), ("pr199_swa_doc_isolated", "small"), ("pr975_qna_sqwa", "small"),
-           ("pr145_int8_qat", "small"), ("pr194_11l_record", "small")]
+def adopt(logs: Path) -> None:
+    """Replaces the committed logs of each study that has been run to its end below `logs` by what tables are made of."""
+    for stem, size, equal in STUDIES:
+        matrix, kept = study(stem, size, equal, logs), study(stem, size, equal)
+        if all((t.folder / "result.json").exists() or t.id in ablate.Ledger(matrix.folder).failures([t]) for t in matrix.trials):
+            shutil.rmtree(kept.folder, ignore_errors=True)
+            for trial in [Path(), *(Path(t.id) for t in matrix.trials)]:
+                for path in [matrix.folder / trial / name for name in ("ledger.jsonl", "result.json", "metrics.jsonl")]:
+                    if path.exists():
+                        (kept.folder / trial).mkdir(parents=True, exist_ok=True)
+                        shutil.copy(path, kept.folder / trial)
+
+
+STUDIES = [*((stem, "small", equal) for stem in ("pr989_qat_x_swa", "pr199_swa_doc_isolated", "pr975_qna_sqwa", "pr145_int8_qat",
+                                                 "pr194_11l_record") for equal in ("steps", "time")),
+           ("pr199_swa_doc_isolated", "docs", "steps"), ("pr199_swa_doc_isolated", "fineweb", "steps"),
+           ("swa_sums_in_bf16", "small", "steps")]
 BLOCKS = {"toggles": toggles, "exit-codes": exit_codes, "demo": demo_output, "demo-summary": demo_summary,
-          **{f"{stem}-{size}-{equal}": functools.partial(study, stem, size, equal) for stem, size in STUDIES
-             for equal in ("steps", "time")},
-          "swa_sums_in_bf16-small-steps": functools.partial(study, "swa_sums_in_bf16", "small", "steps"),
-          "pr199_swa_doc_isolated-fineweb-steps": functools.partial(study, "pr199_swa_doc_isolated", "fineweb", "steps")}
-
-
-def submission() -> dict:
-    """submission.json of the demo run: hardware said plainly, every figure from its result.json."""
-    r = json.loads((DEMO / "result.json").read_text())
-    c = r["config"]
-    return {
-        "author": "the authors of this repository", "github_id": "", "name": "CPU demo run (not a leaderboard entry)",
-        "date": r["date"], "track": "none: trained for 90 s on 2 CPU cores, on documentation text, not on FineWeb",
-        "val_bpb": r["val_bpb"], "val_loss": r["val_loss"], "bytes_total": r["total_bytes"], "bytes_code": r["code_bytes"],
-        "seeds": [r["seed"]], "hardware": f"{r['device']}, {r['world_size']} ranks", "pytorch_version": r["torch"],
-        "seed_results": {str(r["seed"]): {
-            "val_bpb": r["val_bpb"], "val_loss": r["val_loss"], "artifact_bytes": r["artifact_bytes"], "steps": r["steps"],
-            "step_avg_ms": r["step_ms_median"], "train_time_s": r["train_seconds"], "eval_time_s": r["eval_seconds"]}},
-        "blurb": f"{c['num_layers']} layers, {c['model_dim']} wide, SmearGate, Muon, int{c['quant_bits_mlp']} QAT, EMA, "
-                 f"{c['compressor']}; scored from the artifact read back from disk with a sliding window of stride "
-                 f"{c['eval_stride']}. Log: logs/demo.",
-        "code_sha256": r["code_sha256"], "config_sha256": r["config_sha256"]}
+          **{"-".join(name): functools.partial(study_tables, *name) for name in STUDIES}}
 
 
 def rendered(readme: str) -> str:
@@ -106,6 +108,7 @@ def rendered(readme: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        adopt(Path(sys.argv[1]).absolute())
     path = ROOT / "README.md"
     path.write_text(rendered(path.read_text()))
-    (ROOT / "submission.json").write_text(json.dumps(submission(), indent=1) + "\n")

@@ -5,11 +5,13 @@ another (#1048), a third seed with another configuration (#2124), 5 % and 10 % p
 where one checkpoint scored twice was meant (#199), hand-copied figures (#2076).
 """
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,10 @@ STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 
 def toml(tables: dict[str, dict]) -> str:
     """TOML of {"": top level, "name": table}."""
-    lines = [([f"[{name}]"] if name else []) + [f"{k} = {json.dumps(v)}" for k, v in table.items()] for name, table in tables.items()]
-    return "\n".join(line for block in lines for line in block) + "\n"
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{name}]"] * bool(name) + [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
 
 
 def tables(data: Path, **changes) -> dict[str, dict]:
@@ -84,7 +88,7 @@ def test_every_committed_study_makes_a_matrix_at_every_size_and_budget(path):
             m = matrix(made, size, equal)
             assert len(m.trials) == len(m.size.arms or made.arms) * len(m.size.seeds or made.seeds)
             assert sorted(t.id for group in m.groups() for t in group) == sorted(t.id for t in m.trials)
-    assert {pair for pair in ("full", "small")} <= set(made.sizes) or path.stem == "swa_sums_in_bf16"
+    assert {"full", "small"} <= set(made.sizes) or path.stem == "swa_sums_in_bf16"
 
 
 def test_the_five_pull_requests_have_a_study_with_every_published_row():
@@ -125,6 +129,10 @@ def test_full_sizes_build_the_models_that_were_published():
     (dict(size__small={"step": 3}), ["size.small", "step", "no such key"]),
     (dict(size__big={"steps": 3}), ["size.big", "seconds"]),
     (dict(size__small={"steps": "3"}), ["steps = '3'", "wrong type"]),
+    (dict(size__small={"jobs": 0}), ["size.small", "jobs = 0"]), (dict(size__small={"seconds": 0}), ["seconds = 0"]),
+    (dict(size__small={"arms": ["qat", "qat"]}), ["twice"]), (dict(size__small={"seeds": [-1]}), ["seeds"]),
+    ({"": {"seeds": ["1"]}}, ["seeds", "whole numbers"]), ({"": {"seeds": []}}, ["no seed"]),
+    ({"": {"metrics": [3]}}, ["metrics"]),
     (dict(factorial={"qat": 1}), ["qat = 1", "two or more"]),
     (dict(factorial={"qat": [1, 1]}), ["two or more different"]),
     (dict(factorial={"qatt": [0, 1]}), ["QATT", "no such setting"]),
@@ -136,7 +144,8 @@ def test_a_wrong_study_is_refused_by_name_before_anything_starts(study, tmp_path
     assert refusal.value.code == 2 and "\n" not in str(refusal.value) and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("text", ["a = ", "[arm", "\x00", "seeds = [1", "a.b.c.d = 1\na.b = 2", "[[arm]]\nx = 1", "arm = 3", "size = {small = 3}"])
+@pytest.mark.parametrize("text", ["a = ", "[arm", "\x00", "seeds = [1", "a.b.c.d = 1\na.b = 2", "[[arm]]\nx = 1", "arm = 3",
+                                  "size = {small = 3}"])
 def test_broken_toml_is_refused_with_its_path(tmp_path, text):
     (tmp_path / "broken.toml").write_text(text)
     with pytest.raises(Refusal, match="broken.toml"):
@@ -172,7 +181,8 @@ def test_arms_that_differ_only_in_export_or_scoring_share_one_training(study):
 
 
 def test_under_qat_the_grid_is_part_of_the_training(study):
-    made = study(env={"QAT_ENABLED": 1}, without=("arm.plain", "arm.qat"), **{"": {"compare": []}}, arm__other_stride={"EVAL_STRIDE": 32})
+    made = study(env={"QAT_ENABLED": 1}, without=("arm.plain", "arm.qat"), arm__other_stride={"EVAL_STRIDE": 32},
+                 **{"": {"compare": []}})
     assert {t.arm: t.donor for t in matrix(made, "small", "steps", (1,)).trials} == {
         "five_bits": None, "stride_8": None, "other_stride": "stride_8-s1"}
 
@@ -235,20 +245,31 @@ def test_finished_trials_are_never_run_again(finished):
     assert {p: p.stat().st_mtime_ns for p in m.folder.rglob("*.json*")} == before
 
 
-@pytest.mark.parametrize("key, value, words", [
-    ("code_sha256", "0" * 64, "code_sha256"), ("seed", 5, "seed"), ("config_sha256", "0" * 64, "config_sha256")])
-def test_a_finished_trial_of_other_code_or_settings_is_refused(finished, tmp_path, key, value, words):
+def edit(m: ablate.Matrix, trial: str, **changes) -> None:
+    """Changes keys of a trial's result.json."""
+    path = m.folder / trial / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("key, value", [("code_sha256", "0" * 64), ("seed", 5), ("config_sha256", "0" * 64), ("world_size", 2)])
+def test_a_finished_trial_of_other_code_settings_or_ranks_is_refused(finished, tmp_path, key, value):
     m = copy_of(finished[1], tmp_path / "runs")
-    path = m.trials[0].folder / "result.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(Refusal, match=f"plain-s1: finished with another {words}"):
+    edit(m, "plain-s1", **{key: value})
+    with pytest.raises(Refusal, match=f"plain-s1: finished with {key} {value}"):
         Runner(m)
+
+
+def test_a_finished_trial_of_other_data_is_refused(finished, study, tmp_path):
+    m = copy_of(finished[1], tmp_path / "runs")
+    moved = matrix(study(size__small__env={"DATA_PATH": "elsewhere"}), "small", "steps", out=m.folder)
+    with pytest.raises(Refusal, match="finished with data_path .* now elsewhere"):
+        Runner(moved)
 
 
 def test_a_changed_setting_is_named(finished, study, tmp_path):
     m = copy_of(finished[1], tmp_path / "runs")
     changed = matrix(study(env={"MATRIX_LR": 0.5}), "small", "steps", out=m.folder)
-    with pytest.raises(Refusal, match=r"MATRIX_LR \(0.02, now 0.5\)"):
+    with pytest.raises(Refusal, match=r"finished with matrix_lr 0.02, now 0.5"):
         Runner(changed)
     with pytest.raises(Refusal, match=r"MATRIX_LR=0.5 in the study, 0.02 in the log"):
         load_matrix(changed)
@@ -285,16 +306,87 @@ def test_an_interrupted_study_goes_on_where_it_stopped(study, tmp_path):
     m = matrix(study(), "small", "steps", (1,), tmp_path / "runs")
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Refusal, match="goes on where this one stopped") as refusal:
         Runner(m).run(interrupt)
+    assert refusal.value.code == 130
     done = {t.id for t in m.trials} - {t.id for t in Runner(m).todo}
-    assert 1 <= len(done) < 4 and not Ledgers(m).failures()
+    assert 1 <= len(done) < 4 and not ablate.Ledger(m.folder).failures(m.trials)
     Runner(m).run(lambda line: None)
     assert Runner(m).todo == [] and not load_matrix(m).failed
 
 
-def Ledgers(m):
-    return ablate.Ledger(m.folder)
+@pytest.mark.parametrize("code", [3, 4])
+def test_a_run_that_ended_badly_with_a_result_is_failed_whatever_the_ledger_knows(finished, tmp_path, code):
+    m = copy_of(finished[1], tmp_path / "runs")
+    edit(m, "five_bits-s1", exit_code=code)
+    assert list(load_matrix(m).failed) == ["five_bits-s1"] and 1 not in load_matrix(m).runs["five_bits"]
+    assert [t.id for t in Runner(m).todo] == ["five_bits-s1"]
+    with pytest.raises(Refusal, match=f"exit code {code}"):
+        ablate.run_set(str(m.folder / "five_bits-s*"))
+
+
+def test_retry_runs_a_failed_trial_again_and_a_follower_trains_where_its_training_is_over(finished, tmp_path):
+    m = copy_of(finished[1], tmp_path / "runs")
+    before = json.loads((m.folder / "five_bits-s1/result.json").read_text())
+    edit(m, "five_bits-s1", exit_code=4)
+    five = next(t for t in m.trials if t.id == "five_bits-s1")
+    ablate.Ledger(m.folder).write(five, "end", exit_code=4, reason="x")
+    assert Runner(m).todo == [] and Runner(m, retry=True).todo == [five]
+    Runner(m, retry=True).run(lambda line: None)
+    again = load_matrix(m).runs["five_bits"][1]
+    assert again["checkpoint"] is None and again["val_bpb"] == before["val_bpb"] and not load_matrix(m).failed
+
+
+def test_a_failure_under_other_settings_is_forgotten(study, tmp_path):
+    m, other = (matrix(study(arm__qat={"MATRIX_LR": lr}), "small", "steps", (1,), tmp_path) for lr in (1.0, 2.0))
+    ablate.Ledger(tmp_path).write(m.trials[3], "end", exit_code=5, reason="x")
+    assert list(Runner(m).failed) == ["qat-s1"] and Runner(other).failed == {}
+
+
+def test_a_ledger_from_a_stranger_or_a_crash_does_no_harm(study, tmp_path):
+    m = matrix(study(), "small", "steps", (1,), tmp_path)
+    lines = ["[1]", '{"trial": []}', "[" * 9999, '{"trial": {"a": 1}, "event": "end"}', "\udcff", '{"trial": "qat-s1", "ev']
+    (tmp_path / "ledger.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    ledger = ablate.Ledger(tmp_path)
+    assert ledger.failures(m.trials) == {}
+    ledger.write(m.trials[0], "end", exit_code=7, reason="because")
+    assert ledger.failures(m.trials) == {"plain-s1": "FAILED (exit 7): because"}
+
+
+def test_two_ranks_through_torchrun_from_another_folder(study, tmp_path, monkeypatch):
+    made = study(arm__qat={"MATRIX_LR": 1e30}, without=("arm.stride_8", "arm.five_bits"), size__small={"ranks": 2, "jobs": 1})
+    monkeypatch.chdir(tmp_path)
+    m = matrix(made, "small", "steps", (1,), Path("runs"))
+    Runner(m).run(lambda line: None)
+    found = load_matrix(m)
+    assert found.runs["plain"][1]["world_size"] == 2
+    assert "(exit 5)" in found.failed["qat-s1"] and "not finite" in found.failed["qat-s1"]
+
+
+def test_a_terminated_study_ends_its_runs_and_goes_on_later(study, tmp_path):
+    made, folder = study(env={"MUON_MOMENTUM_WARMUP_STEPS": 11}, size__small={"steps": 20000}), tmp_path / "runs"
+    call = [sys.executable, str(ROOT / "ablate.py"), "run", str(made.path), "--out", str(folder), "--seeds", "1"]
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not len(list(folder.glob("*/metrics.jsonl"))) == 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "goes on where" in error
+    m = matrix(made, "small", "steps", (1,), folder)
+    locks = [path.open("w") for path in folder.glob(".*.lock")]
+    for lock in locks:  # nobody holds them: the trainings are gone
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(Runner(m).todo) == 4 and not Runner(m).failed
+
+
+def test_a_trial_that_still_runs_is_not_started_again(study, tmp_path):
+    m = matrix(study(without=("arm.stride_8", "arm.five_bits")), "small", "steps", (1,), tmp_path)
+    with (tmp_path / ".plain-s1.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(Refusal, match="plain-s1: a process of an earlier start still runs it"):
+            Runner(m).run(lambda line: None)
 
 
 def test_only_runs_what_it_names(study, tmp_path):
@@ -329,7 +421,7 @@ def test_the_gpu_gate_waits_until_cards_are_idle_and_cool(monkeypatch, tmp_path)
     tool, naps = tmp_path / "nvidia-smi", []
     tool.write_text("#!/bin/sh\ncat " + str(tmp_path / "state") + "\n")
     tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     (tmp_path / "state").write_text("90, 80\n0, 30\n")
     def sleep(seconds: float) -> None:
         naps.append(seconds)
@@ -342,6 +434,12 @@ def test_the_gpu_gate_waits_until_cards_are_idle_and_cool(monkeypatch, tmp_path)
     with pytest.raises(Refusal, match=r"90.0, 80.0"):
         ablate.gpu_gate(0, 50, 5)
     ablate.gpu_gate(0, 0, 0)  # nothing asked: nothing looked at
+    (tmp_path / "state").write_text("[N/A], 40\n")
+    with pytest.raises(Refusal, match="does not answer"):
+        ablate.gpu_gate(0, 50, 0)
+    tool.unlink()
+    with pytest.raises(Refusal, match="does not answer"):
+        ablate.gpu_gate(0, 0, 5)
 
 
 # ── Commands and reports ──────────────────────────────────────────────────────────────────────────────────────────
@@ -356,8 +454,7 @@ def test_dry_run_prints_every_command_with_its_seconds_and_runs_nothing(study, t
 def test_the_printed_command_is_what_runs(finished, tmp_path):
     trial = finished[1].trials[3]
     fresh = dataclasses.replace(trial, env={**trial.env, "LOGS_DIR": str(tmp_path)})
-    subprocess.run(["env", "-i", f"PATH={os.environ['PATH']}", "OMP_NUM_THREADS=1", "CUDA_VISIBLE_DEVICES=", "sh", "-c",
-                    ablate.shell(fresh, finished[1].size)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(ablate.shell(fresh, finished[1].size), shell=True, cwd=ROOT, check=True, capture_output=True)
     ours, theirs = (json.loads((folder / trial.id / "result.json").read_text()) for folder in (finished[1].folder, tmp_path))
     assert ours["val_bpb"] == theirs["val_bpb"] and ours["config_sha256"] == theirs["config_sha256"]
 
@@ -368,7 +465,7 @@ def test_the_report_holds_each_arm_each_difference_and_its_command(finished, cap
     text = capsys.readouterr().out
     bpb = ablate.summary(load_matrix(m).values("qat", "val_bpb"))
     assert f"{bpb.mean:.5f} ± {bpb.sd:.5f}" in text and "| qat - plain |" in text and "not distinguishable" in text
-    assert f"python ablate.py run {made.path} --size small --equal steps" in text and "NOT RUN" not in text
+    assert f"python ablate.py run {made.path} --size small --equal steps (4 steps each)" in text and "NOT RUN" not in text
     assert (m.folder / "report.md").read_text().strip() == text.strip() and "<svg" in (m.folder / "report.html").read_text()
 
 
@@ -386,15 +483,15 @@ def test_runs_of_other_hardware_are_not_averaged(finished, tmp_path):
 
 
 def test_a_factorial_report_has_main_effects_and_the_interaction(study, tmp_path):
-    made = study(without=("arm.plain", "arm.five_bits", "arm.stride_8", "arm.qat"), **{"": {"compare": [], "metrics": ["val_bpb"]}},
-                 factorial={"quant_bits": [6, 3], "prune_pct": [0.0, 0.5]})
+    made = study(without=("arm.plain", "arm.five_bits", "arm.stride_8", "arm.qat"),
+                 factorial={"quant_bits": [6, 3], "prune_pct": [0.0, 0.5]}, **{"": {"compare": [], "metrics": ["val_bpb"]}})
     m = matrix(made, "small", "steps", out=tmp_path / "runs")
     Runner(m).run(lambda line: None)
     header, rows = ablate.factorial_table(load_matrix(m))
     assert [row[0] for row in rows] == ["quant_bits 3 - 6", "prune_pct 0.5 - 0.0", "quant_bits 3 - 6 x prune_pct 0.5 - 0.0"]
     found = load_matrix(m)
-    y = {arm: found.values(arm, "val_bpb")[1] + found.values(arm, "val_bpb")[2] for arm in made.arms}
-    effect = (y["quant_bits-3_prune_pct-0.0"] + y["quant_bits-3_prune_pct-0.5"] - y["quant_bits-6_prune_pct-0.0"] - y["quant_bits-6_prune_pct-0.5"]) / 4
+    six, six_pruned, three, three_pruned = (ablate.summary(found.values(arm, "val_bpb")).mean for arm in made.arms)
+    effect = (three + three_pruned - six - six_pruned) / 2
     assert float(rows[0][2]) == pytest.approx(effect, abs=1e-5) and header[0] == "effect"
 
 
@@ -415,13 +512,20 @@ def test_compare_refuses_mixtures_and_nothing(finished, capsys):
     assert "nobody*" in capsys.readouterr().err
 
 
-def test_sweep_writes_a_study_of_its_grid(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert ablate.main(["sweep", str(finished[0].path), "--grid", "MATRIX_LR=0.01,0.02", "--grid", "NUM_LAYERS=2,3", "--dry-run"]) == 0
-    made = read_study(tmp_path / "logs/studies/sweep_matrix_lr_num_layers_tiny.toml")
-    assert [(a["MATRIX_LR"], a["NUM_LAYERS"]) for a in made.arms.values()] == [("0.01", "2"), ("0.01", "3"), ("0.02", "2"), ("0.02", "3")]
+def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    call = ["sweep", str(finished[0].path), "--grid", "MATRIX_LR=0.01,0.02", "--grid", "NUM_LAYERS=2,3", "--dry-run"]
+    assert ablate.main(call) == 0
+    (path,) = (tmp_path / "logs/runs").glob("sweep_matrix_lr_num_layers_tiny_*.toml")
+    made = read_study(path)
+    grid = [("0.01", "2"), ("0.01", "3"), ("0.02", "2"), ("0.02", "3")]
+    assert [(a["MATRIX_LR"], a["NUM_LAYERS"]) for a in made.arms.values()] == grid
     assert "# 8 of 8 trials to run" in capsys.readouterr().out and made.env["QAT_ENABLED"] == "0"
-    assert ablate.main(["sweep", str(finished[0].path), "--grid", "MATRIX_LR"]) == 2 and "KNOB=v1,v2" in capsys.readouterr().err
+    assert made.env["DATA_PATH"] and made.sizes["small"].jobs == 2
+    assert ablate.main([*call[:3], "MATRIX_LR=0.5,0.6", "--dry-run"]) == 0
+    assert len(list((tmp_path / "logs/runs").glob("*.toml"))) == 2
+    capsys.readouterr()
+    assert ablate.main([*call[:3], "MATRIX_LR"]) == 2 and "KNOB=v1,v2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -429,6 +533,8 @@ def test_sweep_writes_a_study_of_its_grid(finished, tmp_path, monkeypatch, capsy
     (["run", "studies/pr989_qat_x_swa.toml", "--equal", "luck"], "--equal luck"),
     (["run", "studies/pr989_qat_x_swa.toml", "--seeds", "a"], "--seeds a"),
     (["run", "studies/pr989_qat_x_swa.toml", "--launcher", "cloud"], "--launcher cloud"),
+    (["run", "studies/pr989_qat_x_swa.toml", "--max-busy", "5"], "side by side"),
+    (["run", "studies/pr989_qat_x_swa.toml", "--cool-down", "-1"], "cool-down"),
     (["report", "studies/pr989_qat_x_swa.toml", "--size", "tiny"], "no size tiny")])
 def test_a_wrong_command_line_gets_one_line_and_exit_code_2(monkeypatch, arguments, word, capsys):
     monkeypatch.chdir(ROOT)

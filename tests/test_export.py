@@ -320,10 +320,9 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
     assert groups.keys() == {"mlp", "attn", "bigram", "embed", "control"}
     kinds = {"attn": ("attn.c_q.", "attn.c_k.", "attn.c_v.", "attn.proj."), "mlp": (".mlp.",),
              "bigram": ("bigram.embed", "bigram.proj", "value_embed.proj"), "embed": ("tok_emb", "value_embed.embed")}
-    seen = set()
-    for kind in groups:
-        names = {n for n in state if any(part in n for part in kinds.get(kind, ()))} if kind in kinds else state.keys() - seen
-        seen |= names
+    members = {kind: {n for n in state if any(part in n for part in parts)} for kind, parts in kinds.items()}
+    members["control"] = state.keys() - set().union(*members.values())
+    for kind, names in members.items():
         squares = sum(((shipped(state[n], plan[n]).double() - state[n].double()) ** 2).sum().item() for n in sorted(names))
         count = sum(state[n].numel() for n in names)
         assert (groups[kind]["tensors"], groups[kind]["params"]) == (len(names), count)

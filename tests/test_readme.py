@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import ablate
 import pytest
 import readme_tables
 import train_gpt
@@ -20,8 +21,21 @@ def test_generated_blocks_are_up_to_date():
     assert set(re.findall(r"<!-- generated: ([\w-]+) -->", README)) == set(readme_tables.BLOCKS)
 
 
-def test_submission_json_is_made_from_the_log():
-    assert json.loads((ROOT / "submission.json").read_text()) == readme_tables.submission()
+def test_the_example_study_of_readme_is_a_whole_study(tmp_path):
+    (tmp_path / "mine.toml").write_text(re.search(r"```toml\n(.*?)```", README, re.S)[1])
+    m = ablate.matrix(ablate.read_study(tmp_path / "mine.toml"), "small", "steps")
+    assert [t.arm for t in m.trials[:4]] == ["qat-0_average-none", "qat-0_average-ema", "qat-1_average-none", "qat-1_average-ema"]
+    assert len(m.trials) == 12 and len(m.groups()) == 6
+
+
+def test_the_committed_logs_of_studies_are_small():
+    files = [path for path in (ROOT / "logs/studies").rglob("*") if path.name in ("result.json", "metrics.jsonl", "ledger.jsonl")]
+    assert len(files) > 100 and max(path.stat().st_size for path in files) < 100_000
+
+
+def test_the_submission_folder_is_good_and_submission_json_is_its_own():
+    assert ablate.check_submission(ROOT / "logs/submission") == []
+    assert (ROOT / "submission.json").read_bytes() == (ROOT / "logs/submission/submission.json").read_bytes()
 
 
 def test_every_setting_that_readme_names_exists():
@@ -35,7 +49,9 @@ def test_every_make_target_that_readme_names_exists():
     subprocess.run(["make", "-n", *sorted(targets)], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", [["train_gpt.py", "--help"], ["prepare_data.py", "--help"], ["prepare_data.py", "fineweb", "--help"]])
+@pytest.mark.parametrize("command", [
+    ["train_gpt.py", "--help"], ["prepare_data.py", "--help"], ["prepare_data.py", "fineweb", "--help"], ["ablate.py", "--help"],
+    *(["ablate.py", name, "--help"] for name in ("run", "report", "compare", "sweep", "submission", "check"))])
 def test_the_commands_of_readme_start(command):
     shown = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert len(shown.splitlines()) > 10
