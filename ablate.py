@@ -49,6 +49,7 @@ import numpy as np
 import rich.console
 import rich.live
 import rich.table
+import tomli
 import typer
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -59,11 +60,6 @@ from scipy import stats
 import train_gpt
 from prepare_data import options_as_parameters
 from train_gpt import COMPARED, Config, Refusal
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent  # runs start here, so that relative paths of a study are below it
 PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] in ("run", "seed")}  # knobs that make no other arm
@@ -176,10 +172,10 @@ def read_study(path: Path) -> Study:
     try:
         if path.stat().st_size > 1 << 20:
             raise Refusal(f"{path}: larger than 1 MiB; that is no study")
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomli.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal(f"{path}: {error.strerror}; give the path of a study, such as studies/pr989_qat_x_swa.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(f"{path}: no valid TOML ({error}); correct it") from None
     typed(data, STUDY_KEYS, str(path))
     sizes = {name: read_size(name, table, f"{path}: size.{name}") for name, table in data.get("size", {}).items()}
@@ -520,6 +516,7 @@ def gpu_gate(cool_down: float, max_celsius: float, max_busy: float) -> None:
         raise Refusal(f"GPUs are not idle and cool after 15 minutes: (% busy, Celsius) {found}; stop what uses them, or raise "
                       "the limits")
 
+
 # ── 4 STATISTICS ──────────────────────────────────────────────────────────────────────────────────────────────────
 LEVEL = 0.05  # two-sided, of every interval and verdict
 RECORD_NATS, RECORD_LEVEL = 0.005, 0.01  # the challenge: a record is better by this much per token, at this one-sided p
@@ -527,11 +524,13 @@ ROUNDING = 1e-14  # of the largest score: a difference or spread below it is ari
 FINGERPRINT = ("code_sha256", "data.val_sha256", "data.tokenizer_sha256", "data.train_tokens", "val_tokens", "val_bytes",
                "device", "world_size", "threads_per_rank", "dtype", "compile", "cuda", "torch")
 
+
 class Summary(NamedTuple):
     """One arm; sd is that of a sample (n - 1), nan for one run."""
     n: int
     mean: float
     sd: float
+
 
 class Comparison(NamedTuple):
     """b - a, or a contrast of a factorial, with its two-sided t-test and 95 % interval; all but t, df and p in the metric.
@@ -547,6 +546,7 @@ class Comparison(NamedTuple):
     high: float
     term: str = ""
 
+
 class Record(NamedTuple):
     """The challenge's rule; difference: old - new, and margin: what it must exceed, in BPB; t, df, p: one-sided Welch."""
     margin: float
@@ -556,6 +556,7 @@ class Record(NamedTuple):
     p: float
     holds: bool
 
+
 def scores(values: dict[int, float]) -> np.ndarray:
     """(n,) in the order of seeds; Refusal for none at all and for one that is not finite."""
     broken = [seed for seed in sorted(values) if not math.isfinite(values[seed])]
@@ -564,17 +565,21 @@ def scores(values: dict[int, float]) -> np.ndarray:
                       "no scores: an arm needs at least one finished run")
     return np.array([values[seed] for seed in sorted(values)], np.float64)
 
+
 def clean(x: float, scale: float) -> float:
     """0 where x is no more than rounding errors of scores as large as scale."""
     return 0.0 if abs(x) <= ROUNDING * scale else float(x)
+
 
 def sample_sd(x: np.ndarray, scale: float) -> float:
     """Sample standard deviation; nan for one value."""
     return clean(x.std(ddof=1), scale) if len(x) > 1 else math.nan
 
+
 def summary(values: dict[int, float]) -> Summary:
     x = scores(values)
     return Summary(len(x), float(x.mean()), sample_sd(x, abs(x).max()))
+
 
 def student(difference: float, error: float, df: float) -> tuple[float, float]:
     """t and two-sided p; with a standard error of 0, p is 0 for any difference and 1 for none."""
@@ -582,8 +587,10 @@ def student(difference: float, error: float, df: float) -> tuple[float, float]:
         return (math.copysign(math.inf, difference), 0.0) if difference else (0.0, 1.0)
     return difference / error, float(2 * stats.t.sf(abs(difference / error), df))
 
+
 def half_width(error: float, df: float, alpha: float = LEVEL) -> float:
     return float(stats.t.ppf(1 - alpha / 2, df) * error)
+
 
 def one_sample(differences: np.ndarray, scale: float, term: str = "") -> Comparison:
     """Student's t of (n,) same-seed differences of scores as large as scale."""
@@ -591,6 +598,7 @@ def one_sample(differences: np.ndarray, scale: float, term: str = "") -> Compari
     error, df = sd / math.sqrt(n), n - 1
     (t, p), half = student(mean, error, df), half_width(error, df)
     return Comparison(n, mean, sd, t, df, p, mean - half, mean + half, term)
+
 
 def paired(a: dict[int, float], b: dict[int, float]) -> Comparison:
     """b - a over the seeds that both have: noise that a seed brings to both arms cancels. Refusal below 2 such seeds."""
@@ -600,6 +608,7 @@ def paired(a: dict[int, float], b: dict[int, float]) -> Comparison:
     x, y = (scores({seed: arm[seed] for seed in seeds}) for arm in (a, b))
     return one_sample(y - x, max(abs(x).max(), abs(y).max()))
 
+
 def welch_error(sd_a: float, sd_b: float, n_a: int, n_b: int) -> tuple[float, float]:
     """Standard error of the difference of two means, and Welch-Satterthwaite df; Refusal below 2 runs in either."""
     if min(n_a, n_b) < 2:
@@ -607,6 +616,7 @@ def welch_error(sd_a: float, sd_b: float, n_a: int, n_b: int) -> tuple[float, fl
     u, v = sd_a ** 2 / n_a, sd_b ** 2 / n_b
     share = u / (u + v) if u + v else 0.5  # of a in the variance
     return math.sqrt(u + v), 1 / (share ** 2 / (n_a - 1) + (1 - share) ** 2 / (n_b - 1))
+
 
 def welch(a: dict[int, float], b: dict[int, float]) -> Comparison:
     """b - a of arms that share no noise, of unequal variance."""
@@ -616,6 +626,7 @@ def welch(a: dict[int, float], b: dict[int, float]) -> Comparison:
     error, df = welch_error(sd_a, sd_b, len(x), len(y))
     (t, p), half = student(mean, error, df), half_width(error, df)
     return Comparison((len(x), len(y)), mean, math.hypot(sd_a, sd_b), t, df, p, mean - half, mean + half)
+
 
 def cell_array(cells: dict[tuple, dict[int, float]], factors: dict[str, list]) -> np.ndarray:
     """(levels of the first factor, levels of the second, ..., common seeds); Refusal for missing or stray cells."""
@@ -632,6 +643,7 @@ def cell_array(cells: dict[tuple, dict[int, float]], factors: dict[str, list]) -
     y = np.stack([scores({seed: cells[cell][seed] for seed in seeds}) for cell in wanted])
     return y.reshape(*(len(levels) for levels in factors.values()), len(seeds))
 
+
 def factorial(cells: dict[tuple, dict[int, float]], factors: dict[str, list]) -> list[Comparison]:
     """Main effects, level - first level, and two-factor interactions, (y11 - y01) - (y10 - y00), as same-seed contrasts of
     the means over all levels of the other factors. cells: tuple of levels, in the order of factors -> seed -> score."""
@@ -645,6 +657,7 @@ def factorial(cells: dict[tuple, dict[int, float]], factors: dict[str, list]) ->
             rows.append(one_sample(contrast[levels], abs(y).max(), term))
     return rows
 
+
 def record_rule(new: dict[int, float], old: dict[int, float], tokens_per_byte: float) -> Record:
     """Is old - new above 0.005 nats per token at p < 0.01? tokens_per_byte: val_tokens / val_bytes of both. Refusal below 2
     runs in either."""
@@ -654,12 +667,14 @@ def record_rule(new: dict[int, float], old: dict[int, float], tokens_per_byte: f
     p = p / 2 if t > 0 else 1 - p / 2
     return Record(margin, gain.mean, t, gain.df, p, p < RECORD_LEVEL)
 
+
 def detectable(sd: float, n: int, alpha: float = LEVEL) -> float:
     """The smallest observed mean difference that n pairs can tell from 0 at two-sided alpha; sd: of the differences. No
     statement of power: a true effect of this size is missed about half of the time. Refusal below 2 pairs."""
     if n < 2:
         raise Refusal(f"{n} pairs: at least 2 are needed to tell a difference from noise")
     return half_width(sd / math.sqrt(n), n - 1, alpha)
+
 
 def verdict(comparison: Comparison, names: tuple[str, str] = ("a", "b"), metric: str = "BPB") -> str:
     """The comparison in words, and no more than its interval allows: lower, higher, or not distinguishable. For a row of a
@@ -678,16 +693,19 @@ def verdict(comparison: Comparison, names: tuple[str, str] = ("a", "b"), metric:
     return (f"{b} is {'lower' if mean < 0 else 'higher'} than {a} by {abs(mean):.{places}f} {metric} (95 % CI {near:.{places}f} "
             f"to {far:.{places}f}, {p}, n = {n}{alike})")
 
+
 def lookup(run: dict, key: str):
     """run["data"]["val_sha256"] for data.val_sha256; "(absent)" where there is none."""
     for part in key.split("."):
         run = run.get(part, "(absent)") if isinstance(run, dict) else "(absent)"
     return run
 
+
 def differing(a: dict, b: dict) -> str:
     """The settings of an arm in which two configurations differ, as environment variables."""
     names = sorted(name for name in (a.keys() | b.keys()) - PLACES if lookup(a, name) != lookup(b, name))
     return ", ".join(f"{name.upper()}={lookup(a, name)} against {lookup(b, name)}" for name in names)
+
 
 def check_alike(runs: list[dict], config: bool) -> None:
     """Refusal for runs of other code, data or machine than the first; with config, for one arm, also of other settings or
@@ -703,6 +721,7 @@ def check_alike(runs: list[dict], config: bool) -> None:
         if config and run["seed"] in by_seed:
             raise Refusal(f"{by_seed[run['seed']]} and {run['name']} both have seed {run['seed']}; keep one of them")
         by_seed[run["seed"]] = run["name"]
+
 
 # ── 5 TABLES: from run folders alone ──────────────────────────────────────────────────────────────────────────────
 METRICS = {  # name -> (heading, unit, digits)
@@ -810,7 +829,9 @@ def pairs(found: Finished) -> Iterator[tuple[str, str, str, dict, dict]]:
         if a in arms and b in arms:
             for name in [own_a] if own_a else metrics:
                 names = (f"{a}:{own_a}" if own_a else a, f"{b}:{own_b}" if own_b else b)
-                yield *names, name, found.values(a, name), found.values(b, own_b or name)
+                left, right = found.values(a, name), found.values(b, own_b or name)
+                if (left and right) or not any(found.values(arm, name) for arm in arms):  # a name that nothing has is shown
+                    yield *names, name, left, right
 
 
 COMPARISON_HEADER = ["difference", "metric", "mean", "95 % CI", "n could show", "paired t (df)", "paired p", "Welch p",
@@ -829,8 +850,8 @@ def comparison_row(names: tuple[str, str], name: str, a: dict[int, float], b: di
 
 
 def comparison_table(found: Finished) -> tuple[list[str], list[list]]:
-    """Same-seed differences, Welch's test beside them, and what can be said."""
-    rows = [comparison_row((a, b), name, left, right) for a, b, name, left, right in pairs(found)]
+    """Same-seed differences, Welch's test beside them, and what can be said. Figures of one shared training are left out."""
+    rows = [comparison_row((a, b), name, left, right) for a, b, name, left, right in pairs(found) if left != right or not left]
     return COMPARISON_HEADER, rows
 
 
@@ -878,7 +899,8 @@ def notes(found: Finished) -> list[str]:
         lines += [f"{len(runs)} runs, {trained} trainings, on {r['device']}, ranks: {r['world_size']}, threads per rank: "
                   f"{r['threads_per_rank']}, trainings side by side: {m.size.jobs}, torch {r['torch']}; scored: "
                   f"{r['val_tokens']:,} targets, {r['val_bytes']:,} bytes; code {r['code_sha256'][:12]}.", *record_lines(found),
-                  "Differences are between runs of one seed; intervals are 95 % t-intervals, not corrected for their number."]
+                  "Differences are between runs of one seed, and not shown where arms share the figure with their training; "
+                  "intervals are 95 % t-intervals, not corrected for their number."]
     budget = f"{m.size.steps} steps" if m.equal == "steps" else f"{m.size.seconds:g} s of training"
     lines += [f"Command: {m.command()} ({budget} each)."]
     lines += [f"NOT RUN YET: {', '.join(waiting)}."] if waiting else []
@@ -907,6 +929,7 @@ def write_report(matrix: Matrix) -> list[Path]:
     for name, text in pages.items():
         train_gpt.write_atomic(matrix.folder / name, text.encode())
     return [matrix.folder / name for name in pages]
+
 
 # ── 6 PAGE ──────────────────────────────────────────────────────────────────────────────────────────────────────
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")  # Okabe-Ito; its yellow
@@ -964,6 +987,7 @@ figcaption { font-size: 13px; color: #333 }
 </html>
 """
 
+
 class Arm(NamedTuple):
     """The finished runs of one arm, and how it looks in every chart."""
     label: str
@@ -971,9 +995,11 @@ class Arm(NamedTuple):
     line: str
     runs: list[dict]
 
+
 class Chart(NamedTuple):
     figure: Figure
     caption: str
+
 
 def number(record, *keys):
     """The finite number at this path of nested dicts, or None."""
@@ -981,10 +1007,12 @@ def number(record, *keys):
         record = record.get(key) if isinstance(record, dict) else None
     return record if isinstance(record, (int, float)) and math.isfinite(record) else None
 
+
 def label(text) -> str:
     """As a chart can show it: at most 3 lines of 44 characters, all of them allowed in XML."""
     printable = "".join(c if c.isprintable() else " " for c in str(text))
     return textwrap.fill(printable, 44, max_lines=3, placeholder=" …")
+
 
 def group(runs: list[dict]) -> list[Arm]:
     """The finished runs by arm, in order of appearance."""
@@ -993,21 +1021,25 @@ def group(runs: list[dict]) -> list[Arm]:
         arms.setdefault(run["arm"], []).append(run)
     return [Arm(label(name), COLOURS[i % 8], LINES[i // 8 % 4], members) for i, (name, members) in enumerate(arms.items())]
 
+
 def measured(arms: list[Arm], value: Callable) -> list[tuple[Arm, list]]:
     """value(run) of each run that has one, for the arms with such runs."""
     rows = [(arm, [v for v in map(value, arm.runs) if v not in (None, [], {})]) for arm in arms]
     return [(arm, values) for arm, values in rows if values]
+
 
 def seeds(rows: list[tuple[Arm, list]]) -> str:
     """How many runs per arm a chart shows."""
     low, high = (bound(len(values) for _, values in rows) for bound in (min, max))
     return f"n = {low}{f' to {high}' if high > low else ''} seed{'s' if high > 1 else ''} per arm"
 
+
 def legend(figure: Figure, rows: list[tuple[Arm, list]]) -> None:
     """One entry per arm below the axes; the figure grows by the room that it takes."""
     handles = [Line2D([], [], color=arm.colour, linestyle=arm.line, linewidth=2, label=arm.label) for arm, _ in rows]
     figure.set_figheight(figure.get_figheight() + 0.2 + 0.07 * sum(arm.label.count("\n") + 1.3 for arm, _ in rows))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+
 
 def row_figure(labels: list[str], unit: str, rows: list[tuple[Arm, list]] = ()) -> tuple[Figure, Axes]:
     """A figure with a horizontal row per arm, the first on top, and side by side in it a dot per seed of `rows`."""
@@ -1022,10 +1054,12 @@ def row_figure(labels: list[str], unit: str, rows: list[tuple[Arm, list]] = ()) 
                 markersize=5, markeredgecolor="white", markeredgewidth=0.5, zorder=3)
     return figure, ax
 
+
 def points(run: dict, key: str, end: str) -> list[tuple[float, float]]:
     """(x, BPB) of each validation during training, then of the live weights after it."""
     seen = [(number(e, key), number(e, "val_bpb")) for e in run.get("events") or [] if e.get("event") == "val"]
     return [xy for xy in [*seen, (number(run, end), number(run, "live_val_bpb"))] if None not in xy]
+
 
 def phases(arm: Arm, key: str) -> dict[str, float]:
     """Where each phase of the arm begins: the median over its seeds."""
@@ -1035,6 +1069,7 @@ def phases(arm: Arm, key: str) -> dict[str, float]:
             starts.setdefault(label(event.get("name")), []).append(x)
     return {name: statistics.median(xs) for name, xs in starts.items()}
 
+
 def phase_strip(ax: Axes, begun: dict[str, list[tuple[float, str]]]) -> None:
     """A row per phase; in it a coloured mark per arm that has the phase, below one another."""
     for row, marks in enumerate(begun.values()):
@@ -1043,6 +1078,7 @@ def phase_strip(ax: Axes, begun: dict[str, list[tuple[float, str]]]) -> None:
             ax.vlines(x, row - 0.4 + i * high, row - 0.4 + (i + 1) * high, color=colour, linewidth=3)
     ax.set_yticks(range(len(begun)), begun, fontsize=8)
     ax.set(ylabel="begins", ylim=(len(begun) - 0.5, -0.5))
+
 
 def curves(arms: list[Arm], key: str, end: str, unit: str) -> Chart | None:
     """Validation BPB against `key` of the events, above a strip that marks where the phases begin."""
@@ -1073,12 +1109,14 @@ def curves(arms: list[Arm], key: str, end: str, unit: str) -> Chart | None:
                  f"{seeds(rows)}. The dot at its end is the live weights after training. The vertical scale is that of the last "
                  f"nine tenths of training.{below}")
 
+
 def stage_scores(run: dict) -> dict[str, float]:
     """BPB of each stage that was scored; the last is the result."""
     found = {stage: bpb for stage in STAGES if (bpb := number(run, "scores", stage, "bpb")) is not None}
     if run.get("scored") in STAGES and number(run, "val_bpb") is not None:
         found.setdefault(run["scored"], run["val_bpb"])
     return found
+
 
 def journey(arms: list[Arm]) -> Chart | None:
     """What averaging, quantising and the way of scoring do to the same runs."""
@@ -1102,6 +1140,7 @@ def journey(arms: list[Arm]) -> Chart | None:
                  f"per stage that was scored, thin each seed, {seeds(rows)}. From quantised on, the weights are those of the "
                  "artifact and only the way of scoring differs.")
 
+
 def quant_gaps(arms: list[Arm]) -> Chart | None:
     """What quantisation costs."""
     rows = measured(arms, lambda run: number(run, "quant_gap_bpb"))
@@ -1113,6 +1152,7 @@ def quant_gaps(arms: list[Arm]) -> Chart | None:
     ax.axvline(0, color="#444444", linewidth=0.8)
     return Chart(figure, "Quantisation gap: validation loss of the quantised weights minus that of the weights before "
                  f"quantisation (bits per byte; less is better). A dot per seed, the bar is their mean, {seeds(rows)}.")
+
 
 def sizes(arms: list[Arm]) -> Chart | None:
     """Where the bytes are, by group of tensors."""
@@ -1141,6 +1181,7 @@ def sizes(arms: list[Arm]) -> Chart | None:
     return Chart(figure, "Size by group of tensors, each compressed alone, and of the code (MB = 1,000,000 bytes), n = 1 seed "
                  "per arm: its first. The black tick is the artifact, compressed as a whole, and the code: what the cap counts.")
 
+
 def spread(arms: list[Arm]) -> Chart | None:
     """The result, and how much of it is the seed."""
     rows = measured(arms, lambda run: number(run, "val_bpb"))
@@ -1157,6 +1198,7 @@ def spread(arms: list[Arm]) -> Chart | None:
     return Chart(figure, f"Final validation loss (bits per byte; {how}). A dot per seed, the tick is their mean, the whiskers "
                  f"are one sample standard deviation to either side, {seeds(rows)}.")
 
+
 def inline_svg(chart: Chart, name: str) -> Markup:
     """The figure as an <svg> element that can stand beside others: no document type, and no ids but its own."""
     buffer = io.BytesIO()
@@ -1172,6 +1214,7 @@ def inline_svg(chart: Chart, name: str) -> Markup:
     root.attrib.update({"role": "img", "aria-label": chart.caption})
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
+
 def markdown_table(header: list, rows: list[list]) -> str:
     """A table in GitHub Markdown."""
     def cell(value) -> str:
@@ -1180,6 +1223,7 @@ def markdown_table(header: list, rows: list[list]) -> str:
 
     lines = [[cell(value) for value in line] for line in (header, *rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(header), *lines[1:]])
+
 
 def html_page(title: str, notes: list[str], tables: dict[str, tuple[list[str], list[list]]], runs: list[dict]) -> str:
     """One page that needs nothing else: notes, tables, the runs that failed, and a chart of whatever was measured."""
@@ -1196,6 +1240,7 @@ def html_page(title: str, notes: list[str], tables: dict[str, tuple[list[str], l
     page = template.render(title=title, notes=notes, tables=tables, charts=drawn,
                            numeric=lambda cell: re.fullmatch(r"[-+−±.,%eE ]*\d[-+−±\d.,%eE ]*", str(cell)))
     return page.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
+
 
 # ── 7 SUBMISSION: one rendering for the builder, which writes it, and for the checker, which compares ──────────────
 OFFICIAL_TOKENIZER = "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a"  # sha256 of fineweb_1024_bpe.model
@@ -1224,9 +1269,11 @@ SUBMISSION_SHAPE = {"seeds": (list,), **dict.fromkeys(ABOUT, TEXT)}
 NUMBER_HOOKS = ("parse_int", "parse_float", "parse_constant")
 ANSWER_SHAPE = {"*": {"table": TEXT, "config_sha256": TEXT, "non_default": {}}}
 
+
 def shown(value) -> str:
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
 
 def leaves(value, depth: int = 0) -> Iterator[float]:
     """Every number in a JSON value. ValueError when it is nested deeper than any result."""
@@ -1236,6 +1283,7 @@ def leaves(value, depth: int = 0) -> Iterator[float]:
         yield from leaves(part, depth + 1)
     if type(value) in NUMBER:
         yield value
+
 
 def misfits(value, shape: tuple | dict, where: str) -> Iterator[str]:
     """What in a JSON value does not have this shape."""
@@ -1249,6 +1297,7 @@ def misfits(value, shape: tuple | dict, where: str) -> Iterator[str]:
             part = shape.get(key, shape.get("*"))
             yield from misfits(value[key], part, f"{where}.{key}") if key in value else [f"{where}.{key}: missing"]
 
+
 def read_text(path: Path, name: str) -> str:
     """Refusal when it is missing or no UTF-8."""
     try:
@@ -1257,12 +1306,14 @@ def read_text(path: Path, name: str) -> str:
         reason = error.strerror if isinstance(error, OSError) else "no UTF-8"
         raise Refusal(f"{name}: cannot be read ({reason}); build it again from runs") from None
 
+
 def read_json(path: Path, name: str, shape: dict) -> dict:
     """A JSON object of this shape. Refusal on anything else: NaN, doubled keys, absurd numbers, other types."""
     def unique(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key stands there twice")
         return dict(pairs)
+
     def number(text: str) -> float:
         value = math.inf if len(text) > 40 else int(text) if text.lstrip("-").isdecimal() else float(text)
         if not abs(value) < 1e18:
@@ -1278,6 +1329,7 @@ def read_json(path: Path, name: str, shape: dict) -> dict:
         raise Refusal(f"{problem}; build it again from runs")
     return value
 
+
 def unfit(results: Results) -> Iterator[str]:
     """Runs that are no complete, good training."""
     for seed, r in results.items():
@@ -1292,6 +1344,7 @@ def unfit(results: Results) -> Iterator[str]:
             meaning = train_gpt.EXIT_CODES.get(r["exit_code"], "unknown")
             yield f"seed {seed}: exit_code={r['exit_code']} ({meaning}); only good runs count, run it again"
 
+
 def unlike(results: Results) -> Iterator[str]:
     """What differs between the runs although it must not, with both values."""
     def identity(r: dict) -> dict:
@@ -1305,12 +1358,14 @@ def unlike(results: Results) -> Iterator[str]:
                 yield (f"{key}: {shown(first.get(key))} with seed {seed}, but {shown(found.get(key))} with seed {other}; "
                        "average only runs of one script, configuration, data and machine")
 
+
 def seed_row(r: dict) -> dict:
     before = r["live_val_bpb"] if r["averaged_val_bpb"] is None else r["averaged_val_bpb"]
     return dict(val_bpb=r["val_bpb"], val_loss=r["val_loss"], artifact_bytes=r["artifact_bytes"], bytes_total=r["total_bytes"],
                 steps=r["steps"], step_avg_ms=1e3 * r["train_seconds"] / r["steps"], train_time_s=r["train_seconds"],
                 eval_time_s=r["eval_seconds"], live_val_bpb=r["live_val_bpb"], averaged_val_bpb=r["averaged_val_bpb"],
                 pre_quant_val_bpb=before, quantised_val_bpb=r["quantised_val_bpb"], scored=r["scored"])
+
 
 def summarise(results: Results, about: dict) -> dict:
     """submission.json: every figure from the results, every text from `about`. Refusal when a text is missing or odd."""
@@ -1342,12 +1397,14 @@ def summarise(results: Results, about: dict) -> dict:
         code_sha256=first["code_sha256"], config_sha256=first["config_sha256"],
         tokenizer_sha256=first["data"]["tokenizer_sha256"], val_sha256=first["data"]["val_sha256"])
 
+
 def figures_table(header: str, rows: list[list]) -> str:
     """Cells by type: 6 digits for a float, thousands apart for an int, - for None."""
     form = {float: ".6f", int: ",d"}
     lines = [["-" if cell is None else format(cell, form.get(type(cell), "")) for cell in row] for row in rows]
     names = header.split(" | ")
     return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *lines])
+
 
 def toggle_rows(results: Results) -> list[list]:
     """One row per toggle; where seeds differ, their values one after the other."""
@@ -1360,6 +1417,7 @@ def toggle_rows(results: Results) -> list[list]:
                      (steps, effects, [a["unit"] for a in acts], [a["scope"] for a in acts]))])
     return rows
 
+
 def run_command(results: Results) -> str:
     """Shell lines that repeat the runs inside the folder."""
     first = next(iter(results.values()))
@@ -1370,6 +1428,7 @@ def run_command(results: Results) -> str:
                       f"export DATA_PATH=FOLDER_OF_THE_SHARDS TOKENIZER_PATH={tokenizer}",
                       f"for seed in {' '.join(map(str, results))}; do", f"  SEED=$seed RUN_ID=seed$seed {settings} \\",
                       f"    torchrun --standalone --nproc_per_node={first['world_size']} train_gpt.py", "done", "```"])
+
 
 def render(results: Results, about: dict) -> str:
     """The generated part of README.md, which is all of it until somebody adds prose outside the two marks."""
@@ -1406,6 +1465,7 @@ def render(results: Results, about: dict) -> str:
         f"- tokenizer: sha256 `{s['tokenizer_sha256']}`{hashes}"]
     return f"{BEGIN}\n" + "\n\n".join(sections) + f"\n{END}\n"
 
+
 def build_submission(folders: list[Path], out: Path, about: dict) -> Path:
     """Makes the leaderboard folder `out` from run folders, one per seed; all or nothing. Refusal on runs that do not belong
     together, or are no good complete training, on missing files, missing texts, and when `out` is not empty."""
@@ -1433,6 +1493,7 @@ def build_submission(folders: list[Path], out: Path, about: dict) -> Path:
     write_folder(out, files, sources)
     return out
 
+
 def check_hash(path: Path, name: str, expected: str) -> None:
     """Refusal unless the file is there and has this sha256."""
     try:
@@ -1441,6 +1502,7 @@ def check_hash(path: Path, name: str, expected: str) -> None:
         raise Refusal(f"{name}: {error.strerror}; put back the file of the runs, sha256 {shown(expected)}") from None
     if found != expected:
         raise Refusal(f"{name}: sha256 {found}, but the results say {shown(expected)}; put back the file of the runs")
+
 
 def write_folder(out: Path, files: dict[str, str], sources: dict[str, Path]) -> None:
     """Writes contents and copies files into a new folder that gets its name when it is complete. Refusal when it cannot."""
@@ -1462,6 +1524,7 @@ def write_folder(out: Path, files: dict[str, str], sources: dict[str, Path]) -> 
         if draft:
             shutil.rmtree(draft, ignore_errors=True)  # after the rename there is none
     raise Refusal(problem)
+
 
 def copy_in(folder: Path, copy: Path) -> list[str]:
     """Copies a folder of plain files; returns what in it is a link, a device, unreadable or too much."""
@@ -1485,6 +1548,7 @@ def copy_in(folder: Path, copy: Path) -> list[str]:
                 problems.append(f"{name}: cannot be read ({error.strerror}); make it readable")
     return problems
 
+
 def wrong_seed_files(folder: Path, seeds: list) -> list[str]:
     """Logs and results that are missing, or that submission.json does not know."""
     if not seeds or any(type(seed) is not int for seed in seeds):
@@ -1494,6 +1558,7 @@ def wrong_seed_files(folder: Path, seeds: list) -> list[str]:
     return [f"{name}: " + ("missing, although submission.json has its seed; build it again from runs" if name in wanted else
                            "submission.json does not have its seed; build it again from all runs")
             for name in sorted(wanted ^ found)]
+
 
 def wrong_figures(results: Results, code_bytes: int) -> Iterator[str]:
     """Figures of a result that break a limit of the rules or contradict each other."""
@@ -1514,6 +1579,7 @@ def wrong_figures(results: Results, code_bytes: int) -> Iterator[str]:
             if broken:
                 yield f"{name}: {problem}; train that seed again"
 
+
 def differences(stored, made, where: str) -> Iterator[str]:
     """Where a stored JSON value is not the one made from the logs."""
     if isinstance(stored, dict) and isinstance(made, dict):
@@ -1526,6 +1592,7 @@ def differences(stored, made, where: str) -> Iterator[str]:
                 yield from differences(stored[key], made[key], f"{where}.{key}")
     elif type(stored) is not type(made) or not (stored == made or (type(made) is float and math.isclose(stored, made))):
         yield f"{where}: {shown(stored)}, but the logs give {shown(made)}"
+
 
 def wrong_readme(readme: str, results: Results, about: dict) -> Iterator[str]:
     """A generated part that is not what the logs give, and numbers in the prose that no result shows."""
@@ -1543,6 +1610,7 @@ def wrong_readme(readme: str, results: Results, about: dict) -> Iterator[str]:
         if not any(abs(number - value) <= half for number in pool):
             yield f"README.md: no result shows the number {match[0]} of its prose or of a text in submission.json; correct it"
 
+
 def wrong_script(source: bytes) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
@@ -1550,6 +1618,7 @@ def wrong_script(source: bytes) -> Iterator[str]:
             compile(source, "train_gpt.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         yield f"train_gpt.py: no Python ({type(error).__name__}: {error}); put back the source as run"
+
 
 # Loads this very file: not a package, an extension or a cached file of that name beside it
 ASK_SCRIPT = """
@@ -1565,6 +1634,7 @@ for seed in sys.argv[1:]:
     answer[seed] = dict(table=train_gpt.final_table(result), config_sha256=cfg.digest(), non_default=cfg.non_default())
 print("\\0" + json.dumps(answer))
 """
+
 
 def ask_script(folder: Path, seeds: list[int]) -> tuple[str, dict]:
     """Imports the folder's train_gpt.py in a process of its own, with next to no environment. Returns (what went wrong,
@@ -1604,6 +1674,7 @@ def ask_script(folder: Path, seeds: list[int]) -> tuple[str, dict]:
     except (ValueError, RecursionError):
         return f"answers {shown(answer)}", {}
 
+
 def wrong_logs(folder: Path, results: Results) -> list[str]:
     """Logs that do not show their results, by the word of the folder's own script; configurations that it reads differently."""
     problem, answer = ask_script(folder, list(results))
@@ -1618,6 +1689,7 @@ def wrong_logs(folder: Path, results: Results) -> list[str]:
         problems += [f"{name}: {key} is not what train_gpt.py makes of its config; put back the file of that run"
                      for key in ("config_sha256", "non_default") if said.get(key) != r[key]]
     return problems
+
 
 def check_copy(folder: Path) -> list[str]:
     """check_submission of a folder of plain files; raises the first Refusal of a file. The script runs when all else is well."""
@@ -1641,6 +1713,7 @@ def check_copy(folder: Path) -> list[str]:
                 *wrong_readme(read_text(folder / "README.md", "README.md"), results, about)]
     return problems or wrong_logs(folder, results)
 
+
 def check_submission(folder: Path) -> list[str]:
     """The problems of a submission folder, one line each; none when it is good. Reads and runs only a copy of that folder,
     and trusts no file in it; but its train_gpt.py is executed, once everything else is found good."""
@@ -1651,6 +1724,7 @@ def check_submission(folder: Path) -> list[str]:
         except Refusal as refusal:
             problems = [str(refusal)]
     return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in problem) for problem in problems]
+
 
 # ── 8 COMMANDS ────────────────────────────────────────────────────────────────────────────────────────────────────
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__.split("\n\n")[0])

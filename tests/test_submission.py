@@ -414,7 +414,7 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
     "training too long": (lambda f: forge(f, "train_seconds", 600.5, [7]), [SEED7, "train_seconds is 600.5"]),
     "scoring too long": (lambda f: forge(f, "eval_seconds", 688.0, [7]), [SEED7, "eval_seconds is 688.0"]),
     "an inactive toggle": (lambda f: forge(f, "toggles.QAT.active", False, [7]), [SEED7, "QAT", "did nothing"]),
-    "a bpb that the bytes do not give": (lambda f: forge(f, "val_bytes", 10 ** 6, [7]), [SEED7, "val_bpb", "do not give"]),
+    "a bpb that the bytes do not give": (lambda f: forge(f, "val_bytes", 10 ** 6), [SEED7, "val_bpb", "do not give"]),
     "a bpb of nothing": (lambda f: (forge(f, "val_bytes", 0), forge(f, "val_tokens", 0)), [SEED7, "val_bpb", "do not give"]),
     "all hashes of the config forged": (lambda f: forge(f, "config_sha256", "0" * 64), [SEED7, "config_sha256", "train_gpt.py"]),
     "settings left out": (lambda f: forge(f, "non_default", {}), [SEED7, "non_default", "train_gpt.py"]),
