@@ -66,7 +66,8 @@ PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] in ("run", "see
 
 # ── 1 STUDY: a TOML file as data ──────────────────────────────────────────────────────────────────────────────────
 STUDY_KEYS = {**dict.fromkeys(("title", "source", "question", "limits", "reference"), str),
-              **dict.fromkeys(("seeds", "metrics", "compare"), list), **dict.fromkeys(("env", "size", "arm", "factorial"), dict)}
+              **dict.fromkeys(("seeds", "metrics", "show", "compare"), list),
+              **dict.fromkeys(("env", "size", "arm", "factorial"), dict)}
 SIZE_KEYS = {**dict.fromkeys(("ranks", "jobs", "threads", "steps"), int), **dict.fromkeys(("seeds", "arms"), list),
              "seconds": (int, float), "note": str, "env": dict}
 ARM_KEYS = {"published": dict, "expect": str, "note": str}
@@ -92,7 +93,8 @@ class Size:
 
 @dataclass(frozen=True)
 class Study:
-    """What a TOML file says. arms: name -> settings on top of env; facts: name -> published figures, expectation, note."""
+    """What a TOML file says. arms: name -> settings on top of env; facts: name -> published figures, expectation, note.
+    metrics are compared; show stands in the table of arms only."""
     path: Path
     title: str
     question: str
@@ -101,6 +103,7 @@ class Study:
     seeds: tuple[int, ...]
     reference: str
     metrics: tuple[str, ...]
+    show: tuple[str, ...]
     compare: tuple[tuple[str, str], ...]
     env: dict[str, str]
     sizes: dict[str, Size]
@@ -185,7 +188,7 @@ def read_study(path: Path) -> Study:
     study = Study(
         path, data.get("title", path.stem), data.get("question", ""), data.get("source", ""), data.get("limits", ""),
         tuple(data.get("seeds", (1, 2, 3))), data.get("reference", next(iter(arms), "")),
-        tuple(data.get("metrics", ("val_bpb", "quant_gap_bpb", "step_ms_median"))),
+        tuple(data.get("metrics", ("val_bpb", "quant_gap_bpb", "step_ms_median"))), tuple(data.get("show", ())),
         tuple(tuple(pair) if isinstance(pair, list) else () for pair in data.get("compare", ())),
         settings(data.get("env", {}), f"{path}: env"), sizes, arms, {name: facts for name, (_, facts) in split.items()},
         {key: list(map(str, levels)) for key, levels in data.get("factorial", {}).items()})
@@ -197,7 +200,8 @@ def read_study(path: Path) -> Study:
             (len(arms) < 2, "fewer than two arms; add [arm.NAME] or [factorial]"),
             (not all(type(seed) is int and seed >= 0 for group in (study, *sizes.values()) for seed in group.seeds),
              "seeds must be whole numbers, 0 or more"),
-            (not all(isinstance(name, str) for name in study.metrics), "metrics must be names of figures of result.json"),
+            (not all(isinstance(name, str) for name in study.metrics + study.show),
+             "metrics and show must be names of figures of result.json"),
             (any(len(set(scale.arms)) < len(scale.arms) for scale in sizes.values()), "an arm stands twice in a size"),
             (named - arms.keys(), f"no such arm: {', '.join(map(str, named - arms.keys()))}"),
             (not all(NAME.fullmatch(arm) for arm in (*arms, *sizes)), "names may hold letters, digits and _ . = - only")]:
@@ -802,7 +806,7 @@ def spell(values: dict[int, float], digits: int) -> str:
 def arm_table(found: Finished) -> tuple[list[str], list[list]]:
     """One row per arm, failed trials included."""
     study, size = found.matrix.study, found.matrix.size
-    extra = [name for name in study.metrics if name not in METRICS]
+    extra = [name for name in study.metrics + study.show if name not in METRICS]
     names = ["live_val_bpb", "float_val_bpb", "quantised_val_bpb", "val_bpb", "quant_gap_bpb", *extra, "step_ms_median", "steps",
              "total_bytes"]
     rows, told = [], any("published" in facts or "expect" in facts for facts in study.facts.values())
@@ -824,7 +828,8 @@ def pairs(found: Finished) -> Iterator[tuple[str, str, str, dict, dict]]:
     study, size = found.matrix.study, found.matrix.size
     arms, metrics = size.arms or tuple(study.arms), dict.fromkeys(study.metrics)
     metrics |= dict.fromkeys(["step_ms_median", "steps"] if found.matrix.equal == "time" else [])  # what an arm costs
-    for a, b in [(study.reference, arm) for arm in arms if arm != study.reference] + [c for c in study.compare]:
+    against = [(study.reference, arm) for arm in arms if arm != study.reference]
+    for a, b in dict.fromkeys(against + list(study.compare)):
         (a, own_a), (b, own_b) = ((side.partition(":")[0], side.partition(":")[2]) for side in (a, b))
         if a in arms and b in arms:
             for name in [own_a] if own_a else metrics:

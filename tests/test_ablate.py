@@ -299,7 +299,7 @@ def test_arms_whose_training_failed_are_failed_too(study, tmp_path):
     m = matrix(study(arm__plain={"MATRIX_LR": 1e30}, arm__five_bits={"MATRIX_LR": 1e30}, without=("arm.stride_8", "arm.qat"),
                      **{"": {"compare": []}}), "small", "steps", (1,), tmp_path / "runs")
     Runner(m).run(lambda line: None)
-    assert load_matrix(m).failed["five_bits-s1"] == "its training plain-s1 failed"
+    assert load_matrix(m).failed["five_bits-s1"] == "FAILED (exit -1): its training plain-s1 failed"
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped(study, tmp_path):
