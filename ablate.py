@@ -68,7 +68,7 @@ PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] in ("run", "see
 STUDY_KEYS = {**dict.fromkeys(("title", "source", "question", "limits", "reference"), str),
               **dict.fromkeys(("seeds", "metrics", "show", "compare"), list),
               **dict.fromkeys(("env", "size", "arm", "factorial"), dict)}
-SIZE_KEYS = {**dict.fromkeys(("ranks", "jobs", "threads", "steps"), int), **dict.fromkeys(("seeds", "arms"), list),
+SIZE_KEYS = {**dict.fromkeys(("ranks", "jobs", "threads", "steps"), int), **dict.fromkeys(("seeds", "arms", "time_arms"), list),
              "seconds": (int, float), "note": str, "env": dict}
 ARM_KEYS = {"published": dict, "expect": str, "note": str}
 OWN = {"RUN_ID", "LOGS_DIR", "SEED", "CHECKPOINT", "EVAL_ONLY", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"}  # the runner sets these
@@ -87,6 +87,7 @@ class Size:
     threads: int = 1  # per rank; 0: as the machine has
     seeds: tuple[int, ...] = ()
     arms: tuple[str, ...] = ()  # empty: all
+    time_arms: tuple[str, ...] = ()  # of --equal time: arms whose steps cost alike have nothing to add; empty: arms
     note: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
@@ -162,7 +163,7 @@ def read_size(name: str, table: dict, where: str) -> Size:
     if not isinstance(table, dict) or not {"steps", "seconds"} <= table.keys():
         raise Refusal(f"{where}: needs steps and seconds, the budgets of --equal steps and --equal time")
     typed(table, SIZE_KEYS, where)
-    lists = {key: tuple(table[key]) for key in ("seeds", "arms") if key in table}
+    lists = {key: tuple(table[key]) for key in ("seeds", "arms", "time_arms") if key in table}
     size = Size(name=name, **{**table, **lists, "env": settings(table.get("env", {}), where)})
     for key, least in {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}.items():
         if not least <= getattr(size, key) < 1e9:
@@ -193,7 +194,7 @@ def read_study(path: Path) -> Study:
         settings(data.get("env", {}), f"{path}: env"), sizes, arms, {name: facts for name, (_, facts) in split.items()},
         {key: list(map(str, levels)) for key, levels in data.get("factorial", {}).items()})
     named = {str(side).partition(":")[0] for side in itertools.chain(
-        [study.reference], *study.compare, *(scale.arms for scale in sizes.values()))}
+        [study.reference], *study.compare, *(scale.arms + scale.time_arms for scale in sizes.values()))}
     for problem, message in [
             (not all(len(pair) == 2 for pair in study.compare), "compare: needs pairs of arms"),
             (not sizes, "no [size.NAME]; give at least one"),
@@ -233,6 +234,7 @@ class Matrix:
     size: Size
     equal: str
     folder: Path
+    arms: tuple[str, ...]
     trials: list[Trial]
 
     def command(self) -> str:
@@ -261,8 +263,9 @@ def matrix(study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out
     folder = (out or ROOT / "logs/runs" / study.name / f"{size}-{equal}").absolute()
     budget = {"steps": {"ITERATIONS": str(scale.steps), "MAX_WALLCLOCK_SECONDS": "0"},
               "time": {"MAX_WALLCLOCK_SECONDS": str(scale.seconds)}}[equal]
+    arms = scale.time_arms * (equal == "time") or scale.arms or tuple(study.arms)
     for seed in seeds or scale.seeds or study.seeds:
-        for arm in scale.arms or study.arms:
+        for arm in arms:
             env = {**study.env, **scale.env, **study.arms[arm], **budget, "SEED": str(seed)}
             env |= {"RUN_ID": f"{arm}-s{seed}", "LOGS_DIR": from_root(folder)}
             try:
@@ -278,7 +281,7 @@ def matrix(study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out
             trials.append(Trial(arm, seed, folder / env["RUN_ID"], env, cfg, donor.id if donor.arm != arm else None))
     if not trials or len({t.id for t in trials}) < len(trials):
         raise Refusal(f"{study.path}: no seed, or a seed stands there twice")
-    return Matrix(study, scale, equal, folder, trials)
+    return Matrix(study, scale, equal, folder, arms, trials)
 
 
 def clean_environment(trial: Trial, size: Size) -> dict[str, str]:
@@ -750,6 +753,11 @@ def heading_of(name: str) -> tuple[str, str, int]:
     return METRICS.get(name, (name.removeprefix("scores.").removeprefix("toggles."), unit, digits))
 
 
+def titled(name: str) -> str:
+    """A metric as the head of a column: with its unit, where it has one."""
+    return ", ".join(filter(None, heading_of(name)[:2]))
+
+
 @dataclass(frozen=True)
 class Finished:
     """What there is of a matrix: results by arm and seed, and reasons of the failed trials by trial."""
@@ -805,12 +813,12 @@ def spell(values: dict[int, float], digits: int) -> str:
 
 def arm_table(found: Finished) -> tuple[list[str], list[list]]:
     """One row per arm, failed trials included."""
-    study, size = found.matrix.study, found.matrix.size
+    study = found.matrix.study
     extra = [name for name in study.metrics + study.show if name not in METRICS]
     names = ["live_val_bpb", "float_val_bpb", "quantised_val_bpb", "val_bpb", "quant_gap_bpb", *extra, "step_ms_median", "steps",
              "total_bytes"]
     rows, told = [], any("published" in facts or "expect" in facts for facts in study.facts.values())
-    for arm in size.arms or study.arms:
+    for arm in found.matrix.arms:
         lost = [f"s{name.rpartition('-s')[2]} {why}" for name, why in found.failed.items() if name.rpartition("-s")[0] == arm]
         figures = [spell(found.values(arm, name), heading_of(name)[2]) for name in names]
         facts = study.facts.get(arm, {})
@@ -818,15 +826,14 @@ def arm_table(found: Finished) -> tuple[list[str], list[list]]:
         words = "; ".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in published.items())
         rows.append([arm, " ".join(f"{k}={v}" for k, v in study.arms[arm].items()), str(len(found.runs.get(arm, {})))
                      + (f", failed: {'; '.join(lost)}" if lost else ""), *figures, *[words] * told])
-    return ["arm", "settings", "n", *(", ".join(filter(None, heading_of(n)[:2])) for n in names),
+    return ["arm", "settings", "n", *map(titled, names),
             *["published, expected"] * told], rows
 
 
 def pairs(found: Finished) -> Iterator[tuple[str, str, str, dict, dict]]:
     """(name of a, name of b, metric, values of a, values of b): each arm against the reference in every metric of the
     study, then its own comparisons, where `arm:metric` names a figure of one arm."""
-    study, size = found.matrix.study, found.matrix.size
-    arms, metrics = size.arms or tuple(study.arms), dict.fromkeys(study.metrics)
+    study, arms, metrics = found.matrix.study, found.matrix.arms, dict.fromkeys(found.matrix.study.metrics)
     metrics |= dict.fromkeys(["step_ms_median", "steps"] if found.matrix.equal == "time" else [])  # what an arm costs
     against = [(study.reference, arm) for arm in arms if arm != study.reference]
     for a, b in dict.fromkeys(against + list(study.compare)):
@@ -850,7 +857,7 @@ def comparison_row(names: tuple[str, str], name: str, a: dict[int, float], b: di
     except Refusal as refusal:
         return [f"{names[1]} - {names[0]}", heading, *["-"] * 6, f"not compared: {refusal}"]
     mean, low, high, least = (f"{x:+.{digits}f}" for x in (test.mean, test.low, test.high, detectable(test.sd, test.n)))
-    return [f"{names[1]} - {names[0]}", f"{heading}, {unit}", mean, f"{low} to {high}", least.removeprefix("+"),
+    return [f"{names[1]} - {names[0]}", titled(name), mean, f"{low} to {high}", least.removeprefix("+"),
             f"{test.t:.2f} ({test.df:.0f})", f"{test.p:.2g}", f"{loose.p:.2g} (df {loose.df:.1f})", verdict(test, names, unit)]
 
 
@@ -865,14 +872,14 @@ def factorial_table(found: Finished) -> tuple[list[str], list[list]]:
     study, rows = found.matrix.study, []
     cells = dict(zip(itertools.product(*study.factors.values()), product_arms(study.factors, str(study.path))))
     for name in study.metrics if study.factors else ():
-        heading, unit, digits = heading_of(name)
+        heading, _, digits = heading_of(name)
         values = {cell: found.values(arm, name) for cell, arm in cells.items() if found.values(arm, name)}
         try:
             contrasts = factorial(values, study.factors)
         except Refusal as refusal:
             rows.append(["-", heading, "-", "-", "-", f"not computed: {refusal}"])
             continue
-        rows += [[c.term, f"{heading}, {unit}", f"{c.mean:+.{digits}f}", f"{c.low:+.{digits}f} to {c.high:+.{digits}f}",
+        rows += [[c.term, titled(name), f"{c.mean:+.{digits}f}", f"{c.low:+.{digits}f} to {c.high:+.{digits}f}",
                   f"{c.p:.2g}", "not distinguishable from 0" if c.low <= 0 <= c.high else "lower" if c.mean < 0 else "higher"]
                  for c in contrasts]
     return ["effect", "metric", "mean", "95 % CI", "p", "in words"], rows
