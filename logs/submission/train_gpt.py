@@ -1,0 +1,1486 @@
+"""Train a small GPT under a wallclock budget, ship it in 16,000,000 bytes, and score what was shipped.
+
+    tokens -> train -> average -> quantise -> pack -> artifact on disk -> read back -> score (bits per byte)
+
+Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py`; --help lists the knobs.
+A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (as run), checkpoint.bin, artifact.bin."""
+from __future__ import annotations
+
+import bisect, concurrent.futures, contextlib, dataclasses, datetime, difflib, hashlib, itertools, json, lzma, math, os, platform
+import resource, signal, statistics, struct, sys, time, zlib
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+
+import numpy as np
+import safetensors.torch, sentencepiece, torch.utils.benchmark, zstandard
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ── 1 CONFIG ──────────────────────────────────────────────────────────────────────────────────────────────────────
+EXIT_CODES = {0: "good", 2: "bad configuration or data", 3: "over the size cap (all is saved)", 4: "a toggle did nothing",
+              5: "non-finite loss or gradient", 130: "interrupted", 143: "terminated"}
+
+class Refusal(Exception):
+    """Ends the run with one line that names the thing, its value and the remedy; `code` is a key of EXIT_CODES."""
+    def __init__(self, message: str, code: int = 2):
+        super().__init__("\\n".join(message.splitlines()))
+        self.code = code
+
+def refuse(broken, message: str, code: int = 2) -> None:
+    if broken:
+        raise Refusal(message, code)
+
+def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), seeds="", scope="train"):
+    """One environment variable. scope: run, seed, train, model / eval (inside the artifact), grid (QAT to export), export."""
+    return field(default=default, metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, seeds=seeds, scope=scope))
+
+run_knob, model_knob, grid_knob, export_knob, eval_knob = (partial(knob, scope=s) for s in "run model grid export eval".split())
+BITS, AVERAGES = (2, 3, 4, 5, 6, 7, 8, 16), ("auto", "none", "swa", "ema", "sqwa")
+TRIGGERS, SCOPES = ("always", "lr_scale", "iter_frac", "time_frac"), ("exported", "linears", "small_linears")
+COMPARED = ("model", "train", "grid", "export", "eval")  # scopes that make runs comparable: not names, places, machine, seed
+CLIP_QUANTILES = {"amax": (1.0,), "quantile": (0.9999984,), "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0)}
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob, once. The environment variable is the field name in upper case; booleans are 0 or 1."""
+    # Where and what
+    data_path: str = run_knob("data/datasets/fineweb10B_sp1024", "folder", "fineweb_train_*.bin and fineweb_val_*.bin")
+    tokenizer_path: str = run_knob("data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of them")
+    logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
+    run_id: str = run_knob("", "name", "empty: date, time, config hash and seed; an existing one is refused")
+    checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin, with other settings of both, and train nothing")
+    eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
+    seed: int = knob(1337, "", "initial weights and quantisation noise", lo=0, hi=2 ** 32 - 1, seeds="989 975", scope="seed")
+    strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
+    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=("auto", "fa3", "fa2", "sdpa"))
+    compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
+    # Model
+    vocab_size: int = model_knob(1024, "tokens", "must be the tokenizer's", lo=2, hi=65536)
+    num_layers: int = model_knob(11, "blocks", "transformer blocks", lo=1, seeds="145 199 989")
+    model_dim: int = model_knob(512, "", "width of the residual stream", lo=1)
+    num_heads: int = model_knob(8, "", "query heads", lo=1)
+    num_kv_heads: int = model_knob(4, "", "key / value heads, each shared by several query heads", lo=1)
+    mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01, seeds="145 199")
+    mlp_act: str = model_knob("relu2", "", "square of ReLU, or of LeakyReLU(0.5)", choices=("relu2", "leaky_relu2"), seeds="975")
+    init: str = model_knob("ortho", "", "initial matrices", choices=("default", "ortho"), seeds="145 199")
+    tied_embed_init_std: float = model_knob(0.005, "", "standard deviation of the initial token embedding", lo=0)
+    qk_gain_init: float = model_knob(1.5, "", "initial gain of the normalised queries, one per head", lo=0)
+    logit_softcap: float = model_knob(30.0, "", "logits = cap * tanh(z / cap)", lo=1e-6)
+    rope_base: float = model_knob(10000.0, "", "rotary base", lo=1)
+    rope_dims: int = model_knob(0, "dims", "rotated dimensions of a head; 0: all", lo=0, seeds="975")
+    rope_ntk_len: int = model_knob(0, "tokens", "NTK: the base grows with TRAIN_SEQ_LEN over this; 0: off", lo=0, seeds="975")
+    xsa_last_n: int = model_knob(0, "blocks", "exclusive self-attention in the last N blocks; 0: off", lo=0, seeds="975")
+    ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)", seeds="975")
+    ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V", seeds="975")
+    ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
+    ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
+    smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding", seeds="145 199")
+    smear_pos: str = model_knob("pre_norm", "", "at the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975")
+    smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
+    bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975")
+    bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
+    bigram_proj_gain: float = model_knob(1.0, "", "initial gain of the BigramHash projection", lo=0, seeds="989")
+    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20, seeds="145 199")
+    # Optimiser
+    matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0, seeds="145 199 975")
+    scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0, seeds="145 199 975")
+    tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0, seeds="145 199 975")
+    muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1, seeds="145 199")
+    muon_momentum_warmup_start: float = knob(0.92, "", "momentum at step 0", lo=0, hi=1, seeds="145 199")
+    muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0, seeds="145 199")
+    muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
+    muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0, seeds="145 199 989 975")
+    bigram_proj_opt: str = knob("muon", "", "optimiser of the BigramHash projection", choices=("muon", "adam"), seeds="975")
+    beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
+    beta2: float = knob(0.95, "", "AdamW", lo=0, hi=0.9999)
+    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999, seeds="989 975")
+    adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
+    adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0, seeds="989 975")
+    grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0, seeds="145 199")
+    # Budget and schedule
+    iterations: int = knob(20000, "steps", "upper bound of steps", lo=1)
+    max_wallclock_seconds: float = knob(600.0, "s", "training budget; 0: ITERATIONS alone ends the run", lo=0)
+    warmup_steps: int = knob(20, "steps", "untimed steps that compile everything and are then undone", lo=1)
+    warmdown_iters: int = knob(3000, "steps", "linear decay to 0 at the end", lo=0, seeds="145 199 975")
+    warmdown_frac: float = knob(0.0, "of run", "> 0: warm-down length as a fraction of the run instead", lo=0, hi=1)
+    train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2, seeds="989 975")
+    grad_accum_steps: int = knob(0, "", "micro-batches per rank and step; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
+    train_log_every: int = knob(200, "steps", "a line in the log", lo=1)
+    val_loss_every: int = knob(1000, "steps", "score the live weights while training, clock paused; 0: never", lo=0, seeds="145")
+    # Quantisation-aware training and noise
+    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", seeds="145 194 989 975")
+    qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS, seeds="145 989 975")
+    qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / share of the run", lo=0, hi=1, seeds="145 989 975")
+    qat_scope: str = knob("exported", "", "all that export quantises; no tables; #975's few", choices=SCOPES, seeds="145 194 975")
+    qat_grid: str = knob("export", "", "clip of the fake grid: QUANT_CLIP, or amax", choices=("export", "amax"), seeds="194 975")
+    qna_enabled: bool = knob(False, "", "uniform noise of one quantisation step, annealed with the lr", seeds="975")
+    qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
+    qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
+    qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975", seeds="975")
+    # Averages: SQWA is of the EMA if EMA_ENABLED, else of the live weights
+    swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights", seeds="199 194 989")
+    swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS, seeds="199")
+    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, seeds="199 194 975")
+    swa_every: int = knob(50, "steps", "between snapshots", lo=1)
+    swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=("fp32", "native", "bf16"), seeds="194 989")
+    ema_enabled: bool = knob(False, "", "exponential moving average, every step", seeds="975")
+    ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
+    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", seeds="975")
+    # Export
+    average: str = export_knob("auto", "", "weights to ship; auto: the average that is on", choices=AVERAGES)
+    quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989")
+    quant_bits_attn: int = grid_knob(6, "bits", "attention matrices", choices=BITS, seeds="145 199")
+    quant_bits_bigram: int = grid_knob(6, "bits", "BigramHash table, projections of small tables", choices=BITS, seeds="975")
+    quant_bits_embed: int = grid_knob(16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975")
+    quant_clip: str = grid_knob("quantile", "", "largest weight of a row", choices=tuple(CLIP_QUANTILES), seeds="989 975")
+    quant_codes: str = grid_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989")
+    quant_scale_floor: bool = grid_knob(True, "", "step at least 1/c, so rows below 1 share one fixed step", seeds="989")
+    keep_float_max_numel: int = grid_knob(65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989")
+    fp16_keep_name_patterns: str = grid_knob("", "csv", "tensors whose name contains one of these stay fp16", seeds="989")
+    prune_pct: float = export_knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989")
+    compressor: str = export_knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma"), seeds="145 199 975")
+    compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd 22, lzma 6", lo=-1, hi=22)
+    cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
+    fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
+    # Scoring
+    eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
+    eval_stride: int = eval_knob(64, "tokens", "targets scored per sliding window; 0: fixed windows only", lo=0)
+    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank; rows of a test-time SGD step", lo=1)
+    doc_isolated_eval: bool = eval_knob(False, "", "also score with windows that start and end with documents", seeds="199")
+    val_max_tokens: int = eval_knob(0, "tokens", "score only the first N validation targets; 0: all", lo=0)
+    ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
+    ttt_lr: float = eval_knob(0.002, "", "SGD, cosine over chunks", lo=0)
+    ttt_epochs: int = eval_knob(3, "", "passes over a chunk once it is scored", lo=1)
+    ttt_chunk_tokens: int = eval_knob(32768, "tokens", "chunk", lo=1)
+    ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
+    given: frozenset = field(default=frozenset(), compare=False)  # names that the environment set
+    inherited: bool = field(default=False, compare=False)  # the rest is from the file CHECKPOINT or EVAL_ONLY; rules wait for it
+    def __post_init__(self):
+        for f in KNOBS:
+            name, value, m, choices = f.name.upper(), getattr(self, f.name), f.metadata, f.metadata["choices"]
+            refuse(isinstance(value, float) and not math.isfinite(value), f"{name}={value}: must be a finite number")
+            refuse(choices and value not in choices, f"{name}={value}: choose one of {', '.join(map(str, choices))}")
+            if m["lo"] is not None and not m["lo"] <= value <= (math.inf if m["hi"] is None else m["hi"]):
+                raise Refusal(f"{name}={value}: must be {m['lo']} or more" + (f", {m['hi']} or less" if m["hi"] else ""))
+        refuse(self.checkpoint and self.eval_only, f"CHECKPOINT={self.checkpoint}: EVAL_ONLY is set too: choose one")
+        for broken, message in self.conflicts():
+            refuse(broken and (self.inherited or not (self.checkpoint or self.eval_only)), message)
+    def conflicts(self) -> list[tuple[bool, str]]:
+        """(is violated, message) for every rule that involves more than one knob."""
+        window, head, ttt = self.window, self.model_dim // self.num_heads, self.ttt_mode != "none"
+        on, ve = self.collected(), self.ve_layers.replace(" ", "").split(",")
+        return [(broken, f"{name}={getattr(self, name.lower())}: {remedy}") for broken, name, remedy in [
+            (self.model_dim % self.num_heads, "MODEL_DIM", f"must be a multiple of NUM_HEADS={self.num_heads}"),
+            (self.num_heads % self.num_kv_heads, "NUM_KV_HEADS", f"must divide NUM_HEADS={self.num_heads}"),
+            (self.rope_dims > head or (self.rope_dims or head) % 2 or (self.rope_ntk_len and (self.rope_dims or head) == 2),
+             "ROPE_DIMS", f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)"),
+            (not self.eval_only and self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS",
+             f"is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.eval_stride > window, "EVAL_STRIDE", f"must not exceed the window of {window} tokens"),
+            (self.mlp_mult * self.model_dim < 1, "MLP_MULT", f"leaves no hidden unit at MODEL_DIM={self.model_dim}"),
+            (self.xsa_last_n > self.num_layers, "XSA_LAST_N", f"the model has {self.num_layers} blocks"),
+            (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "needs 2 buckets or more (the last one is for row starts)"),
+            (self.ve_enabled and (len(set(ve)) < len(ve) or not all(n.isdecimal() and int(n) < self.num_layers for n in ve)),
+             "VE_LAYERS", f"needs different block numbers below NUM_LAYERS={self.num_layers}, separated by commas"),
+            (self.swa_enabled and self.sqwa_enabled, "SWA_ENABLED", "SQWA_ENABLED sums snapshots too: choose one"),
+            (self.swa_enabled and self.ema_enabled and self.average == "auto", "SWA_ENABLED",
+             "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped"),
+            (self.average not in ("auto", "none", *on), "AVERAGE", f"is not collected; set {self.average.upper()}_ENABLED=1"),
+            (self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always", "QNA_ENABLED",
+             "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"),
+            (self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0, "QAT_START",
+             "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"),
+            (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"is no multiple of the window of {window} tokens"),
+            (self.compressor != "zstd" and self.compress_level > 9, "COMPRESS_LEVEL", f"{self.compressor} knows 0 to 9")]]
+    @property
+    def window(self) -> int:  # tokens of one scoring window
+        return self.eval_seq_len or self.train_seq_len
+    def collected(self) -> list[str]:  # the averages that are on
+        return [name for name in ("swa", "ema", "sqwa") if getattr(self, f"{name}_enabled")]
+    @property
+    def shipped_average(self) -> str:
+        return ["none", *self.collected()][-1] if self.average == "auto" else self.average
+    @property
+    def training_scopes(self) -> tuple[str, ...]:  # of the knobs that a checkpoint depends on
+        return ("seed", "model", "train") + ("grid",) * (self.qat_enabled or self.qna_enabled or self.sqwa_enabled)
+    def knobs(self, *scopes: str) -> dict:
+        """Name -> value of the knobs in these scopes (all without an argument)."""
+        return {f.name: getattr(self, f.name) for f in KNOBS if not scopes or f.metadata["scope"] in scopes}
+    def non_default(self) -> dict:
+        return {f.name.upper(): getattr(self, f.name) for f in KNOBS if getattr(self, f.name) != f.default}
+    def digest(self, *scopes: str) -> str:
+        """sha256 of the knobs in these scopes (without an argument: of all that makes runs comparable)."""
+        return hashlib.sha256(json.dumps(self.knobs(*scopes or COMPARED), sort_keys=True).encode()).hexdigest()
+    @classmethod
+    def from_env(cls, env) -> Config:
+        """Typed and checked configuration; Refusal on a bad value or on a variable that looks like ours but is not."""
+        known, settings = {f.name.upper(): f for f in KNOBS}, translate_old_names(dict(env))
+        ours = {*ALIASES, *(n for n, f in known.items() if f.metadata["scope"] != "run")}
+        words = {name.split("_")[0] for name in known} - {"INIT"}
+        for name in sorted(settings.keys() - known.keys() - FOREIGN):
+            close = difflib.get_close_matches(name, known, 1, 0.85)
+            part = "_" in name and any(k.endswith("_" + name) or "_" in k and name.endswith("_" + k) for k in ours)
+            if name == name.upper() and (close or part or name.split("_")[0] in words):
+                close = close or difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
+                raise Refusal(f"{name}={settings[name]}: no such setting; did you mean {close[0]}? Else unset it")
+        given = frozenset(settings.keys() & known.keys())
+        return cls(given=given, **{n.lower(): parse(n, settings[n], known[n].type) for n in given})
+
+KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
+
+def parse(name: str, text: str, kind: str):
+    """The value of one variable, by the annotated type of its knob."""
+    try:
+        return {"0": False, "1": True}[text] if kind == "bool" else {"int": int, "float": float, "str": str}[kind](text)
+    except (KeyError, ValueError):
+        raise Refusal(f"{name}={text}: must be {dict(bool='0 or 1', int='a whole number', float='a number')[kind]}") from None
+
+def switch(old: str, name: str, off: str, on: str) -> Callable:
+    """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
+    return lambda value, env: {name: on if parse(old, value, "bool") else off}
+
+ALIASES = {  # spellings of the seeds: old name -> the new name, or a function (value, environment) -> new settings
+    "QAT": "QAT_ENABLED", "ENABLE_QAT": "QAT_ENABLED", "LATE_QAT": "QAT_ENABLED", "SWA": "SWA_ENABLED",
+    "MUON_WEIGHT_DECAY": "MUON_WD", "WEIGHT_DECAY": "ADAM_WD", "WARMDOWN_STEPS": "WARMDOWN_ITERS", "QAT_START_FRAC": "QAT_START",
+    "BIGRAM_HASH": lambda v, env: switch("BIGRAM_HASH", "BIGRAM_VOCAB_SIZE", "0", env.get("BIGRAM_HASH_BUCKETS", "4096"))(v, env),
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_DIM": "BIGRAM_DIM",
+    "LATE_QAT_THRESHOLD": lambda value, env: {"QAT_START_KIND": "lr_scale", "QAT_START": value},
+    "QUANT_BITS": lambda value, env: dict.fromkeys(("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"), value),
+    **{old: switch(old, "QUANT_BITS_EMBED", "8", "16") for old in ("FP16_EMBED", "FP16_EMBED_EXPORT")},
+    "USE_ZSTD": switch("USE_ZSTD", "COMPRESSOR", "zlib", "zstd"), "TTT_ENABLED": switch("TTT_ENABLED", "TTT_MODE", "none", "sgd")}
+UNSUPPORTED = {  # off in every published row: the off value is accepted, anything else refused
+    "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "CONTROL_TENSOR_NAME_PATTERNS": "", "LATE_K_LAYERS": "0",
+    **dict.fromkeys("MTP_NUM_HEADS LAWA_ENABLED DOC_EVAL_BUG GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED CURRICULUM".split(), "0")}
+FOREIGN = {"MAX_JOBS", "DATA_DIRECTORY", *(f"RUN_{what}DISPLAY_URL" for what in ("", "CHANGES_", "TESTS_", "ARTIFACTS_"))}
+
+def translate_old_names(env: dict) -> dict:
+    """The environment in today's names. Raises Refusal when an old and a new spelling disagree."""
+    today = {k: v for k, v in env.items() if k not in ALIASES and k not in UNSUPPORTED}
+    for old, off in UNSUPPORTED.items():
+        if env.get(old, off) != off:
+            raise Refusal(f"{old}={env[old]}: not supported (off in every published row); set {old}={off} or unset it")
+    for old in sorted(ALIASES.keys() & env.keys()):
+        new = ALIASES[old]
+        for name, value in ({new: env[old]} if isinstance(new, str) else new(env[old], env)).items():
+            if value == env[old]:
+                parse(old, value, {f.name: f.type for f in KNOBS}[name.lower()])
+            refuse(today.setdefault(name, value) != value, f"{old}={env[old]} contradicts {name}={today[name]}; set only {name}")
+    return today
+
+def text_table(rows: list[tuple]) -> str:
+    """Left-aligned columns under a ruled header."""
+    forms = {float: "{:.6f}", int: "{:,}", type(None): "-"}
+    cells = [[forms.get(type(cell), "{}").format(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    rule = ["-" * width for width in widths]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in [cells[0], rule, *cells[1:]])
+
+def help_text() -> str:
+    """Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else."""
+    rows = [(f.name.upper(), f.type, str(int(f.default) if f.type == "bool" else f.default) or '""', m["unit"],
+             m["doc"] + (f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""), m["seeds"])
+            for f in KNOBS for m in [f.metadata]]
+    return "\n".join([__doc__.strip(), "", "Exit codes: " + "; ".join(f"{c} {t}" for c, t in EXIT_CODES.items()), "",
+                      text_table([("variable", "type", "default", "unit", "meaning", "seeds"), *rows]), "",
+                      "Old spellings of the seeds that also work: " + ", ".join(ALIASES)])
+
+# ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+SOURCE = Path(__file__).read_bytes()
+CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+SCHEMA_VERSION = 1  # of metrics.jsonl and result.json; README documents both
+State = dict  # parameter name -> fp32 tensor, the same on every rank
+
+class Run:
+    """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
+    def __init__(self, cfg: Config):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=datetime.timedelta(minutes=5))
+        self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations; on CPU bf16 is 15 times slower
+        torch._dynamo.config.recompile_limit = 32  # one graph per shape: training, fixed, sliding, documents
+        self.started, self.seconds, self.phase_name = time.perf_counter(), {}, "start"
+        self.activity: dict[str, Activity] = {}
+        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S-") + f"{cfg.digest()[:8]}-s{cfg.seed}"
+        self.dir, problem = Path(cfg.logs_dir) / self.agree(name), ""
+        if self.rank == 0:
+            try:
+                self.dir.mkdir(parents=True)
+                (self.dir / "train_gpt.py").write_bytes(SOURCE)
+                self.text, self.jsonl = ((self.dir / n).open("a", buffering=1) for n in ("train.log", "metrics.jsonl"))
+            except OSError as error:
+                problem = f"RUN_ID={name}: cannot create {self.dir} ({error.strerror}); choose another RUN_ID or LOGS_DIR"
+        refuse(problem := self.agree(problem), problem)
+    def agree(self, value):
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+    def log(self, text: str) -> None:
+        """One line for people: terminal and train.log, flushed."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            self.text.write(text + "\n")
+    def event(self, kind: str, **fields) -> None:
+        """One JSON object for programs in metrics.jsonl; `t` is seconds since the start."""
+        if self.rank == 0:
+            self.jsonl.write(json.dumps({"event": kind, "t": time.perf_counter() - self.started, **fields}) + "\n")
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Names what is going on (for error messages) and adds its wall seconds to the time ledger."""
+        outer, self.phase_name, began = self.phase_name, name, time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.phase_name = outer  # an exception leaves `name`, so that the message can say where
+    def milliseconds(self, work: Callable) -> float:
+        """Time of one call on the device: the fastest of three, since other programs can only slow it down."""
+        timer = torch.utils.benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        return min(timer.timeit(1).mean for _ in range(3)) * 1e3
+    def bar(self, total: float) -> tqdm:
+        """Progress bar of the phase on a terminal, nothing elsewhere."""
+        return tqdm(total=total, desc=self.phase_name, leave=False, disable=self.rank != 0 or not sys.stderr.isatty(),
+                    bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+
+@dataclass
+class Activity:
+    """What one requested toggle did: the proof that it acted."""
+    tensors: int = 0
+    params: int = 0
+    scope: str = ""
+    unit: str = "nats"  # of effect: the measured quantity with the toggle on, minus off
+    steps: list[int] = field(default_factory=list)  # when it acted
+    effect: float | None = None
+    cost_ms: float | None = None
+    def row(self, total_steps: int) -> dict:
+        """For result.json. Active: it acted, and that made a difference."""
+        n, first, last = len(self.steps), min(self.steps, default=None), max(self.steps, default=None)
+        return dict(active=bool(n and self.effect), first_step=first, last_step=last, share_of_steps=n / max(total_steps, n, 1),
+                    **{name: getattr(self, name) for name in ("tensors", "params", "effect", "unit", "cost_ms", "scope")})
+
+# ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
+BOS = 1
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
+AGAIN = "prepare the data again (python prepare_data.py --help)"
+
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of one shard, (n,) uint16, mapped and not read. Refusal when header and size disagree."""
+    header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
+    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise Refusal(f"{path}: no token shard (starts {header[:2].tolist()}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}")
+    if size != 4 * SHARD_HEADER + 2 * int(header[2]):
+        raise Refusal(f"{path}: {size:,} bytes, but the header promises {header[2]:,} tokens; cut or damaged: {AGAIN}")
+    return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER) if header[2] else np.empty(0, "<u2")
+
+class Split:
+    """The shards of one split as one endless stream of tokens."""
+    def __init__(self, cfg: Config, name: str):
+        self.vocab, self.paths = cfg.vocab_size, sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin"))
+        self.shards = [read_shard(path) for path in self.paths]
+        *self.starts, self.tokens = np.cumsum([0, *map(len, self.shards)]).tolist()
+        if self.tokens < 2:
+            raise Refusal(f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} files fineweb_{name}_*.bin; "
+                          "run python prepare_data.py demo (or fineweb), or set DATA_PATH")
+    def take(self, start: int, n: int) -> np.ndarray:
+        """Tokens [start, start + n) of the repeated stream, (n,) int64; checks that each is in the vocabulary."""
+        parts = []
+        while n > 0:
+            start %= self.tokens
+            i = bisect.bisect(self.starts, start) - 1
+            part = self.shards[i][start - self.starts[i]:][:n].astype(np.int64)
+            if part.max() >= self.vocab:
+                raise Refusal(f"{self.paths[i]}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
+            parts.append(part)
+            start, n = start + len(part), n - len(part)
+        return np.concatenate(parts)
+
+def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
+    """The data fingerprint for the log; Refusal where a manifest.json says otherwise, or that documents are in both splits."""
+    folder, paths, names = Path(cfg.data_path), [path for s in splits.values() for path in s.paths], [[name] for name in splits]
+    tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in splits["val"].paths}
+    found = {"path": str(folder), "tokenizer_sha256": tokenizer, "val_sha256": hashes}
+    found |= {f"{name}_{unit}": n for name, s in splits.items() for unit, n in (("shards", len(s.paths)), ("tokens", s.tokens))}
+    if not (folder / "manifest.json").exists():
+        return found | {"manifest": "none: hashes and train/validation overlap not checked"}
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        promised = {s["file"]: (s["bytes"], s["sha256"]) for s in manifest["shards"] if s["file"].split("_")[1:2] in names}
+        expected, shared = manifest["tokenizer"]["sha256"], (manifest["disjoint"] or {"shared": None})["shared"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Refusal(f"{folder}/manifest.json: no manifest ({error!r}); {AGAIN}") from None
+    refuse(shared, f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}")
+    if tokenizer != expected:
+        raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer (sha256 "
+                      f"{str(expected)[:12]}..., not {tokenizer[:12]}...); use the one that lies beside them")
+    trusted = {name: digest for name, (_, digest) in promised.items()}  # of training shards: too large to read here
+    actual = {path.name: (path.stat().st_size, (trusted | hashes).get(path.name)) for path in paths}
+    if wrong := sorted(name for name in promised.keys() | actual.keys() if promised.get(name) != actual.get(name)):
+        raise Refusal(f"{folder / wrong[0]}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}")
+    overlap = "train/validation overlap not stated" if shared is None else "no document in both splits"
+    return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
+
+def batches(cfg: Config, run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64, read two steps ahead. The rows of a step are the
+    same on any number of ranks and evenly spaced in the stream: not one document, and an epoch still sees every row once."""
+    length, rows = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
+    starts = [split.tokens * row // rows for row in range(rows)]
+    def load(n: int) -> list[Tensor]:  # every rank checks the tokens of the whole step: all refuse, or none
+        tokens = torch.from_numpy(np.stack([split.take(start + n * length, length + 1) for start in starts]))
+        pair = [t.tensor_split(run.world)[run.rank].contiguous() for t in (tokens[:, :-1], tokens[:, 1:])]
+        return [t.pin_memory() for t in pair] if run.cuda else pair
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(load, n) for n in range(2)]
+        for n in itertools.count(2):
+            ahead.append(reader.submit(load, n))
+            yield tuple(t.to(run.device, non_blocking=True) for t in ahead.pop(0).result())
+
+class ByteTable:
+    """UTF-8 bytes of a target (the challenge's rule): control 0, byte 1, else its text; no leading space after a control."""
+    def __init__(self, cfg: Config):
+        try:
+            self.sp = sp = sentencepiece.SentencePieceProcessor()
+            sp.LoadFromSerializedProto(Path(cfg.tokenizer_path).read_bytes())  # (given a folder, model_file= aborts the process)
+        except (RuntimeError, OSError):
+            raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model there; set it, or {AGAIN}") from None
+        if (n := sp.vocab_size()) != cfg.vocab_size:
+            raise Refusal(f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}")
+        ids, pieces = list(range(n)), [sp.id_to_piece(i) for i in range(n)]
+        self.boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
+        self.space = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
+        self.base = ~self.boundary * np.where(sp.is_byte(ids), 1, [len(p.removeprefix("\u2581").encode()) for p in pieces])
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """(n + 1,) token ids -> (n,) bytes of the targets tokens[1:]."""
+        return self.base[tokens[1:]] + (self.space[tokens[1:]] & ~self.boundary[tokens[:-1]])
+    def verify(self, tokens: np.ndarray, documents: int = 64) -> None:
+        """Refusal unless the table agrees with the decoded text of the first documents."""
+        starts, strange = np.flatnonzero(tokens == BOS)[:documents + 1], 0
+        for a, b in zip(starts[:-1], starts[1:]):
+            text, counted = self.sp.decode(tokens[a:b].tolist()), int(self.count(tokens[a:b]).sum())
+            if len(text.encode()) != counted:
+                raise Refusal(f"validation: the document at token {a} is {len(text.encode())} bytes of text, but its tokens "
+                              f"count {counted}; BPB would be wrong: use the tokenizer that made the shards")
+            strange += self.sp.encode(text) != [t for t in tokens[a:b].tolist() if not self.boundary[t]]
+        if 2 * strange >= len(starts) > 1:
+            raise Refusal(f"validation: this tokenizer encodes {strange} documents otherwise; use the shards' own")
+
+class Validation:
+    """The validation targets: tokens (n + 1,) int32 on the device, bytes per target (n,), document starts."""
+    def __init__(self, cfg: Config, run: Run, split: Split):
+        table, limit = ByteTable(cfg), cfg.val_max_tokens or split.tokens - 1
+        tokens = split.take(0, min(split.tokens, limit + 1))
+        table.verify(tokens)
+        self.tokens, self.target_bytes = torch.from_numpy(tokens).int().to(run.device), torch.from_numpy(table.count(tokens))
+        self.n, self.doc_starts = len(self.target_bytes), np.flatnonzero(tokens == BOS)
+        refuse(not self.target_bytes.any(), f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}")
+
+# ── 4 GRID: the only definition of quantisation; QAT, QNA, SQWA and export all call it ────────────────────────────
+def row_quantile(magnitude: Tensor, q: float) -> Tensor:
+    """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, from the few largest entries alone (no full sort)."""
+    place = q * (magnitude.shape[-1] - 1)
+    top = magnitude.topk(magnitude.shape[-1] - int(place), dim=-1).values
+    return torch.lerp(top[..., -1:], top[..., -2:][..., :1], place - int(place))
+
+class Grid(NamedTuple):
+    """A per-row uniform grid of `bits` bits for weights (..., rows, columns): codes * scale, scale stored as fp16."""
+    bits: int
+    clip: str = "amax"
+    codes: str = "sym"
+    floor: bool = False
+    @property
+    def top(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+    def scale(self, w: Tensor) -> Tensor:
+        """Step of each row, (..., rows, 1) fp32 but rounded to fp16; of several clips the best one for the whole matrix."""
+        steps = [self.step(row_quantile(w.abs(), q)) for q in CLIP_QUANTILES[self.clip]]
+        if len(steps) == 1:
+            return steps[0]
+        errors = torch.stack([(self.levels(w, s) * s - w).square().sum((-2, -1)) for s in steps])
+        return torch.take_along_dim(torch.stack(steps), errors.argmin(0)[None, ..., None, None], 0)[0]
+    def step(self, clip: Tensor) -> Tensor:
+        # With the floor every row whose largest weight is below 1 gets the same step 1/top, so that smaller weights
+        # mean a coarser grid and a smaller file (#145, #194, #975); without it the floor is fp16's smallest normal.
+        smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny
+        return (clip.float() / self.top).clamp_min(smallest).half().float()
+    def levels(self, w: Tensor, scale: Tensor) -> Tensor:
+        return (w.float() / scale).round().clamp(-self.top - (self.codes == "asym"), self.top)
+    def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
+        scale = self.scale(w)
+        return self.levels(w, scale).to(torch.int8), scale.half()
+    @staticmethod
+    def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes.float() * scale.float()
+    def snap(self, w: Tensor) -> Tensor:
+        """What the artifact will hold for w: the exported round trip, bit for bit."""
+        return self.dequantise(*self.quantise(w))
+
+# ── 5 MODEL ───────────────────────────────────────────────────────────────────────────────────────────────────────
+class Role(NamedTuple):
+    """A parameter's policy, given where it is created: its optimiser, and the knob with its bits at export."""
+    optimiser: str  # muon | embed | scalar | smear (the groups of Optimiser)
+    bits: str | None = None  # None: fp32
+
+def param(tensor: Tensor, role: Role) -> nn.Parameter:
+    """A parameter that carries its policy. (copy.deepcopy would drop it: never deepcopy the model.)"""
+    p = nn.Parameter(tensor)
+    p.role = role
+    return p
+
+CONTROL, ATTN_ROLE, MLP_ROLE = Role("scalar"), Role("muon", "quant_bits_attn"), Role("muon", "quant_bits_mlp")
+EMBED_ROLE, BIGRAM_ROLE = Role("embed", "quant_bits_embed"), Role("embed", "quant_bits_bigram")
+INITS = {"default": partial(nn.init.kaiming_uniform_, a=5 ** 0.5), "ortho": nn.init.orthogonal_}  # default: as nn.Linear
+ACTIVATIONS = {"relu2": lambda z: F.relu(z).square(), "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square()}
+FLASH = {"fa3": ("flash_attn_interface", "build the folder hopper of github.com/Dao-AILab/flash-attention"),
+         "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation")}
+
+class Linear(nn.Module):
+    """y = x W^T in the dtype of x; the fp32 weight is what the optimiser, the views and the exporter see."""
+    def __init__(self, columns: int, rows: int, role: Role, init: Callable[[Tensor], Tensor] = nn.init.zeros_):
+        super().__init__()
+        self.weight = param(init(torch.empty(rows, columns)), role)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+def absent(x, *context):
+    """A technique that is off: no parameters, no arithmetic."""
+    return x
+
+def norm(x: Tensor, scale: float = 1.0) -> Tensor:
+    """RMSNorm without weights. LN_SCALE (#975): times 1 / sqrt(block + 1), so deep blocks add less to the stream."""
+    y = F.rms_norm(x, (x.shape[-1],))
+    return y if scale == 1.0 else y * scale
+
+class SmearGate(nn.Module):
+    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate). Source: #194; toggle SMEAR_GATE. SMEAR_MASK_BOS (#1851): zeros before a BOS."""
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.gate, self.mask_bos = param(torch.zeros(cfg.model_dim), Role("smear")), cfg.smear_mask_bos
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        previous = F.pad(x, (0, 0, 1, -1))
+        if self.mask_bos:
+            previous = previous * (ids != BOS)[..., None]
+        return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
+
+class BigramHash(nn.Module):
+    """Add a projected embedding of the hashed pair (previous token, token). Source: #989; toggle BIGRAM_VOCAB_SIZE."""
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.embed = param(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
+        role = Role({"muon": "muon", "adam": "scalar"}[cfg.bigram_proj_opt], "quant_bits_bigram")
+        self.proj, self.scale = Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init]), param(torch.tensor(0.05), CONTROL)
+        self.proj.weight.data *= cfg.bigram_proj_gain
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        last = len(self.embed) - 1  # this bucket is for row starts
+        bucket = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
+        pairs = F.embedding(F.pad(bucket, (1, 0), value=last), self.embed).to(x.dtype)
+        return x + self.scale.to(x.dtype) * self.proj(pairs)
+
+class ValueEmbedding(nn.Module):
+    """A second token table for V: ids (B, T) -> {block: (B, T, kv_dim)}. Source: #549, #975; toggle VE_ENABLED."""
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.blocks, kv_dim = [int(s) for s in cfg.ve_layers.split(",")], cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
+        self.embed = param(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
+        self.proj = Linear(cfg.ve_dim, kv_dim, Role("scalar", "quant_bits_bigram"), INITS["ortho"])
+        self.scale, self.block_scales = param(torch.tensor(0.1), CONTROL), param(torch.ones(len(self.blocks)), CONTROL)
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        base = self.scale.to(dtype) * self.proj(F.embedding(ids, self.embed).to(dtype))
+        return {block: scale * base for block, scale in zip(self.blocks, self.block_scales.to(dtype))}
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: y (B, T, heads, d) less its projection on the own v (B, T, kv heads, d). Source: #975; toggle XSA_LAST_N."""
+    grouped, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1)[:, :, :, None]
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin (longest row, 1, pairs). NTK: the base grows with the TRAINING row, for all scoring rows (#975: with each row)."""
+    dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
+    stretch = max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2)) if cfg.rope_ntk_len else 1.0
+    frequency = (cfg.rope_base * stretch) ** (-torch.arange(0, dims, 2) / dims)
+    angle = torch.outer(torch.arange(max(cfg.train_seq_len, cfg.window)), frequency)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding on the first 2 * pairs dimensions of x (B, T, heads, d), in halves (not interleaved)."""
+    pairs, c, s = cos.shape[-1], cos[:x.shape[1]], sin[:x.shape[1]]
+    a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    return torch.cat((a * c + b * s, b * c - a * s, rest), dim=-1)
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, q (B, T, heads, d), k and v (B, T, kv heads, d) -> (B, T, heads, d)."""
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+def flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y  # some also return the log-sum-exp
+
+def choose_attention(cfg: Config, run: Run) -> Callable:
+    """The attention function; auto on a GPU times forward + backward of each installed one at the run's shape."""
+    found, missing, wanted = {"sdpa": sdpa}, {}, cfg.attn_backend.replace("auto", "sdpa")
+    for name, (module, install) in FLASH.items():
+        try:
+            found[name] = partial(flash, __import__(module).flash_attn_func)
+        except ImportError:
+            missing[name] = f"{name} is not installed ({install})"
+    if wanted in missing:
+        raise Refusal(f"ATTN_BACKEND={wanted}: {missing[wanted]}; or use ATTN_BACKEND=auto")
+    if cfg.attn_backend == "auto" and run.cuda and len(found) > 1:
+        kv, like = cfg.num_kv_heads, dict(device=run.device, dtype=run.dtype, requires_grad=True)
+        q, k, v = (torch.randn(8, cfg.train_seq_len, n, cfg.model_dim // cfg.num_heads, **like) for n in (cfg.num_heads, kv, kv))
+        cost = {name: run.milliseconds(lambda: attend(q, k, v).sum().backward()) for name, attend in found.items()}
+        wanted = run.agree(min(cost, key=cost.get))
+        run.log("attention, ms for 8 rows: " + ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()))
+    run.log(f"attention: {wanted} (ATTN_BACKEND={cfg.attn_backend}{''.join(f'; {m}' for m in missing.values() if run.cuda)})")
+    return found[wanted]
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RMS-normed, rotated, per-head-scaled queries and keys."""
+    def __init__(self, cfg: Config, index: int, attend: Callable):
+        super().__init__()
+        d, self.head_dim, self.attend, init = cfg.model_dim, cfg.model_dim // cfg.num_heads, attend, INITS[cfg.init]
+        self.c_q = Linear(d, d, ATTN_ROLE, init)
+        self.c_k, self.c_v = (Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init) for _ in range(2))
+        self.proj = Linear(d, d, ATTN_ROLE)
+        self.q_gain = param(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
+        self.xsa = exclude_self if index >= cfg.num_layers - cfg.xsa_last_n else absent
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
+        v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
+        q, k, v = (z.unflatten(2, (-1, self.head_dim)) for z in (self.c_q(x), self.c_k(x), v))
+        q = rotate(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(norm(k), cos, sin)
+        return self.proj(self.xsa(self.attend(q, k, v), v).flatten(2))
+
+class MLP(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        self.fc, self.activation = Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init]), ACTIVATIONS[cfg.mlp_act]
+        self.proj = Linear(hidden, cfg.model_dim, MLP_ROLE)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.activation(self.fc(x)))
+
+class Block(nn.Module):
+    """Mix the input embedding back in, then attention and MLP, each through a norm and a per-dimension scale."""
+    def __init__(self, cfg: Config, index: int, attend: Callable):
+        super().__init__()
+        one = torch.ones(cfg.model_dim)
+        self.ln_scale = 1 / math.sqrt(index + 1) if cfg.ln_scale else 1.0
+        self.attn, self.mlp = Attention(cfg, index, attend), MLP(cfg)
+        self.resid_mix = param(torch.stack((one, 0 * one)), CONTROL)
+        self.attn_scale, self.mlp_scale = param(one, CONTROL), param(one.clone(), CONTROL)
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x, self.ln_scale), cos, sin, extra_v)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale))
+
+class GPT(nn.Module):
+    """Blocks in a U-Net, embedding and head tied. Parameters are fp32; activations are `dtype`."""
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Callable = sdpa):
+        super().__init__()
+        self.dtype, self.softcap, self.encoders = dtype, cfg.logit_softcap, cfg.num_layers // 2
+        self.tok_emb = param(cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim), EMBED_ROLE)
+        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
+        self.skip_weights = param(torch.ones(self.encoders, cfg.model_dim), CONTROL)
+        # created last, so that a toggle leaves the other initial weights as they are
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else absent
+        self.smear = SmearGate(cfg) if cfg.smear_gate else absent
+        self.entry = [self.smear, lambda x, ids: norm(x)][::1 if cfg.smear_pos == "pre_norm" else -1]
+        self.value_embed = ValueEmbedding(cfg) if cfg.ve_enabled else None
+        for name, table in zip(("cos", "sin"), rope_tables(cfg, dtype)):
+            self.register_buffer(name, table, persistent=False)
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, MODEL_DIM): the only forward path."""
+        x = self.bigram(F.embedding(ids, self.tok_emb).to(self.dtype), ids)
+        for stage in self.entry:
+            x = stage(x, ids)
+        x0, skips, skip_weights = x, [], self.skip_weights.to(self.dtype)
+        extra_v = self.value_embed(ids, self.dtype) if self.value_embed is not None else {}
+        for i, block in enumerate(self.blocks):
+            if i >= self.encoders and skips:  # the first half's outputs, last first
+                x = x + skip_weights[i - self.encoders] * skips.pop()
+            x = block(x, x0, self.cos, self.sin, extra_v.get(i))
+            if i < self.encoders:
+                skips.append(x)
+        return norm(x)
+    def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """ids (B, T), targets (B, S) -> nats (B, S) fp32, with logits only at positions (B, S); None: everywhere, S = T."""
+        h = self.hidden(ids)
+        if positions is not None:
+            h = h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))
+        z = F.linear(h, self.tok_emb.to(h.dtype)).float()
+        z = self.softcap * torch.tanh(z / self.softcap)
+        return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+def build_model(cfg: Config, run: Run, attend: Callable) -> GPT:
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank and device
+    return GPT(cfg, run.dtype, attend).to(run.device)
+
+# ── 6 SCHEDULE ────────────────────────────────────────────────────────────────────────────────────────────────────
+class Knobs(NamedTuple):
+    """What one step does."""
+    lr_scale: float
+    momentum: float
+    qat: bool = False
+    qna: float = 0.0  # noise width in quantisation steps; 0: none
+    snapshot: bool = False  # SWA / SQWA take one after the step
+
+class Schedule:
+    """(steps done, training seconds) -> Knobs. A trigger that has fired stays on; nothing else is remembered."""
+    def __init__(self, cfg: Config):
+        self.cfg, self.fired = cfg, set()
+    def at(self, step: int, elapsed: float) -> Knobs:
+        c, remaining = self.cfg, float(self.cfg.iterations - step)
+        if c.max_wallclock_seconds and step:  # the budget in steps, at the mean speed so far; unknown at step 0
+            remaining = max(min(remaining, (c.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)), 0.0)
+        total = step + remaining
+        warmdown = c.warmdown_frac * total or c.warmdown_iters
+        scale = min(remaining / warmdown, 1.0) if warmdown and (step or not c.max_wallclock_seconds) else 1.0
+        now = {"always": lambda v: True, "lr_scale": lambda v: scale < v, "time_frac": lambda v: step >= v * total,
+               "iter_frac": lambda v: step >= int(v * c.iterations)}
+        triggers = {"qat": (c.qat_enabled, c.qat_start_kind, c.qat_start),
+                    "swa": (c.swa_enabled or c.sqwa_enabled, c.swa_start_kind, c.swa_start_frac)}
+        self.fired |= {name for name, (on, kind, value) in triggers.items() if on and now[kind](value)}
+        ramp = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+        noisy = c.qna_enabled and "qat" not in self.fired and scale >= c.qna_stop_scale
+        return Knobs(scale, (1 - ramp) * c.muon_momentum_warmup_start + ramp * c.muon_momentum, "qat" in self.fired,
+                     c.qna_magnitude * scale * noisy, "swa" in self.fired and (step + 1) % c.swa_every == 0)
+
+def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
+    """True when one more step at the mean speed would end after the wallclock budget."""
+    return bool(cfg.max_wallclock_seconds) and step > 0 and elapsed + elapsed / step > cfg.max_wallclock_seconds
+
+def timeline(cfg: Config, step_seconds: float) -> str:
+    """Planned second and step of every phase, by running the schedule itself at a constant speed."""
+    wanted = {"warmdown": cfg.warmdown_iters or cfg.warmdown_frac, "QNA": cfg.qna_enabled, "QAT": cfg.qat_enabled,
+              "SWA": cfg.swa_enabled, "SQWA": cfg.sqwa_enabled}
+    starts, step, schedule = dict.fromkeys([name for name, on in wanted.items() if on], "NEVER"), 0, Schedule(cfg)
+    while step < cfg.iterations and not budget_spent(cfg, step, step * step_seconds):
+        k = schedule.at(step, step * step_seconds)
+        for name, now in zip(wanted, (k.lr_scale < 1, k.qna > 0, k.qat, k.snapshot, k.snapshot)):
+            if now and starts.get(name) == "NEVER":
+                starts[name] = f"step {step} ({step * step_seconds:.0f} s)"
+        step += 1
+    return f"{step} steps of {step_seconds * 1e3:.1f} ms" + "".join(f", {name} from {start}" for name, start in starts.items())
+
+# ── 7 OPTIMISER ───────────────────────────────────────────────────────────────────────────────────────────────────
+class Gradients:
+    """One flat fp32 buffer that every .grad is a view of, the loss its last element: one all-reduce, one norm, no copies."""
+    def __init__(self, params: list[nn.Parameter], run: Run):
+        self.world, sizes = run.world, [p.numel() for p in params]
+        self.flat = torch.zeros(sum(sizes) + 1, device=run.device)
+        for p, view in zip(params, self.flat[:-1].split(sizes)):
+            p.grad = view.view_as(p)
+    def reduce(self, clip: float) -> Tensor:
+        """Mean over the ranks, THEN the clip. Returns [mean loss, gradient norm] without a host synchronisation."""
+        if self.world > 1:
+            dist.all_reduce(self.flat)
+            self.flat /= self.world
+        norm = self.flat[:-1].norm()
+        if clip:
+            self.flat[:-1] *= (clip / (norm + 1e-6)).clamp_max(1.0)
+        return torch.stack((self.flat[-1], norm))
+
+def orthogonalise(g: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz towards the nearest semi-orthogonal matrix, for a stack (n, rows, columns) at once (Muon, 2024)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[-2] > g.shape[-1]
+    x = (g.mT if tall else g).to(torch.bfloat16 if g.is_cuda else torch.float32)  # on CPU bf16 is 20 times slower
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+class Muon:
+    """Nesterov, orthogonalised, decoupled decay (K. Jordan 2024); matrices of one shape are one batch, shared by ranks."""
+    def __init__(self, params: list[nn.Parameter], cfg: Config, run: Run):
+        self.cfg, self.run = cfg, run
+        self.banks = [list(bank) for _, bank in itertools.groupby(params, key=lambda p: p.shape)]
+        self.momenta = [torch.zeros(len(bank), *bank[0].shape, device=run.device) for bank in self.banks]
+        self.orthogonalise = torch.compile(orthogonalise, dynamic=False) if run.compile else orthogonalise
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float) -> None:
+        for bank, buffer in zip(self.banks, self.momenta):
+            rows, columns = bank[0].shape
+            grads = bank[0].grad.as_strided(buffer.shape, (rows * columns, columns, 1))  # neighbours in Gradients.flat
+            buffer.mul_(momentum).add_(grads)
+            update = self.spread(torch.add(grads, buffer, alpha=momentum))
+            torch._foreach_mul_(bank, 1 - lr * self.cfg.muon_wd)
+            torch._foreach_add_(bank, list(update[:len(bank)].unbind()), alpha=-lr * math.sqrt(max(1, rows / columns)))
+    def spread(self, stack: Tensor) -> Tensor:
+        """The orthogonalised stack; with several ranks each does its share (padded with zeros) and gathers the rest."""
+        world, rank, steps = self.run.world, self.run.rank, self.cfg.muon_backend_steps
+        if world == 1:
+            return self.orthogonalise(stack, steps)
+        share = -(-len(stack) // world)
+        shares = F.pad(stack, (0, 0, 0, 0, 0, share * world - len(stack))).unflatten(0, (world, share))
+        dist.all_gather(list(shares.unbind()), self.orthogonalise(shares[rank].clone(), steps).contiguous())
+        return shares.flatten(0, 1)
+
+class Optimiser:
+    """Muon for matrices and AdamW for the rest; every parameter in exactly one group."""
+    def __init__(self, model: GPT, cfg: Config, run: Run):
+        rates = {"embed": (cfg.tied_embed_lr, cfg.beta2), "scalar": (cfg.scalar_lr, cfg.beta2),
+                 "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2)}
+        group: dict[str, list[nn.Parameter]] = {name: [] for name in ("muon", *rates)}
+        for p in sorted(model.parameters(), key=lambda p: tuple(p.shape)):
+            group[p.role.optimiser].append(p)
+        self.cfg, self.gradients, self.muon = cfg, Gradients(sum(group.values(), []), run), Muon(group["muon"], cfg, run)
+        groups = [dict(params=group[n], lr=lr, base_lr=lr, betas=(cfg.beta1, b2)) for n, (lr, b2) in rates.items() if group[n]]
+        self.adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
+    def step(self, k: Knobs) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * k.lr_scale
+        self.adamw.step()
+        self.muon.step(self.cfg.matrix_lr * k.lr_scale, k.momentum)
+
+# ── 8 VIEWS: the weights that the forward pass sees ───────────────────────────────────────────────────────────────
+class Views:
+    """Before a step the chosen weights become what the forward pass shall see; then the latent ones return, and take the
+    gradient unchanged: a straight-through estimator outside the compiled graph, with no flag that a compiler can lose and no
+    recompile. QAT (#989): the exported round trip. QNA (#975): U(-1/2, 1/2) grid steps times the width, alike on all ranks."""
+    def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict):
+        self.cfg, self.run = cfg, run
+        grids = {name: grid for name, grid in plan.items() if isinstance(grid, Grid)}
+        noise = {name: grid._replace(floor=grid.floor and cfg.qna_use_floor) for name, grid in grids.items()}
+        wanted = {"QAT": (self.qat_grids(model, grids), cfg.qat_scope)} if cfg.qat_enabled else {}
+        wanted |= {"QNA": (noise, "exported")} if cfg.qna_enabled else {}
+        self.banks: dict[str, list] = {}  # (grid, tensors of one shape), which go through the arithmetic as one stack
+        params = dict(model.named_parameters())
+        for name, (chosen, scope) in wanted.items():
+            by = {n: (grid, params[n].shape) for n, grid in chosen.items()}.get
+            self.banks[name] = [(k[0], [params[n] for n in same]) for k, same in itertools.groupby(sorted(chosen, key=by), by)]
+            run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), scope)
+            if not chosen and cfg.strict:
+                raise Refusal(f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
+    def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
+        """Which tensors QAT covers, and on which grid: all that export quantises, or a narrower scope of the seeds."""
+        scope, linears = self.cfg.qat_scope, {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")}
+        if scope != "exported":
+            linears = {n: role for n, role in linears.items() if scope == "linears" or not n.startswith("blocks.")}
+            exported = {n: role_grid(self.cfg, role) for n, role in linears.items() if getattr(self.cfg, role.bits) < 16}
+        return {n: grid._replace(clip="amax") if self.cfg.qat_grid == "amax" else grid for n, grid in exported.items()}
+    @torch.no_grad()
+    def enter(self, qat: bool, qna: float, step: int) -> list:
+        """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
+        banks = self.banks["QAT"] if qat else self.banks["QNA"] if qna else []
+        noise = torch.Generator(self.run.device).manual_seed(self.cfg.seed * 1_000_003 + step)
+        latent = [(bank, torch.stack(bank)) for _, bank in banks]
+        for (grid, _), (bank, w) in zip(banks, latent):
+            rand = 0 if qat else torch.rand(w.shape, generator=noise, device=w.device) - 0.5
+            torch._foreach_copy_(bank, list((grid.snap(w) if qat else w + grid.scale(w) * qna * rand).unbind()))
+        return latent
+    @torch.no_grad()
+    def leave(self, latent: list) -> None:
+        for bank, w in latent:
+            torch._foreach_copy_(bank, list(w.unbind()))
+
+# ── 9 AVERAGES: fp32 on the device, the same arithmetic on every rank, always of the latent weights ───────────────
+class Average:
+    """SWA, EMA and SQWA (the mean of quantised-dequantised snapshots, of the EMA where that is on; #975)."""
+    def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict):
+        self.cfg, self.plan, self.count = cfg, plan, 0
+        self.names, self.params = (list(column) for column in zip(*model.named_parameters()))
+        low = {"fp32": (), "native": ("embed",), "bf16": ("embed", "muon", "scalar", "smear")}[cfg.swa_dtype]
+        self.ema = [p.detach().clone() for p in self.params] if cfg.ema_enabled else []
+        self.sums = [torch.zeros_like(p, dtype=torch.bfloat16 if p.role.optimiser in low else torch.float32)
+                     for p in self.params] if cfg.swa_enabled or cfg.sqwa_enabled else []
+        for name in cfg.collected():
+            source = "EMA" if name == "sqwa" and self.ema else "live weights"
+            run.activity[name.upper()] = Activity(len(self.params), sum(p.numel() for p in self.params), f"of {source}")
+    @torch.no_grad()
+    def update(self, snapshot: bool) -> list[str]:
+        """After an optimiser step. Returns which averages took the weights in."""
+        if self.ema:
+            torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
+        if snapshot:
+            weights = self.params if not self.cfg.sqwa_enabled else [
+                shipped(w, self.plan[name]) for name, w in zip(self.names, self.ema or self.params)]
+            torch._foreach_add_(self.sums, [w.to(total.dtype) for w, total in zip(weights, self.sums)])
+            self.count += 1
+        return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
+    def parts(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the live weights and the state of the averages."""
+        groups = {"live": self.params, "ema": self.ema, "sum": self.sums}
+        return {f"{group}/{name}": w for group, weights in groups.items() for name, w in zip(self.names, weights)}
+    def results(self) -> dict[str, State]:
+        """Every average that has weights, by name."""
+        means = [total.float() / self.count for total in self.sums] if self.count else []
+        found = {"ema": self.ema, "sqwa" if self.cfg.sqwa_enabled else "swa": means}
+        return {name: dict(zip(self.names, weights)) for name, weights in found.items() if weights}
+
+# ── 10 TRAIN ──────────────────────────────────────────────────────────────────────────────────────────────────────
+class Trainer:
+    """Model, optimiser, views and averages, driven by the schedule."""
+    PROGRESS = ("steps", "elapsed", "step_seconds", "recompiles", "code_sha256")  # that a checkpoint keeps
+    def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict, split: Split, val: Validation):
+        self.cfg, self.run, self.model, self.plan, self.split, self.val = cfg, run, model, plan, split, val
+        rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
+        refuse(rows == 0, f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks")
+        self.accumulate = min(cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows)
+        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+        self.bytes_per_token = val.target_bytes.double().mean().item()
+        self.restart()
+    def restart(self) -> None:
+        """Everything but the weights as before the first step."""
+        self.run.activity.clear()
+        self.optimiser = Optimiser(self.model, self.cfg, self.run)
+        self.views, self.average = (part(self.cfg, self.run, self.model, self.plan) for part in (Views, Average))
+        if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
+            self.run.activity["WARMDOWN"] = Activity(scope="learning rates", unit="lr scale at the end")
+        self.loss, self.steps, self.elapsed, self.step_seconds, self.recompiles = math.nan, 0, 0.0, [], 0
+        self.code_sha256 = CODE_SHA256  # of the script that trained
+    def checkpoint(self) -> bytes:
+        """Weights, averages, clock and ledger: another export or scoring needs no other training."""
+        return seal(self.average.parts(), dict(
+            config=self.cfg.knobs("seed", *COMPARED), progress={name: getattr(self, name) for name in self.PROGRESS},
+            snapshots=self.average.count, activity={n: dataclasses.asdict(a) for n, a in self.run.activity.items()}), "none")
+    @torch.no_grad()
+    def restore(self, facts: dict, tensors: State) -> None:
+        """The inverse of checkpoint, for the same settings. Refusal when the two do not belong together."""
+        try:
+            for name, w in self.average.parts().items():
+                w.copy_(tensors[name].view_as(w))
+            self.average.count = facts["snapshots"]
+            self.run.activity.update({name: Activity(**facts["activity"][name]) for name in self.run.activity})
+            vars(self).update({name: facts["progress"][name] for name in self.PROGRESS})
+            self.run.log(f"checkpoint: {self.steps} steps, {self.elapsed:.1f} s, code {self.code_sha256[:12]}; nothing trained")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Refusal(f"CHECKPOINT={self.cfg.checkpoint}: incomplete ({type(error).__name__} {error}); train again") from None
+    def step(self, batch: tuple[Tensor, Tensor], k: Knobs) -> None:
+        """One optimiser step. Reading its loss is the only host synchronisation, and keeps the clock honest."""
+        gradients, share = self.optimiser.gradients, self.run.world / self.cfg.train_batch_tokens
+        gradients.flat.zero_()
+        latent = self.views.enter(k.qat, k.qna, self.steps)
+        for ids, targets in zip(*(t.tensor_split(self.accumulate) for t in batch)):
+            loss = self.forward(ids, targets).sum() * share
+            loss.backward()
+            gradients.flat[-1] += loss.detach()
+        self.views.leave(latent)
+        stats = gradients.reduce(self.cfg.grad_clip_norm)
+        self.optimiser.step(k)
+        scheduled = {"WARMDOWN": k.lr_scale < 1, "QAT": k.qat, "QNA": k.qna > 0}
+        for name in [name for name, on in scheduled.items() if on] + self.average.update(k.snapshot):
+            self.run.activity[name].steps.append(self.steps)
+        self.loss, norm = stats.tolist()
+        if not math.isfinite(self.loss + norm):
+            raise Refusal(f"step {self.steps}: loss {self.loss}, gradient norm {norm}: not finite; lower MATRIX_LR, SCALAR_LR, "
+                          "TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
+        self.steps += 1
+    def warm_up(self) -> float:
+        """Runs all that the run will need, so that nothing compiles on the clock; undoes it. Returns median seconds per step."""
+        cfg, weights, seconds = self.cfg, {n: p.detach().clone() for n, p in self.model.named_parameters()}, []
+        averaging, loader = cfg.swa_enabled or cfg.sqwa_enabled, batches(cfg, self.run, self.split)
+        variants = [Knobs(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
+                    Knobs(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled)]
+        for n in range(cfg.warmup_steps):
+            began = time.perf_counter()
+            self.step(next(loader), variants[n % 2])
+            seconds.append(time.perf_counter() - began)
+        loader.close()
+        if cfg.val_loss_every:
+            self.score_weights()
+        self.model.load_state_dict(weights)
+        self.restart()
+        return statistics.median(seconds[1:] or seconds)
+    def score_weights(self, state: State | None = None) -> Score:
+        """These (default: the live, latent) weights on fixed windows."""
+        self.model.load_state_dict(state or {}, strict=False)
+        return score(self.cfg, self.run, self.forward, self.val)
+    def train(self) -> None:
+        """Steps until the budget or ITERATIONS is used up."""
+        cfg, run = self.cfg, self.run
+        with run.phase("warm-up and compile"):
+            run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
+        compiled, schedule, loader = torch._dynamo.utils.counters["stats"], Schedule(cfg), batches(cfg, run, self.split)
+        graphs = compiled["unique_graphs"]
+        with run.phase("train"), run.bar(cfg.max_wallclock_seconds or cfg.iterations) as bar:
+            self.started = time.perf_counter()
+            while self.steps < cfg.iterations and not budget_spent(cfg, self.steps, self.elapsed):
+                k = schedule.at(self.steps, self.elapsed)
+                self.step(next(loader), k)
+                before, self.elapsed = self.elapsed, run.agree(time.perf_counter() - self.started)
+                self.step_seconds.append(self.elapsed - before)
+                bar.update(self.step_seconds[-1] if cfg.max_wallclock_seconds else 1)
+                self.report(k, bar)
+            self.elapsed = run.agree(time.perf_counter() - self.started)
+            loader.close()
+        if "WARMDOWN" in run.activity:
+            run.activity["WARMDOWN"].effect = k.lr_scale - 1
+        self.recompiles = compiled["unique_graphs"] - graphs
+        run.log(f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}")
+    def report(self, k: Knobs, bar: tqdm) -> None:
+        """Progress bar, log line, re-printed schedule, validation: whatever is due after this step."""
+        cfg, run, step = self.cfg, self.run, self.steps
+        seconds = statistics.median(self.step_seconds[-20:])
+        speed, train_bpb = cfg.train_batch_tokens / seconds, self.loss / math.log(2) / self.bytes_per_token
+        for name in [name for name, a in run.activity.items() if a.steps == [step - 1]]:
+            run.log(f"{name} acts from step {step - 1} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})")
+            run.event("phase", name=name, step=step - 1, seconds=self.elapsed)
+        bar.set_postfix_str(f"step {step} loss {self.loss:.3f} bpb ~{train_bpb:.3f} {speed:,.0f} tok/s")
+        if step % cfg.train_log_every == 0:
+            run.log(f"step {step:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  train bpb ~{train_bpb:.4f}  "
+                    f"lr x{k.lr_scale:.3f}  {seconds * 1e3:.1f} ms  {speed:,.0f} tok/s")
+            run.event("step", step=step, seconds=self.elapsed, loss=self.loss, step_ms=seconds * 1e3, **k._asdict())
+        if step == 50:
+            run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
+        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            paused = time.perf_counter()
+            live = self.score_weights()
+            size = len(SOURCE) + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1))
+            self.started += time.perf_counter() - paused
+            run.log(f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)")
+            run.event("val", step=step, seconds=self.elapsed, val_bpb=live.bpb, val_loss=live.loss, size_estimate=size)
+
+# ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
+MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 2
+HEADER = struct.Struct("<8sHHQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
+MAX_RAW_BYTES = 1 << 30  # a reader allocates no more
+COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n bytes, default level; order = number
+    "none": (lambda raw, level: raw, lambda blob, n: blob[:n], 0),
+    "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n), 9),
+    "zstd": (lambda raw, level: zstandard.ZstdCompressor(level=level).compress(raw),
+             lambda blob, n: zstandard.ZstdDecompressor().stream_reader(blob).read(n), 22),
+    "lzma": (lambda raw, level: lzma.compress(raw, preset=level), lambda blob, n: lzma.LZMADecompressor().decompress(blob, n), 6)}
+
+def role_grid(cfg: Config, role: Role) -> Grid:
+    return Grid(getattr(cfg, role.bits), cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
+
+def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
+    """How each tensor is shipped: the one decision that QAT, QNA, SQWA, pruning and the exporter share."""
+    plan, keep = {}, [s.strip() for s in cfg.fp16_keep_name_patterns.split(",") if s.strip()]
+    for name, p in model.named_parameters():
+        small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel or any(s in name for s in keep)
+        plan[name] = (torch.float32 if p.role.bits is None else
+                      torch.float16 if small or getattr(cfg, p.role.bits) == 16 else role_grid(cfg, p.role))
+    return plan
+
+def shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
+    """The fp32 weights that a reader of the artifact gets for w."""
+    return how.snap(w) if isinstance(how, Grid) else w.to(how).float()
+
+def prune(cfg: Config, state: State, fraction: float) -> State:
+    """The smallest `fraction` of each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights set to 0 (#989)."""
+    least = {name: w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values for name, w in state.items()
+             if fraction and w.ndim == 2 and w.numel() > cfg.keep_float_max_numel}  # the smallest that stays
+    return state | {name: torch.where(state[name].abs() < stays, 0.0, state[name]) for name, stays in least.items()}
+
+def seal(tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1) -> bytes:
+    """The container of artifacts and checkpoints: HEADER | compress(safetensors, with the facts as JSON). No pickle."""
+    raw = safetensors.torch.save({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, {"facts": json.dumps(facts)})
+    compress, _, default = COMPRESSORS[compressor]
+    blob = compress(raw, default if level < 0 else level)
+    return HEADER.pack(MAGIC, FORMAT_VERSION, list(COMPRESSORS).index(compressor), len(raw), hashlib.sha256(blob).digest()) + blob
+
+def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(facts, tensors). Refusal on anything that seal would not have written."""
+    def check(fine: bool, problem: str) -> None:
+        refuse(not fine, f"{path}: {problem}; not one of our files, or damaged: make it again")
+    try:
+        data = path.read_bytes()
+        check(len(data) > HEADER.size and data.startswith(MAGIC), "no GOLFGPT header")
+        _, version, number, size, digest = HEADER.unpack_from(data)
+        check(version == FORMAT_VERSION, f"format version {version}, but this script reads {FORMAT_VERSION}")
+        check(number < len(COMPRESSORS) and 8 < size <= MAX_RAW_BYTES, f"compressor {number}, size {size:,}: out of range")
+        check(hashlib.sha256(data[HEADER.size:]).digest() == digest, "checksum differs")
+        raw = list(COMPRESSORS.values())[number][1](data[HEADER.size:], size + 1)
+        check(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
+        tensors, header = safetensors.torch.load(raw), json.loads(raw[8:8 + struct.unpack_from("<Q", raw)[0]])
+        for name, t in tensors.items():
+            check(bool(t.isfinite().all()), f"tensor {name} is not finite")
+        return dict(json.loads(header["__metadata__"]["facts"])), tensors
+    except OSError as error:
+        raise Refusal(f"{path}: {error.strerror}; give the path of a file that a run has written") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
+            safetensors.SafetensorError) as error:
+        check(False, f"unreadable ({type(error).__name__})")
+
+def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
+    """The artifact: codes, scales and floats as planned, with the knobs that a reader needs."""
+    tensors = {}
+    for name, w in state.items():
+        how, w = plan[name], w.detach()
+        parts = zip((":codes", ":scale"), how.quantise(w)) if isinstance(how, Grid) else [("", w.to(how))]
+        tensors |= {name + suffix: part for suffix, part in parts}
+    return seal(tensors, cfg.knobs("model", "eval"), cfg.compressor, cfg.compress_level if level is None else level)
+
+def unpack(path: Path) -> tuple[dict, State]:
+    """(knobs, fp32 weights) of an artifact; Refusal as in unseal."""
+    (knobs, tensors), state = unseal(path), {}
+    for name, t in tensors.items():
+        base, _, part = name.partition(":")
+        codes, scale = tensors.get(base + ":codes", t), tensors.get(base + ":scale", t)  # t has one dtype, hence is not both
+        pair = (codes.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float16, (*codes.shape[:-1], 1))
+        refuse(part not in ("", "codes", "scale") or (part and (not pair or base in tensors)),
+               f"{path}: tensor {name}: not one of our artifacts; export it again")
+        state[base] = Grid.dequantise(codes, scale) if part else t.float()
+    return knobs, state
+
+def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
+    """Per kind of tensor: how many, parameters, bytes compressed alone (fast), root mean square of the rounding error."""
+    kinds: dict[str, State] = {}
+    for name, p in model.named_parameters():
+        kinds.setdefault((p.role.bits or "control").removeprefix("quant_bits_"), {})[name] = state[name]
+    error = {kind: torch.cat([(shipped(w, plan[n]) - w).flatten() for n, w in part.items()]) for kind, part in kinds.items()}
+    return {kind: dict(tensors=len(part), params=len(error[kind]), bytes=len(pack(cfg, part, plan, 1)),
+                       rms_error=error[kind].square().mean(dtype=torch.float64).sqrt().item()) for kind, part in kinds.items()}
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of the file or none of it, also when the machine stops in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float]:
+    """(artifact, fraction pruned). FIT_TO_CAP finds the least extra fraction, in steps of 0.5 %, that fits."""
+    first = None
+    for steps in range(int((0.9 - cfg.prune_pct) / 0.005 + 1.5)):  # compressed size does not fall steadily: no bisection
+        fraction = cfg.prune_pct + steps * 0.005
+        blob = pack(cfg, prune(cfg, state, fraction), plan)
+        total = len(blob) + len(SOURCE)
+        run.log(f"export: {fraction:.1%} pruned, {total:,} bytes in all")
+        first = first or (blob, fraction)
+        if total <= cfg.cap_bytes or not cfg.fit_to_cap:
+            return blob, fraction
+    return first
+
+# ── 12 SCORE ──────────────────────────────────────────────────────────────────────────────────────────────────────
+class Score(NamedTuple):
+    """Every target once: bits per byte, mean nats per target, counts, wall seconds."""
+    bpb: float
+    loss: float
+    targets: int
+    bytes: int
+    seconds: float
+
+def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
+    """(n, 3) rows [start, end, first]: read tokens [start, end), score targets [first, end); target t is token t + 1. Covers
+    [low, high) once. stride 0: fixed windows; else the first scores all it reads, each later one `stride` new targets."""
+    first = np.append(low, np.arange(low + length, high, stride or length)) if high > low else np.arange(0)
+    end = np.append(first[1:], high)[:len(first)]
+    return np.stack((first if stride == 0 else np.maximum(end - length, low), end, first), axis=1)
+
+def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
+    """The same targets as windows(0, n, ...), none with context before its document (whose last target is the next BOS)."""
+    edges = np.unique([0, *val.doc_starts[val.doc_starts < val.n], val.n])
+    return np.concatenate([windows(a, b, length, stride) for a, b in zip(edges[:-1], edges[1:])])
+
+class Sheet:
+    """Nats of every validation target, written exactly once by some rank."""
+    def __init__(self, cfg: Config, run: Run, val: Validation):
+        self.cfg, self.run, self.val, self.n, self.began = cfg, run, val, val.n, time.perf_counter()
+        self.nats = torch.zeros(self.n + 1, device=run.device)  # the extra slot takes what padding computes
+        self.hits = torch.zeros(self.n + 1, dtype=torch.int32, device=run.device)
+    def batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
+        """This rank's (windows, tokens per row, scored slots per row): like shapes together, constant when compiled."""
+        size, stride, length, number = self.cfg.eval_batch_seqs, self.cfg.eval_stride, self.cfg.window, itertools.count()
+        spans, targets = rows[:, 1] - rows[:, 0], rows[:, 1] - rows[:, 2]
+        tokens = np.minimum(-(-spans // 64) * 64, length) if not self.run.compile else np.full(len(rows), length)
+        slots = np.where(targets <= stride, np.minimum(stride, tokens), tokens)
+        for t, s in np.unique(np.stack((tokens, slots), 1), axis=0).tolist():
+            alike = rows[(tokens == t) & (slots == s)]
+            for i in range(0, len(alike), size):
+                if next(number) % self.run.world == self.run.rank:
+                    idle = np.repeat(alike[:1, [0, 1, 1]], max(i + size - len(alike), 0) * self.run.compile, axis=0)
+                    yield np.concatenate((alike[i:i + size], idle)), t, s  # idle windows score nothing
+    @torch.no_grad()
+    def fill(self, forward: Callable, rows: np.ndarray, bar: tqdm) -> None:
+        tokens, device = self.val.tokens, self.run.device
+        for batch, length, slots in self.batches(rows):
+            start, end, first = torch.from_numpy(batch).to(device).split(1, dim=1)
+            ids = tokens[(start + torch.arange(length, device=device)).minimum(end - 1)].long()
+            place = first + torch.arange(slots, device=device)
+            inside = place.minimum(end - 1)
+            everywhere = slots == length and bool(((batch[:, 2] == batch[:, 0]) | (batch[:, 2] == batch[:, 1])).all())
+            nats = forward(ids, tokens[inside + 1].long(), None if everywhere else inside - start)
+            slot = torch.where(place < end, place, self.n)
+            self.nats[slot] = nats
+            self.hits.index_add_(0, slot.flatten(), torch.ones_like(slot.flatten(), dtype=torch.int32))
+            bar.update(len(batch) * self.run.world)
+    def total(self) -> Score:
+        """Sums over all ranks in fp64; fails unless every target was scored once."""
+        if self.run.world > 1:
+            dist.all_reduce(self.nats)
+            dist.all_reduce(self.hits)
+        if not bool((self.hits[:-1] == 1).all()):
+            raise RuntimeError("a target was scored never or twice")
+        nats, size = self.nats[:-1].double().sum().item(), int(self.val.target_bytes.sum())
+        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began)
+
+def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None) -> Score:
+    """Scores the whole validation set in these windows (default: fixed ones)."""
+    rows = windows(0, val.n, cfg.window, 0) if rows is None else rows
+    sheet = Sheet(cfg, run, val)
+    with run.bar(len(rows)) as bar:
+        sheet.fill(forward, rows, bar)
+    return sheet.total()
+
+def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
+    """Score-first SGD by chunks (momentum 0.9, clip 1; #549, #975): each is scored, then learned from. Changes the model."""
+    frozen = {*model.blocks[:cfg.ttt_freeze_blocks].parameters()}
+    params = [p for p in model.parameters() if p not in frozen]
+    gradients, optimiser = Gradients(params, run), torch.optim.SGD(params, lr=cfg.ttt_lr, momentum=0.9)
+    sheet, chunk = Sheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
+    with run.bar(len(rows)) as bar:
+        for c in range(last := int(chunk[-1])):
+            sheet.fill(model, rows[chunk == c], bar)
+            tokens = val.tokens[c * cfg.ttt_chunk_tokens:(c + 1) * cfg.ttt_chunk_tokens + 1].long()
+            optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / last))
+            pairs = list(zip(*(t.view(-1, cfg.window).split(cfg.eval_batch_seqs) for t in (tokens[:-1], tokens[1:]))))
+            for x, y in pairs * cfg.ttt_epochs:
+                gradients.flat.zero_()
+                if len(mine := x[run.rank::run.world]):
+                    (model(mine, y[run.rank::run.world]).sum() * (run.world / y.numel())).backward()
+                gradients.reduce(clip=1.0)
+                optimiser.step()
+        sheet.fill(model, rows[chunk == last], bar)
+    return sheet.total()
+
+# ── 13 REPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
+MODEL_TOGGLES = ("SMEAR_GATE", "BIGRAM_VOCAB_SIZE", "VE_ENABLED", "XSA_LAST_N", "LN_SCALE", "ROPE_NTK_LEN")  # off: 0
+
+def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable) -> None:
+    """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
+    rows, length = min(max(val.n // cfg.train_seq_len, 1), 4), min(val.n, cfg.train_seq_len)
+    ids, targets = (val.tokens[i:i + rows * length].long().view(rows, length) for i in (0, 1))
+    model, activity = trainer.model, run.activity
+    @torch.no_grad()
+    def loss(model: GPT, state: State | None = None) -> float:
+        model.load_state_dict(state or {}, strict=False)
+        return model(ids, targets).double().mean().item()
+    def both_ways(model: GPT) -> float:
+        weights = list(model.parameters())  # with one block, the skip weights are unused
+        return run.milliseconds(lambda: torch.autograd.grad(model(ids, targets).mean(), weights, allow_unused=True))
+    base = loss(model, trainer.live)
+    for name in trainer.views.banks:
+        enter, leave = partial(trainer.views.enter, name == "QAT", cfg.qna_magnitude, 0), trainer.views.leave
+        latent = enter()
+        activity[name].effect = loss(model) - base
+        leave(latent)
+        activity[name].cost_ms = run.milliseconds(lambda: leave(enter()))
+    for name, state in trainer.averages.items():
+        activity[name.upper()].effect = loss(model, state) - base  # and the milliseconds, with those of an EMA that is on too
+        activity[name.upper()].cost_ms = run.milliseconds(partial(trainer.average.update, name != "ema"))
+    model.load_state_dict(trainer.live)
+    for name in [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]:
+        without = build_model(dataclasses.replace(cfg, **{name.lower(): 0}), run, attend)
+        extra = [p.numel() for key, p in model.named_parameters() if key not in without.state_dict()]
+        effect, cost_ms = base - loss(without, trainer.live), both_ways(model) - both_ways(without)
+        activity[name] = Activity(len(extra), sum(extra), "the model; ms forward + backward, eager", "nats",
+                                  list(range(trainer.steps)), effect, cost_ms)
+    if trainer.pruned:
+        off, on = ({name: shipped(w, trainer.plan[name]) for name, w in prune(cfg, trainer.final, share).items()}
+                   for share in (0.0, trainer.pruned))
+        changed = [int((on[name] != off[name]).sum()) for name in on]
+        activity["PRUNE_PCT"] = Activity(sum(n > 0 for n in changed), sum(changed), f"export, {trainer.pruned:.1%}", "nats",
+                                         [trainer.steps], loss(model, on) - loss(model, off))
+
+def environment(run: Run) -> dict:
+    """Hardware and versions that figures depend on."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.machine())
+    return dict(device=torch.cuda.get_device_name() if run.cuda else f"CPU {cpu}, {os.cpu_count()} cores",
+                threads_per_rank=torch.get_num_threads(), dtype=str(run.dtype), compile=run.compile, cuda=torch.version.cuda,
+                python=platform.python_version(), torch=torch.__version__,
+                variables={k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "OMP_", "GOMP_", "TORCH_"))})
+
+def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Path, trainer: Trainer | None) -> dict:
+    """result.json: everything the final table says, and what it takes to reproduce it."""
+    (mode, final), steps = list(scores.items())[-1], trainer.steps if trainer else 0
+    bpb, total = {name: s.bpb for name, s in scores.items()}, len(SOURCE) + path.stat().st_size
+    flat = "sliding" if "sliding" in bpb else "quantised"
+    run.activity |= {name: Activity(scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=bpb[way] - bpb[flat])
+                     for name, way in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt")) if way in bpb}
+    toggles = {name: a.row(steps) for name, a in run.activity.items()}
+    inactive = [name for name, row in toggles.items() if not row["active"]]
+    code = 3 if total > cfg.cap_bytes else 4 if inactive and cfg.strict else 0
+    training = dict.fromkeys(
+        "steps tokens_seen train_seconds step_ms_median params live_val_bpb averaged_val_bpb quant_gap_bpb".split())
+    if trainer:
+        plain, floats = bpb.get("unfitted", bpb["quantised"]), bpb.get("averaged", bpb["live"])
+        training = dict(
+            steps=steps, tokens_seen=steps * cfg.train_batch_tokens, train_seconds=trainer.elapsed, recompiles=trainer.recompiles,
+            step_ms_median=statistics.median(trainer.step_seconds) * 1e3, params=sum(w.numel() for w in trainer.live.values()),
+            average=cfg.shipped_average, groups=trainer.groups, pruned=trainer.pruned, trained_code_sha256=trainer.code_sha256,
+            live_val_bpb=bpb["live"], averaged_val_bpb=bpb.get("averaged"), quant_gap_bpb=plain - floats,
+            fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None)
+    memory = torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(
+        schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
+        val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"], **training,
+        artifact_path=str(path), artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total,
+        cap_bytes=cfg.cap_bytes, under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds,
+        seed=cfg.seed, world_size=run.world, peak_memory_bytes=memory, inactive=inactive, toggles=toggles,
+        checkpoint=cfg.checkpoint or None, limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
+        config=cfg.knobs(), scores={name: s._asdict() for name, s in scores.items()}, **environment(run),
+        non_default=cfg.non_default(), code_sha256=CODE_SHA256, config_sha256=cfg.digest(), data=data)
+
+def final_table(r: dict) -> str:
+    """The end of the log, from result.json alone."""
+    total, limits, code = r["total_bytes"], r["limits"], r["exit_code"]
+    size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
+            "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
+    ledger = {name: {"seconds": f"{s:.1f}", "limit": str(limits.get(name) or "-")} for name, s in r["seconds"].items()}
+    tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": ledger,
+              "toggle": r["toggles"]}
+    parts = [text_table([(title, *next(iter(rows.values()))), *((name, *row.values()) for name, row in rows.items())])
+             for title, rows in tables.items() if rows]
+    parts += [f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None]
+    parts += [f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]]
+    return "\n\n".join(["", *parts, f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
+                        f"{r['val_bytes']:,} bytes), {total:,} bytes in all, exit code {code}: {EXIT_CODES[code]}"])
+
+# ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
+def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, attend: Callable, saved: tuple | None) -> Trainer:
+    """Train (or restore what was saved), average, export; checkpoint and artifact are on disk before anything is scored."""
+    model = build_model(cfg, run, attend)
+    plan = export_plan(cfg, model)
+    trainer = Trainer(cfg, run, model, plan, splits["train"], val)
+    bits = sorted(how.bits for how in plan.values() if isinstance(how, Grid))
+    run.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(bits)} of {len(plan)} tensors quantised "
+            f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step")
+    if saved:
+        trainer.restore(*saved)
+    else:
+        trainer.train()
+        with run.phase("checkpoint"):
+            if run.rank == 0:
+                write_atomic(run.dir / "checkpoint.bin", trainer.checkpoint())
+    with run.phase("average"):
+        trainer.live = {n: p.detach().clone() for n, p in model.named_parameters()}
+        trainer.averages = {n: {k: w.clone() for k, w in s.items()} for n, s in trainer.average.results().items()}
+        for name in cfg.collected():
+            a, use = run.activity[name.upper()], "yes" if name == cfg.shipped_average else f"no (AVERAGE={cfg.average})"
+            run.log(f"average: {name} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; applied: "
+                    + (use if name in trainer.averages else "NO, none was taken"))
+    trainer.final = trainer.averages.get(cfg.shipped_average, trainer.live)
+    if not all(bool(w.isfinite().all()) for w in trainer.final.values()):
+        raise Refusal(f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates", 5)
+    with run.phase("quantise and compress"):
+        blob, trainer.pruned = export(cfg, run, trainer.final, plan)
+        trainer.unfitted = {n: shipped(w, plan[n]) for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
+                            } if trainer.pruned > cfg.prune_pct else None  # quantised, without what FIT_TO_CAP pruned
+        if run.rank == 0:
+            write_atomic(run.dir / "artifact.bin", blob)
+        trainer.groups = group_sizes(cfg, model, trainer.final, plan)
+        run.agree(None)  # nobody reads before it is written
+    return trainer
+
+def inherit(cfg: Config, knobs: dict, state: State) -> Config:
+    """The knobs that a file holds, and the environment's where those may differ. Refusal unless all fit these very tensors."""
+    source, scopes = ("CHECKPOINT", ("seed", *COMPARED)) if cfg.checkpoint else ("EVAL_ONLY", ("model", "eval"))
+    types, path = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}, cfg.checkpoint or cfg.eval_only
+    wanted = {f.name: types[f.type] for f in KNOBS if f.metadata["scope"] in scopes}
+    try:
+        if knobs.keys() != wanted.keys() or any(type(v) not in wanted[n] for n, v in knobs.items()):
+            raise TypeError("unknown, missing or mistyped settings")
+        cfg = dataclasses.replace(cfg, inherited=True, **{n: v for n, v in knobs.items() if n.upper() not in cfg.given})
+        for name, value in cfg.knobs(*cfg.training_scopes if cfg.checkpoint else ("model",)).items():
+            refuse(knobs[name] != value, f"{name.upper()}={value}: {path} was made with {knobs[name]}; unset it")
+        with torch.device("meta"):  # needs no memory
+            model = GPT(cfg) if cfg.num_layers <= len(state) else nn.Module()
+        if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in state.items()}:
+            raise TypeError("tensors of other names or shapes")
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        problem = str(error).splitlines()[0]
+        raise Refusal(f"{source}={path}: its configuration does not fit ({problem}); make it again") from None
+    return cfg
+
+def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None) -> dict:
+    """The trainer's weights on fixed windows, then the read-back ones in every mode asked for; the last is the result."""
+    model = build_model(cfg, run, attend)
+    model.load_state_dict(state)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    flat = windows(0, val.n, cfg.window, cfg.eval_stride)
+    measure = partial(score, cfg, run, forward, val)
+    jobs = [  # what is scored, if, how
+        ("live", trainer, lambda: trainer.score_weights(trainer.live)),
+        ("averaged", trainer and cfg.shipped_average in trainer.averages, lambda: trainer.score_weights(trainer.final)),
+        ("unfitted", trainer and trainer.unfitted, lambda: trainer.score_weights(trainer.unfitted)),
+        ("quantised", True, measure), ("sliding", cfg.eval_stride, partial(measure, flat)),
+        ("documents", cfg.doc_isolated_eval, lambda: measure(document_windows(val, cfg.window, cfg.eval_stride))),
+        ("ttt", cfg.ttt_mode == "sgd", lambda: test_time_train(cfg, run, model, val, flat))]
+    scores = {}
+    for name, job in [(name, job) for name, wanted, job in jobs if wanted]:
+        if name == "sliding":
+            projected = scores["quantised"].seconds * len(flat) / -(-val.n // cfg.window)
+            run.log(f"score sliding: {len(flat):,} windows, about {projected:.0f} s at the speed of the fixed ones")
+        with run.phase(f"score {name}"):
+            scores[name] = job()
+        run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
+    return scores
+
+def main(cfg: Config) -> dict:
+    """One run: tokens -> train -> average -> quantise -> pack -> disk -> read back -> score. Returns result.json."""
+    run = Run(cfg)
+    try:
+        run.log(f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {CODE_SHA256[:12]}")
+        path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
+        saved = unseal(Path(cfg.checkpoint)) if cfg.checkpoint else None
+        if saved:
+            live = {n.removeprefix("live/"): w for n, w in saved[1].items() if n.startswith("live/")}
+            cfg = inherit(cfg, saved[0].get("config", {}), live)
+        elif cfg.eval_only:
+            cfg = inherit(cfg, *unpack(path))
+        run.log("settings: " + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults"))
+        run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=environment(run))
+        with run.phase("data"):
+            splits = {name: Split(cfg, name) for name in ["val", "train"][:1 if cfg.eval_only else 2]}
+            val, data = Validation(cfg, run, splits["val"]), check_data(cfg, splits)
+        run.log("data: " + ", ".join(f"{key} {value}" for key, value in data.items()))
+        attend = choose_attention(cfg, run)
+        trainer = None if cfg.eval_only else produce(cfg, run, splits, val, attend, saved)
+        with run.phase("read back"):
+            _, state = unpack(path)
+        scores = score_all(cfg, run, state, val, attend, trainer)
+        if trainer:
+            with run.phase("prove toggles"):
+                prove(cfg, run, trainer, val, attend)
+        report = result(cfg, run, scores, data, path, trainer)
+        if run.rank == 0:
+            write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
+        run.log(final_table(report))
+        run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
+        return run.agree(report)  # all wait until rank 0 has written, and exit alike
+    except BaseException as error:
+        message = f"stopped in phase '{run.phase_name}' on rank {run.rank}: {type(error).__name__}: {error}"
+        run.log(message) if run.rank == 0 else print(message, file=sys.stderr, flush=True)
+        run.event("stopped", phase=run.phase_name, error=f"{type(error).__name__}: {error}")
+        raise
+
+def command_line(arguments: list[str]) -> int:
+    """Runs the configuration in the environment; returns the exit code."""
+    if arguments:
+        print(help_text() if arguments == ["--help"] else f"{arguments[0]}: settings are environment variables; see --help")
+        return 0 if arguments == ["--help"] else 2
+    def terminate(*_):
+        raise Refusal("terminated by SIGTERM", 143)
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        return main(Config.from_env(os.environ))["exit_code"]
+    except (Refusal, KeyboardInterrupt) as stop:
+        code = stop.code if isinstance(stop, Refusal) else 130
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]", file=sys.stderr, flush=True)
+        return code
+
+if __name__ == "__main__":
+    sys.exit(command_line(sys.argv[1:]))
