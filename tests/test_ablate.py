@@ -86,7 +86,8 @@ def test_every_committed_study_makes_a_matrix_at_every_size_and_budget(path):
     for size in made.sizes:
         for equal in ("steps", "time"):
             m = matrix(made, size, equal)
-            assert len(m.trials) == len(m.size.arms or made.arms) * len(m.size.seeds or made.seeds)
+            arms = (m.size.time_arms if equal == "time" else ()) or m.size.arms or tuple(made.arms)
+            assert [t.arm for t in m.trials] == list(arms) * len(m.size.seeds or made.seeds)
             assert sorted(t.id for group in m.groups() for t in group) == sorted(t.id for t in m.trials)
     assert {"full", "small"} <= set(made.sizes) or path.stem == "swa_sums_in_bf16"
 
@@ -196,6 +197,12 @@ def test_equal_steps_and_equal_time_are_one_word_apart(study):
     steps, seconds = (matrix(study(), "small", equal).trials[0].cfg for equal in ("steps", "time"))
     assert (steps.iterations, steps.max_wallclock_seconds) == (4, 0.0)
     assert (seconds.iterations, seconds.max_wallclock_seconds) == (20000, 2.0)
+
+
+def test_equal_time_may_leave_out_arms_whose_steps_cost_alike(study):
+    made = study(size__small={"time_arms": ["plain", "qat"]})
+    assert [t.arm for t in matrix(made, "small", "time", (1,)).trials] == ["plain", "qat"]
+    assert len(matrix(made, "small", "steps", (1,)).trials) == 4
 
 
 def test_a_shared_training_never_lends_its_own_export_settings(study, tmp_path):
