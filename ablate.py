@@ -1372,11 +1372,10 @@ def unlike(results: Results) -> Iterator[str]:
 
 
 def seed_row(r: dict) -> dict:
-    before = r["live_val_bpb"] if r["averaged_val_bpb"] is None else r["averaged_val_bpb"]
     return dict(val_bpb=r["val_bpb"], val_loss=r["val_loss"], artifact_bytes=r["artifact_bytes"], bytes_total=r["total_bytes"],
                 steps=r["steps"], step_avg_ms=1e3 * r["train_seconds"] / r["steps"], train_time_s=r["train_seconds"],
                 eval_time_s=r["eval_seconds"], live_val_bpb=r["live_val_bpb"], averaged_val_bpb=r["averaged_val_bpb"],
-                pre_quant_val_bpb=before, quantised_val_bpb=r["quantised_val_bpb"], scored=r["scored"])
+                pre_quant_val_bpb=metric(r, "float_val_bpb"), quantised_val_bpb=r["quantised_val_bpb"], scored=r["scored"])
 
 
 def summarise(results: Results, about: dict) -> dict:
@@ -1413,9 +1412,8 @@ def summarise(results: Results, about: dict) -> dict:
 def figures_table(header: str, rows: list[list]) -> str:
     """Cells by type: 6 digits for a float, thousands apart for an int, - for None."""
     form = {float: ".6f", int: ",d"}
-    lines = [["-" if cell is None else format(cell, form.get(type(cell), "")) for cell in row] for row in rows]
-    names = header.split(" | ")
-    return "\n".join("| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *lines])
+    return markdown_table(header.split(" | "), [[cell if cell is None else format(cell, form.get(type(cell), "")) for cell in row]
+                                                for row in rows])
 
 
 def toggle_rows(results: Results) -> list[list]:
