@@ -13,7 +13,7 @@ import torch
 import train_gpt
 from conftest import TINY
 from test_optimiser import ALL, make_trainer, normal, on_ranks
-from train_gpt import Average, Knobs, Run, build_model, export_plan, sdpa, shipped, unpack
+from train_gpt import Average, Flat, Knobs, Run, build_model, export_plan, sdpa, shipped, unpack
 
 TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
 KINDS = {"swa": dict(swa_enabled=True), "ema": dict(ema_enabled=True, ema_decay=0.6), "sqwa": dict(sqwa_enabled=True),
@@ -29,7 +29,7 @@ class Bench:
         with torch.no_grad():
             for i, p in enumerate(self.params.values()):
                 p.copy_(normal(*p.shape, seed=1000 + i))
-        self.average = Average(cfg, self.run, model, self.plan)
+        self.average = Average(cfg, self.run, model, Flat(self.params, self.run), self.plan)
 
     def move(self, step: int, by: float = 0.3) -> dict[str, np.ndarray]:
         """New weights around the old ones, in fp64."""
@@ -143,8 +143,8 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
     class Spy(Average):
         def update(self, snapshot):
             names = super().update(snapshot)
-            states.append(([p.detach().clone() for p in self.params], [w.clone() for w in self.ema], snapshot))
-            expected.update(names=self.names, plan=self.plan)
+            states.append(([p.detach().clone() for p in self.live.values()], [w.clone() for w in self.ema.values()], snapshot))
+            expected.update(names=list(self.live), plan=self.plan)
             return names
 
     monkeypatch.setattr(train_gpt, "Average", Spy)
@@ -184,7 +184,7 @@ def test_averaging_does_not_change_the_training(tiny, kind):
 
 def test_off_is_absent(bench):
     b = bench()
-    assert b.average.sums == b.average.ema == [] and b.average.update(False) == [] and b.average.results() == {}
+    assert b.average.sums == b.average.ema == {} and b.average.buffer is None and b.average.update(False) == [] and b.average.results() == {}
     assert not b.run.activity
 
 

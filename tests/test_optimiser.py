@@ -1,4 +1,4 @@
-"""Muon, AdamW, the flat gradient buffer, and the same training on 1, 2 and 3 ranks.
+"""Muon, AdamW, the flat buffers of weights and gradients, and the same training on 1, 2 and 3 ranks.
 
 Would have caught: #199's gates that were in no optimiser group, #989's weight decay that never reached Muon, #975's
 clip of each rank's own gradients before they are averaged, and ranks that drift apart.
@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 import train_gpt
 from conftest import TINY
-from train_gpt import (Gradients, Knobs, Muon, Optimiser, Run, Schedule, Split, Trainer, Validation, build_model,
+from train_gpt import (Flat, Knobs, Muon, Optimiser, Run, Schedule, Split, Trainer, Validation, build_model,
                        export_plan, orthogonalise, sdpa)
 
 ALL = dict(bigram_vocab_size=96, bigram_dim=16, ve_enabled=True, ve_dim=20, ve_layers="1,2", xsa_last_n=1,
@@ -27,6 +27,10 @@ ALONE = SimpleNamespace(world=1, rank=0, device="cpu", compile=False)
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def matrices(*shapes: tuple) -> dict[str, torch.nn.Parameter]:
+    return {f"w{i}": train_gpt.param(normal(*shape, seed=i), train_gpt.MLP_ROLE) for i, shape in enumerate(shapes)}
 
 
 def make_trainer(cfg) -> Trainer:
@@ -62,27 +66,29 @@ SHAPES = [(8, 24)] + [(16, 8)] * 4 + [(16, 16)] * 5  # neither 2 nor 3 divides e
 def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
     """Three Muon steps on gradients that are the same on every rank."""
     run = SimpleNamespace(world=world, rank=rank, device="cpu", compile=False)
-    params = [torch.nn.Parameter(normal(*shape, seed=i)) for i, shape in enumerate(SHAPES)]
-    gradients, muon = Gradients(params, run), Muon(params, train_gpt.Config(muon_wd=0.1), run)
+    flat = Flat(params := matrices(*SHAPES), run)
+    muon = Muon(flat, train_gpt.Config(muon_wd=0.1), run)
     for step in range(3):
-        gradients.flat.copy_(normal(len(gradients.flat), seed=100 + step))
+        for i, p in enumerate(params.values()):
+            p.grad.copy_(normal(*p.shape, seed=100 * step + i))
         muon.step(0.05, 0.9)
-    return [p.detach() for p in params]
+    return [p.detach() for p in params.values()]
 
 
 def own_gradient(rank: int) -> torch.Tensor:
-    return torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank), torch.tensor([2.0 + rank])))
+    """Nine numbers, padding, the loss."""
+    return torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank), torch.zeros(7), torch.tensor([2.0 + rank])))
 
 
 def everything(rank: int, world: int, cfg) -> dict:
     """What the tests below compare between the ranks, and between worlds."""
-    gradients = Gradients([torch.nn.Parameter(torch.zeros(9))], SimpleNamespace(world=world, device="cpu"))
-    gradients.flat.copy_(own_gradient(rank))
-    stats, losses = gradients.reduce(clip=0.5), []
+    flat = Flat({"b": train_gpt.param(torch.zeros(9), train_gpt.CONTROL)}, SimpleNamespace(world=world, rank=rank, device="cpu"))
+    flat.gradients.copy_(own_gradient(rank))
+    stats, losses = flat.reduce(clip=0.5), []
     trainer = make_trainer(dataclasses.replace(cfg, run_id=f"{world}-ranks"))
-    trainer.report = lambda k, bar: losses.append(trainer.loss)
+    trainer.report = lambda k: losses.append(trainer.loss)
     trainer.train()
-    return dict(flat=gradients.flat, stats=stats, muon=muon_steps(rank, world), losses=losses, rank=trainer.run.rank,
+    return dict(flat=flat.gradients, stats=stats, muon=muon_steps(rank, world), losses=losses, rank=trainer.run.rank,
                 weights={name: p.detach() for name, p in trainer.model.named_parameters()},
                 noise=len(trainer.run.activity["QNA"].steps))
 
@@ -144,16 +150,16 @@ TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
 def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_proj_opt):
     cfg = tiny(**ALL, bigram_proj_opt=bigram_proj_opt, adam_wd=0.01)
     model = build_model(cfg, Run(cfg), sdpa)
-    optimiser, names = Optimiser(model, cfg, ALONE), {id(p): name for name, p in model.named_parameters()}
-    muon = [names[id(p)] for bank in optimiser.muon.banks for p in bank]
+    flat, names = Flat(dict(model.named_parameters()), ALONE), {id(p): name for name, p in model.named_parameters()}
+    optimiser, muon = Optimiser(model, flat, cfg, ALONE), [name for names, *_ in flat.banks for name in names]
     embed, scalar, smear = ([names[id(p)] for p in group["params"]] for group in optimiser.adamw.param_groups)
     assert sorted(muon + embed + scalar + smear) == sorted(names.values())
     assert set(muon) == BLOCK_MATRICES | ({"bigram.proj.weight"} if bigram_proj_opt == "muon" else set())
     assert set(embed) == TABLES and set(smear) == {"smear.gate"}
     settings = [(g["lr"], g["betas"], g["weight_decay"]) for g in optimiser.adamw.param_groups]
     assert settings == [(0.03, (0.9, 0.95), 0.01), (0.02, (0.9, 0.95), 0.01), (0.02, (0.9, 0.99), 0.01)]
-    assert all(len({p.shape for p in bank}) == 1 for bank in optimiser.muon.banks)
-    assert len(optimiser.muon.banks) == len({p.shape for bank in optimiser.muon.banks for p in bank})
+    kinds = [{(flat.shapes[name], model.get_parameter(name).role) for name in names} for names, *_ in flat.banks]
+    assert all(len(kind) == 1 for kind in kinds) and len(flat.banks) == len(set.union(*kinds))
 
 
 def test_a_parameter_of_no_group_is_an_error(tiny):
@@ -161,7 +167,7 @@ def test_a_parameter_of_no_group_is_an_error(tiny):
     model = build_model(cfg, Run(cfg), sdpa)
     model.blocks[0].attn_scale.role = train_gpt.Role("nobody")
     with pytest.raises(KeyError, match="nobody"):
-        Optimiser(model, cfg, ALONE)
+        Optimiser(model, Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
 
 
 @pytest.mark.parametrize("init", ("ortho", "default"))
@@ -185,26 +191,53 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
     loader.close()
     for _ in range(2):  # the second step must start from zero
         trainer.step(batch, Knobs(1.0, 0.9))
-    loss, flat = trainer.model(*batch).mean(), optimiser.gradients.flat
+    loss, flat = trainer.model(*batch).mean(), trainer.flat.gradients
     for p, gradient in zip(params, torch.autograd.grad(loss, params)):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7)
         assert p.grad.data_ptr() == places[id(p)] and p.grad.untyped_storage().data_ptr() == flat.data_ptr()
-    assert flat[-1].item() == pytest.approx(loss.item(), rel=1e-6) and len(flat) == sum(p.numel() for p in params) + 1
+    assert flat[-1].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 1
     norms = torch.stack([p.grad.norm() for p in params])
     assert flat[:-1].norm().item() == pytest.approx(norms.norm().item(), rel=1e-5)  # nothing else is in it
 
 
 @pytest.mark.parametrize("clip", (0.0, 0.01, 0.3, 1e9))
 def test_the_clip_is_that_of_torch(clip):
-    params, copies = ([torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 1)] for _ in range(2))
-    gradients = Gradients(params, ALONE)
-    gradients.flat.copy_(normal(10))
-    for p, copy in zip(params, copies):
+    params, copies = ([train_gpt.param(torch.zeros(n), train_gpt.CONTROL) for n in (3, 5, 1)] for _ in range(2))
+    flat = Flat(dict(zip("abc", params)), ALONE)
+    flat.gradients[-1] = 7.0
+    for i, (p, copy) in enumerate(zip(params, copies)):
+        p.grad.copy_(normal(*p.shape, seed=i))
         copy.grad = p.grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(copies, clip or math.inf)
-    torch.testing.assert_close(gradients.reduce(clip), torch.stack((normal(10)[-1], norm)))
+    torch.testing.assert_close(flat.reduce(clip), torch.stack((torch.tensor(7.0), norm)))
     for p, copy in zip(params, copies):
         torch.testing.assert_close(p.grad, copy.grad)
+
+
+@pytest.mark.parametrize("world", (1, 2, 3, 8))
+def test_the_flat_buffers_hold_every_tensor_once_aligned_and_in_equal_chunks(tiny, world):
+    """Shapes and sizes that divide by nothing; the values of the parameters stay what they were."""
+    cfg = tiny(**ALL | dict(model_dim=36, mlp_mult=1.3, num_heads=2, num_kv_heads=1, rope_dims=6))
+    model = build_model(cfg, Run(cfg), sdpa)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flat = Flat(dict(model.named_parameters()), SimpleNamespace(world=world, rank=world - 1, device="cpu"))
+    owner = torch.zeros(len(flat.weights), dtype=torch.int64)
+    for i, (name, place) in enumerate(flat.places.items(), 1):
+        assert place % 16 == 0 and not owner[place:place + before[name].numel()].any()
+        owner[place:place + before[name].numel()] = i
+    assert (owner > 0).sum() == sum(w.numel() for w in before.values()) and not flat.weights[owner == 0].any()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.data_ptr() == flat.weights[flat.places[name]:].data_ptr()
+        assert p.grad.data_ptr() == flat.gradients[flat.places[name]:].data_ptr()
+    assert flat.chunks.shape == (world, flat.chunk) and len(flat.banks) == 5
+    for names, weights, own, gradient in flat.banks:  # whose slots are the bank's matrices in order, then zeros
+        slots = weights.flatten(0, 1)
+        assert all(torch.equal(slot, before[name]) for name, slot in zip(names, slots))
+        assert len(slots) - len(names) < world and not slots[len(names):].any()
+        assert own.data_ptr() == weights[-1].data_ptr() and own.shape == gradient.shape == weights[-1].shape
+        model.get_parameter(names[0]).grad.fill_(7.0)
+        assert (gradient[0] == 7.0).all() or world > 1
 
 
 # ── Muon ──
@@ -222,12 +255,12 @@ def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
     """Decay first and decoupled, then the scaled update, at the learning rate and momentum of the step."""
     cfg = tiny(**ALL, muon_wd=0.5, matrix_lr=0.1)
     model = build_model(cfg, Run(cfg), sdpa)
-    optimiser = Optimiser(model, cfg, ALONE)
+    optimiser = Optimiser(model, flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
     matrices = {name: p for name, p in model.named_parameters() if p.role.optimiser == "muon"}
     expected = {name: p.detach().double() for name, p in matrices.items()}
     buffers = dict.fromkeys(matrices, 0.0)
     for step, k in enumerate([Knobs(1.0, 0.5), Knobs(0.7, 0.8), Knobs(0.4, 0.95)]):
-        optimiser.gradients.flat.copy_(normal(len(optimiser.gradients.flat), seed=step))
+        flat.gradients.copy_(normal(len(flat.gradients), seed=step))
         for name, p in matrices.items():
             g, lr = p.grad.double(), 0.1 * k.lr_scale
             buffers[name] = k.momentum * buffers[name] + g
@@ -242,11 +275,11 @@ def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
 @pytest.mark.parametrize("shape", ((32, 32), (96, 32), (16, 64)), ids=str)
 def test_muon_agrees_with_torch(shape):
     """torch.optim.Muon works in bf16: 3 significant digits, five matrix steps; 2 % of the update."""
-    ours, theirs = (torch.nn.Parameter(normal(*shape)) for _ in range(2))
-    gradients, muon = Gradients([ours], ALONE), Muon([ours], train_gpt.Config(muon_wd=0.1), ALONE)
+    (ours,), theirs = matrices(shape).values(), torch.nn.Parameter(normal(*shape))
+    muon = Muon(Flat({"w": ours}, ALONE), train_gpt.Config(muon_wd=0.1), ALONE)
     other = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.1)
     for step in range(4):
-        gradients.flat.copy_(normal(len(gradients.flat), seed=step + 1))
+        ours.grad.copy_(normal(*shape, seed=step + 1))
         theirs.grad = ours.grad.clone()
         muon.step(0.05, 0.9)
         other.step()
@@ -286,7 +319,7 @@ def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
         trainer.step(next(loader), Schedule(cfg).at(step, 0.0))
         buffers.append(trainer.optimiser.muon.momenta[0].clone())
     loader.close()
-    gradients = torch.stack([p.grad for p in trainer.optimiser.muon.banks[0]])
+    gradients = trainer.flat.banks[0][-1]
     torch.testing.assert_close(buffers[1], 0.81 * buffers[0] + gradients)
 
 
@@ -294,14 +327,14 @@ def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
 def test_adamw_is_that_of_torch_on_separate_tensors(tiny):
     cfg = tiny(**ALL, adam_wd=0.3, beta1=0.8, beta2=0.9, adam_eps=1e-6)
     model = build_model(cfg, Run(cfg), sdpa)
-    optimiser = Optimiser(model, cfg, ALONE)
+    optimiser = Optimiser(model, flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
     rates = {"embed": dict(lr=0.03, betas=(0.8, 0.9)), "scalar": dict(lr=0.02, betas=(0.8, 0.9)),
              "smear": dict(lr=0.02, betas=(0.8, 0.99))}
     pairs = [(name, p, copy := torch.nn.Parameter(p.detach().clone()), torch.optim.AdamW(
         [copy], **rates[p.role.optimiser], eps=1e-6, weight_decay=0.3, foreach=False, fused=False))
         for name, p in model.named_parameters() if p.role.optimiser != "muon"]
     for step, scale in enumerate((1.0, 1.0, 0.25)):
-        optimiser.gradients.flat.copy_(normal(len(optimiser.gradients.flat), seed=step))
+        flat.gradients.copy_(normal(len(flat.gradients), seed=step))
         for _, p, copy, other in pairs:
             copy.grad = p.grad.clone()
             other.param_groups[0]["lr"] = rates[p.role.optimiser]["lr"] * scale

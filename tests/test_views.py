@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import train_gpt
-from train_gpt import (Grid, Knobs, Run, Split, Trainer, Validation, Views, batches, build_model, export_plan, pack,
+from train_gpt import (Flat, Grid, Knobs, Run, Split, Trainer, Validation, Views, batches, build_model, export_plan, pack,
                        sdpa, unpack)
 
 ALL = dict(bigram_vocab_size=96, bigram_dim=16, ve_enabled=True, ve_dim=20, ve_layers="1,2", xsa_last_n=1,
@@ -37,7 +37,7 @@ class Bench:
                 if p.ndim == 2:
                     p.copy_(torch.randn(p.shape, generator=generator) * torch.logspace(-2, 0.5, len(p))[:, None])
         self.plan = export_plan(cfg, self.model)
-        self.views = Views(cfg, self.run, self.model, self.plan)
+        self.views = Views(cfg, self.run, self.model, Flat(self.params, self.run), self.plan)
         self.latent = self.copy()
 
     def copy(self) -> dict[str, torch.Tensor]:
@@ -209,7 +209,7 @@ def test_no_two_matrices_share_their_noise(bench):
 def test_off_is_absent(bench):
     b = bench(**ALL)
     versions = {name: (p.data_ptr(), p._version) for name, p in b.params.items()}
-    assert b.views.banks == {} and b.views.enter(False, 0.0, 0) == [] and not b.run.activity
+    assert b.views.stacks == {} and b.views.enter(False, 0.0, 0) == [] and not b.run.activity
     b.views.leave([])
     assert versions == {name: (p.data_ptr(), p._version) for name, p in b.params.items()}  # never written
 
@@ -217,7 +217,7 @@ def test_off_is_absent(bench):
 class NoViews:
     """A build without QAT and QNA."""
     def __init__(self, *_):
-        self.banks = {}
+        self.stacks = {}
     def enter(self, *_):
         return None
     def leave(self, _):
@@ -240,7 +240,7 @@ def test_turning_qat_on_changes_the_training(trainer):
     for knobs in (dict(), LATE_QAT, dict(qat_enabled=True)):
         t, _ = trainer(**knobs, train_log_every=1, iterations=8, warmdown_iters=8)
         seen = []
-        t.report = lambda k, bar: seen.append((t.loss, k.qat))
+        t.report = lambda k: seen.append((t.loss, k.qat))
         t.train()
         losses.append([loss for loss, _ in seen])
         first = {0: 8, 1: 5, 2: 0}[len(losses) - 1]  # lr scale (8 - step) / 8 < 0.5 from step 5
