@@ -7,6 +7,8 @@ help:
 	@echo "make train    train, average, quantise, compress, read back, score. FineWeb if it is here, else a demo on text"
 	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 4 minutes on 2 cores)"
 	@echo "make test     the test suite, on the CPU"
+	@echo "make bench    time every stage beside its floor and its simple twin: logs/bench/NAME.json (NAME=mine; settings as for train)"
+	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
 	@echo "make studies-small   run every study at the small size, about 90 minutes on 2 cores, and renew README"
 	@echo "make readme   regenerate the tables of README.md from the code and the committed logs"
@@ -53,6 +55,9 @@ train: .venv/installed $(DEMO_DATA)
 test: .venv/installed
 	env -i PATH="$$PATH" HOME="$$HOME" $(if $(GOLF_DATA),GOLF_DATA="$(GOLF_DATA)") .venv/bin/python -m pytest -q -n $(CORES) --dist worksteal tests
 
+bench: .venv/installed $(DEMO_DATA)
+	.venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) bench.py run $(if $(NAME),--name $(NAME)) $(if $(FORCE),--force)
+
 knobs: .venv/installed
 	@.venv/bin/python train_gpt.py --help
 
@@ -77,4 +82,4 @@ readme: .venv/installed
 data/demo/manifest.json: | .venv/installed
 	.venv/bin/python prepare_data.py demo --out data/demo
 
-.PHONY: help train test knobs readme studies-small
+.PHONY: help train test bench gpu knobs readme studies-small

@@ -1,4 +1,4 @@
-"""The generated parts of README.md: from the code and from the committed logs of the demo and the studies.
+"""The generated parts of README.md: from the code and from the committed logs of the demo, the studies and the bench.
 
 `python tests/readme_tables.py` (make readme) rewrites them; test_readme.py fails when they are stale. With a folder of runs,
 such as logs/runs, the committed logs of studies are first replaced by those.
@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import ablate
+import bench
 import train_gpt
 from ablate import markdown_table as markdown
+from studies import banded_scoring
 
-DEMO = ROOT / "logs" / "demo"
+DEMO, BENCH = ROOT / "logs" / "demo", ROOT / "logs" / "bench"
 TOGGLES = {  # knob that switches a technique -> the knobs that tune it start with
     "smear_gate": "SMEAR_", "bigram_vocab_size": "BIGRAM_", "ve_enabled": "VE_", "xsa_last_n": "", "ln_scale": "",
     "rope_ntk_len": "ROPE_", "qat_enabled": "QAT_", "qna_enabled": "QNA_", "swa_enabled": "SWA_", "ema_enabled": "EMA_",
@@ -92,11 +94,51 @@ def adopt(logs: Path) -> None:
                         shutil.copy(path, kept.folder / trial)
 
 
+def speed() -> str:
+    return bench.table(json.loads((BENCH / "demo.json").read_text()), markdown=True)
+
+
+def demo_settings() -> str:
+    """What 2 cores do with the demo's model: the whole step, by ranks, threads and compiler."""
+    rows = []
+    for path in [BENCH / f"{name}.json" for name in ("demo", "demo_1x2", "demo_compiled")]:
+        report = json.loads(path.read_text())
+        row = {row["name"]: row for row in report["rows"]}
+        step, warm = row["step, whole"], next(r for name, r in row.items() if name.startswith("warm-up"))
+        rows.append([f"`{path.name}`", report["world_size"], report["threads_per_rank"], "yes" if report["compile"] else "no",
+                     f"{step['ms']:.1f}", f"{step['rate']:,.0f}", f"{warm['ms'] / 1e3:.1f}"])
+    return markdown(["logs/bench/", "ranks", "threads each", "compiled", "step, ms", "tokens/s", "warm-up and compile, s"], rows)
+
+
+def artifact() -> str:
+    """The demo's checkpoint exported with every compressor; zstd in frames against one frame, from the bench."""
+    runs = [json.loads((BENCH / f"artifact_{name}.json").read_text()) for name in ("zlib", "lzma", "zstd", "ans")]
+    rows = []
+    for r in runs:
+        stored, codes = r["codes"]["stored_bytes"], r["codes"]
+        rows.append([f"`COMPRESSOR={r['config']['compressor']}`", f"{r['artifact_bytes']:,}", f"{stored:,}",
+                     f"{8 * stored / codes['weights']:.3f}", f"{100 * (stored / codes['order0_bytes'] - 1):+.2f} %",
+                     f"{r['seconds']['quantise and compress']:.2f}", f"{r['seconds']['read back']:.2f}", f"{r['quantised_val_bpb']:.6f}"])
+    bench_rows = {row["name"]: row for row in json.loads((BENCH / "demo.json").read_text())["rows"]}
+    zstd = bench_rows["compress, zstd 22"]
+    return (f"{codes['weights']:,} codes, order-0 entropy {codes['order0_bytes']:,} bytes; {r['device']}, 1 seed; "
+            "`CHECKPOINT=logs/demo/checkpoint.bin COMPRESSOR=... EVAL_STRIDE=0 python train_gpt.py` in the environment of the demo\n\n"
+            + markdown(["", "artifact, bytes", "codes and scales", "bits per weight", "against order-0", "export, s", "read back, s",
+                        "quantised BPB"], rows)
+            + f"\n\nzstd in frames and in one, on the bench's weights: {zstd['note']}, {zstd['ms']:.0f} ms and {zstd['twin_ms']:.0f} ms.")
+
+
+def banded() -> str:
+    report = json.loads((BENCH / "banded_scoring.json").read_text())
+    return f"`{report['command']}`, {report['environment']['device']}, 1 thread\n\n" + banded_scoring.table(report)
+
+
 STUDIES = [*((stem, "small", equal) for stem in ("pr989_qat_x_swa", "pr199_swa_doc_isolated", "pr975_qna_sqwa", "pr145_int8_qat",
                                                  "pr194_11l_record") for equal in ("steps", "time")),
            ("pr199_swa_doc_isolated", "docs", "steps"), ("pr199_swa_doc_isolated", "fineweb", "steps"),
            ("swa_sums_in_bf16", "small", "steps")]
 BLOCKS = {"toggles": toggles, "exit-codes": exit_codes, "demo": demo_output, "demo-summary": demo_summary,
+          "speed": speed, "demo-settings": demo_settings, "artifact": artifact, "banded": banded,
           **{"-".join(name): functools.partial(study_tables, *name) for name in STUDIES}}
 
 

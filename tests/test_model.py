@@ -5,14 +5,17 @@ forward path serves both), NTK bases that depend on the length that is scored (#
 is also a hash, an RMSNorm with bf16's epsilon, #199's toggles whose parameters nothing used, and any look-ahead.
 """
 import math
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import (ACTIVATIONS, BOS, GPT, BigramHash, Config, SmearGate, ValueEmbedding, exclude_self, norm,
-                       rope_tables, rotate, sdpa)
+from train_gpt import (ACTIVATIONS, BOS, GPT, BigramHash, Config, Refusal, Run, SmearGate, ValueEmbedding, attention,
+                       choose_attention, exclude_self, norm, rope_tables, rotate, sdpa)
 
 SMALL = dict(vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=24,
              train_batch_tokens=48, eval_stride=8)
@@ -272,6 +275,76 @@ def test_query_head_h_reads_kv_head_h_over_ratio():
     v = torch.arange(3.0)[None, None, :, None].expand(1, 4, 3, 8)  # kv head n holds n everywhere
     y = sdpa(torch.randn(1, 4, 6, 8), torch.randn(1, 4, 3, 8), v)
     torch.testing.assert_close(y[0, :, :, 0], torch.tensor([0.0, 0, 1, 1, 2, 2]).expand(4, -1))
+
+
+# ── ATTN_BACKEND ──
+def heads(grad: bool = True) -> list[torch.Tensor]:
+    return [torch.randn(2, 24, n, 8, generator=torch.Generator().manual_seed(n), requires_grad=grad) for n in (4, 2, 2)]
+
+
+def machine(cuda: bool = False):
+    """(run, its log) of one rank without a folder."""
+    log = []
+    run = SimpleNamespace(cuda=cuda, device=torch.device("cpu"), dtype=torch.float32, log=log.append, agree=lambda v: v)
+    run.milliseconds = lambda work: Run.milliseconds(run, work)
+    return run, log
+
+
+def install(monkeypatch, module: str, function) -> None:
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=function))
+
+
+@pytest.mark.parametrize("name, remedy", [("fa3", "hopper"), ("fa2", "pip install flash-attn"), ("cudnn", "choose auto")])
+def test_a_backend_that_was_asked_for_and_does_not_work_is_refused_with_the_remedy(monkeypatch, name, remedy):
+    for module in ("flash_attn_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(Refusal, match=f"ATTN_BACKEND={name}.*{remedy}") as caught:
+        choose_attention(config(attn_backend=name), machine()[0])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_a_flash_attention_package_is_used_as_sdpa(monkeypatch, extra):
+    def flash_attn_func(q, k, v, causal=False):
+        assert causal
+        return (sdpa(q, k, v), "log-sum-exp") if extra else sdpa(q, k, v)
+    install(monkeypatch, "flash_attn_interface", flash_attn_func)
+    assert torch.equal(choose_attention(config(attn_backend="fa3"), machine()[0])(*heads()), sdpa(*heads()))
+
+
+def test_auto_on_a_gpu_times_all_that_work_and_takes_the_fastest(monkeypatch):
+    def slow(q, k, v, causal):
+        time.sleep(0.2)
+        return sdpa(q, k, v)
+    install(monkeypatch, "flash_attn", slow)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    run, log = machine(cuda=True)
+    chosen = choose_attention(config(), run)
+    assert torch.equal(chosen(*heads()), sdpa(*heads()))
+    failed, last = "\n".join(log[:-1]), log[-1]
+    assert "ATTN_BACKEND=fa3" in failed and "ATTN_BACKEND=cudnn" in failed and "fa2" not in failed
+    assert all(f" {name} " in last for name in ("sdpa", "flash", "fa2")) and not last.startswith("attention: fa2")
+
+
+def test_on_a_cpu_auto_is_sdpa():
+    run, log = machine()
+    assert torch.equal(choose_attention(config(), run)(*heads()), sdpa(*heads())) and log[0].startswith("attention: sdpa")
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash"])
+def test_a_kernel_that_was_chosen_is_in_the_compiled_graph_too(name):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+    expected = [torch.autograd.grad(sdpa(*(qkv := heads())).square().sum(), qkv)]
+    torch._dynamo.reset()
+    compiled = torch.compile(attention(name), fullgraph=True, backend=keep)
+    found = torch.autograd.grad(compiled(*(qkv := heads())).square().sum(), qkv)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected[0])
+    assert len(graphs) == 1 and "scaled_dot_product_attention" in graphs[0].code
 
 
 def test_activations():

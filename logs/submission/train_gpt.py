@@ -6,8 +6,8 @@ Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=
 A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (as run), checkpoint.bin, artifact.bin."""
 from __future__ import annotations
 
-import bisect, concurrent.futures, contextlib, dataclasses, datetime, difflib, hashlib, itertools, json, lzma, math, os, platform
-import resource, signal, statistics, struct, sys, time, zlib
+import bisect, concurrent.futures, contextlib, dataclasses, datetime, difflib, hashlib, importlib, itertools, json, lzma, math
+import os, platform, resource, signal, statistics, struct, sys, time, zlib
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,27 +16,23 @@ from typing import Callable, Iterator, NamedTuple
 import numpy as np
 import safetensors.torch, sentencepiece, torch.utils.benchmark, zstandard
 import torch, torch.distributed as dist, torch.nn.functional as F
+from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
-
+from torch.nn.attention import SDPBackend, sdpa_kernel
 # ── 1 CONFIG ──────────────────────────────────────────────────────────────────────────────────────────────────────
 EXIT_CODES = {0: "good", 2: "bad configuration or data", 3: "over the size cap (all is saved)", 4: "a toggle did nothing",
               5: "non-finite loss or gradient", 130: "interrupted", 143: "terminated"}
-
 class Refusal(Exception):
     """Ends the run with one line that names the thing, its value and the remedy; `code` is a key of EXIT_CODES."""
     def __init__(self, message: str, code: int = 2):
         super().__init__("\\n".join(message.splitlines()))
         self.code = code
-
 def refuse(broken, message: str, code: int = 2) -> None:
     if broken:
         raise Refusal(message, code)
-
 def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), seeds="", scope="train"):
     """One environment variable. scope: run, seed, train, model / eval (inside the artifact), grid (QAT to export), export."""
     return field(default=default, metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, seeds=seeds, scope=scope))
-
 run_knob, model_knob, grid_knob, export_knob, eval_knob = (partial(knob, scope=s) for s in "run model grid export eval".split())
 BITS, AVERAGES = (2, 3, 4, 5, 6, 7, 8, 16), ("auto", "none", "swa", "ema", "sqwa")
 TRIGGERS, SCOPES = ("always", "lr_scale", "iter_frac", "time_frac"), ("exported", "linears", "small_linears")
@@ -55,7 +51,7 @@ class Config:
     eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
     seed: int = knob(1337, "", "initial weights and quantisation noise", lo=0, hi=2 ** 32 - 1, seeds="989 975", scope="seed")
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
-    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=("auto", "fa3", "fa2", "sdpa"))
+    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=("auto", "sdpa", "cudnn", "flash", "fa3", "fa2"))
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
     # Model
     vocab_size: int = model_knob(1024, "tokens", "must be the tokenizer's", lo=2, hi=65536)
@@ -141,7 +137,7 @@ class Config:
     keep_float_max_numel: int = grid_knob(65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989")
     fp16_keep_name_patterns: str = grid_knob("", "csv", "tensors whose name contains one of these stay fp16", seeds="989")
     prune_pct: float = export_knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989")
-    compressor: str = export_knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma"), seeds="145 199 975")
+    compressor: str = export_knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma", "ans"), seeds="145 199 975")
     compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd 22, lzma 6", lo=-1, hi=22)
     cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
     fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
@@ -228,20 +224,16 @@ class Config:
                 raise Refusal(f"{name}={settings[name]}: no such setting; did you mean {close[0]}? Else unset it")
         given = frozenset(settings.keys() & known.keys())
         return cls(given=given, **{n.lower(): parse(n, settings[n], known[n].type) for n in given})
-
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
-
 def parse(name: str, text: str, kind: str):
     """The value of one variable, by the annotated type of its knob."""
     try:
         return {"0": False, "1": True}[text] if kind == "bool" else {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
         raise Refusal(f"{name}={text}: must be {dict(bool='0 or 1', int='a whole number', float='a number')[kind]}") from None
-
 def switch(old: str, name: str, off: str, on: str) -> Callable:
     """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
     return lambda value, env: {name: on if parse(old, value, "bool") else off}
-
 ALIASES = {  # spellings of the seeds: old name -> the new name, or a function (value, environment) -> new settings
     "QAT": "QAT_ENABLED", "ENABLE_QAT": "QAT_ENABLED", "LATE_QAT": "QAT_ENABLED", "SWA": "SWA_ENABLED",
     "MUON_WEIGHT_DECAY": "MUON_WD", "WEIGHT_DECAY": "ADAM_WD", "WARMDOWN_STEPS": "WARMDOWN_ITERS", "QAT_START_FRAC": "QAT_START",
@@ -255,13 +247,11 @@ UNSUPPORTED = {  # off in every published row: the off value is accepted, anythi
     "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "CONTROL_TENSOR_NAME_PATTERNS": "", "LATE_K_LAYERS": "0",
     **dict.fromkeys("MTP_NUM_HEADS LAWA_ENABLED DOC_EVAL_BUG GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED CURRICULUM".split(), "0")}
 FOREIGN = {"MAX_JOBS", "DATA_DIRECTORY", *(f"RUN_{what}DISPLAY_URL" for what in ("", "CHANGES_", "TESTS_", "ARTIFACTS_"))}
-
 def translate_old_names(env: dict) -> dict:
     """The environment in today's names. Raises Refusal when an old and a new spelling disagree."""
     today = {k: v for k, v in env.items() if k not in ALIASES and k not in UNSUPPORTED}
     for old, off in UNSUPPORTED.items():
-        if env.get(old, off) != off:
-            raise Refusal(f"{old}={env[old]}: not supported (off in every published row); set {old}={off} or unset it")
+        refuse(env.get(old, off) != off, f"{old}={env.get(old)}: not supported (off in every published row); set {old}={off}")
     for old in sorted(ALIASES.keys() & env.keys()):
         new = ALIASES[old]
         for name, value in ({new: env[old]} if isinstance(new, str) else new(env[old], env)).items():
@@ -269,15 +259,7 @@ def translate_old_names(env: dict) -> dict:
                 parse(old, value, {f.name: f.type for f in KNOBS}[name.lower()])
             refuse(today.setdefault(name, value) != value, f"{old}={env[old]} contradicts {name}={today[name]}; set only {name}")
     return today
-
-def text_table(rows: list[tuple]) -> str:
-    """Left-aligned columns under a ruled header."""
-    forms = {float: "{:.6f}", int: "{:,}", type(None): "-"}
-    cells = [[forms.get(type(cell), "{}").format(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    rule = ["-" * width for width in widths]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in [cells[0], rule, *cells[1:]])
-
+text_table = partial(tabulate, headers="firstrow", tablefmt="simple", floatfmt=".6f", intfmt=",", missingval="-")
 def help_text() -> str:
     """Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else."""
     rows = [(f.name.upper(), f.type, str(int(f.default) if f.type == "bool" else f.default) or '""', m["unit"],
@@ -286,7 +268,6 @@ def help_text() -> str:
     return "\n".join([__doc__.strip(), "", "Exit codes: " + "; ".join(f"{c} {t}" for c, t in EXIT_CODES.items()), "",
                       text_table([("variable", "type", "default", "unit", "meaning", "seeds"), *rows]), "",
                       "Old spellings of the seeds that also work: " + ", ".join(ALIASES)])
-
 # ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 SOURCE = Path(__file__).read_bytes()
 CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
@@ -306,8 +287,7 @@ class Run:
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations; on CPU bf16 is 15 times slower
         torch._dynamo.config.recompile_limit = 32  # one graph per shape: training, fixed, sliding, documents
-        self.started, self.seconds, self.phase_name = time.perf_counter(), {}, "start"
-        self.activity: dict[str, Activity] = {}
+        self.started, self.seconds, self.activity, self.phase_name = time.perf_counter(), {}, {}, "start"
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S-") + f"{cfg.digest()[:8]}-s{cfg.seed}"
         self.dir, problem = Path(cfg.logs_dir) / self.agree(name), ""
         if self.rank == 0:
@@ -320,15 +300,15 @@ class Run:
         refuse(problem := self.agree(problem), problem)
     def agree(self, value):
         """Rank 0's value, on every rank."""
-        box = [value]
+        number = isinstance(value, float)  # the clock of every step: as a tensor in a third of the time
+        box = torch.tensor(value, dtype=torch.float64) if number else [value]
         if self.world > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+            dist.broadcast(box, src=0) if number else dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box.item() if number else box[0]
     def log(self, text: str) -> None:
         """One line for people: terminal and train.log, flushed."""
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            print(text, flush=True)
             self.text.write(text + "\n")
     def event(self, kind: str, **fields) -> None:
         """One JSON object for programs in metrics.jsonl; `t` is seconds since the start."""
@@ -347,11 +327,6 @@ class Run:
         """Time of one call on the device: the fastest of three, since other programs can only slow it down."""
         timer = torch.utils.benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         return min(timer.timeit(1).mean for _ in range(3)) * 1e3
-    def bar(self, total: float) -> tqdm:
-        """Progress bar of the phase on a terminal, nothing elsewhere."""
-        return tqdm(total=total, desc=self.phase_name, leave=False, disable=self.rank != 0 or not sys.stderr.isatty(),
-                    bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
-
 @dataclass
 class Activity:
     """What one requested toggle did: the proof that it acted."""
@@ -367,19 +342,17 @@ class Activity:
         n, first, last = len(self.steps), min(self.steps, default=None), max(self.steps, default=None)
         return dict(active=bool(n and self.effect), first_step=first, last_step=last, share_of_steps=n / max(total_steps, n, 1),
                     **{name: getattr(self, name) for name in ("tensors", "params", "effect", "unit", "cost_ms", "scope")})
-
 # ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
 BOS = 1
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
 AGAIN = "prepare the data again (python prepare_data.py --help)"
-
 def read_shard(path: Path) -> np.ndarray:
     """Tokens of one shard, (n,) uint16, mapped and not read. Refusal when header and size disagree."""
     header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
-    if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise Refusal(f"{path}: no token shard (starts {header[:2].tolist()}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}")
-    if size != 4 * SHARD_HEADER + 2 * int(header[2]):
-        raise Refusal(f"{path}: {size:,} bytes, but the header promises {header[2]:,} tokens; cut or damaged: {AGAIN}")
+    refuse(len(header) < SHARD_HEADER or (header[:2] != (SHARD_MAGIC, SHARD_VERSION)).any(),
+           f"{path}: no token shard (starts {header[:2].tolist()}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}")
+    refuse(size != 4 * SHARD_HEADER + 2 * int(header[2]),
+           f"{path}: {size:,} bytes, but the header promises {header[2]:,} tokens; cut or damaged: {AGAIN}")
     return np.memmap(path, "<u2", "r", 4 * SHARD_HEADER) if header[2] else np.empty(0, "<u2")
 
 class Split:
@@ -388,9 +361,8 @@ class Split:
         self.vocab, self.paths = cfg.vocab_size, sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin"))
         self.shards = [read_shard(path) for path in self.paths]
         *self.starts, self.tokens = np.cumsum([0, *map(len, self.shards)]).tolist()
-        if self.tokens < 2:
-            raise Refusal(f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} files fineweb_{name}_*.bin; "
-                          "run python prepare_data.py demo (or fineweb), or set DATA_PATH")
+        refuse(self.tokens < 2, f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} fineweb_{name}_*.bin; run "
+               "python prepare_data.py demo (or fineweb), or set DATA_PATH")
     def take(self, start: int, n: int) -> np.ndarray:
         """Tokens [start, start + n) of the repeated stream, (n,) int64; checks that each is in the vocabulary."""
         parts = []
@@ -398,12 +370,10 @@ class Split:
             start %= self.tokens
             i = bisect.bisect(self.starts, start) - 1
             part = self.shards[i][start - self.starts[i]:][:n].astype(np.int64)
-            if part.max() >= self.vocab:
-                raise Refusal(f"{self.paths[i]}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
+            refuse(part.max() >= self.vocab, f"{self.paths[i]}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
             parts.append(part)
             start, n = start + len(part), n - len(part)
         return np.concatenate(parts)
-
 def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     """The data fingerprint for the log; Refusal where a manifest.json says otherwise, or that documents are in both splits."""
     folder, paths, names = Path(cfg.data_path), [path for s in splits.values() for path in s.paths], [[name] for name in splits]
@@ -420,16 +390,14 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Refusal(f"{folder}/manifest.json: no manifest ({error!r}); {AGAIN}") from None
     refuse(shared, f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}")
-    if tokenizer != expected:
-        raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer (sha256 "
-                      f"{str(expected)[:12]}..., not {tokenizer[:12]}...); use the one that lies beside them")
+    refuse(tokenizer != expected, f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer "
+           f"(sha256 {str(expected)[:12]}..., not {tokenizer[:12]}...); use the one that lies beside them")
     trusted = {name: digest for name, (_, digest) in promised.items()}  # of training shards: too large to read here
     actual = {path.name: (path.stat().st_size, (trusted | hashes).get(path.name)) for path in paths}
-    if wrong := sorted(name for name in promised.keys() | actual.keys() if promised.get(name) != actual.get(name)):
-        raise Refusal(f"{folder / wrong[0]}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}")
+    wrong = sorted(name for name in promised.keys() | actual.keys() if promised.get(name) != actual.get(name))
+    refuse(wrong, f"{folder}/{''.join(wrong[:1])}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}")
     overlap = "train/validation overlap not stated" if shared is None else "no document in both splits"
     return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
-
 def batches(cfg: Config, run: Run, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64, read two steps ahead. The rows of a step are the
     same on any number of ranks and evenly spaced in the stream: not one document, and an epoch still sees every row once."""
@@ -453,8 +421,8 @@ class ByteTable:
             sp.LoadFromSerializedProto(Path(cfg.tokenizer_path).read_bytes())  # (given a folder, model_file= aborts the process)
         except (RuntimeError, OSError):
             raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model there; set it, or {AGAIN}") from None
-        if (n := sp.vocab_size()) != cfg.vocab_size:
-            raise Refusal(f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}")
+        n = sp.vocab_size()
+        refuse(n != cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}")
         ids, pieces = list(range(n)), [sp.id_to_piece(i) for i in range(n)]
         self.boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
         self.space = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
@@ -467,13 +435,11 @@ class ByteTable:
         starts, strange = np.flatnonzero(tokens == BOS)[:documents + 1], 0
         for a, b in zip(starts[:-1], starts[1:]):
             text, counted = self.sp.decode(tokens[a:b].tolist()), int(self.count(tokens[a:b]).sum())
-            if len(text.encode()) != counted:
-                raise Refusal(f"validation: the document at token {a} is {len(text.encode())} bytes of text, but its tokens "
-                              f"count {counted}; BPB would be wrong: use the tokenizer that made the shards")
+            refuse(len(text.encode()) != counted, f"validation: the document at token {a} is {len(text.encode())} bytes of text, "
+                   f"but its tokens count {counted}; BPB would be wrong: use the tokenizer that made the shards")
             strange += self.sp.encode(text) != [t for t in tokens[a:b].tolist() if not self.boundary[t]]
-        if 2 * strange >= len(starts) > 1:
-            raise Refusal(f"validation: this tokenizer encodes {strange} documents otherwise; use the shards' own")
-
+        refuse(2 * strange >= len(starts) > 1,
+               f"validation: this tokenizer encodes {strange} documents otherwise; use the shards' own")
 class Validation:
     """The validation targets: tokens (n + 1,) int32 on the device, bytes per target (n,), document starts."""
     def __init__(self, cfg: Config, run: Run, split: Split):
@@ -483,13 +449,16 @@ class Validation:
         self.tokens, self.target_bytes = torch.from_numpy(tokens).int().to(run.device), torch.from_numpy(table.count(tokens))
         self.n, self.doc_starts = len(self.target_bytes), np.flatnonzero(tokens == BOS)
         refuse(not self.target_bytes.any(), f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}")
-
 # ── 4 GRID: the only definition of quantisation; QAT, QNA, SQWA and export all call it ────────────────────────────
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
     """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, from the few largest entries alone (no full sort)."""
     place = q * (magnitude.shape[-1] - 1)
-    top = magnitude.topk(magnitude.shape[-1] - int(place), dim=-1).values
-    return torch.lerp(top[..., -1:], top[..., -2:][..., :1], place - int(place))
+    wanted = magnitude.shape[-1] - int(place)
+    if wanted > 2:
+        top = magnitude.topk(wanted, dim=-1).values
+        return torch.lerp(top[..., -1:], top[..., -2:-1], place - int(place))
+    first, at = magnitude.max(-1, keepdim=True)  # two maxima take a fifth of topk's time
+    return first if wanted == 1 else torch.lerp(magnitude.scatter(-1, at, -1).amax(-1, keepdim=True), first, place - int(place))
 
 class Grid(NamedTuple):
     """A per-row uniform grid of `bits` bits for weights (..., rows, columns): codes * scale, scale stored as fp16."""
@@ -513,36 +482,34 @@ class Grid(NamedTuple):
         smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny
         return (clip.float() / self.top).clamp_min(smallest).half().float()
     def levels(self, w: Tensor, scale: Tensor) -> Tensor:
-        return (w.float() / scale).round().clamp(-self.top - (self.codes == "asym"), self.top)
+        return (w.float() / scale).round_().clamp_(-self.top - (self.codes == "asym"), self.top)
     def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
         scale = self.scale(w)
         return self.levels(w, scale).to(torch.int8), scale.half()
     @staticmethod
     def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
-        return codes.float() * scale.float()
+        return codes.to(torch.float32, copy=True).mul_(scale)
     def snap(self, w: Tensor) -> Tensor:
         """What the artifact will hold for w: the exported round trip, bit for bit."""
         return self.dequantise(*self.quantise(w))
-
 # ── 5 MODEL ───────────────────────────────────────────────────────────────────────────────────────────────────────
 class Role(NamedTuple):
     """A parameter's policy, given where it is created: its optimiser, and the knob with its bits at export."""
     optimiser: str  # muon | embed | scalar | smear (the groups of Optimiser)
     bits: str | None = None  # None: fp32
-
 def param(tensor: Tensor, role: Role) -> nn.Parameter:
     """A parameter that carries its policy. (copy.deepcopy would drop it: never deepcopy the model.)"""
     p = nn.Parameter(tensor)
     p.role = role
     return p
-
 CONTROL, ATTN_ROLE, MLP_ROLE = Role("scalar"), Role("muon", "quant_bits_attn"), Role("muon", "quant_bits_mlp")
 EMBED_ROLE, BIGRAM_ROLE = Role("embed", "quant_bits_embed"), Role("embed", "quant_bits_bigram")
 INITS = {"default": partial(nn.init.kaiming_uniform_, a=5 ** 0.5), "ortho": nn.init.orthogonal_}  # default: as nn.Linear
 ACTIVATIONS = {"relu2": lambda z: F.relu(z).square(), "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square()}
-FLASH = {"fa3": ("flash_attn_interface", "build the folder hopper of github.com/Dao-AILab/flash-attention"),
-         "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation")}
+PACKAGES = {"fa3": ("flash_attn_interface", "build the folder hopper of github.com/Dao-AILab/flash-attention"),
+            "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation")}
+KERNELS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 class Linear(nn.Module):
     """y = x W^T in the dtype of x; the fp32 weight is what the optimiser, the views and the exporter see."""
@@ -551,11 +518,9 @@ class Linear(nn.Module):
         self.weight = param(init(torch.empty(rows, columns)), role)
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
 def absent(x, *context):
     """A technique that is off: no parameters, no arithmetic."""
     return x
-
 def norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """RMSNorm without weights. LN_SCALE (#975): times 1 / sqrt(block + 1), so deep blocks add less to the stream."""
     y = F.rms_norm(x, (x.shape[-1],))
@@ -597,12 +562,10 @@ class ValueEmbedding(nn.Module):
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         base = self.scale.to(dtype) * self.proj(F.embedding(ids, self.embed).to(dtype))
         return {block: scale * base for block, scale in zip(self.blocks, self.block_scales.to(dtype))}
-
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """XSA: y (B, T, heads, d) less its projection on the own v (B, T, kv heads, d). Source: #975; toggle XSA_LAST_N."""
     grouped, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1)[:, :, :, None]
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
-
 def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin (longest row, 1, pairs). NTK: the base grows with the TRAINING row, for all scoring rows (#975: with each row)."""
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
@@ -610,39 +573,41 @@ def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     frequency = (cfg.rope_base * stretch) ** (-torch.arange(0, dims, 2) / dims)
     angle = torch.outer(torch.arange(max(cfg.train_seq_len, cfg.window)), frequency)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the first 2 * pairs dimensions of x (B, T, heads, d), in halves (not interleaved)."""
     pairs, c, s = cos.shape[-1], cos[:x.shape[1]], sin[:x.shape[1]]
     a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
     return torch.cat((a * c + b * s, b * c - a * s, rest), dim=-1)
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, q (B, T, heads, d), k and v (B, T, kv heads, d) -> (B, T, heads, d)."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
+    """Causal attention, q (B, T, heads, d), k and v (B, T, kv heads, d) -> (B, T, heads, d); kernel None: torch's own choice."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-def flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y  # some also return the log-sum-exp
-
+    with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
+def attention(name: str) -> Callable:
+    """As sdpa, by the name of an ATTN_BACKEND. ImportError, or RuntimeError when it is called, where it does not work."""
+    if name in KERNELS:
+        return partial(sdpa, kernel=KERNELS[name])
+    function = importlib.import_module(PACKAGES[name][0]).flash_attn_func
+    return lambda q, k, v: y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y  # or with the log-sum-exp
 def choose_attention(cfg: Config, run: Run) -> Callable:
-    """The attention function; auto on a GPU times forward + backward of each installed one at the run's shape."""
-    found, missing, wanted = {"sdpa": sdpa}, {}, cfg.attn_backend.replace("auto", "sdpa")
-    for name, (module, install) in FLASH.items():
+    """The attention function; auto on a GPU: of those that work here the fastest, forward and backward at the run's shape."""
+    names = [*KERNELS, *PACKAGES] if cfg.attn_backend == "auto" and run.cuda else [cfg.attn_backend.replace("auto", "sdpa")]
+    rows, length = (8, cfg.train_seq_len) if len(names) > 1 else (1, 16)  # one that was asked for is only tried
+    like, found, cost = dict(device=run.device, dtype=run.dtype, requires_grad=True), {}, {}
+    q, k, v = (torch.randn(rows, length, n, cfg.model_dim // cfg.num_heads, **like)
+               for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+    for name in names:
         try:
-            found[name] = partial(flash, __import__(module).flash_attn_func)
-        except ImportError:
-            missing[name] = f"{name} is not installed ({install})"
-    if wanted in missing:
-        raise Refusal(f"ATTN_BACKEND={wanted}: {missing[wanted]}; or use ATTN_BACKEND=auto")
-    if cfg.attn_backend == "auto" and run.cuda and len(found) > 1:
-        kv, like = cfg.num_kv_heads, dict(device=run.device, dtype=run.dtype, requires_grad=True)
-        q, k, v = (torch.randn(8, cfg.train_seq_len, n, cfg.model_dim // cfg.num_heads, **like) for n in (cfg.num_heads, kv, kv))
-        cost = {name: run.milliseconds(lambda: attend(q, k, v).sum().backward()) for name, attend in found.items()}
-        wanted = run.agree(min(cost, key=cost.get))
-        run.log("attention, ms for 8 rows: " + ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()))
-    run.log(f"attention: {wanted} (ATTN_BACKEND={cfg.attn_backend}{''.join(f'; {m}' for m in missing.values() if run.cuda)})")
-    return found[wanted]
+            attend = found[name] = attention(name)
+            cost[name] = run.milliseconds(lambda: attend(q, k, v).sum().backward())
+        except (ImportError, RuntimeError) as error:
+            problem = f"ATTN_BACKEND={name}: fails ({str(error).splitlines()[0]}); {PACKAGES.get(name, [0, 'choose auto'])[1]}"
+            refuse(len(names) == 1, problem)
+            run.log(problem)
+    best, timed = run.agree(min(cost, key=cost.get)), ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
+    run.log(f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; ms for {rows} rows of {length}: {timed})")
+    return found[best]
 
 class Attention(nn.Module):
     """Causal grouped-query attention with RMS-normed, rotated, per-head-scaled queries and keys."""
@@ -660,7 +625,6 @@ class Attention(nn.Module):
         q = rotate(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), cos, sin)
         return self.proj(self.xsa(self.attend(q, k, v), v).flatten(2))
-
 class MLP(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
@@ -722,11 +686,9 @@ class GPT(nn.Module):
         z = F.linear(h, self.tok_emb.to(h.dtype)).float()
         z = self.softcap * torch.tanh(z / self.softcap)
         return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
 def build_model(cfg: Config, run: Run, attend: Callable) -> GPT:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank and device
     return GPT(cfg, run.dtype, attend).to(run.device)
-
 # ── 6 SCHEDULE ────────────────────────────────────────────────────────────────────────────────────────────────────
 class Knobs(NamedTuple):
     """What one step does."""
@@ -756,11 +718,9 @@ class Schedule:
         noisy = c.qna_enabled and "qat" not in self.fired and scale >= c.qna_stop_scale
         return Knobs(scale, (1 - ramp) * c.muon_momentum_warmup_start + ramp * c.muon_momentum, "qat" in self.fired,
                      c.qna_magnitude * scale * noisy, "swa" in self.fired and (step + 1) % c.swa_every == 0)
-
 def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
     """True when one more step at the mean speed would end after the wallclock budget."""
     return bool(cfg.max_wallclock_seconds) and step > 0 and elapsed + elapsed / step > cfg.max_wallclock_seconds
-
 def timeline(cfg: Config, step_seconds: float) -> str:
     """Planned second and step of every phase, by running the schedule itself at a constant speed."""
     wanted = {"warmdown": cfg.warmdown_iters or cfg.warmdown_frac, "QNA": cfg.qna_enabled, "QAT": cfg.qat_enabled,
@@ -773,25 +733,53 @@ def timeline(cfg: Config, step_seconds: float) -> str:
                 starts[name] = f"step {step} ({step * step_seconds:.0f} s)"
         step += 1
     return f"{step} steps of {step_seconds * 1e3:.1f} ms" + "".join(f", {name} from {start}" for name, start in starts.items())
-
 # ── 7 OPTIMISER ───────────────────────────────────────────────────────────────────────────────────────────────────
-class Gradients:
-    """One flat fp32 buffer that every .grad is a view of, the loss its last element: one all-reduce, one norm, no copies."""
-    def __init__(self, params: list[nn.Parameter], run: Run):
-        self.world, sizes = run.world, [p.numel() for p in params]
-        self.flat = torch.zeros(sum(sizes) + 1, device=run.device)
-        for p, view in zip(params, self.flat[:-1].split(sizes)):
-            p.grad = view.view_as(p)
+class Flat:
+    """Parameters as views of one fp32 buffer and every .grad as a view of another: one all-reduce, one norm, no copies. First a
+    chunk per rank with its share of each bank of Muon matrices (zeros where they do not divide), then the rest, then the loss."""
+    def __init__(self, params: dict[str, nn.Parameter], run: Run):
+        self.world, self.shapes = run.world, {name: p.shape for name, p in params.items()}
+        kind = {name: (p.role, tuple(p.shape)) for name, p in params.items()}
+        room = {name: -(-p.numel() // 16) * 16 for name, p in params.items()}  # 64 bytes: what vector loads want
+        matrices = sorted((name for name, p in params.items() if p.role.optimiser == "muon"), key=kind.get)
+        layout, self.chunk, self.places = [], 0, {}
+        for (_, shape), names in itertools.groupby(matrices, kind.get):
+            names = list(names)
+            layout.append((names, shape, share := -(-len(names) // run.world), stride := room[names[0]], self.chunk))
+            self.chunk += share * stride
+        for names, _, share, stride, start in layout:
+            self.places |= {name: i // share * self.chunk + start + i % share * stride for i, name in enumerate(names)}
+        size = run.world * self.chunk
+        for name in [name for name in params if name not in self.places]:
+            self.places[name], size = size, size + room[name]
+        self.weights, self.gradients = torch.zeros(size, device=run.device), torch.zeros(size + 1, device=run.device)
+        for (name, w), g in zip(self.views(self.weights).items(), self.views(self.gradients).values()):
+            params[name].data, params[name].grad = w.copy_(params[name].data), g
+        self.chunks, gradients = (t[:run.world * self.chunk].view(run.world, -1) for t in (self.weights, self.gradients))
+        def slots(chunk: Tensor, shape: tuple, share: int, stride: int, start: int) -> Tensor:
+            stack = chunk[..., start:start + share * stride].unflatten(-1, (share, stride))
+            return stack[..., :math.prod(shape)].unflatten(-1, shape)
+        self.banks = [(names, *(slots(part, *where) for part in (self.chunks, self.chunks[run.rank], gradients[run.rank])))
+                      for names, *where in layout]  # names, weights (ranks, share, rows, columns), this rank's, their gradient
+    def views(self, buffer: Tensor) -> State:
+        """Name -> its part of a buffer like `weights`."""
+        return {name: buffer[self.places[name]:][:shape.numel()].view(shape) for name, shape in self.shapes.items()}
+    def stacks(self, wanted: dict) -> list[tuple]:
+        """Name -> value as (value, view of the weights): one view for a whole bank where its values are alike."""
+        views, covered = self.views(self.weights), set()
+        for names, weights, *_ in self.banks:
+            if len({wanted.get(name) for name in names}) == 1:
+                views[names[0]], covered = weights, covered | {*names[1:]}
+        return [(value, views[name]) for name, value in wanted.items() if name not in covered]
     def reduce(self, clip: float) -> Tensor:
         """Mean over the ranks, THEN the clip. Returns [mean loss, gradient norm] without a host synchronisation."""
         if self.world > 1:
-            dist.all_reduce(self.flat)
-            self.flat /= self.world
-        norm = self.flat[:-1].norm()
+            dist.all_reduce(self.gradients)
+            self.gradients /= self.world
+        norm = self.gradients[:-1].norm()
         if clip:
-            self.flat[:-1] *= (clip / (norm + 1e-6)).clamp_max(1.0)
-        return torch.stack((self.flat[-1], norm))
-
+            self.gradients[:-1] *= (clip / (norm + 1e-6)).clamp_max(1.0)
+        return torch.stack((self.gradients[-1], norm))
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
     """Newton-Schulz towards the nearest semi-orthogonal matrix, for a stack (n, rows, columns) at once (Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -802,42 +790,31 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(g.dtype)
-
 class Muon:
-    """Nesterov, orthogonalised, decoupled decay (K. Jordan 2024); matrices of one shape are one batch, shared by ranks."""
-    def __init__(self, params: list[nn.Parameter], cfg: Config, run: Run):
-        self.cfg, self.run = cfg, run
-        self.banks = [list(bank) for _, bank in itertools.groupby(params, key=lambda p: p.shape)]
-        self.momenta = [torch.zeros(len(bank), *bank[0].shape, device=run.device) for bank in self.banks]
+    """Nesterov, orthogonalised, decoupled decay (K. Jordan 2024). Each rank updates its chunk of the weights; all gather them."""
+    def __init__(self, flat: Flat, cfg: Config, run: Run):
+        self.flat, self.cfg, self.own = flat, cfg, flat.chunks[run.rank]
+        self.momenta = [torch.zeros_like(gradient) for *_, gradient in flat.banks]
         self.orthogonalise = torch.compile(orthogonalise, dynamic=False) if run.compile else orthogonalise
     @torch.no_grad()
     def step(self, lr: float, momentum: float) -> None:
-        for bank, buffer in zip(self.banks, self.momenta):
-            rows, columns = bank[0].shape
-            grads = bank[0].grad.as_strided(buffer.shape, (rows * columns, columns, 1))  # neighbours in Gradients.flat
-            buffer.mul_(momentum).add_(grads)
-            update = self.spread(torch.add(grads, buffer, alpha=momentum))
-            torch._foreach_mul_(bank, 1 - lr * self.cfg.muon_wd)
-            torch._foreach_add_(bank, list(update[:len(bank)].unbind()), alpha=-lr * math.sqrt(max(1, rows / columns)))
-    def spread(self, stack: Tensor) -> Tensor:
-        """The orthogonalised stack; with several ranks each does its share (padded with zeros) and gathers the rest."""
-        world, rank, steps = self.run.world, self.run.rank, self.cfg.muon_backend_steps
-        if world == 1:
-            return self.orthogonalise(stack, steps)
-        share = -(-len(stack) // world)
-        shares = F.pad(stack, (0, 0, 0, 0, 0, share * world - len(stack))).unflatten(0, (world, share))
-        dist.all_gather(list(shares.unbind()), self.orthogonalise(shares[rank].clone(), steps).contiguous())
-        return shares.flatten(0, 1)
+        self.own *= 1 - lr * self.cfg.muon_wd
+        for (_, _, weights, gradient), buffer in zip(self.flat.banks, self.momenta):
+            buffer.mul_(momentum).add_(gradient)
+            update = self.orthogonalise(torch.add(gradient, buffer, alpha=momentum), self.cfg.muon_backend_steps)
+            weights.add_(update, alpha=-lr * math.sqrt(max(1, update.shape[-2] / update.shape[-1])))
+        if self.flat.world > 1:
+            dist.all_gather(list(self.flat.chunks.unbind()), self.own)
 
 class Optimiser:
     """Muon for matrices and AdamW for the rest; every parameter in exactly one group."""
-    def __init__(self, model: GPT, cfg: Config, run: Run):
+    def __init__(self, model: GPT, flat: Flat, cfg: Config, run: Run):
         rates = {"embed": (cfg.tied_embed_lr, cfg.beta2), "scalar": (cfg.scalar_lr, cfg.beta2),
                  "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2)}
         group: dict[str, list[nn.Parameter]] = {name: [] for name in ("muon", *rates)}
-        for p in sorted(model.parameters(), key=lambda p: tuple(p.shape)):
+        for p in model.parameters():
             group[p.role.optimiser].append(p)
-        self.cfg, self.gradients, self.muon = cfg, Gradients(sum(group.values(), []), run), Muon(group["muon"], cfg, run)
+        self.cfg, self.muon = cfg, Muon(flat, cfg, run)
         groups = [dict(params=group[n], lr=lr, base_lr=lr, betas=(cfg.beta1, b2)) for n, (lr, b2) in rates.items() if group[n]]
         self.adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
     def step(self, k: Knobs) -> None:
@@ -845,26 +822,23 @@ class Optimiser:
             group["lr"] = group["base_lr"] * k.lr_scale
         self.adamw.step()
         self.muon.step(self.cfg.matrix_lr * k.lr_scale, k.momentum)
-
 # ── 8 VIEWS: the weights that the forward pass sees ───────────────────────────────────────────────────────────────
 class Views:
     """Before a step the chosen weights become what the forward pass shall see; then the latent ones return, and take the
     gradient unchanged: a straight-through estimator outside the compiled graph, with no flag that a compiler can lose and no
     recompile. QAT (#989): the exported round trip. QNA (#975): U(-1/2, 1/2) grid steps times the width, alike on all ranks."""
-    def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict):
+    def __init__(self, cfg: Config, run: Run, model: GPT, flat: Flat, plan: dict):
         self.cfg, self.run = cfg, run
         grids = {name: grid for name, grid in plan.items() if isinstance(grid, Grid)}
         noise = {name: grid._replace(floor=grid.floor and cfg.qna_use_floor) for name, grid in grids.items()}
         wanted = {"QAT": (self.qat_grids(model, grids), cfg.qat_scope)} if cfg.qat_enabled else {}
         wanted |= {"QNA": (noise, "exported")} if cfg.qna_enabled else {}
-        self.banks: dict[str, list] = {}  # (grid, tensors of one shape), which go through the arithmetic as one stack
-        params = dict(model.named_parameters())
+        self.stacks: dict[str, list[tuple[Grid, Tensor]]] = {}
         for name, (chosen, scope) in wanted.items():
-            by = {n: (grid, params[n].shape) for n, grid in chosen.items()}.get
-            self.banks[name] = [(k[0], [params[n] for n in same]) for k, same in itertools.groupby(sorted(chosen, key=by), by)]
-            run.activity[name] = Activity(len(chosen), sum(params[n].numel() for n in chosen), scope)
-            if not chosen and cfg.strict:
-                raise Refusal(f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
+            self.stacks[name] = flat.stacks(chosen)
+            run.activity[name] = Activity(len(chosen), sum(flat.shapes[n].numel() for n in chosen), scope)
+            refuse(not chosen and cfg.strict,
+                   f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
     def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
         """Which tensors QAT covers, and on which grid: all that export quantises, or a narrower scope of the seeds."""
         scope, linears = self.cfg.qat_scope, {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")}
@@ -875,52 +849,53 @@ class Views:
     @torch.no_grad()
     def enter(self, qat: bool, qna: float, step: int) -> list:
         """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
-        banks = self.banks["QAT"] if qat else self.banks["QNA"] if qna else []
-        noise = torch.Generator(self.run.device).manual_seed(self.cfg.seed * 1_000_003 + step)
-        latent = [(bank, torch.stack(bank)) for _, bank in banks]
-        for (grid, _), (bank, w) in zip(banks, latent):
-            rand = 0 if qat else torch.rand(w.shape, generator=noise, device=w.device) - 0.5
-            torch._foreach_copy_(bank, list((grid.snap(w) if qat else w + grid.scale(w) * qna * rand).unbind()))
+        stacks = self.stacks["QAT"] if qat else self.stacks["QNA"] if qna else []
+        latent = [(w, w.clone()) for _, w in stacks]
+        for i, (grid, w) in enumerate(stacks):
+            if qat:
+                w.copy_(grid.snap(w))
+            else:
+                noise = torch.Generator(w.device).manual_seed((self.cfg.seed * 1_000_003 + step) * 1009 + i)
+                w += grid.scale(w) * qna * (torch.rand(w.shape, generator=noise, device=w.device) - 0.5)
         return latent
     @torch.no_grad()
     def leave(self, latent: list) -> None:
-        for bank, w in latent:
-            torch._foreach_copy_(bank, list(w.unbind()))
-
+        for w, saved in latent:
+            w.copy_(saved)
 # ── 9 AVERAGES: fp32 on the device, the same arithmetic on every rank, always of the latent weights ───────────────
 class Average:
     """SWA, EMA and SQWA (the mean of quantised-dequantised snapshots, of the EMA where that is on; #975)."""
-    def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict):
-        self.cfg, self.plan, self.count = cfg, plan, 0
-        self.names, self.params = (list(column) for column in zip(*model.named_parameters()))
+    def __init__(self, cfg: Config, run: Run, model: GPT, flat: Flat, plan: dict):
+        self.cfg, self.flat, self.plan, self.count, self.live = cfg, flat, plan, 0, dict(model.named_parameters())
         low = {"fp32": (), "native": ("embed",), "bf16": ("embed", "muon", "scalar", "smear")}[cfg.swa_dtype]
-        self.ema = [p.detach().clone() for p in self.params] if cfg.ema_enabled else []
-        self.sums = [torch.zeros_like(p, dtype=torch.bfloat16 if p.role.optimiser in low else torch.float32)
-                     for p in self.params] if cfg.swa_enabled or cfg.sqwa_enabled else []
+        self.buffer = flat.weights.clone() if cfg.ema_enabled else None
+        self.ema = flat.views(self.buffer) if cfg.ema_enabled else {}
+        self.sums = {name: torch.zeros_like(p, dtype=torch.bfloat16 if p.role.optimiser in low else torch.float32)
+                     for name, p in self.live.items()} if cfg.swa_enabled or cfg.sqwa_enabled else {}
         for name in cfg.collected():
             source = "EMA" if name == "sqwa" and self.ema else "live weights"
-            run.activity[name.upper()] = Activity(len(self.params), sum(p.numel() for p in self.params), f"of {source}")
+            run.activity[name.upper()] = Activity(len(self.live), sum(p.numel() for p in self.live.values()), f"of {source}")
     @torch.no_grad()
     def update(self, snapshot: bool) -> list[str]:
         """After an optimiser step. Returns which averages took the weights in."""
         if self.ema:
-            torch._foreach_lerp_(self.ema, self.params, 1 - self.cfg.ema_decay)
+            self.buffer.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
         if snapshot:
-            weights = self.params if not self.cfg.sqwa_enabled else [
-                shipped(w, self.plan[name]) for name, w in zip(self.names, self.ema or self.params)]
-            torch._foreach_add_(self.sums, [w.to(total.dtype) for w, total in zip(weights, self.sums)])
+            weights = self.live if not self.cfg.sqwa_enabled else {
+                name: shipped(w, self.plan[name]) for name, w in (self.ema or self.live).items()}
+            for name, total in self.sums.items():
+                total += weights[name].to(total.dtype)
             self.count += 1
         return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
     def parts(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the live weights and the state of the averages."""
-        groups = {"live": self.params, "ema": self.ema, "sum": self.sums}
-        return {f"{group}/{name}": w for group, weights in groups.items() for name, w in zip(self.names, weights)}
+        groups = {"live": self.live, "ema": self.ema, "sum": self.sums}
+        return {f"{group}/{name}": w for group, weights in groups.items() for name, w in weights.items()}
     def results(self) -> dict[str, State]:
         """Every average that has weights, by name."""
-        means = [total.float() / self.count for total in self.sums] if self.count else []
+        means = {name: total.float() / self.count for name, total in self.sums.items() if self.count}
         found = {"ema": self.ema, "sqwa" if self.cfg.sqwa_enabled else "swa": means}
-        return {name: dict(zip(self.names, weights)) for name, weights in found.items() if weights}
-
+        return {name: weights for name, weights in found.items() if weights}
 # ── 10 TRAIN ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class Trainer:
     """Model, optimiser, views and averages, driven by the schedule."""
@@ -931,13 +906,14 @@ class Trainer:
         refuse(rows == 0, f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks")
         self.accumulate = min(cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows)
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+        self.flat = Flat(dict(model.named_parameters()), run)
         self.bytes_per_token = val.target_bytes.double().mean().item()
         self.restart()
     def restart(self) -> None:
         """Everything but the weights as before the first step."""
         self.run.activity.clear()
-        self.optimiser = Optimiser(self.model, self.cfg, self.run)
-        self.views, self.average = (part(self.cfg, self.run, self.model, self.plan) for part in (Views, Average))
+        self.optimiser = Optimiser(self.model, self.flat, self.cfg, self.run)
+        self.views, self.average = (part(self.cfg, self.run, self.model, self.flat, self.plan) for part in (Views, Average))
         if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
             self.run.activity["WARMDOWN"] = Activity(scope="learning rates", unit="lr scale at the end")
         self.loss, self.steps, self.elapsed, self.step_seconds, self.recompiles = math.nan, 0, 0.0, [], 0
@@ -961,27 +937,25 @@ class Trainer:
             raise Refusal(f"CHECKPOINT={self.cfg.checkpoint}: incomplete ({type(error).__name__} {error}); train again") from None
     def step(self, batch: tuple[Tensor, Tensor], k: Knobs) -> None:
         """One optimiser step. Reading its loss is the only host synchronisation, and keeps the clock honest."""
-        gradients, share = self.optimiser.gradients, self.run.world / self.cfg.train_batch_tokens
-        gradients.flat.zero_()
+        gradients, share = self.flat.gradients.zero_(), self.run.world / self.cfg.train_batch_tokens
         latent = self.views.enter(k.qat, k.qna, self.steps)
         for ids, targets in zip(*(t.tensor_split(self.accumulate) for t in batch)):
             loss = self.forward(ids, targets).sum() * share
             loss.backward()
-            gradients.flat[-1] += loss.detach()
+            gradients[-1] += loss.detach()
         self.views.leave(latent)
-        stats = gradients.reduce(self.cfg.grad_clip_norm)
+        stats = self.flat.reduce(self.cfg.grad_clip_norm)
         self.optimiser.step(k)
         scheduled = {"WARMDOWN": k.lr_scale < 1, "QAT": k.qat, "QNA": k.qna > 0}
         for name in [name for name, on in scheduled.items() if on] + self.average.update(k.snapshot):
             self.run.activity[name].steps.append(self.steps)
         self.loss, norm = stats.tolist()
-        if not math.isfinite(self.loss + norm):
-            raise Refusal(f"step {self.steps}: loss {self.loss}, gradient norm {norm}: not finite; lower MATRIX_LR, SCALAR_LR, "
-                          "TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
+        refuse(not math.isfinite(self.loss + norm), f"step {self.steps}: loss {self.loss}, gradient norm {norm}: not finite; "
+               "lower MATRIX_LR, SCALAR_LR, TIED_EMBED_LR, or set GRAD_CLIP_NORM", 5)
         self.steps += 1
     def warm_up(self) -> float:
         """Runs all that the run will need, so that nothing compiles on the clock; undoes it. Returns median seconds per step."""
-        cfg, weights, seconds = self.cfg, {n: p.detach().clone() for n, p in self.model.named_parameters()}, []
+        cfg, weights, seconds = self.cfg, self.flat.weights.clone(), []
         averaging, loader = cfg.swa_enabled or cfg.sqwa_enabled, batches(cfg, self.run, self.split)
         variants = [Knobs(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
                     Knobs(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled)]
@@ -992,7 +966,7 @@ class Trainer:
         loader.close()
         if cfg.val_loss_every:
             self.score_weights()
-        self.model.load_state_dict(weights)
+        self.flat.weights.copy_(weights)
         self.restart()
         return statistics.median(seconds[1:] or seconds)
     def score_weights(self, state: State | None = None) -> Score:
@@ -1006,30 +980,28 @@ class Trainer:
             run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
         compiled, schedule, loader = torch._dynamo.utils.counters["stats"], Schedule(cfg), batches(cfg, run, self.split)
         graphs = compiled["unique_graphs"]
-        with run.phase("train"), run.bar(cfg.max_wallclock_seconds or cfg.iterations) as bar:
+        with run.phase("train"):
             self.started = time.perf_counter()
             while self.steps < cfg.iterations and not budget_spent(cfg, self.steps, self.elapsed):
                 k = schedule.at(self.steps, self.elapsed)
                 self.step(next(loader), k)
                 before, self.elapsed = self.elapsed, run.agree(time.perf_counter() - self.started)
                 self.step_seconds.append(self.elapsed - before)
-                bar.update(self.step_seconds[-1] if cfg.max_wallclock_seconds else 1)
-                self.report(k, bar)
+                self.report(k)
             self.elapsed = run.agree(time.perf_counter() - self.started)
             loader.close()
         if "WARMDOWN" in run.activity:
             run.activity["WARMDOWN"].effect = k.lr_scale - 1
         self.recompiles = compiled["unique_graphs"] - graphs
         run.log(f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}")
-    def report(self, k: Knobs, bar: tqdm) -> None:
-        """Progress bar, log line, re-printed schedule, validation: whatever is due after this step."""
+    def report(self, k: Knobs) -> None:
+        """Log line, re-printed schedule, validation: whatever is due after this step."""
         cfg, run, step = self.cfg, self.run, self.steps
         seconds = statistics.median(self.step_seconds[-20:])
         speed, train_bpb = cfg.train_batch_tokens / seconds, self.loss / math.log(2) / self.bytes_per_token
         for name in [name for name, a in run.activity.items() if a.steps == [step - 1]]:
             run.log(f"{name} acts from step {step - 1} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})")
             run.event("phase", name=name, step=step - 1, seconds=self.elapsed)
-        bar.set_postfix_str(f"step {step} loss {self.loss:.3f} bpb ~{train_bpb:.3f} {speed:,.0f} tok/s")
         if step % cfg.train_log_every == 0:
             run.log(f"step {step:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  train bpb ~{train_bpb:.4f}  "
                     f"lr x{k.lr_scale:.3f}  {seconds * 1e3:.1f} ms  {speed:,.0f} tok/s")
@@ -1043,21 +1015,79 @@ class Trainer:
             self.started += time.perf_counter() - paused
             run.log(f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)")
             run.event("val", step=step, seconds=self.elapsed, val_bpb=live.bpb, val_loss=live.loss, size_estimate=size)
-
 # ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
 MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 2
 HEADER = struct.Struct("<8sHHQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
-MAX_RAW_BYTES = 1 << 30  # a reader allocates no more
+MAX_RAW_BYTES, FRAME = 1 << 30, 1 << 17  # a reader allocates no more; bytes of a zstd frame before compression
+def zstd_frames(raw: bytes, level: int) -> bytes:
+    """Independent frames, on all cores: weights have no long matches, and each kind of tensor gets statistics of its own."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        frames = (raw[i:i + FRAME] for i in range(0, len(raw), FRAME))
+        return b"".join(pool.map(lambda frame: zstandard.ZstdCompressor(level=level).compress(frame), frames))
 COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n bytes, default level; order = number
     "none": (lambda raw, level: raw, lambda blob, n: blob[:n], 0),
     "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n), 9),
-    "zstd": (lambda raw, level: zstandard.ZstdCompressor(level=level).compress(raw),
-             lambda blob, n: zstandard.ZstdDecompressor().stream_reader(blob).read(n), 22),
+    "zstd": (zstd_frames, lambda blob, n: zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True).read(n), 22),
     "lzma": (lambda raw, level: lzma.compress(raw, preset=level), lambda blob, n: lzma.LZMADecompressor().decompress(blob, n), 6)}
+COMPRESSORS["ans"] = COMPRESSORS["zstd"]  # for all but the codes, which entropy_code has coded before
+RANS_BITS, LANE, MAX_CODES = 14, 1 << 14, 1 << 28  # frequencies of a context sum to 2 ** 14; codes per lane; codes in all
 
+def entropy_code(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All `:codes`, int8 (rows, columns), as one stream of a range asymmetric numeral system (Duda 2013, arXiv:1311.2540) in
+    interleaved lanes. Context: mean |code| of the row, plus of the column against the matrix, in half or quarter octaves."""
+    parts, keys = {name: t for name, t in tensors.items() if not name.endswith(":codes")}, []
+    finer = 4 if sum(tensors[name].numel() for name in tensors.keys() - parts.keys()) > 1 << 22 else 2  # many codes pay for it
+    for name in sorted(tensors.keys() - parts.keys()):
+        codes = tensors[name].cpu()
+        row, column, whole = (finer * (codes.double().abs().mean(d, keepdim=True) + 1 / 16).log2() for d in (-1, 0, (0, 1)))
+        parts[name + ":rows"], parts[name + ":columns"] = row, column = row.round().char(), (column - whole).round().char()
+        keys.append(((row + column).view(torch.uint8).numpy().astype(np.uint16) << 8 | codes.numpy() + np.uint8(128)).ravel())
+    if not keys:
+        return parts
+    keys, total = np.concatenate(keys), 1 << RANS_BITS
+    counts = np.bincount(keys, minlength=1 << 16).reshape(256, 256)
+    frequency = counts * (total - (counts > 0).sum(1, keepdims=True)) // counts.sum(1, keepdims=True).clip(1) + (counts > 0)
+    frequency[range(256), frequency.argmax(1)] += total - frequency.sum(1)
+    each, before, lanes = frequency.ravel(), (frequency.cumsum(1) - frequency).ravel(), -(-len(keys) // LANE)
+    state, words = np.full(lanes, 1 << 16), []  # of each lane, in [2 ** 16, 2 ** 32)
+    for key in np.append(keys, np.repeat(keys[-1:], -len(keys) % lanes)).reshape(-1, lanes)[::-1]:  # last in, first out
+        full = state >= each[key] << 32 - RANS_BITS
+        words.append(state[full] & 0xFFFF)
+        state[full] >>= 16
+        state = (state // each[key] << RANS_BITS) + state % each[key] + before[key]
+    stream = np.concatenate((state >> 16, state & 0xFFFF, *reversed(words))).astype(np.uint16).view(np.int16)
+    return parts | {":frequency": torch.from_numpy(frequency.astype(np.int16)), ":stream": torch.from_numpy(stream)}
+
+def entropy_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What entropy_code was given. ValueError, LookupError or RuntimeError on anything that it would not have returned."""
+    spreads = {name.removesuffix(":rows"): (t, parts[name.removesuffix("rows") + "columns"])
+               for name, t in sorted(parts.items()) if name.endswith(":codes:rows")}
+    frequency, stream, sizes = parts[":frequency"], parts[":stream"], [r.numel() * c.numel() for r, c in spreads.values()]
+    n, lanes, total = sum(sizes), -(-sum(sizes) // LANE), 1 << RANS_BITS
+    fits = [r.dtype == c.dtype == torch.int8 and (r.shape[1:], c.shape[:-1]) == ((1,), (1,)) for r, c in spreads.values()]
+    fits += [0 < n <= MAX_CODES, frequency.dtype == stream.dtype == torch.int16, frequency.shape == (256, 256), stream.ndim == 1,
+             stream.numel() >= 2 * lanes, frequency.min() >= 0, (frequency.sum(-1) == total).all()]
+    if not all(fits):  # before anything large is allocated
+        raise ValueError(f"{n:,} codes with spreads, frequencies or a stream that do not fit")
+    contexts = np.concatenate([(r + c).view(torch.uint8).numpy().ravel() for r, c in spreads.values()])
+    words, frequency, codes = stream.numpy().view(np.uint16).astype(int), frequency.numpy().astype(int), []
+    each, before = frequency.ravel(), (frequency.cumsum(1) - frequency).ravel()
+    code_at = np.repeat(np.tile(np.arange(256, dtype=np.uint8), 256), each).reshape(256, total)
+    state, place = words[:lanes] << 16 | words[lanes:2 * lanes], 2 * lanes
+    for context in np.append(contexts, np.repeat(contexts[-1:], -n % lanes)).reshape(-1, lanes):
+        codes.append(code := code_at[context, slot := state & total - 1])
+        key = context.astype(int) << 8 | code
+        state = each[key] * (state >> RANS_BITS) + slot - before[key]
+        short = np.flatnonzero(state < 1 << 16)
+        state[short] = state[short] << 16 | words[place:place + len(short)]
+        place += len(short)
+    if place != len(words) or (state != 1 << 16).any():
+        raise ValueError("the stream does not end with its codes")
+    flat = torch.from_numpy((np.concatenate(codes)[:n] ^ 128).view(np.int8)).split(sizes)
+    rest = {name: t for name, t in parts.items() if ":codes:" not in name and name not in (":frequency", ":stream")}
+    return rest | {name: c.view(r.numel(), -1) for (name, (r, _)), c in zip(spreads.items(), flat)}
 def role_grid(cfg: Config, role: Role) -> Grid:
     return Grid(getattr(cfg, role.bits), cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
-
 def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
     """How each tensor is shipped: the one decision that QAT, QNA, SQWA, pruning and the exporter share."""
     plan, keep = {}, [s.strip() for s in cfg.fp16_keep_name_patterns.split(",") if s.strip()]
@@ -1066,24 +1096,21 @@ def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
         plan[name] = (torch.float32 if p.role.bits is None else
                       torch.float16 if small or getattr(cfg, p.role.bits) == 16 else role_grid(cfg, p.role))
     return plan
-
 def shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
     """The fp32 weights that a reader of the artifact gets for w."""
     return how.snap(w) if isinstance(how, Grid) else w.to(how).float()
-
 def prune(cfg: Config, state: State, fraction: float) -> State:
     """The smallest `fraction` of each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights set to 0 (#989)."""
     least = {name: w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values for name, w in state.items()
              if fraction and w.ndim == 2 and w.numel() > cfg.keep_float_max_numel}  # the smallest that stays
     return state | {name: torch.where(state[name].abs() < stays, 0.0, state[name]) for name, stays in least.items()}
-
 def seal(tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1) -> bytes:
     """The container of artifacts and checkpoints: HEADER | compress(safetensors, with the facts as JSON). No pickle."""
+    tensors = entropy_code(tensors) if compressor == "ans" else tensors
     raw = safetensors.torch.save({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, {"facts": json.dumps(facts)})
     compress, _, default = COMPRESSORS[compressor]
     blob = compress(raw, default if level < 0 else level)
     return HEADER.pack(MAGIC, FORMAT_VERSION, list(COMPRESSORS).index(compressor), len(raw), hashlib.sha256(blob).digest()) + blob
-
 def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """(facts, tensors). Refusal on anything that seal would not have written."""
     def check(fine: bool, problem: str) -> None:
@@ -1098,24 +1125,23 @@ def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raw = list(COMPRESSORS.values())[number][1](data[HEADER.size:], size + 1)
         check(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
         tensors, header = safetensors.torch.load(raw), json.loads(raw[8:8 + struct.unpack_from("<Q", raw)[0]])
+        tensors = entropy_decode(tensors) if ":stream" in tensors else tensors
         for name, t in tensors.items():
             check(bool(t.isfinite().all()), f"tensor {name} is not finite")
         return dict(json.loads(header["__metadata__"]["facts"])), tensors
     except OSError as error:
         raise Refusal(f"{path}: {error.strerror}; give the path of a file that a run has written") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
+    except (ValueError, LookupError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
             safetensors.SafetensorError) as error:
         check(False, f"unreadable ({type(error).__name__})")
-
 def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
     """The artifact: codes, scales and floats as planned, with the knobs that a reader needs."""
-    tensors = {}
+    parts = {}
     for name, w in state.items():
         how, w = plan[name], w.detach()
-        parts = zip((":codes", ":scale"), how.quantise(w)) if isinstance(how, Grid) else [("", w.to(how))]
-        tensors |= {name + suffix: part for suffix, part in parts}
-    return seal(tensors, cfg.knobs("model", "eval"), cfg.compressor, cfg.compress_level if level is None else level)
-
+        pair = zip((":codes", ":scale"), how.quantise(w)) if isinstance(how, Grid) else [("", w.to(how))]
+        parts |= {name + suffix: part for suffix, part in pair}
+    return seal(parts, cfg.knobs("model", "eval"), cfg.compressor, cfg.compress_level if level is None else level)
 def unpack(path: Path) -> tuple[dict, State]:
     """(knobs, fp32 weights) of an artifact; Refusal as in unseal."""
     (knobs, tensors), state = unseal(path), {}
@@ -1127,7 +1153,13 @@ def unpack(path: Path) -> tuple[dict, State]:
                f"{path}: tensor {name}: not one of our artifacts; export it again")
         state[base] = Grid.dequantise(codes, scale) if part else t.float()
     return knobs, state
-
+def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict[str, int]:
+    """In an artifact of `total` bytes: the number of codes, their order-0 entropy in bytes, the bytes of codes and scales."""
+    rest = {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}
+    codes = torch.cat([plan[n].quantise(w)[0].flatten() for n, w in state.items() if n not in rest] or [torch.empty(0)]).int()
+    share = (codes + 128).bincount().double() / len(codes)
+    bits = len(codes) * torch.special.entr(share).sum().item() / math.log(2)
+    return dict(weights=len(codes), order0_bytes=int(bits / 8), stored_bytes=total - len(pack(cfg, rest, plan))) if bits else {}
 def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
     """Per kind of tensor: how many, parameters, bytes compressed alone (fast), root mean square of the rounding error."""
     kinds: dict[str, State] = {}
@@ -1136,7 +1168,6 @@ def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, 
     error = {kind: torch.cat([(shipped(w, plan[n]) - w).flatten() for n, w in part.items()]) for kind, part in kinds.items()}
     return {kind: dict(tensors=len(part), params=len(error[kind]), bytes=len(pack(cfg, part, plan, 1)),
                        rms_error=error[kind].square().mean(dtype=torch.float64).sqrt().item()) for kind, part in kinds.items()}
-
 def write_atomic(path: Path, data: bytes) -> None:
     """All of the file or none of it, also when the machine stops in between."""
     temporary = path.with_name(path.name + ".tmp")
@@ -1148,36 +1179,29 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed
-
-def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float]:
-    """(artifact, fraction pruned). FIT_TO_CAP finds the least extra fraction, in steps of 0.5 %, that fits."""
-    first = None
-    for steps in range(int((0.9 - cfg.prune_pct) / 0.005 + 1.5)):  # compressed size does not fall steadily: no bisection
-        fraction = cfg.prune_pct + steps * 0.005
-        blob = pack(cfg, prune(cfg, state, fraction), plan)
-        total = len(blob) + len(SOURCE)
-        run.log(f"export: {fraction:.1%} pruned, {total:,} bytes in all")
-        first = first or (blob, fraction)
+def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float, dict]:
+    """(artifact on rank 0, fraction pruned, code_size). FIT_TO_CAP: COMPRESSOR, then ans, then the smaller one with the least
+    extra pruning, in steps of 0.5 %, that fits (sizes do not fall steadily: no bisection)."""
+    ans, smaller, least = dataclasses.replace(cfg, compressor="ans", compress_level=-1), None, math.inf
+    for coder, steps in [(cfg, 0), (ans, 0), *((None, n) for n in range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5)))]:
+        coder, fraction = coder or smaller, cfg.prune_pct + steps * 0.005
+        pruned = prune(cfg, state, fraction)
+        blob = pack(coder, pruned, plan) if run.rank == 0 else b""
+        total, found = run.agree(len(blob)) + len(SOURCE), (blob, fraction, code_size(coder, pruned, plan, len(blob)))
+        run.log(f"export: {coder.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
         if total <= cfg.cap_bytes or not cfg.fit_to_cap:
-            return blob, fraction
+            return found
+        if not steps and total < least:
+            first, smaller, least = found, coder, total
     return first
-
 # ── 12 SCORE ──────────────────────────────────────────────────────────────────────────────────────────────────────
-class Score(NamedTuple):
-    """Every target once: bits per byte, mean nats per target, counts, wall seconds."""
-    bpb: float
-    loss: float
-    targets: int
-    bytes: int
-    seconds: float
-
+Score = NamedTuple("Score", [("bpb", float), ("loss", float), ("targets", int), ("bytes", int), ("seconds", float)])
 def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
     """(n, 3) rows [start, end, first]: read tokens [start, end), score targets [first, end); target t is token t + 1. Covers
     [low, high) once. stride 0: fixed windows; else the first scores all it reads, each later one `stride` new targets."""
     first = np.append(low, np.arange(low + length, high, stride or length)) if high > low else np.arange(0)
     end = np.append(first[1:], high)[:len(first)]
     return np.stack((first if stride == 0 else np.maximum(end - length, low), end, first), axis=1)
-
 def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
     """The same targets as windows(0, n, ...), none with context before its document (whose last target is the next BOS)."""
     edges = np.unique([0, *val.doc_starts[val.doc_starts < val.n], val.n])
@@ -1189,32 +1213,31 @@ class Sheet:
         self.cfg, self.run, self.val, self.n, self.began = cfg, run, val, val.n, time.perf_counter()
         self.nats = torch.zeros(self.n + 1, device=run.device)  # the extra slot takes what padding computes
         self.hits = torch.zeros(self.n + 1, dtype=torch.int32, device=run.device)
-    def batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-        """This rank's (windows, tokens per row, scored slots per row): like shapes together, constant when compiled."""
+    def batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, int, int | None]]:
+        """This rank's (windows on the device, tokens per row, scored slots per row or None: all): like shapes together."""
         size, stride, length, number = self.cfg.eval_batch_seqs, self.cfg.eval_stride, self.cfg.window, itertools.count()
         spans, targets = rows[:, 1] - rows[:, 0], rows[:, 1] - rows[:, 2]
         tokens = np.minimum(-(-spans // 64) * 64, length) if not self.run.compile else np.full(len(rows), length)
-        slots = np.where(targets <= stride, np.minimum(stride, tokens), tokens)
+        slots = np.where(targets == spans, 0, np.where(targets <= stride, np.minimum(stride, tokens), tokens))
         for t, s in np.unique(np.stack((tokens, slots), 1), axis=0).tolist():
             alike = rows[(tokens == t) & (slots == s)]
-            for i in range(0, len(alike), size):
+            idle = np.repeat(alike[:1, [0, 1, 1]], -len(alike) % size * self.run.compile, axis=0)  # these score nothing
+            for batch in torch.from_numpy(np.concatenate((alike, idle))).to(self.run.device).split(size):
                 if next(number) % self.run.world == self.run.rank:
-                    idle = np.repeat(alike[:1, [0, 1, 1]], max(i + size - len(alike), 0) * self.run.compile, axis=0)
-                    yield np.concatenate((alike[i:i + size], idle)), t, s  # idle windows score nothing
+                    yield batch, t, s or None
     @torch.no_grad()
-    def fill(self, forward: Callable, rows: np.ndarray, bar: tqdm) -> None:
+    def fill(self, forward: Callable, rows: np.ndarray) -> Sheet:
         tokens, device = self.val.tokens, self.run.device
         for batch, length, slots in self.batches(rows):
-            start, end, first = torch.from_numpy(batch).to(device).split(1, dim=1)
+            start, end, first = batch.split(1, dim=1)
             ids = tokens[(start + torch.arange(length, device=device)).minimum(end - 1)].long()
-            place = first + torch.arange(slots, device=device)
+            place = first + torch.arange(slots or length, device=device)
             inside = place.minimum(end - 1)
-            everywhere = slots == length and bool(((batch[:, 2] == batch[:, 0]) | (batch[:, 2] == batch[:, 1])).all())
-            nats = forward(ids, tokens[inside + 1].long(), None if everywhere else inside - start)
+            nats = forward(ids, tokens[inside + 1].long(), inside - start if slots else None)
             slot = torch.where(place < end, place, self.n)
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(slot.flatten(), dtype=torch.int32))
-            bar.update(len(batch) * self.run.world)
+        return self
     def total(self) -> Score:
         """Sums over all ranks in fp64; fails unless every target was scored once."""
         if self.run.world > 1:
@@ -1224,36 +1247,29 @@ class Sheet:
             raise RuntimeError("a target was scored never or twice")
         nats, size = self.nats[:-1].double().sum().item(), int(self.val.target_bytes.sum())
         return Score(nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began)
-
 def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None) -> Score:
     """Scores the whole validation set in these windows (default: fixed ones)."""
     rows = windows(0, val.n, cfg.window, 0) if rows is None else rows
-    sheet = Sheet(cfg, run, val)
-    with run.bar(len(rows)) as bar:
-        sheet.fill(forward, rows, bar)
-    return sheet.total()
+    return Sheet(cfg, run, val).fill(forward, rows).total()
 
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
     """Score-first SGD by chunks (momentum 0.9, clip 1; #549, #975): each is scored, then learned from. Changes the model."""
     frozen = {*model.blocks[:cfg.ttt_freeze_blocks].parameters()}
-    params = [p for p in model.parameters() if p not in frozen]
-    gradients, optimiser = Gradients(params, run), torch.optim.SGD(params, lr=cfg.ttt_lr, momentum=0.9)
+    params = {name: p for name, p in model.named_parameters() if p not in frozen}
+    flat, optimiser = Flat(params, run), torch.optim.SGD(params.values(), lr=cfg.ttt_lr, momentum=0.9)
     sheet, chunk = Sheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
-    with run.bar(len(rows)) as bar:
-        for c in range(last := int(chunk[-1])):
-            sheet.fill(model, rows[chunk == c], bar)
-            tokens = val.tokens[c * cfg.ttt_chunk_tokens:(c + 1) * cfg.ttt_chunk_tokens + 1].long()
-            optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / last))
-            pairs = list(zip(*(t.view(-1, cfg.window).split(cfg.eval_batch_seqs) for t in (tokens[:-1], tokens[1:]))))
-            for x, y in pairs * cfg.ttt_epochs:
-                gradients.flat.zero_()
-                if len(mine := x[run.rank::run.world]):
-                    (model(mine, y[run.rank::run.world]).sum() * (run.world / y.numel())).backward()
-                gradients.reduce(clip=1.0)
-                optimiser.step()
-        sheet.fill(model, rows[chunk == last], bar)
-    return sheet.total()
-
+    for c in range(last := int(chunk[-1])):
+        sheet.fill(model, rows[chunk == c])
+        tokens = val.tokens[c * cfg.ttt_chunk_tokens:(c + 1) * cfg.ttt_chunk_tokens + 1].long()
+        optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / last))
+        pairs = list(zip(*(t.view(-1, cfg.window).split(cfg.eval_batch_seqs) for t in (tokens[:-1], tokens[1:]))))
+        for x, y in pairs * cfg.ttt_epochs:
+            flat.gradients.zero_()
+            if len(mine := x[run.rank::run.world]):
+                (model(mine, y[run.rank::run.world]).sum() * (run.world / y.numel())).backward()
+            flat.reduce(clip=1.0)
+            optimiser.step()
+    return sheet.fill(model, rows[chunk == last]).total()
 # ── 13 REPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
 MODEL_TOGGLES = ("SMEAR_GATE", "BIGRAM_VOCAB_SIZE", "VE_ENABLED", "XSA_LAST_N", "LN_SCALE", "ROPE_NTK_LEN")  # off: 0
 
@@ -1270,7 +1286,7 @@ def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Call
         weights = list(model.parameters())  # with one block, the skip weights are unused
         return run.milliseconds(lambda: torch.autograd.grad(model(ids, targets).mean(), weights, allow_unused=True))
     base = loss(model, trainer.live)
-    for name in trainer.views.banks:
+    for name in trainer.views.stacks:
         enter, leave = partial(trainer.views.enter, name == "QAT", cfg.qna_magnitude, 0), trainer.views.leave
         latent = enter()
         activity[name].effect = loss(model) - base
@@ -1292,7 +1308,6 @@ def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Call
         changed = [int((on[name] != off[name]).sum()) for name in on]
         activity["PRUNE_PCT"] = Activity(sum(n > 0 for n in changed), sum(changed), f"export, {trainer.pruned:.1%}", "nats",
                                          [trainer.steps], loss(model, on) - loss(model, off))
-
 def environment(run: Run) -> dict:
     """Hardware and versions that figures depend on."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -1312,16 +1327,16 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
     toggles = {name: a.row(steps) for name, a in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
     code = 3 if total > cfg.cap_bytes else 4 if inactive and cfg.strict else 0
-    training = dict.fromkeys(
-        "steps tokens_seen train_seconds step_ms_median params live_val_bpb averaged_val_bpb quant_gap_bpb".split())
+    training = dict.fromkeys(("steps", "tokens_seen", "train_seconds", "step_ms_median", "params", "live_val_bpb",
+                              "averaged_val_bpb", "quant_gap_bpb"))
     if trainer:
         plain, floats = bpb.get("unfitted", bpb["quantised"]), bpb.get("averaged", bpb["live"])
         training = dict(
             steps=steps, tokens_seen=steps * cfg.train_batch_tokens, train_seconds=trainer.elapsed, recompiles=trainer.recompiles,
             step_ms_median=statistics.median(trainer.step_seconds) * 1e3, params=sum(w.numel() for w in trainer.live.values()),
-            average=cfg.shipped_average, groups=trainer.groups, pruned=trainer.pruned, trained_code_sha256=trainer.code_sha256,
-            live_val_bpb=bpb["live"], averaged_val_bpb=bpb.get("averaged"), quant_gap_bpb=plain - floats,
-            fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None)
+            average=cfg.shipped_average, groups=trainer.groups, codes=trainer.codes, pruned=trainer.pruned,
+            trained_code_sha256=trainer.code_sha256, live_val_bpb=bpb["live"], averaged_val_bpb=bpb.get("averaged"),
+            quant_gap_bpb=plain - floats, fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None)
     memory = torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(
         schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
@@ -1332,22 +1347,24 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
         checkpoint=cfg.checkpoint or None, limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
         config=cfg.knobs(), scores={name: s._asdict() for name, s in scores.items()}, **environment(run),
         non_default=cfg.non_default(), code_sha256=CODE_SHA256, config_sha256=cfg.digest(), data=data)
-
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
     total, limits, code = r["total_bytes"], r["limits"], r["exit_code"]
     size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
             "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
-    ledger = {name: {"seconds": f"{s:.1f}", "limit": str(limits.get(name) or "-")} for name, s in r["seconds"].items()}
+    ledger = {name: {"spent": f"{s:.1f} s", "of": limits.get(name) and f"{limits[name]:g} s"} for name, s in r["seconds"].items()}
     tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": ledger,
               "toggle": r["toggles"]}
     parts = [text_table([(title, *next(iter(rows.values()))), *((name, *row.values()) for name, row in rows.items())])
              for title, rows in tables.items() if rows]
+    if r.get("codes"):
+        n, bound, stored = r["codes"].values()
+        parts.append(f"{n:,} codes and their scales: {stored:,} bytes, {8 * stored / n:.3f} bits each; order-0 entropy of the "
+                     f"codes {bound:,} bytes, {8 * bound / n:.3f} bits each; {stored / bound - 1:+.2%}")
     parts += [f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None]
     parts += [f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]]
     return "\n\n".join(["", *parts, f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
                         f"{r['val_bytes']:,} bytes), {total:,} bytes in all, exit code {code}: {EXIT_CODES[code]}"])
-
 # ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, attend: Callable, saved: tuple | None) -> Trainer:
     """Train (or restore what was saved), average, export; checkpoint and artifact are on disk before anything is scored."""
@@ -1372,10 +1389,10 @@ def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, at
             run.log(f"average: {name} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; applied: "
                     + (use if name in trainer.averages else "NO, none was taken"))
     trainer.final = trainer.averages.get(cfg.shipped_average, trainer.live)
-    if not all(bool(w.isfinite().all()) for w in trainer.final.values()):
-        raise Refusal(f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates", 5)
+    refuse(not all(bool(w.isfinite().all()) for w in trainer.final.values()),
+           f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates", 5)
     with run.phase("quantise and compress"):
-        blob, trainer.pruned = export(cfg, run, trainer.final, plan)
+        blob, trainer.pruned, trainer.codes = export(cfg, run, trainer.final, plan)
         trainer.unfitted = {n: shipped(w, plan[n]) for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
                             } if trainer.pruned > cfg.prune_pct else None  # quantised, without what FIT_TO_CAP pruned
         if run.rank == 0:
@@ -1383,7 +1400,6 @@ def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, at
         trainer.groups = group_sizes(cfg, model, trainer.final, plan)
         run.agree(None)  # nobody reads before it is written
     return trainer
-
 def inherit(cfg: Config, knobs: dict, state: State) -> Config:
     """The knobs that a file holds, and the environment's where those may differ. Refusal unless all fit these very tensors."""
     source, scopes = ("CHECKPOINT", ("seed", *COMPARED)) if cfg.checkpoint else ("EVAL_ONLY", ("model", "eval"))
@@ -1436,8 +1452,7 @@ def main(cfg: Config) -> dict:
         path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
         saved = unseal(Path(cfg.checkpoint)) if cfg.checkpoint else None
         if saved:
-            live = {n.removeprefix("live/"): w for n, w in saved[1].items() if n.startswith("live/")}
-            cfg = inherit(cfg, saved[0].get("config", {}), live)
+            cfg = inherit(cfg, saved[0].get("config", {}), {n[5:]: w for n, w in saved[1].items() if n.startswith("live/")})
         elif cfg.eval_only:
             cfg = inherit(cfg, *unpack(path))
         run.log("settings: " + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults"))
@@ -1465,7 +1480,6 @@ def main(cfg: Config) -> dict:
         run.log(message) if run.rank == 0 else print(message, file=sys.stderr, flush=True)
         run.event("stopped", phase=run.phase_name, error=f"{type(error).__name__}: {error}")
         raise
-
 def command_line(arguments: list[str]) -> int:
     """Runs the configuration in the environment; returns the exit code."""
     if arguments:

@@ -1,0 +1,328 @@
+"""bench.py: each twin computes what its fast part computes, the FLOPs are those of the model's shapes, and a report is whole.
+
+No test looks at an absolute time. Would have caught: an optimisation that changes the result, an MFU of another model's
+FLOPs, a figure in a table that no file holds, an entropy coder timed without its coding.
+"""
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import bench
+import train_gpt
+from conftest import ROOT, TINY, environment
+from test_optimiser import ALL, make_trainer, normal, on_ranks
+from train_gpt import COMPRESSORS, Average, Config, Flat, Grid, Split, document_windows, windows
+
+REFERENCE = Config()  # seed #194's model and batch
+COMMITTED = [path for path in sorted(bench.BENCH.glob("*.json")) if "quick" in json.loads(path.read_text())]
+TWINS = {"gradient norm and clip", "optimiser: Muon", "QAT: enter and leave", "EMA update", "SWA snapshot", "SQWA snapshot",
+         "wait for data", "sliding, stride 64", "compress, zstd 22"}
+FLOP_BOUND = ("step, whole", "forward", "backward", "fixed windows", "sliding, stride 64", "document-isolated, stride 64")
+ROWS = TWINS | {
+    "step, whole", "forward", "backward", "optimiser: AdamW", "QNA: enter and leave", "peak memory", "fixed windows",
+    "sliding, stride 256", "document-isolated, stride 64", "quantise", "pack (quantise, compress)", "load (unpack)",
+    "tokenise and write shards, 1 worker", "python, import train_gpt", "open and check the data", "build model and trainer",
+    "choose the attention kernel", "warm-up and compile"}
+
+
+@pytest.fixture
+def trainer(tiny):
+    """A Trainer whose weights have moved away from their initial zeros and ones."""
+    def make(**knobs) -> train_gpt.Trainer:
+        made = make_trainer(tiny(**{**ALL, "keep_float_max_numel": 0, "quant_bits_embed": 8, **knobs}))
+        made.flat.weights += 0.2 * normal(*made.flat.weights.shape)
+        return made
+    return make
+
+
+# ── twins ──
+def test_muon_equals_one_matrix_at_a_time(trainer):
+    t = trainer(muon_wd=0.1)
+    live, gradients = (t.flat.views(buffer) for buffer in (t.flat.weights, t.flat.gradients))
+    names = list(bench.muon_matrices(t.model))
+    plain, momenta = [live[n].clone() for n in names], [torch.zeros_like(live[n]) for n in names]
+    before = [live[n].clone() for n in names]
+    for step in range(3):
+        for i, name in enumerate(names):
+            gradients[name].copy_(normal(*live[name].shape, seed=100 * step + i))
+        t.optimiser.muon.step(0.05, 0.9)
+        bench.plain_muon(plain, [gradients[n] for n in names], momenta, 0.05, 0.9, t.cfg)
+    assert len(names) == 6 * 3 + 1
+    for name, w, old in zip(names, plain, before):
+        assert not torch.equal(w, old)
+        torch.testing.assert_close(live[name], w, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ("fixed", "sliding", "documents"))
+def test_score_equals_full_logits_one_window_at_a_time(trainer, kind):
+    t = trainer()
+    rows = {"fixed": windows(0, t.val.n, 64, 0), "sliding": windows(0, t.val.n, 64, 16),
+            "documents": document_windows(t.val, 64, 16)}[kind]
+    found = train_gpt.score(t.cfg, t.run, t.forward, t.val, rows)
+    assert found.bpb == pytest.approx(bench.plain_score(t.model, t.val, rows), abs=1e-6)
+
+
+@pytest.mark.parametrize("bits, clip, codes, floor", [
+    (6, "quantile", "sym", True), (5, "amax", "asym", False), (6, "quantile", "asym", False), (4, "search5", "sym", False)])
+def test_fake_quantisation_equals_the_formula_bit_for_bit(trainer, bits, clip, codes, floor):
+    t = trainer(qat_enabled=True, quant_bits_mlp=bits, quant_bits_attn=bits, quant_clip=clip, quant_codes=codes,
+                quant_scale_floor=floor)
+    live, latent = dict(t.model.named_parameters()), t.flat.weights.clone()
+    kept = t.views.enter(True, 0.0, 0)
+    fast = t.flat.weights.clone()
+    t.views.leave(kept)
+    grids = t.views.qat_grids(t.model, {n: g for n, g in t.plan.items() if isinstance(g, Grid)})
+    with bench.plain_view(live, grids):
+        assert torch.equal(t.flat.weights, fast) and not torch.equal(fast, latent)
+    assert torch.equal(t.flat.weights, latent) and len(grids) > 18
+
+
+@pytest.mark.parametrize("kind", ("ema", "swa", "sqwa", "sqwa of ema"))
+def test_averages_equal_those_of_host_copies(trainer, kind):
+    on = {f"{name}_enabled": name in kind.split(" of ") for name in ("ema", "swa", "sqwa")}
+    t = trainer(**on, ema_decay=0.6)
+    average, live = Average(t.cfg, t.run, t.model, t.flat, t.plan), dict(t.model.named_parameters())
+    ema = {n: p.detach().clone() for n, p in live.items()} if "ema" in kind else {}
+    sums = {n: torch.zeros_like(p) for n, p in live.items()} if kind != "ema" else {}
+    for step in range(4):
+        t.flat.weights += 0.1 * normal(*t.flat.weights.shape, seed=step)
+        average.update(kind != "ema")
+        bench.plain_average(live, ema, sums, 0.6, t.plan if "sqwa" in kind else None)
+    results = average.results()
+    for name in live:
+        for found, expected in ((results.get("ema"), ema), (results.get("sqwa") or results.get("swa"), sums)):
+            if expected:
+                mean = expected[name] / (4 if expected is sums else 1)
+                torch.testing.assert_close(found[name], mean, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("rank, world", ((0, 1), (0, 2), (1, 2), (2, 3)))
+def test_batches_equal_synchronous_reads(tiny, rank, world):
+    cfg, run = tiny(), SimpleNamespace(rank=rank, world=world, cuda=False, device=torch.device("cpu"))
+    split = Split(cfg, "train")
+    fast, plain = train_gpt.batches(cfg, run, split), bench.plain_batches(cfg, run, split)
+    for _ in range(5):
+        for a, b in zip(next(fast), next(plain)):
+            assert torch.equal(a, b) and a.shape[1] == cfg.train_seq_len
+    fast.close()
+
+
+def reductions(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, list, list]:
+    """(norm, plain norm, gradients, plain gradients) after the mean over the ranks and the clip."""
+    params = {f"w{i}": train_gpt.param(torch.zeros(shape), train_gpt.CONTROL) for i, shape in enumerate([(40, 8), (9,), (30, 5)])}
+    flat = Flat(params, SimpleNamespace(world=world, rank=rank, device="cpu"))
+    for i, p in enumerate(params.values()):
+        p.grad.copy_(normal(*p.shape, seed=10 * rank + i))
+    copies = [nn.Parameter(torch.zeros_like(p)) for p in params.values()]
+    for copy, p in zip(copies, params.values()):
+        copy.grad = p.grad.clone()
+    norm = flat.reduce(0.3)[1]
+    return norm, bench.plain_reduce(copies, world, 0.3), [p.grad for p in params.values()], [copy.grad for copy in copies]
+
+
+@pytest.mark.parametrize("world", (1, 2))
+def test_the_flat_reduction_equals_a_loop_over_parameters(tmp_path, world):
+    for norm, plain_norm, gradients, plain in [reductions(0, 1)] if world == 1 else on_ranks(world, tmp_path, reductions):
+        torch.testing.assert_close(norm, plain_norm, rtol=1e-6, atol=0)
+        assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(0.3, rel=1e-5)
+        for g, p in zip(gradients, plain):
+            torch.testing.assert_close(g, p, rtol=0, atol=1e-6)
+
+
+# ── floors ──
+def test_the_flops_are_those_of_the_reference_shapes():
+    flops = bench.forward_flops(REFERENCE)
+    assert flops.linear / 1e6 == pytest.approx(52.95, abs=0.005) and flops.attention / 1e6 == pytest.approx(23.08, abs=0.005)
+    assert flops.trained / 1e6 == pytest.approx(228.1, abs=0.05) and flops.head == 2 * 1024 * 512
+    assert flops.trained * REFERENCE.train_batch_tokens / 1e12 == pytest.approx(119.6, abs=0.05)
+
+
+def test_the_matrices_and_their_newton_schulz_flops_are_those_of_the_reference():
+    with torch.device("meta"):
+        model = train_gpt.GPT(REFERENCE)
+    shapes = bench.muon_matrices(model).values()
+    assert len(shapes) == 66 and sum(map(math.prod, shapes)) == 25_952_256
+    assert bench.muon_flops(shapes, 5) / 1e9 == pytest.approx(314, abs=1)
+    techniques = dict(bigram_vocab_size=4096, ve_enabled=True)
+    more = bench.forward_flops(dataclasses.replace(REFERENCE, **techniques)).linear - bench.forward_flops(REFERENCE).linear
+    assert more == 2 * (128 * 512 + 128 * 256)  # their projections; tables cost none
+
+
+def test_the_floor_of_a_step_adds_up_to_that_of_the_reference():
+    run = SimpleNamespace(world=1, cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"), agree=lambda value: value)
+    b = bench.Bench(REFERENCE, run, quick=False)
+    b.flop_rate, b.bandwidth = 790e12, lambda size, host: 4.3e12  # of one H200, measured
+    with torch.device("meta"):
+        model = train_gpt.GPT(REFERENCE)
+    forward, backward, step = bench.step_floors(b, model, REFERENCE.train_batch_tokens)
+    assert step.seconds == pytest.approx(0.230, rel=0.05) and 1.8 < backward.seconds / forward.seconds < 2
+    eight = SimpleNamespace(**{**vars(run), "world": 8})
+    b.run = eight
+    assert bench.step_floors(b, model, REFERENCE.train_batch_tokens // 8)[2].seconds == pytest.approx(step.seconds / 8, rel=1e-3)
+
+
+def test_work_is_timed_in_turns_and_each_rate_follows_from_its_row(run):
+    b, order = bench.Bench(REFERENCE, run, quick=True), []
+    seconds = b.time(lambda: order.append("a"), lambda: order.append("b"), block=False)
+    assert order == ["a", "b"] * 5 and seconds.shape == (2, 3) and (seconds > 0).all()
+    b.time(lambda: order.append("c"), warm=False)
+    assert 1 <= order.count("c") <= 3
+    samples = torch.tensor([[0.2, 0.1, 0.3], [0.5, 0.4, 0.9]]).double().numpy()
+    b.add("g", "n", samples, bench.Floor(0.05, "how"), (100, "tokens/s"), "twin", "note")
+    row = b.rows[-1]
+    assert (row["ms"], row["twin_ms"], row["rate"], row["ratio"], row["n"]) == (200, 500, 500, 4, 3)
+    assert row["speedup"] == 3 and row["spread"] == pytest.approx(0.8) and row["floor_ms"] == 50
+
+
+def test_numbers_are_spelt_for_people():
+    assert [bench.human(v, "B") for v in (999, 1234567, 5e15, 0)] == ["999 B", "1.23 MB", "5 PB", "0 B"]
+    assert bench.human(12345.6, "tokens/s") == "12,300 tokens/s"
+
+
+def test_weights_of_the_export_are_spread_by_row_and_column_as_trained_ones_are():
+    w = bench.like_trained((600, 400), torch.Generator().manual_seed(0))
+    for dim in (0, 1):
+        assert 0.4 < w.square().mean(dim).sqrt().log().std() < 0.6
+    codes, _ = Grid(6, "quantile", "sym", True).quantise(w)
+    share = (codes.int() + 31).flatten().bincount().double() / codes.numel()
+    assert 3.5 < torch.special.entr(share).sum() / math.log(2) < 5  # bits, in the range of real artifacts
+    assert bench.like_trained((), torch.Generator()).shape == () and bench.like_trained((7,), torch.Generator()).shape == (7,)
+
+
+# ── the command ──
+@pytest.fixture(scope="module")
+def quick(data, tmp_path_factory) -> SimpleNamespace:
+    """One quick run in this process: what it returned, wrote and printed."""
+    folder = tmp_path_factory.mktemp("bench")
+    cfg = Config(**{**TINY, "data_path": str(data), "tokenizer_path": str(data / "tokenizer.model"),
+                    "logs_dir": str(folder / "logs"), "run_id": "mine", "qat_enabled": True, "ema_enabled": True})
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        for name, value in environment(cfg).items():
+            patch.setenv(name, value)
+        code = bench.main(["run", "--quick", "--name", "mine", "--out", str(folder / "out")])
+    return SimpleNamespace(code=code, folder=folder, path=folder / "out" / "mine.json", out=out.getvalue(), cfg=cfg)
+
+
+def check(report: dict, needed: set[str]) -> None:
+    """What holds for every report, whatever machine it is from."""
+    assert report["schema"] == bench.SCHEMA_VERSION and "bench.py run" in report["command"]
+    assert {"device", "torch", "threads_per_rank", "world_size", "dtype", "compile", "settings", "date"} <= report.keys()
+    assert all(len(digest) == 64 for digest in report["code_sha256"].values()) and len(report["code_sha256"]) == 2
+    names = [row["name"] for row in report["rows"]]
+    assert needed <= set(names) and len(set(names)) == len(names)
+    for row in report["rows"]:
+        numbers = [v for v in row.values() if isinstance(v, (int, float))]
+        assert all(math.isfinite(v) and v >= 0 for v in numbers) and row["n"] >= 1 and (row["spread"] is None) == (row["n"] == 1)
+        assert row["name"] == "peak memory" or row["ms"] > 0
+        assert ("floor" in row) == ("ratio" in row) == ("floor_ms" in row)
+        assert ("twin" in row) == ("speedup" in row) == ("twin_ms" in row)
+    assert TWINS <= {row["name"].replace(" exchange,", "") for row in report["rows"] if "twin" in row}
+
+
+def test_a_quick_run_writes_a_whole_report_and_prints_its_table(quick):
+    report = json.loads(quick.path.read_text())
+    assert quick.code == 0 and report["quick"] and report["name"] == "mine"
+    check(report, ROWS | {f"compress, {name} {entry[2]}" for name, entry in COMPRESSORS.items() if name != "none"})
+    assert bench.table(report) in quick.out and quick.out.rstrip().endswith(f"wrote {quick.path}")
+    assert report["command"].endswith("python bench.py run --name mine --quick") and "MODEL_DIM=32 " in report["command"]
+    assert report["settings"]["QAT_ENABLED"] == "1" and report["config_sha256"] == quick.cfg.digest()
+    assert report["code_sha256"]["train_gpt.py"] == train_gpt.CODE_SHA256
+    assert report["model"]["params"] == sum(p.numel() for p in train_gpt.GPT(quick.cfg).parameters())
+
+
+def test_the_rates_of_a_report_agree_with_its_settings(quick):
+    report = json.loads(quick.path.read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    step, flops = rows["step, whole"], bench.forward_flops(quick.cfg)
+    assert step["rate"] == pytest.approx(512 / step["ms"] * 1e3, rel=1e-4) and step["share"] == 1
+    ceiling = max(row["rate"] for row in report["rows"] if row["name"].startswith("matmul"))
+    assert 0 < step["mfu"] <= flops.trained * 512 / (step["ms"] / 1e3) / ceiling * 1.01  # the ceiling is the fastest sample
+
+
+def test_every_compressor_says_its_bytes_and_ans_is_coded(quick):
+    rows = {row["name"]: row["note"] for row in json.loads(quick.path.read_text())["rows"] if row["group"] == "export"}
+    notes = {name: rows[f"compress, {name} {entry[2]}"] for name, entry in COMPRESSORS.items() if name != "none"}
+    sizes = {name: [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?= )", note)] for name, note in notes.items()}
+    assert len({raw for raw, *_ in sizes.values()}) == 1 and len(sizes["zstd"]) == 3  # the twin's bytes, too
+    assert all(0 < packed < raw for raw, packed, *_ in sizes.values())
+    assert sizes["ans"][1] != sizes["zstd"][1]
+    for name in notes:
+        assert rows[f"decompress, {name}"].startswith(f"{sizes[name][1]:,} -> {sizes[name][0]:,} ")
+
+
+def test_a_run_leaves_nothing_but_its_report(quick):
+    assert [path.name for path in quick.folder.rglob("*") if path.is_file()] == ["mine.json"]
+
+
+def test_no_fast_part_is_three_times_slower_than_its_twin(quick):
+    """In turns, the best of three pairs: a busy neighbour does not fail it. (Threads take longer to wake than so few rows.)"""
+    report = json.loads(quick.path.read_text())
+    slow = {row["name"]: row["speedup_p90"] for row in report["rows"] if "speedup" in row and row["speedup_p90"] < 1 / 3}
+    assert set(slow) <= {"wait for data"}, slow
+
+
+def test_two_ranks_make_one_report(quick, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "bench.py", "run", "--quick",
+         "--out", str(tmp_path)], cwd=ROOT, env=environment(quick.cfg), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.iterdir()
+    report, names = json.loads(path.read_text()), {row["name"] for row in json.loads(quick.path.read_text())["rows"]}
+    check(report, {"gradient exchange, norm and clip"} | {n for n in names if n in ROWS} - {"gradient norm and clip"})
+    assert report["world_size"] == 2 and "torchrun --standalone --nproc_per_node=2 bench.py run" in done.stdout
+    assert done.stdout.count("wrote ") == 1 and path.stem.endswith("-x-2")
+
+
+def test_an_existing_report_is_kept(quick, monkeypatch, capsys):
+    before = quick.path.read_bytes()
+    monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("measured all the same"))
+    for name, value in environment(quick.cfg).items():
+        monkeypatch.setenv(name, value)
+    assert bench.main(["run", "--name", "mine", "--out", str(quick.path.parent)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "mine.json: exists; --force" in message and quick.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name, value, said", (("MODEL_DIM", "33", "MODEL_DIM=33"), ("CHECKPOINT", "a.bin", "CHECKPOINT")))
+def test_bad_settings_end_with_one_line(monkeypatch, capsys, tmp_path, name, value, said):
+    monkeypatch.setenv(name, value)
+    assert bench.main(["run", "--out", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("bench.py: error: ") and said in message and message.count("\n") == 1
+
+
+def test_show_prints_both_tables_of_a_report(quick, capsys):
+    report = json.loads(quick.path.read_text())
+    assert bench.main(["show", str(quick.path)]) == 0
+    assert capsys.readouterr().out == bench.table(report) + "\n"
+    assert bench.main(["show", str(quick.path), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert report["command"] in lines[-1] and {line.count("|") for line in rows} == {rows[0].count("|")}
+    assert len(rows) == 2 + len(report["rows"]) and report["device"] in lines[0]
+
+
+# ── the committed reports ──
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_a_committed_report_is_whole_and_sane(path):
+    report = json.loads(path.read_text())
+    check(report, set(FLOP_BOUND))
+    rows = {row["name"].replace(" exchange,", ""): row for row in report["rows"]}
+    assert not report["quick"] and report["name"] == path.stem and path.stat().st_size < 100_000
+    assert 0.005 < rows["step, whole"]["mfu"] < 1.1
+    for name in FLOP_BOUND:
+        assert 0.9 < rows[name]["ratio"] < 50, name
+    for name in TWINS - {"wait for data"}:
+        assert rows[name]["speedup"] > 0.5, name
+    assert rows["step, whole"]["ms"] > 0.7 * (rows["forward"]["ms"] + rows["backward"]["ms"])
+    assert bench.table(report, markdown=True).count("\n|") > 20
