@@ -41,12 +41,18 @@ RANKS := gpu
 endif
 
 # Without FineWeb, and unless you name other data: the demo text.
-ifeq ($(DATA_PATH)$(wildcard data/datasets/fineweb10B_sp1024/fineweb_train_*.bin),)
+FINEWEB := data/datasets/fineweb10B_sp1024
+ifeq ($(DATA_PATH)$(wildcard $(FINEWEB)/fineweb_train_*.bin),)
 DEMO_DATA := data/demo/manifest.json
 export DATA_PATH := data/demo
 export TOKENIZER_PATH := data/demo/tokenizer.model
 export MAX_WALLCLOCK_SECONDS ?= 90
 export WARMDOWN_FRAC ?= 0.5
+endif
+
+# Your own data: the tokenizer that lies beside the shards.
+ifneq ($(and $(DATA_PATH),$(wildcard $(DATA_PATH)/tokenizer.model)),)
+export TOKENIZER_PATH ?= $(DATA_PATH)/tokenizer.model
 endif
 
 train: .venv/installed $(DEMO_DATA)
@@ -55,8 +61,17 @@ train: .venv/installed $(DEMO_DATA)
 test: .venv/installed
 	env -i PATH="$$PATH" HOME="$$HOME" $(if $(GOLF_DATA),GOLF_DATA="$(GOLF_DATA)") .venv/bin/python -m pytest -q -n $(CORES) --dist worksteal tests
 
+BENCH = .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) bench.py run $(if $(NAME),--name $(NAME)) $(if $(FORCE),--force)
 bench: .venv/installed $(DEMO_DATA)
-	.venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) bench.py run $(if $(NAME),--name $(NAME)) $(if $(FORCE),--force)
+	$(BENCH)
+
+# A step that fails does not keep the next from running. PEERS: options of bench.py peers, such as --seconds 80
+gpu: .venv/installed $(DEMO_DATA)
+	@failed=0; GOLF_GPU=1 .venv/bin/python -m pytest -q tests/test_gpu.py || failed=1; $(BENCH) || failed=1; \
+	  $(if $(SEED194)$(RECORD1855),.venv/bin/python bench.py peers --gpus $(GPUS) --data $(or $(DATA_PATH),$(FINEWEB)) \
+	    --tokenizer $(or $(TOKENIZER_PATH),data/tokenizers/fineweb_1024_bpe.model) $(if $(SEED194),--script 194=$(SEED194)) \
+	    $(if $(RECORD1855),--script 1855=$(RECORD1855) $$(.venv/bin/python -c 'import flash_attn_interface' 2>/dev/null || \
+	      echo --path 1855:tests/fa3_stand_in)) $(PEERS) || failed=1;) exit $$failed
 
 knobs: .venv/installed
 	@.venv/bin/python train_gpt.py --help

@@ -204,6 +204,7 @@ class Bench:
         """Bytes per second, read and written, of a copy whose working set is about this large; measured once per size."""
         on_gpu = self.run.cuda and not host
         size = 1 << int(min(max(round(math.log2(max(nbytes, 1))), 16), 22 if self.quick else 32 if on_gpu else 28))
+        size = self.agree(size)  # all ranks measure, or none
         if (size, on_gpu) not in self.speeds:
             a, b = (torch.ones(size // 8, device=self.run.device if on_gpu else "cpu") for _ in range(2))
             seconds = self.time(lambda: b.copy_(a), limit=0.5)
@@ -576,7 +577,7 @@ class PeerOptions:
     out: Annotated[Path, typer.Option(help="a folder with one a run; the report is OUT.json")] = BENCH / "peers"
     seconds: Annotated[float, typer.Option(min=1, help="training time of each")] = 600
     gpus: Annotated[int, typer.Option(min=1, max=8, help="1, 2, 4 or 8")] = 1
-    val_tokens: Annotated[int, typer.Option(min=1, help="score the first N validation targets")] = 15 * BATCH
+    val_tokens: Annotated[int, typer.Option(min=1, help="score the first N validation targets")] = 8 * BATCH
     timeout: Annotated[float, typer.Option(min=1, help="seconds after which a run is ended, whatever it does")] = 3600
     env: Annotated[list[str], typer.Option(help="[RUN:]NAME=VALUE: one more variable")] = ()
     path: Annotated[list[str], typer.Option(help="[RUN:]FOLDER: more Python modules; tests/fa3_stand_in: FA2 for FA3")] = ()

@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite pins fp32 numbers
+os.environ |= {} if os.environ.get("GOLF_GPU") == "1" else {"CUDA_VISIBLE_DEVICES": ""}  # the suite pins fp32 numbers
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; set before torch is imported
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

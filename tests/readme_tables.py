@@ -116,7 +116,7 @@ def artifact() -> str:
     rows = []
     for r in runs:
         stored, codes = r["codes"]["stored_bytes"], r["codes"]
-        rows.append([f"`COMPRESSOR={r['config']['compressor']}`", f"{r['artifact_bytes']:,}", f"{stored:,}",
+        rows.append([f"`COMPRESSOR={codes['compressor']}`", f"{r['artifact_bytes']:,}", f"{stored:,}",
                      f"{8 * stored / codes['weights']:.3f}", f"{100 * (stored / codes['order0_bytes'] - 1):+.2f} %",
                      f"{r['seconds']['quantise and compress']:.2f}", f"{r['seconds']['read back']:.2f}", f"{r['quantised_val_bpb']:.6f}"])
     bench_rows = {row["name"]: row for row in json.loads((BENCH / "demo.json").read_text())["rows"]}

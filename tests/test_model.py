@@ -285,7 +285,7 @@ def heads(grad: bool = True) -> list[torch.Tensor]:
 def machine(cuda: bool = False):
     """(run, its log) of one rank without a folder."""
     log = []
-    run = SimpleNamespace(cuda=cuda, device=torch.device("cpu"), dtype=torch.float32, log=log.append, agree=lambda v: v)
+    run = SimpleNamespace(cuda=cuda, compile=False, device=torch.device("cpu"), dtype=torch.float32, log=log.append, agree=lambda v: v)
     run.milliseconds = lambda work: Run.milliseconds(run, work)
     return run, log
 
