@@ -138,7 +138,7 @@ class Config:
     fp16_keep_name_patterns: str = grid_knob("", "csv", "tensors whose name contains one of these stay fp16", seeds="989")
     prune_pct: float = export_knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989")
     compressor: str = export_knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma", "ans"), seeds="145 199 975")
-    compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd 22, lzma 6", lo=-1, hi=22)
+    compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
     cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
     fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
     # Scoring
@@ -190,7 +190,7 @@ class Config:
             (self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0, "QAT_START",
              "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"),
             (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"is no multiple of the window of {window} tokens"),
-            (self.compressor != "zstd" and self.compress_level > 9, "COMPRESS_LEVEL", f"{self.compressor} knows 0 to 9")]]
+            (self.compressor in ("zlib", "lzma") and self.compress_level > 9, "COMPRESS_LEVEL", "zlib and lzma know 0 to 9")]]
     @property
     def window(self) -> int:  # tokens of one scoring window
         return self.eval_seq_len or self.train_seq_len
@@ -474,13 +474,13 @@ class Grid(NamedTuple):
         steps = [self.step(row_quantile(w.abs(), q)) for q in CLIP_QUANTILES[self.clip]]
         if len(steps) == 1:
             return steps[0]
-        errors = torch.stack([(self.levels(w, s) * s - w).square().sum((-2, -1)) for s in steps])
+        errors = torch.stack([(self.levels(w, s) * s - w).square().sum((-2, -1), dtype=torch.float64) for s in steps])
         return torch.take_along_dim(torch.stack(steps), errors.argmin(0)[None, ..., None, None], 0)[0]
     def step(self, clip: Tensor) -> Tensor:
         # With the floor every row whose largest weight is below 1 gets the same step 1/top, so that smaller weights
         # mean a coarser grid and a smaller file (#145, #194, #975); without it the floor is fp16's smallest normal.
-        smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny
-        return (clip.float() / self.top).clamp_min(smallest).half().float()
+        smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny  # (CUDA divides inexactly by a mere number)
+        return (clip.float() / torch.full_like(clip, self.top)).clamp_min(smallest).half().float()
     def levels(self, w: Tensor, scale: Tensor) -> Tensor:
         return (w.float() / scale).round_().clamp_(-self.top - (self.codes == "asym"), self.top)
     def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -600,9 +600,10 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
     for name in names:
         try:
             attend = found[name] = attention(name)
+            attend = torch.compile(attend, dynamic=False, fullgraph=True) if run.cuda and run.compile else attend
             cost[name] = run.milliseconds(lambda: attend(q, k, v).sum().backward())
         except (ImportError, RuntimeError) as error:
-            problem = f"ATTN_BACKEND={name}: fails ({str(error).splitlines()[0]}); {PACKAGES.get(name, [0, 'choose auto'])[1]}"
+            problem = f"ATTN_BACKEND={name}: fails ({error!r:.150}); {PACKAGES.get(name, [0, 'choose auto'])[1]}"
             refuse(len(names) == 1, problem)
             run.log(problem)
     best, timed = run.agree(min(cost, key=cost.get)), ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
@@ -697,7 +698,6 @@ class Knobs(NamedTuple):
     qat: bool = False
     qna: float = 0.0  # noise width in quantisation steps; 0: none
     snapshot: bool = False  # SWA / SQWA take one after the step
-
 class Schedule:
     """(steps done, training seconds) -> Knobs. A trigger that has fired stays on; nothing else is remembered."""
     def __init__(self, cfg: Config):
@@ -805,7 +805,6 @@ class Muon:
             weights.add_(update, alpha=-lr * math.sqrt(max(1, update.shape[-2] / update.shape[-1])))
         if self.flat.world > 1:
             dist.all_gather(list(self.flat.chunks.unbind()), self.own)
-
 class Optimiser:
     """Muon for matrices and AdamW for the rest; every parameter in exactly one group."""
     def __init__(self, model: GPT, flat: Flat, cfg: Config, run: Run):
@@ -1011,7 +1010,7 @@ class Trainer:
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             paused = time.perf_counter()
             live = self.score_weights()
-            size = len(SOURCE) + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1))
+            size = len(SOURCE) + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1)) if run.rank == 0 else 0
             self.started += time.perf_counter() - paused
             run.log(f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)")
             run.event("val", step=step, seconds=self.elapsed, val_bpb=live.bpb, val_loss=live.loss, size_estimate=size)
@@ -1159,7 +1158,8 @@ def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict[str, in
     codes = torch.cat([plan[n].quantise(w)[0].flatten() for n, w in state.items() if n not in rest] or [torch.empty(0)]).int()
     share = (codes + 128).bincount().double() / len(codes)
     bits = len(codes) * torch.special.entr(share).sum().item() / math.log(2)
-    return dict(weights=len(codes), order0_bytes=int(bits / 8), stored_bytes=total - len(pack(cfg, rest, plan))) if bits else {}
+    stored = total - len(pack(cfg, rest, plan))
+    return dict(compressor=cfg.compressor, weights=len(codes), order0_bytes=int(bits / 8), stored_bytes=stored) if bits else {}
 def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
     """Per kind of tensor: how many, parameters, bytes compressed alone (fast), root mean square of the rounding error."""
     kinds: dict[str, State] = {}
@@ -1179,20 +1179,20 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed
-def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float, dict]:
-    """(artifact on rank 0, fraction pruned, code_size). FIT_TO_CAP: COMPRESSOR, then ans, then the smaller one with the least
-    extra pruning, in steps of 0.5 %, that fits (sizes do not fall steadily: no bisection)."""
+def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float, Config]:
+    """(artifact on rank 0, fraction pruned, cfg with the COMPRESSOR that was used). FIT_TO_CAP: COMPRESSOR, then ans, then the
+    smaller one with the least extra pruning, in steps of 0.5 %, that fits (sizes do not fall steadily: no bisection)."""
     ans, smaller, least = dataclasses.replace(cfg, compressor="ans", compress_level=-1), None, math.inf
-    for coder, steps in [(cfg, 0), (ans, 0), *((None, n) for n in range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5)))]:
+    more = [(None, n) for n in range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5))]
+    for coder, steps in [(cfg, 0), *[(ans, 0)] * (cfg.compressor != "ans"), *more]:
         coder, fraction = coder or smaller, cfg.prune_pct + steps * 0.005
-        pruned = prune(cfg, state, fraction)
-        blob = pack(coder, pruned, plan) if run.rank == 0 else b""
-        total, found = run.agree(len(blob)) + len(SOURCE), (blob, fraction, code_size(coder, pruned, plan, len(blob)))
+        blob = pack(coder, prune(cfg, state, fraction), plan) if run.rank == 0 else b""
+        total = run.agree(len(blob)) + len(SOURCE)
         run.log(f"export: {coder.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
         if total <= cfg.cap_bytes or not cfg.fit_to_cap:
-            return found
+            return blob, fraction, coder
         if not steps and total < least:
-            first, smaller, least = found, coder, total
+            first, smaller, least = (blob, fraction, coder), coder, total
     return first
 # ── 12 SCORE ──────────────────────────────────────────────────────────────────────────────────────────────────────
 Score = NamedTuple("Score", [("bpb", float), ("loss", float), ("targets", int), ("bytes", int), ("seconds", float)])
@@ -1251,7 +1251,6 @@ def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.nd
     """Scores the whole validation set in these windows (default: fixed ones)."""
     rows = windows(0, val.n, cfg.window, 0) if rows is None else rows
     return Sheet(cfg, run, val).fill(forward, rows).total()
-
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
     """Score-first SGD by chunks (momentum 0.9, clip 1; #549, #975): each is scored, then learned from. Changes the model."""
     frozen = {*model.blocks[:cfg.ttt_freeze_blocks].parameters()}
@@ -1358,9 +1357,9 @@ def final_table(r: dict) -> str:
     parts = [text_table([(title, *next(iter(rows.values()))), *((name, *row.values()) for name, row in rows.items())])
              for title, rows in tables.items() if rows]
     if r.get("codes"):
-        n, bound, stored = r["codes"].values()
-        parts.append(f"{n:,} codes and their scales: {stored:,} bytes, {8 * stored / n:.3f} bits each; order-0 entropy of the "
-                     f"codes {bound:,} bytes, {8 * bound / n:.3f} bits each; {stored / bound - 1:+.2%}")
+        coder, n, bound, stored = r["codes"].values()
+        parts.append(f"{coder}: {n:,} codes and their scales: {stored:,} bytes, {8 * stored / n:.3f} bits each; order-0 "
+                     f"entropy of the codes {bound:,} bytes, {8 * bound / n:.3f} bits each; {stored / bound - 1:+.2%}")
     parts += [f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None]
     parts += [f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]]
     return "\n\n".join(["", *parts, f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
@@ -1392,13 +1391,14 @@ def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, at
     refuse(not all(bool(w.isfinite().all()) for w in trainer.final.values()),
            f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates", 5)
     with run.phase("quantise and compress"):
-        blob, trainer.pruned, trainer.codes = export(cfg, run, trainer.final, plan)
+        blob, trainer.pruned, coder = export(cfg, run, trainer.final, plan)
         trainer.unfitted = {n: shipped(w, plan[n]) for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
                             } if trainer.pruned > cfg.prune_pct else None  # quantised, without what FIT_TO_CAP pruned
         if run.rank == 0:
             write_atomic(run.dir / "artifact.bin", blob)
-        trainer.groups = group_sizes(cfg, model, trainer.final, plan)
-        run.agree(None)  # nobody reads before it is written
+        sizes = run.rank == 0 and (group_sizes(cfg, model, trainer.final, plan),
+                                   code_size(coder, prune(cfg, trainer.final, trainer.pruned), plan, len(blob)))
+        trainer.groups, trainer.codes = run.agree(sizes)  # and nobody reads before it is written
     return trainer
 def inherit(cfg: Config, knobs: dict, state: State) -> Config:
     """The knobs that a file holds, and the environment's where those may differ. Refusal unless all fit these very tensors."""
