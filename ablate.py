@@ -58,7 +58,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 import train_gpt
-from prepare_data import options_as_parameters
+from prepare_data import exit_code_of, options_as_parameters
 from train_gpt import COMPARED, Config, Refusal
 
 ROOT = Path(__file__).resolve().parent  # runs start here, so that relative paths of a study are below it
@@ -1911,18 +1911,7 @@ def check(folder: Annotated[Path, typer.Argument(help="a submission folder; noth
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except typer.TyperException as error:
-        message, code = error.format_message(), 2
-    except Refusal as refusal:
-        message, code = str(refusal), refusal.code
-    except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted", 130
-    except OSError as error:
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}; check its folder, rights and free space", 2
-    print("ablate.py: error:", message, file=sys.stderr)
-    return code
+    return exit_code_of(app, "ablate.py", arguments, Refusal)
 
 
 if __name__ == "__main__":

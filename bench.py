@@ -857,19 +857,7 @@ def show(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit code."""
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except typer.TyperException as error:
-        message, code = error.format_message(), 2
-    except Refusal as refusal:
-        message, code = str(refusal), refusal.code
-    except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted", 130
-    except OSError as error:
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}; check its folder, rights and free space", 2
-    if os.environ.get("RANK", "0") == "0":
-        print("bench.py: error:", message, file=sys.stderr)
-    return code
+    return prepare_data.exit_code_of(app, "bench.py", arguments, Refusal)
 
 
 if __name__ == "__main__":

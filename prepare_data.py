@@ -777,20 +777,31 @@ def fineweb(
             ) from error
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit code."""
+def exit_code_of(
+    app: typer.Typer, script: str, arguments: list[str] | None, refused: type[Exception] | tuple = ()
+) -> int:
+    """Run a command; say on rank 0 in one line what was wrong. `refused`: exceptions that bring their own exit code."""
     try:
         return app(arguments, standalone_mode=False) or 0
     except typer.TyperException as error:
-        message = error.format_message()
+        message, code = error.format_message(), 2
+    except refused as error:
+        message, code = str(error), error.code
+    except (KeyboardInterrupt, typer.Abort):
+        message, code = "interrupted", 130
     except BrokenProcessPool:
-        message = "a worker process was ended from outside, most likely for lack of memory: lower --workers"
+        message, code = "a worker was ended from outside, most likely for lack of memory: lower --workers", 2
     except OSError as error:
-        message = (
-            f"{error.filename or 'a file'}: {error.strerror or error}: check its folder, its rights and the free space"
-        )
-    print("prepare_data.py: error:", message, file=sys.stderr)
-    return 2
+        problem = f"{error.filename or 'a file'}: {error.strerror or error}"
+        message, code = f"{problem}; check its folder, rights and free space", 2
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{script}: error:", message, file=sys.stderr)
+    return code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return the exit code."""
+    return exit_code_of(app, "prepare_data.py", arguments)
 
 
 if __name__ == "__main__":
