@@ -12,6 +12,7 @@ help:
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
 	@echo "make studies-small   run every study at the small size, about 90 minutes on 2 cores, and renew README"
 	@echo "make readme   regenerate the tables of README.md from the code and the committed logs"
+	@echo "make lock     renew requirements.lock and requirements-cuda.lock from requirements.txt;  make audit: their known holes"
 
 # Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
 ifeq ($(GPUS),0)
@@ -89,12 +90,34 @@ studies-small: .venv/installed data/demo/manifest.json
 readme: .venv/installed
 	.venv/bin/python tests/readme_tables.py
 
-.venv/installed: requirements.txt
+# Packages by hash; torch's CUDA build too. Its CPU builds are published in several places, so there the version decides.
+PIP_INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check
+.venv/installed: requirements.txt requirements.lock requirements-cuda.lock
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+ifeq ($(GPUS),0)
+	$(PIP_INSTALL) --require-hashes -r requirements.lock
+	$(PIP_INSTALL) $$(grep '^torch==' requirements.txt)
+else
+	$(PIP_INSTALL) --require-hashes -r requirements.lock -r requirements-cuda.lock
+endif
 	@touch $@
+
+# Tools run from a virtual environment of their own, which is deleted afterwards.
+WITH_TOOL = tools=$$(mktemp -d) && trap 'rm -rf $$tools' EXIT && $(PYTHON) -m venv $$tools && $$tools/bin/pip install --quiet
+
+# One resolution for Linux, macOS and Python 3.10 up, cut in two; a pin that still fits stays. To renew one: delete its entry.
+lock:
+	$(WITH_TOOL) uv==0.13.9 && cat requirements.lock requirements-cuda.lock >$$tools/lock && \
+	  $$tools/bin/uv --no-config pip compile --quiet --universal --python-version 3.10.2 --no-python-downloads --generate-hashes \
+	    --custom-compile-command 'make lock' --output-file $$tools/lock requirements.txt && \
+	  awk '/^#/ { print >"requirements.lock"; print >"requirements-cuda.lock"; next } \
+	    /^[a-z]/ { file = "requirements" (/^(torch|triton|nvidia|cuda)/ ? "-cuda" : "") ".lock" } { print >file }' $$tools/lock
+
+audit:
+	$(WITH_TOOL) pip-audit==2.10.1 && $$tools/bin/pip-audit --strict --require-hashes --disable-pip \
+	  -r requirements.lock -r requirements-cuda.lock
 
 data/demo/manifest.json: | .venv/installed
 	.venv/bin/python prepare_data.py demo --out data/demo
 
-.PHONY: help train test bench gpu knobs readme studies-small
+.PHONY: help train test bench gpu knobs readme studies-small lock audit

@@ -11,6 +11,7 @@ The file reads in the order in which data flows:
 STUDY.toml -> arms -> trials (arm x seed) -> processes -> run folders -> statistics -> report -> submission folder.
 Format of a study: see README, or any file in studies/.
 """
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -35,7 +36,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ from matplotlib.lines import Line2D
 from scipy import stats
 
 import train_gpt
-from prepare_data import exit_code_of, options_as_parameters
+from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import COMPARED, Config, Refusal
 
 ROOT = Path(__file__).resolve().parent  # runs start here, so that relative paths of a study are below it
@@ -73,7 +73,8 @@ SIZE_KEYS = {**dict.fromkeys(("ranks", "jobs", "threads", "steps"), int), **dict
 ARM_KEYS = {"published": dict, "expect": str, "note": str}
 OWN = {"RUN_ID", "LOGS_DIR", "SEED", "CHECKPOINT", "EVAL_ONLY", "ITERATIONS", "MAX_WALLCLOCK_SECONDS"}  # the runner sets these
 SETTINGS = {f.name.upper() for f in train_gpt.KNOBS} | set(train_gpt.ALIASES) | set(train_gpt.UNSUPPORTED)
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,80}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,200}")
+MAX_TRIALS = 10_000  # of a study: more is a mistake, or meant to keep us busy
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def settings(table: dict, where: str) -> dict[str, str]:
             close = difflib.get_close_matches(key, SETTINGS - OWN, 1, 0.5)
             unknown = f"no such setting; did you mean {', '.join(close) or '--help'}?"
             raise Refusal(f"{where}: {key}={value}: {'is set by ablate.py itself; remove it' if key in OWN else unknown}")
-        if not isinstance(value, (str, int, float)):
-            raise Refusal(f"{where}: {key}={value}: must be a number, a string or a boolean")
+        if not isinstance(value, (str, int, float)) or not str(value).isprintable():
+            raise Refusal(f"{where}: {key}={value}: must be a number, a boolean or a string without control characters")
         found[key] = str(int(value)) if isinstance(value, bool) else str(value)
     return found
 
@@ -152,8 +153,10 @@ def split_arm(table: dict, where: str) -> tuple[dict[str, str], dict]:
 def product_arms(factors: dict[str, list], where: str) -> dict[str, dict[str, str]]:
     """The arms of a full factorial: {"qat": [0, 1], "swa": [0, 1]} -> qat-0_swa-0, qat-0_swa-1, ..."""
     for key, levels in factors.items():
-        if not isinstance(levels, list) or len(set(map(str, levels))) < 2:
+        if not isinstance(levels, list) or not 1 < len(levels) == len({str(level).lower() for level in levels}):
             raise Refusal(f"{where}: {key} = {levels!r}: a factor needs a list of two or more different levels")
+    if math.prod(map(len, factors.values())) > MAX_TRIALS:
+        raise Refusal(f"{where}: more than {MAX_TRIALS:,} combinations of {', '.join(factors)}; leave out levels")
     cells = itertools.product(*([(key, level) for level in levels] for key, levels in factors.items()))
     return {"_".join(f"{k}-{v}".lower() for k, v in cell): settings({k.upper(): v for k, v in cell}, where)
             for cell in cells} if factors else {}
@@ -164,6 +167,9 @@ def read_size(name: str, table: dict, where: str) -> Size:
         raise Refusal(f"{where}: needs steps and seconds, the budgets of --equal steps and --equal time")
     typed(table, SIZE_KEYS, where)
     lists = {key: tuple(table[key]) for key in ("seeds", "arms", "time_arms") if key in table}
+    for key in ("arms", "time_arms"):
+        if not all(isinstance(arm, str) for arm in lists.get(key, ())):
+            raise Refusal(f"{where}: {key} = {table[key]!r}: must be names of arms")
     size = Size(name=name, **{**table, **lists, "env": settings(table.get("env", {}), where)})
     for key, least in {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}.items():
         if not least <= getattr(size, key) < 1e9:
@@ -171,16 +177,27 @@ def read_size(name: str, table: dict, where: str) -> Size:
     return size
 
 
-def read_study(path: Path) -> Study:
-    """The study in a TOML file. Refusal on anything unknown, mistyped, missing, or that no Config would take."""
+def read_toml(path: Path) -> dict:
+    """The tables of a TOML file. Refusal on any other file, and on one that would keep us busy or fill the memory."""
     try:
-        if path.stat().st_size > 1 << 20:
-            raise Refusal(f"{path}: larger than 1 MiB; that is no study")
-        data = tomli.loads(path.read_text(encoding="utf-8"))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 1 << 20:
+            raise Refusal(f"{path}: no plain file of at most 1 MiB; give the path of a study")
+        text = path.read_text(encoding="utf-8")
+        if max((line.count(".") for line in text.split("\n")), default=0) > 100:  # tomli takes memory by the square of them
+            raise ValueError("a line with more than 100 dots")
+        data = tomli.loads(text)
+        list(leaves(data))  # ValueError where it is nested too deeply
+        return data
     except OSError as error:
         raise Refusal(f"{path}: {error.strerror}; give the path of a study, such as studies/pr989_qat_x_swa.toml") from None
-    except (tomli.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: no valid TOML ({error}); correct it") from None
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file. Refusal on anything unknown, mistyped, missing, or that no Config would take."""
+    data = read_toml(path)
     typed(data, STUDY_KEYS, str(path))
     sizes = {name: read_size(name, table, f"{path}: size.{name}") for name, table in data.get("size", {}).items()}
     split = {name: split_arm(table, f"{path}: arm.{name}") for name, table in data.get("arm", {}).items()}
@@ -196,7 +213,8 @@ def read_study(path: Path) -> Study:
     named = {str(side).partition(":")[0] for side in itertools.chain(
         [study.reference], *study.compare, *(scale.arms + scale.time_arms for scale in sizes.values()))}
     for problem, message in [
-            (not all(len(pair) == 2 for pair in study.compare), "compare: needs pairs of arms"),
+            (not all(len(pair) == 2 and all(isinstance(side, str) for side in pair) for pair in study.compare),
+             "compare: needs pairs of arms"),
             (not sizes, "no [size.NAME]; give at least one"),
             (len(arms) < 2, "fewer than two arms; add [arm.NAME] or [factorial]"),
             (not all(type(seed) is int and seed >= 0 for group in (study, *sizes.values()) for seed in group.seeds),
@@ -205,7 +223,8 @@ def read_study(path: Path) -> Study:
              "metrics and show must be names of figures of result.json"),
             (any(len(set(scale.arms)) < len(scale.arms) for scale in sizes.values()), "an arm stands twice in a size"),
             (named - arms.keys(), f"no such arm: {', '.join(map(str, named - arms.keys()))}"),
-            (not all(NAME.fullmatch(arm) for arm in (*arms, *sizes)), "names may hold letters, digits and _ . = - only")]:
+            (not all(NAME.fullmatch(arm) for arm in (*arms, *sizes)), "names may hold letters, digits and _ . = - only"),
+            (not NAME.fullmatch(path.stem), "its file name, which names the folder of its runs, must be such a name; rename it")]:
         if problem:
             raise Refusal(f"{path}: {message}")
     return study
@@ -263,8 +282,10 @@ def matrix(study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out
     folder = (out or ROOT / "logs/runs" / study.name / f"{size}-{equal}").absolute()
     budget = {"steps": {"ITERATIONS": str(scale.steps), "MAX_WALLCLOCK_SECONDS": "0"},
               "time": {"MAX_WALLCLOCK_SECONDS": str(scale.seconds)}}[equal]
-    arms = scale.time_arms * (equal == "time") or scale.arms or tuple(study.arms)
-    for seed in seeds or scale.seeds or study.seeds:
+    arms, seeds = scale.time_arms * (equal == "time") or scale.arms or tuple(study.arms), seeds or scale.seeds or study.seeds
+    if len(arms) * len(seeds) > MAX_TRIALS:
+        raise Refusal(f"{study.path}: {len(arms)} arms with {len(seeds)} seeds: over {MAX_TRIALS:,} trials; leave some out")
+    for seed in seeds:
         for arm in arms:
             env = {**study.env, **scale.env, **study.arms[arm], **budget, "SEED": str(seed)}
             env |= {"RUN_ID": f"{arm}-s{seed}", "LOGS_DIR": from_root(folder)}
@@ -302,7 +323,9 @@ def command(size: Size) -> list[str]:
 def read_lines(path: Path) -> list[dict]:
     """The objects of a JSON-lines file; what a crash or a stranger left otherwise is passed over."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
+        raise Refusal(f"{path}: {path.stat().st_size:,} bytes, over {MAX_LOG_BYTES:,}; no run writes that: move it away")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [event for event in found if isinstance(event, dict)]
@@ -776,6 +799,8 @@ class Finished:
 def load(folder: Path) -> dict:
     """result.json of a run folder, with the folder as `name` and metrics.jsonl as `events`."""
     result = read_json(folder / "result.json", f"{folder}/result.json", RESULT_SHAPE)
+    if min(result["val_tokens"], result["val_bytes"]) < 1:
+        raise Refusal(f"{folder}/result.json: scored {result['val_tokens']} targets of {result['val_bytes']} bytes; run it again")
     return result | {"name": str(folder), "events": read_lines(folder / "metrics.jsonl")}
 
 
@@ -939,12 +964,13 @@ def write_report(matrix: Matrix) -> list[Path]:
     page = html_page(title, notes(found), tables(found), found.all() + lost)
     pages = {"report.md": markdown_report(found), "report.html": page}
     for name, text in pages.items():
-        train_gpt.write_atomic(matrix.folder / name, text.encode())
+        train_gpt.write_atomic(matrix.folder / name, text.encode("utf-8", "replace"))
     return [matrix.folder / name for name in pages]
 
 
 # ── 6 PAGE ──────────────────────────────────────────────────────────────────────────────────────────────────────
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#000000")  # Okabe-Ito; its yellow
+MAX_ROWS = 40  # of phases or groups in a chart: ours have a dozen
 LINES, HATCHES = ("-", "--", ":", "-."), ("", "///", "...", "xxx")                                  # fades on white: grey
 STAGES = ("live", "averaged", "unfitted", "quantised", "sliding", "documents", "ttt")  # keys of `scores`, in a run's order
 STYLE = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "figure.facecolor": "white", "axes.grid": True,
@@ -1014,10 +1040,10 @@ class Chart(NamedTuple):
 
 
 def number(record, *keys):
-    """The finite number at this path of nested dicts, or None."""
+    """The number at this path of nested dicts, or None where there is none that a chart can show."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
-    return record if isinstance(record, (int, float)) and math.isfinite(record) else None
+    return record if isinstance(record, (int, float)) and abs(record) < 1e18 else None
 
 
 def label(text) -> str:
@@ -1079,7 +1105,7 @@ def phases(arm: Arm, key: str) -> dict[str, float]:
     for event in [e for run in arm.runs for e in run.get("events") or [] if e.get("event") == "phase"]:
         if (x := number(event, key)) is not None:
             starts.setdefault(label(event.get("name")), []).append(x)
-    return {name: statistics.median(xs) for name, xs in starts.items()}
+    return {name: statistics.median(xs) for name, xs in itertools.islice(starts.items(), MAX_ROWS)}
 
 
 def phase_strip(ax: Axes, begun: dict[str, list[tuple[float, str]]]) -> None:
@@ -1169,7 +1195,7 @@ def quant_gaps(arms: list[Arm]) -> Chart | None:
 def sizes(arms: list[Arm]) -> Chart | None:
     """Where the bytes are, by group of tensors."""
     firsts = [(arm, next((run for run in arm.runs if run.get("groups")), None)) for arm in arms]
-    firsts = [(arm, run) for arm, run in firsts if run]
+    firsts = [(arm, run) for arm, run in firsts if run and isinstance(run["groups"], dict) and len(run["groups"]) <= MAX_ROWS]
     if not firsts:
         return None
     figure, ax = row_figure([arm.label for arm, _ in firsts], "size (MB = 1,000,000 bytes)")
@@ -1259,6 +1285,7 @@ OFFICIAL_TOKENIZER = "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e6650
 TOKENIZER = "tokenizer.model"  # the name of any other one inside the folder
 CAP_BYTES, LIMIT_SECONDS = 16_000_000, 600  # of the rules, whatever the runs were told
 MAX_FILES, MAX_BYTES, IMPORT_SECONDS = 200, 1 << 24, 120  # of a folder that is worth reading
+MAX_CODE_BYTES, MAX_PROBLEMS, MAX_LOG_BYTES = 1 << 20, 100, 1 << 28
 BEGIN, END = "<!-- generated -->", "<!-- end -->"
 REQUIRED = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
 ABOUT = ("author", "github_id", "name", "blurb", "track")  # what no log can tell; the first three are required
@@ -1270,10 +1297,12 @@ Results = dict  # seed -> its result.json, by ascending seed
 TEXT, WHOLE, NUMBER, PERHAPS = (str,), (int,), (int, float), (int, float, type(None))
 RESULT_SHAPE = {
     **dict.fromkeys("date scored device torch python code_sha256 config_sha256".split(), TEXT),
-    **dict.fromkeys("exit_code seed world_size artifact_bytes code_bytes total_bytes val_tokens val_bytes".split(), WHOLE),
+    **dict.fromkeys(("exit_code seed world_size threads_per_rank artifact_bytes code_bytes total_bytes val_tokens "
+                     "val_bytes").split(), WHOLE),
     **dict.fromkeys(("val_bpb", "val_loss", "quantised_val_bpb", "eval_seconds"), NUMBER),
     **dict.fromkeys(("steps", "train_seconds", "live_val_bpb", "averaged_val_bpb"), PERHAPS),  # null where nothing was trained
     "config": {"seed": WHOLE, "tokenizer_path": TEXT, "ttt_mode": TEXT}, "non_default": {"*": (str, int, float, bool)},
+    "seconds": {"*": NUMBER},
     "toggles": {"*": {"active": (bool,), "unit": TEXT, "scope": TEXT,
                       "first_step": PERHAPS, "last_step": PERHAPS, "effect": PERHAPS}},
     "data": {"tokenizer_sha256": TEXT, "val_sha256": {"*": TEXT}, "manifest": TEXT}}
@@ -1311,8 +1340,11 @@ def misfits(value, shape: tuple | dict, where: str) -> Iterator[str]:
 
 
 def read_text(path: Path, name: str) -> str:
-    """Refusal when it is missing or no UTF-8."""
+    """Refusal when it is missing, no plain file, too large or no UTF-8."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise OSError(0, f"no plain file of at most {MAX_BYTES:,} bytes")
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no UTF-8"
@@ -1355,6 +1387,9 @@ def unfit(results: Results) -> Iterator[str]:
         if r["exit_code"]:
             meaning = train_gpt.EXIT_CODES.get(r["exit_code"], "unknown")
             yield f"seed {seed}: exit_code={r['exit_code']} ({meaning}); only good runs count, run it again"
+        for name in r["non_default"]:
+            if not re.fullmatch(r"[A-Z0-9_]+", name):  # it stands in the README's command
+                yield f"seed {seed}: non_default {shown(name)}: no name of a setting; run it again"
 
 
 def unlike(results: Results) -> Iterator[str]:
@@ -1543,19 +1578,20 @@ def copy_in(folder: Path, copy: Path) -> list[str]:
     if not folder.is_dir() or len(entries) > MAX_FILES:
         return [f"{folder}: no folder, or more than {MAX_FILES} files; name the folder that a build made"]
     for path in entries:
-        name, status = path.relative_to(folder), path.lstat()
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            problems.append(f"{name}: a link or a device; put a plain file there")
-        elif stat.S_ISREG(status.st_mode):
-            room -= status.st_size
-            try:
+        name = path.relative_to(folder)
+        try:
+            status = path.lstat()
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                problems.append(f"{name}: a link or a device; put a plain file there")
+            elif stat.S_ISREG(status.st_mode):
+                room -= status.st_size
                 if room < 0:
                     problems.append(f"{name}: {status.st_size:,} bytes; a whole submission has at most {MAX_BYTES:,}")
                 else:
                     shutil.copyfile(path, copy / name, follow_symlinks=False)
-            except OSError as error:
-                problems.append(f"{name}: cannot be read ({error.strerror}); make it readable")
+        except OSError as error:
+            problems.append(f"{name}: cannot be read ({error.strerror}); make it readable")
     return problems
 
 
@@ -1614,20 +1650,11 @@ def wrong_readme(readme: str, results: Results, about: dict) -> Iterator[str]:
         if old != new:
             yield f"README.md: its generated part says {shown(old)}, but the logs give {shown(new)}"
             return
-    pool = [abs(number) for number in leaves([list(results.values()), summarise(results, about)])]
+    pool = sorted({abs(number) for number in leaves([list(results.values()), summarise(results, about)])})
     for match in DECIMAL.finditer("\n".join([readme[:start], readme[end:], *map(about.get, ABOUT)])):
         value, half = float(match[0].replace(",", "")), 0.500001 * 10.0 ** (int(match[2] or 0) - len(match[1]))
-        if not any(abs(number - value) <= half for number in pool):
+        if (near := bisect.bisect_left(pool, value - half)) == len(pool) or pool[near] > value + half:
             yield f"README.md: no result shows the number {match[0]} of its prose or of a text in submission.json; correct it"
-
-
-def wrong_script(source: bytes) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            compile(source, "train_gpt.py", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        yield f"train_gpt.py: no Python ({type(error).__name__}: {error}); put back the source as run"
 
 
 # Loads this very file: not a package, an extension or a cached file of that name beside it
@@ -1718,8 +1745,9 @@ def check_copy(folder: Path) -> list[str]:
     if first["data"]["tokenizer_sha256"] != OFFICIAL_TOKENIZER:
         check_hash(folder / TOKENIZER, TOKENIZER, first["data"]["tokenizer_sha256"])
     about, source = {key: submission[key] for key in ABOUT}, (folder / "train_gpt.py").read_bytes()
-    problems = [*wrong_script(source), *wrong_figures(results, len(source)),
-                *differences(submission, summarise(results, about), "submission.json"),
+    if len(source) > MAX_CODE_BYTES:  # to compile it takes up to 600 times the memory
+        return [f"train_gpt.py: {len(source):,} bytes, over {MAX_CODE_BYTES:,}; no script of a person is that long"]
+    problems = [*wrong_figures(results, len(source)), *differences(submission, summarise(results, about), "submission.json"),
                 *wrong_readme(read_text(folder / "README.md", "README.md"), results, about)]
     return problems or wrong_logs(folder, results)
 
@@ -1733,11 +1761,18 @@ def check_submission(folder: Path) -> list[str]:
             problems = copy_in(Path(folder), copy) or check_copy(copy)
         except Refusal as refusal:
             problems = [str(refusal)]
-    return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in problem) for problem in problems]
+    more = [f"and {len(problems) - MAX_PROBLEMS:,} more"] * (len(problems) > MAX_PROBLEMS)
+    return [printable(problem if len(problem) < 600 else f"{problem[:400]} ... {problem[-100:]}")
+            for problem in problems[:MAX_PROBLEMS] + more]
 
 
 # ── 8 COMMANDS ────────────────────────────────────────────────────────────────────────────────────────────────────
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help=__doc__.split("\n\n")[0])
+
+
+def say(text: str) -> None:
+    """Prints lines that may hold strings of a file."""
+    print("\n".join(map(printable, text.split("\n"))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1817,7 +1852,7 @@ def run(options: RunOptions) -> None:
 def report(options: StudyOptions) -> None:
     """Print the report of a study as Markdown; write report.md and report.html beside its runs."""
     paths = write_report(options.matrix())
-    print(paths[0].read_text())
+    say(paths[0].read_text())
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
 
@@ -1844,8 +1879,8 @@ def compare(
     """Compare two sets of runs: b - a, seed by seed, with Welch's test and the record rule beside it."""
     left, right = run_set(a), run_set(b)
     check_alike(left + right, config=False)
-    print(f"a: {a}, {len(left)} runs\nb: {b}, {len(right)} runs\nsettings that differ: "
-          f"{differing(left[0]['config'], right[0]['config']) or 'none'}\n")
+    say(f"a: {a}, {len(left)} runs\nb: {b}, {len(right)} runs\nsettings that differ: "
+        f"{differing(left[0]['config'], right[0]['config']) or 'none'}\n")
     rows = []
     for name in metrics.split(","):
         values = [{r["seed"]: v for r in side if (v := metric(r, name)) is not None} for side in (left, right)]
@@ -1853,7 +1888,7 @@ def compare(
             rows.append([*comparison_row(("a", "b"), name, *values), *(spell(v, heading_of(name)[2]) for v in values)])
     if not rows:
         raise Refusal(f"--metrics {metrics}: no run of both sides has one of them; see the keys of result.json")
-    print(markdown_table([*COMPARISON_HEADER, "a", "b"], rows))
+    say(markdown_table([*COMPARISON_HEADER, "a", "b"], rows))
     new, old = ({r["seed"]: r["val_bpb"] for r in side} for side in (right, left))
     rule = record_rule(new, old, left[0]["val_tokens"] / left[0]["val_bytes"])
     print(f"\nRecord rule, b against a: {'holds' if rule.holds else 'does not hold'} (a - b {rule.difference:+.5f} BPB against a "

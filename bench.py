@@ -353,11 +353,29 @@ def optimisation(b: Bench, trainer: Trainer) -> None:
     lr, momentum = cfg.matrix_lr, cfg.muon_momentum
     matrices, grads, momenta = ([how(source[name]) for name in shapes] for source, how in (
         (live, torch.clone), (gradients, torch.clone), (live, torch.zeros_like)))
-    seconds = b.time(lambda: optimiser.muon.step(lr, momentum), lambda: plain_muon(matrices, grads, momenta, lr, momentum, cfg))
+    ours = torch.no_grad()(lambda: flat.gather(optimiser.muon(lr, momentum)))
+    seconds = b.time(ours, lambda: plain_muon(matrices, grads, momenta, lr, momentum, cfg))
     floor = b.floor(muon_flops(shapes.values(), cfg.muon_backend_steps) / run.world, 20 * muon / run.world)
     note = f"{len(shapes)} matrices, {muon:,} weights"
     b.add("training", "optimiser: Muon", seconds, floor, twin="one matrix at a time", note=note)
     b.add("training", "optimiser: AdamW", b.time(optimiser.adamw.step), b.floor(nbytes=28 * rest), note=f"{rest:,} parameters")
+
+
+def checkpointing(b: Bench, trainer: Trainer) -> None:
+    """What a checkpoint costs the training clock, and how long it is being written beside the next steps."""
+    def save() -> list[float]:
+        laps = [timer()]
+        trainer.save(wait=False)
+        laps.append(timer())
+        if trainer.writing:  # rank 0 writes
+            trainer.writing.result()
+        return [laps[1] - laps[0], timer() - laps[1]]
+    copied, written = np.array([save() for _ in range(3 if b.quick else 8)][1:]).T
+    every, path = b.cfg.checkpoint_every, b.run.dir / train_gpt.CHECKPOINTS[0]
+    note = f"{np.median(copied) / every:.4%} of the time at CHECKPOINT_EVERY={every:g}" if every else ""
+    b.add("training", "checkpoint: copy, on the clock", copied[None], note=note)
+    if b.run.rank == 0:
+        b.add("training", "checkpoint: write, beside the steps", written[None], rate=(path.stat().st_size, "B/s"))
 
 
 def techniques(b: Bench, trainer: Trainer) -> None:
@@ -472,8 +490,12 @@ GROUPS = ("machine", "start-up", "training", "scoring", "export", "data")
 def measure(cfg: Config, quick: bool) -> dict:
     """Everything, on all ranks; the report is rank 0's. Leaves nothing in LOGS_DIR."""
     wanted = cfg
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        cfg = dataclasses.replace(cfg, logs_dir=folder, run_id="bench")
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", os.getpid())  # the same for all ranks: they must see one folder
+    folder = Path(tempfile.gettempdir()) / f"bench-{launch}"
+    with contextlib.ExitStack() as stack, contextlib.redirect_stdout(sys.stderr):
+        if os.environ.get("RANK", "0") == "0":
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        cfg = dataclasses.replace(cfg, logs_dir=str(folder), run_id="bench")
         run = Run(cfg)
         b = Bench(cfg, run, quick)
         b.cfg = dataclasses.replace(cfg, val_max_tokens=min(b.windows * cfg.window, cfg.val_max_tokens or math.inf))
@@ -481,7 +503,7 @@ def measure(cfg: Config, quick: bool) -> dict:
         b.bandwidth(2 ** 40)
         trainer = start_up(b)
         weights = trainer.flat.weights.clone()
-        for part in (training_step, optimisation, techniques, scoring):
+        for part in (training_step, optimisation, checkpointing, techniques, scoring):
             run.log(f"{part.__name__.replace('_', ' ')} ...")
             part(b, trainer)
             trainer.flat.weights.copy_(weights)

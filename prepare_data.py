@@ -542,9 +542,12 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] == FORMAT:
+        files = [(entry["file"], entry["sha256"]) for entry in (manifest["tokenizer"], *manifest["shards"])]
+        if manifest["format"] == FORMAT and isinstance(manifest["settings"], dict) and all(
+            isinstance(text, str) for file in files for text in file
+        ):
             return manifest
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
     raise UserError(f"{folder} holds files but no {MANIFEST} of this script: choose another --out or empty it")
 
@@ -564,9 +567,11 @@ def is_finished(folder: Path, settings: dict) -> bool:
                 f"{folder} was made with {key} = {json.dumps(old.get(key))}, not {json.dumps(settings.get(key))}: "
                 "choose another --out or delete that folder"
             )
+    places = [path for pattern in ("*", "../../tokenizers/*") for path in folder.glob(pattern) if path.is_file()]
+    there = {path.relative_to(folder).as_posix(): path for path in places}  # a name that leads elsewhere is never opened
     for entry in (manifest["tokenizer"], *manifest["shards"]):
-        path = folder / entry["file"]
-        if not path.is_file() or file_sha256(path) != entry["sha256"]:
+        if entry["file"] not in there or file_sha256(there[entry["file"]]) != entry["sha256"]:
+            path = folder / entry["file"]
             raise UserError(f"{path} is missing or no longer as {MANIFEST} states: delete {folder} and run again")
     tqdm.write(f"{folder} is complete and its {len(manifest['shards'])} shards match their hashes: nothing to do")
     return True
@@ -618,6 +623,8 @@ def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str
     if model is None:
         raise UserError(f"--variant {variant} has no SentencePiece tokenizer: choose one named sp<size>")
     counts = {"val": published["files_val"], "train": train_shards}
+    if not 0 <= counts["val"] < 10**6 or {"", ".", ".."} & set(model.split("/")):
+        raise ValueError(f"{counts['val']} validation shards, tokenizer {model}")
     return model, [f"fineweb_{split}_{index:06d}.bin" for split in counts for index in range(counts[split])]
 
 
@@ -635,18 +642,26 @@ def inspect_shard(path: Path, vocab_size: int) -> tuple[int, int]:
     return len(tokens), int(np.count_nonzero(tokens == BOS))
 
 
+def hub_hash(path: Path, etag: str | None) -> str:
+    """Hash a file as the hub does for its etag: a large file's sha256, a small one's sha1 as a blob of git."""
+    if len(etag or "") == 64:
+        return file_sha256(path)
+    return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
+
+
 def fetch(repo: str, remote: str, staging: Path, local: Path, inspect_file: Callable) -> object:
     """Bring a published file to its final place once it is whole; return what `inspect_file` finds in it.
 
     One already there is kept. Raises UserError when either differs in size or hash from what the hub states.
     """
-    stated = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, remote, repo_type="dataset"))
+    url = huggingface_hub.hf_hub_url(repo, remote, repo_type="dataset")
+    if not url.startswith(("https://", "http://127.0.0.1:")):
+        raise UserError(f"{url} is not https: unset HF_ENDPOINT")
+    stated = huggingface_hub.get_hf_file_metadata(url)
     path = local
     if not local.exists():
         path = Path(huggingface_hub.hf_hub_download(repo, remote, repo_type="dataset", local_dir=staging))
-    # The etag of a large file is its sha256; that of a small one is git's own hash and shorter.
-    hash_differs = len(stated.etag or "") == 64 and file_sha256(path) != stated.etag
-    if hash_differs or path.stat().st_size != stated.size:
+    if path.stat().st_size != stated.size or hub_hash(path, stated.etag) != stated.etag:
         remedy = "delete it and run again"
         if path != local:
             path.unlink()
@@ -664,10 +679,10 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
     """Download the shards that `settings` name into `folder`, their tokenizer beside it, and write the manifest."""
     repo, prefix, variant, train_shards = (settings[key] for key in ("repo", "prefix", "variant", "train_shards"))
     staging = sibling(folder, "partial")  # outlives a broken run, so that the next one goes on from there
-    listing = huggingface_hub.hf_hub_download(repo, f"{prefix}/{MANIFEST}", repo_type="dataset", local_dir=staging)
+    listing = fetch(repo, f"{prefix}/{MANIFEST}", staging, staging / "listing.json", Path.read_bytes)
     try:
-        model_path, names = published_files(json.loads(Path(listing).read_bytes()), variant, train_shards)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        model_path, names = published_files(json.loads(listing), variant, train_shards)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{repo} has a {MANIFEST} of another form ({error!r}): try another --repo") from error
     model = folder.parent.parent / "tokenizers" / Path(model_path).name
     vocab_size = fetch(repo, f"{prefix}/{model_path}", staging, model, load_tokenizer).vocab_size()
@@ -764,7 +779,9 @@ def fineweb(
     with exclusive(folder):
         old = read_manifest(folder)["settings"] if (folder / MANIFEST).exists() else None
         # Without a manifest a download broke off; with fewer shards of the same export, more are wanted now.
-        adds = old is None or (old["train_shards"] < train_shards and {**old, "train_shards": train_shards} == settings)
+        adds = old is None or (
+            {**old, "train_shards": train_shards} == settings and old.get("train_shards") in range(train_shards)
+        )
         if not adds and is_finished(folder, settings):
             return
         try:
@@ -775,6 +792,11 @@ def fineweb(
                 f"download from {repo} failed ({reason}): check the network, the disk, --repo and --prefix, then run "
                 "again; verified files are kept"
             ) from error
+
+
+def printable(text: str) -> str:
+    """The text as one line that commands no terminal: control and half characters as Python writes them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def exit_code_of(
@@ -795,7 +817,7 @@ def exit_code_of(
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
         message, code = f"{problem}; check its folder, rights and free space", 2
     if os.environ.get("RANK", "0") == "0":
-        print(f"{script}: error:", message, file=sys.stderr)
+        print(f"{script}: error:", printable(message), file=sys.stderr)
     return code
 
 

@@ -30,6 +30,11 @@ def write_shard(path: Path, tokens) -> None:
     path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
 
 
+def read_shard(path: Path) -> np.ndarray:
+    """Tokens of a shard, by numpy alone."""
+    return np.fromfile(path, "<u2", offset=1024)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, worker_id) -> Path:
     """A folder with tokenizer.model (384 pieces), one training and one validation shard, from Python's own help topics."""

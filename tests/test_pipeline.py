@@ -257,7 +257,7 @@ def wait_for(process: subprocess.Popen, happened, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name, code, word", [("SIGTERM", 143, "SIGTERM"), ("SIGINT", 130, "interrupted")])
+@pytest.mark.parametrize("name, code, word", [("SIGTERM", 143, "SIGTERM"), ("SIGINT", 130, "SIGINT")])
 def test_a_signal_ends_the_run_with_its_exit_code_and_one_line(tiny, name, code, word):
     cfg = tiny(iterations=10 ** 6, train_log_every=1)
     with start(cfg) as process:

@@ -570,7 +570,8 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Linked-Size", str(len(content)))
         if name.endswith((".bin", ".model")):  # large files are known by their sha256, others by git's hash
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        blob = b"blob %d\0" % len(content) + content
+        self.send_header("ETag", f'"{hashlib.sha1(blob).hexdigest()}"')
         self.end_headers()
         if not body:
             return
@@ -703,3 +704,10 @@ def test_fineweb_refuses_wrong_options_and_changed_files(hub, tmp_path):
     local.write_bytes(b"mine")
     line = fetch(hub, tmp_path, "--train-shards", "0", code=2)
     assert str(local) in line and "delete it and run again" in line and local.read_bytes() == b"mine"
+
+
+def test_fineweb_damaged_listing_is_refused(hub, tmp_path):
+    hub.corrupt.add("datasets/manifest.json")
+    assert "is not the published file" in fetch(hub, tmp_path, "--train-shards", "1", code=2)
+    hub.corrupt.clear()
+    fetch(hub, tmp_path, "--train-shards", "1", code=0)

@@ -40,8 +40,13 @@ def test_the_submission_folder_is_good_and_submission_json_is_its_own():
 
 def test_every_setting_that_readme_names_exists():
     named = set(re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", README)) - {"PIP_EXTRA_INDEX_URL", "SEED194", "RECORD1855", "OMP_NUM_THREADS",
-                                                                             "GOMP_SPINCOUNT"}
+                                                                             "GOMP_SPINCOUNT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
     assert len(named) > 10 and named <= {f.name.upper() for f in train_gpt.KNOBS} | set(train_gpt.ALIASES)
+
+
+@pytest.mark.parametrize("name, test", readme_tables.fault_tests(), ids="::".join)
+def test_every_fault_of_readme_is_shown_by_a_test(name, test):
+    assert re.search(rf"^def {test}\(", (ROOT / f"tests/{name}.py").read_text(), re.MULTILINE)
 
 
 def test_every_make_target_that_readme_names_exists():

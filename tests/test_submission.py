@@ -420,7 +420,7 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
     "settings left out": (lambda f: forge(f, "non_default", {}), [SEED7, "non_default", "train_gpt.py"]),
     "a config that the script refuses": (lambda f: forge(f, "config.num_heads", 0), ["train_gpt.py", "NUM_HEADS=0"]),
     "not Python": (lambda f: ship(f, b"def f(:\n"), ["train_gpt.py", "SyntaxError"]),
-    "a zero byte": (lambda f: ship(f, b"x = '\0'\n"), ["train_gpt.py", "no Python"]),
+    "a zero byte": (lambda f: ship(f, b"x = '\0'\n"), ["train_gpt.py", "null bytes"]),
     "a missing module": (lambda f: ship(f, b"import helper_of_mine\n"), ["train_gpt.py", "helper_of_mine"]),
     "a script without the table": (lambda f: ship(f, b"x = 1\n"), ["train_gpt.py", "Config"]),
     "leaves when imported": (lambda f: ship(f, b"import os; os._exit(0)\n"), ["train_gpt.py", "ended early"]),

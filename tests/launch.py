@@ -1,0 +1,98 @@
+"""Runs of train_gpt.py in processes of their own that start in milliseconds, forked by a server that has imported torch."""
+import contextlib
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import ROOT, environment
+
+import train_gpt
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train_gpt", "conftest", "test_pipeline", "torch.testing"])
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def child(env: dict, output: str, prepare) -> None:
+    """command_line() with this environment; `prepare` injects a fault before."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    train_gpt.torch.set_num_threads(1)
+    if prepare:
+        prepare()
+    raise SystemExit(train_gpt.command_line([]))
+
+
+@dataclass
+class Launch:
+    """The ranks of one run."""
+    cfg: train_gpt.Config
+    processes: list
+    outputs: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.logs_dir) / self.cfg.run_id
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """Exit codes (-9: killed); fails when that takes too long, as a deadlock would."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(end - time.monotonic(), 0.01))
+        assert all(process.exitcode is not None for process in self.processes), f"still at work after {seconds} s: {self.stderr()}"
+        return [process.exitcode for process in self.processes]
+
+    def until(self, happened, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not happened():
+            assert any(p.is_alive() for p in self.processes) and time.monotonic() < end, self.stderr()
+            time.sleep(0.005)
+
+    def log(self) -> str:
+        path = self.folder / "train.log"
+        return path.read_text() if path.exists() else ""
+
+    def stderr(self, rank: int | None = None) -> str:
+        return "".join(Path(f"{o}.err").read_text() for o in (self.outputs if rank is None else [self.outputs[rank]]) if Path(f"{o}.err").exists())
+
+
+@contextlib.contextmanager
+def launch(cfg: train_gpt.Config, world: int = 1, prepare=None, **variables: str):
+    """`world` ranks of this configuration, killed at the end if they still run."""
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the server, which starts with the first process
+    port, stem = free_port(), Path(tempfile.mkdtemp()) / "rank"
+    outputs, processes = [f"{stem}.{rank}" for rank in range(world)], []
+    for rank, output in enumerate(outputs):
+        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if world > 1 else {}
+        env = environment(cfg) | {name: str(value) for name, value in {**ranks, **variables}.items()}
+        processes.append(SERVER.Process(target=child, args=(env, output, prepare)))
+    for process in processes:
+        process.start()
+    try:
+        yield Launch(cfg, processes, outputs)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def finish(cfg: train_gpt.Config, world: int = 1, prepare=None, seconds: float = 60, **variables: str) -> Launch:
+    """The run until its end."""
+    with launch(cfg, world, prepare, **variables) as run:
+        run.wait(seconds)
+    return run
+
+
+def codes(run: Launch) -> list[int]:
+    return [process.exitcode for process in run.processes]

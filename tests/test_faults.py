@@ -1,0 +1,393 @@
+"""What happens when...: every fault of README's table, injected, with its line, its exit code and what is kept.
+
+Would have caught: pods that take the run with them (#1728, #637, #204), evaluation that crashes after training (autoresearch#7),
+ranks that hang for ever (#975), a disk that is full at the last write, data that change under a run.
+"""
+import dataclasses
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, write_shard
+from launch import codes, finish, launch
+from test_pipeline import events, folder
+from test_resume import BASE, MODES, assert_same_run, go_on
+
+import train_gpt
+from train_gpt import CHECKPOINTS, Config, unseal
+
+EVERYTHING = BASE | MODES["late QAT, SQWA of EMA"] | dict(strict=False)
+STOPS_WITHIN = 20  # seconds after one rank is lost: 5 s for the others' word, and a busy machine
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory) -> Config:
+    """An uninterrupted run of EVERYTHING."""
+    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(tmp_path_factory.mktemp("reference") / "logs"))
+    cfg = Config(**TINY | paths | EVERYTHING | dict(run_id="reference"))
+    assert codes(finish(cfg)) == [0]
+    return cfg
+
+
+@pytest.fixture
+def broken(reference, tmp_path) -> Config:
+    """The same settings, in a folder of its own."""
+    return dataclasses.replace(reference, logs_dir=str(tmp_path / "logs"), run_id="broken")
+
+
+def own_data(cfg: Config, tmp_path: Path) -> Config:
+    """With a copy of the data that a test may spoil."""
+    shutil.copytree(cfg.data_path, tmp_path / "data")
+    return dataclasses.replace(cfg, data_path=str(tmp_path / "data"), tokenizer_path=str(tmp_path / "data/tokenizer.model"))
+
+
+# ── processes that die ────────────────────────────────────────────────────────────────────────────────────────────
+def all_whole(path: Path) -> set[str]:
+    """The .bin files of a run's folder; each must load."""
+    names = {p.name for p in path.glob("*.bin")} if path.exists() else set()
+    for name in names:
+        unseal(path / name)
+    return names
+
+
+@dataclass
+class SlowTo:
+    """In a child: after each phase of the run it waits a little, so that random moments hit all of them alike."""
+    seconds: float
+
+    def __call__(self):
+        phase = train_gpt.Run.phase
+        train_gpt.Run.phase = lambda run, name: (time.sleep(self.seconds), phase(run, name))[1]
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_after_kill_9_at_any_moment_the_run_goes_on_to_the_same_end(reference, tmp_path, group):
+    """60 kills over start, training, averaging, export, compression and scoring: six runs, each killed until it gets through."""
+    moments = random.Random(group)
+    cfg = dataclasses.replace(reference, logs_dir=str(tmp_path / "logs"), run_id="killed", resume=True, checkpoint_every=0.01)
+    for kill in range(6):
+        with launch(cfg, prepare=SlowTo(0.02)) as run:
+            run.processes[0].join(moments.uniform(0.02, 1.0))
+            run.processes[0].kill()
+        assert all_whole(run.folder) <= {*CHECKPOINTS, "artifact.bin"}
+    assert codes(finish(cfg)) == [0]
+    assert_same_run(reference, dataclasses.replace(cfg, resume=False))
+    assert not list(run.folder.glob("*.damaged"))
+
+
+@pytest.mark.parametrize("victim, world", [(1, 2), (2, 3), (0, 2)])
+@pytest.mark.parametrize("phase", ("train", "score quantised"))
+def test_when_one_rank_is_killed_the_others_name_it_and_stop(reference, broken, victim, world, phase):
+    cfg = dataclasses.replace(broken, checkpoint_every=0.01)
+    with launch(cfg, world, DiesIn(phase, victim)) as run:
+        began = time.monotonic()
+        ends = run.wait(40)
+        spent = time.monotonic() - began
+    others = [rank for rank in range(world) if rank != victim]
+    assert ends[victim] == -9 and [ends[rank] for rank in others] == [6] * len(others) and spent < STOPS_WITHIN
+    for rank in others:
+        line = run.stderr(rank).splitlines()[-1]
+        assert line.startswith("error: lost rank") and f"phase '{phase}'" in line and "RESUME=1" in line and "[exit 6" in line
+        assert str(victim) in line.split("in phase")[0]
+    assert codes(finish(go_on(cfg))) == [0]
+    assert_close_run(reference, cfg)
+
+
+def assert_close_run(one: Config, other: Config) -> None:
+    for a, b in zip(events(one, "step"), events(other, "step"), strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+
+
+@dataclass
+class DiesIn:
+    """In a child: this rank is killed in the middle of the phase."""
+    phase: str
+    rank: int
+
+    def __call__(self):
+        step, fill = train_gpt.Trainer.step, train_gpt.Sheet.fill
+
+        def die(run, where):
+            if run.rank == self.rank and run.phase_name == where == self.phase:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def dying_step(trainer, *rest):
+            if trainer.steps == 7:
+                die(trainer.run, "train")
+            return step(trainer, *rest)
+
+        def dying_fill(sheet, *rest):
+            die(sheet.run, "score quantised")
+            return fill(sheet, *rest)
+        train_gpt.Trainer.step, train_gpt.Sheet.fill = dying_step, dying_fill
+
+
+# ── disks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize("name, kept", [("checkpoint.bin", set()), ("artifact.bin", {"checkpoint.bin", "checkpoint.previous.bin"}),
+                                        ("result.json", {"artifact.bin", "checkpoint.bin", "checkpoint.previous.bin"})])
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_finished(reference, broken, name, kept):
+    """/dev/full in the place where the file is written first."""
+    cfg = go_on(broken)
+    folder(cfg).mkdir(parents=True)
+    (folder(cfg) / f"{name}.tmp").symlink_to("/dev/full")
+    run = finish(cfg)
+    assert codes(run) == [7] and len(run.stderr().splitlines()) == 1 and FULL in run.stderr() and "RESUME=1" in run.stderr()
+    assert all_whole(folder(cfg)) == kept and not (folder(cfg) / "result.json").exists()
+    assert codes(finish(cfg)) == [0]  # the half-written file is gone, and there is room again
+    assert_same_run(reference, broken)
+    assert json.loads((folder(cfg) / "result.json").read_text())["resumed"] == []
+
+
+def test_a_log_that_cannot_be_written_is_one_line(broken):
+    cfg = go_on(broken)
+    folder(cfg).mkdir(parents=True)
+    (folder(cfg) / "train.log").symlink_to("/dev/full")
+    run = finish(cfg)
+    assert codes(run) == [7] and FULL in run.stderr().splitlines()[0] and "Traceback" not in run.stderr()
+
+
+@dataclass
+class FillsUp:
+    """In a child: from this step on no file may grow."""
+    step: int
+
+    def __call__(self):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        report = train_gpt.Trainer.report
+
+        def filling(trainer, k):
+            if trainer.steps == self.step:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+            report(trainer, k)
+        train_gpt.Trainer.report = filling
+
+
+def test_a_disk_that_fills_up_while_training_leaves_the_last_checkpoint(reference, broken):
+    cfg = dataclasses.replace(broken, checkpoint_every=0.001)
+    run = finish(cfg, prepare=FillsUp(7))
+    assert codes(run) == [7] and "File too large" in run.stderr() and "RESUME=1" in run.stderr()
+    assert all_whole(folder(cfg)) and max(unseal(p)[0]["progress"]["steps"] for p in folder(cfg).glob("checkpoint*.bin")) in (5, 6)
+    assert codes(finish(go_on(cfg))) == [0]
+    assert_same_run(reference, broken)
+
+
+def test_a_log_folder_that_cannot_be_made_is_refused(broken, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", Path("/proc/logs")):  # root may write into a read-only folder, but not there
+        run = finish(dataclasses.replace(broken, logs_dir=str(place)))
+        assert codes(run) == [2] and f"cannot create {place}/broken" in run.stderr() and len(run.stderr().splitlines()) == 1
+
+
+# ── data that change under the run ────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class Spoils:
+    """In a child: before this step something happens to the training shard."""
+    how: str
+    step: int = 5
+
+    def __call__(self):
+        report = train_gpt.Trainer.report
+
+        def spoiling(trainer, k):
+            if trainer.steps == self.step:
+                path = trainer.split.paths[0]
+                if self.how == "deleted":
+                    path.unlink(missing_ok=True)  # each rank does it
+                elif self.how == "cut":
+                    os.truncate(path, 1024 + 2 * 100)
+                else:
+                    path.write_bytes(path.read_bytes()[:1024] + b"\xff" * (path.stat().st_size - 1024))
+            report(trainer, k)
+        train_gpt.Trainer.report = spoiling
+
+
+@pytest.mark.parametrize("world", (1, 2))
+@pytest.mark.parametrize("how, message", [("deleted", "No such file or directory"), ("cut", "has been cut since the run began"),
+                                          ("overwritten", "token id 65535, but VOCAB_SIZE=384")])
+def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(reference, broken, tmp_path, how, message, world):
+    cfg = own_data(broken, tmp_path)
+    shard = tmp_path / "data/fineweb_train_000000.bin"
+    good = shard.read_bytes()
+    run = finish(cfg, world, Spoils(how))
+    assert codes(run) == [2] * world and message in run.stderr(0) and str(shard) in run.stderr(0)
+    saved = unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"]
+    assert saved in (5, 6, 7) and f"saved after {saved} steps" in run.log()  # rows are read two steps ahead
+    shard.write_bytes(good)
+    assert codes(finish(go_on(cfg))) == [0]
+    (assert_same_run if world == 1 else assert_close_run)(reference, cfg)
+
+
+@pytest.mark.parametrize("tokens, message", [([], "0 tokens"), ([1], "1 tokens"), ([1, 2, 2], "0 bytes of text")])
+def test_an_empty_or_tiny_validation_split_is_refused_before_anything_is_trained(broken, tmp_path, tokens, message):
+    cfg = own_data(broken, tmp_path)
+    write_shard(tmp_path / "data/fineweb_val_000000.bin", tokens)
+    run = finish(cfg)
+    assert codes(run) == [2] and message in run.stderr() and len(run.stderr().splitlines()) == 1 and not events(cfg, "step")
+
+
+def test_the_smallest_validation_split_is_scored(broken, tmp_path):
+    cfg = own_data(broken, tmp_path)
+    shard = tmp_path / "data/fineweb_val_000000.bin"
+    text = np.fromfile(shard, "<u2", offset=1024)
+    write_shard(shard, text[:4])
+    run = finish(cfg)
+    assert codes(run) == [0], run.stderr()
+    assert json.loads((folder(cfg) / "result.json").read_text())["val_tokens"] == 3
+
+
+# ── numbers that are none ─────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class NotFinite:
+    """In a child: in these steps one gradient, or the loss, is not finite (on one rank, if that is given)."""
+    steps: tuple
+    value: float = math.nan
+    where: str = "blocks.1.mlp.fc.weight"
+    rank: int | None = None
+
+    def __call__(self):
+        step = train_gpt.Trainer.step
+
+        def spoilt(trainer, batch, k):
+            hit = trainer.steps in self.steps and self.rank in (None, trainer.run.rank) and len(trainer.step_seconds) == trainer.steps > 0
+            if hit and self.where == "loss":
+                forward, trainer.forward = trainer.forward, lambda *a: trainer.model(*a) * self.value
+            elif hit:
+                hook = dict(trainer.model.named_parameters())[self.where].register_hook(lambda g: g * self.value)
+            try:
+                step(trainer, batch, k)
+            finally:
+                if hit and self.where == "loss":
+                    trainer.forward = forward
+                elif hit:
+                    hook.remove()
+        train_gpt.Trainer.step = spoilt
+
+
+@pytest.mark.parametrize("world", (1, 2))
+@pytest.mark.parametrize("value, where", [(math.nan, "blocks.1.mlp.fc.weight"), (math.inf, "tok_emb"), (math.nan, "loss")])
+def test_nan_or_inf_stops_before_it_reaches_the_weights(broken, value, where, world):
+    """One rank is enough. The message names step and tensor; the state before it is saved; NONFINITE=skip goes on from there."""
+    fault = NotFinite((5,), value, where, rank=world - 1)
+    run = finish(broken, world, fault)
+    assert codes(run) == [5] * world
+    line = run.stderr(0).splitlines()[-1]
+    assert "step 5: not finite" in line and "NONFINITE=skip" in line and "[exit 5" in line
+    assert where == "loss" or f"first gradient: {where}" in line
+    facts, tensors = unseal(folder(broken) / CHECKPOINTS[0])
+    assert facts["progress"]["steps"] == 5 and all(w.isfinite().all() for w in tensors.values()) and "saved after 5 steps" in run.log()
+    assert codes(finish(dataclasses.replace(broken, resume=True, nonfinite="skip"), world, fault)) == [0] * world
+    result = json.loads((folder(broken) / "result.json").read_text())
+    assert result["skipped"] == [5] and result["steps"] == 12 and math.isfinite(result["val_bpb"])
+
+
+def test_a_skipped_step_leaves_weights_moments_and_averages_alone(tiny):
+    """Skipping the last of six steps gives what five steps give."""
+    knobs = BASE | dict(max_wallclock_seconds=0.0, warmdown_iters=0, ema_enabled=True, ema_decay=0.5)
+    five, six = tiny(**knobs | dict(iterations=5)), tiny(**knobs | dict(iterations=6, nonfinite="skip"))
+    assert codes(finish(five)) == [0] and codes(finish(six, prepare=NotFinite((5,)))) == [0]
+    one, other = (unseal(folder(cfg) / CHECKPOINTS[0])[1] for cfg in (five, six))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_of_nothing_but_nan_stops_although_steps_may_be_skipped(broken):
+    cfg = dataclasses.replace(broken, nonfinite="skip", iterations=40)
+    run = finish(cfg, prepare=NotFinite(tuple(range(3, 40))))
+    assert codes(run) == [5] and "step 12: not finite" in run.stderr()  # 3 to 11 were left out
+    assert run.log().count("WARNING: step") == 9
+
+
+# ── clocks and memory ─────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class JumpingClock:
+    """In a child: the wall clock goes backwards and forwards, the monotonic one stands still for an hour, once."""
+    step: int | None = None
+
+    def __call__(self):
+        jumps, counter, wall = random.Random(0), time.perf_counter, time.time
+        train_gpt.time.time = lambda: wall() + jumps.uniform(-1e9, 1e9)
+        report, late = train_gpt.Trainer.report, [0.0]
+
+        def jumping(trainer, k):
+            report(trainer, k)
+            late[0] += 3600.0 * (trainer.steps == self.step)
+        train_gpt.time.perf_counter, train_gpt.Trainer.report = lambda: counter() + late[0], jumping
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(reference, broken):
+    assert codes(finish(broken, prepare=JumpingClock())) == [0]
+    assert_same_run(reference, broken)
+
+
+def test_a_machine_that_slept_ends_the_run_in_good_order(broken):
+    cfg = dataclasses.replace(broken, max_wallclock_seconds=600.0, iterations=10 ** 6)
+    run = finish(cfg, prepare=JumpingClock(step=5))
+    assert codes(run) == [0], run.stderr()
+    result = json.loads((folder(cfg) / "result.json").read_text())
+    assert result["steps"] == 6 and result["train_seconds"] > 3600 and math.isfinite(result["val_bpb"])
+
+
+class LittleMemory:
+    """In a child: 400 MB more than it has now."""
+    def __call__(self):
+        now = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20),) * 2)
+
+
+def test_out_of_memory_names_the_phase_and_the_knob(broken):
+    cfg = dataclasses.replace(broken, train_batch_tokens=2 ** 19, grad_accum_steps=1)
+    run = finish(cfg, prepare=LittleMemory())
+    assert codes(run) == [8], run.stderr()
+    line = run.stderr().splitlines()[-1]
+    assert "out of memory in phase 'warm-up and compile'" in line and "GRAD_ACCUM_STEPS" in line and "[exit 8" in line
+
+
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class BitFlip:
+    """In a child: one weight of this rank is another after this step."""
+    rank: int
+    step: int = 5
+
+    def __call__(self):
+        report = train_gpt.Trainer.report
+
+        def flipping(trainer, k):
+            if trainer.steps == self.step and trainer.run.rank == self.rank:
+                trainer.flat.weights[11] += 1e-3
+            report(trainer, k)
+        train_gpt.Trainer.report = flipping
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_ranks_that_drift_apart_are_noticed_at_the_next_line_of_the_log(reference, broken, rank):
+    cfg = dataclasses.replace(broken, train_log_every=3, checkpoint_every=0.001)
+    run = finish(cfg, 2, BitFlip(rank))
+    assert codes(run) == [6, 6] and "step 6: the ranks hold different weights" in run.stderr(0) and "RESUME=1" in run.stderr(0)
+    assert unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"] <= 6
+
+
+def test_one_two_four_and_eight_ranks_train_alike(reference, tiny):
+    """8 rows of a step on 3 and 8 ranks too; every rank holds the same weights after each step, or it would have stopped."""
+    for world in (2, 3, 4, 8):
+        cfg = tiny(**EVERYTHING)
+        assert codes(finish(cfg, world, seconds=120)) == [0] * world
+        assert_close_run(reference, cfg)
+        assert json.loads((folder(cfg) / "result.json").read_text())["world_size"] == world
+
+
+def test_more_ranks_than_rows_are_refused_on_every_rank(tiny):
+    run = finish(tiny(**BASE, train_seq_len=256), 3)
+    assert codes(run) == [2, 2, 2] and "TRAIN_BATCH_TOKENS=512: fewer rows than 3 ranks" in run.stderr(0)

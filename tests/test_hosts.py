@@ -1,0 +1,186 @@
+"""Two hosts: torchrun across a real network link, the link cut while training, a host killed, and the run resumed.
+
+Would have caught: a rank that waits for a lost one for ever, or until TCP gives up after a quarter of an hour; store calls
+whose timeout does not count once the link is silent; torchrun's own agent hanging on a lost store (--rdzv-backend=c10d);
+a run that starts again from nothing, or that differs from an uninterrupted one, after a host has gone.
+"""
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment
+from hosts import Hosts, Impossible, Loopback
+
+from train_gpt import Config, main
+
+PATIENCE = 6  # DIST_TIMEOUT, seconds
+BOUND = PATIENCE + 6 + 8  # from the cut until all processes have ended: patience, last words, torchrun; measured: 12 s
+LONG = dict(iterations=100, train_log_every=1, warmdown_iters=50, checkpoint_every=0.05, dist_timeout=PATIENCE, eval_stride=0)
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts that see each other, for all tests here that one worker runs; each test starts with the link mended."""
+    try:
+        with Hosts() as pair:
+            yield pair
+    except Impossible as reason:
+        yield str(reason)
+
+
+@pytest.fixture
+def linked(hosts) -> Hosts:
+    """Two hosts whose link can be cut."""
+    if isinstance(hosts, str):
+        pytest.skip(hosts)
+    yield hosts
+    for host in (0, 1):
+        hosts.kill(host)
+    hosts.mend()
+
+
+@pytest.fixture
+def either(hosts):
+    """Two hosts; on machines that cannot have them, this one twice."""
+    if not isinstance(hosts, str):
+        yield hosts
+        return
+    with Loopback() as pair:
+        yield pair
+
+
+class Launch:
+    """One torchrun per host, all of one run; what they print goes to a file per host."""
+    def __init__(self, hosts, cfg: Config, ranks: int = 1, only: int | None = None, backend: str = "static", **variables: str):
+        self.hosts, self.cfg = hosts, cfg
+        self.on = (0, 1) if only is None else (only,)
+        self.printed = {host: Path(cfg.logs_dir).with_name(f"{cfg.run_id}-host{host}.txt") for host in self.on}
+        variables |= {"GLOO_SOCKET_IFNAME": hosts.interface}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        master, self.agents = hosts.address[self.on[0]], {}
+        for number, host in enumerate(self.on):
+            place = {"static": [f"--node_rank={number}", f"--master_addr={master}", f"--master_port={port}"],
+                     "c10d": ["--rdzv-backend=c10d", f"--rdzv-endpoint={master}:{port}", "--rdzv-id=test",
+                              f"--rdzv-conf=is_host={number == 0}", f"--local-addr={hosts.address[host]}"]}[backend]
+            torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.on)}", f"--nproc_per_node={ranks}"]
+            with self.printed[host].open("a") as file:
+                self.agents[host] = hosts.run(host, [*torchrun, *place, str(ROOT / "train_gpt.py")], environment(cfg) | variables,
+                                              stdout=file, stderr=subprocess.STDOUT)
+
+    def text(self, host: int) -> str:
+        return self.printed[host].read_text()
+
+    def wait(self, seconds: float, hosts: tuple = ()) -> list[int]:
+        """The exit codes of the agents on these (default: all) hosts; they and all their ranks must have ended by then."""
+        end, hosts = time.monotonic() + seconds, hosts or self.on
+        while any(self.agents[host].poll() is None or self.hosts.processes(host) for host in hosts):
+            assert time.monotonic() < end, [(self.hosts.processes(host), self.text(host)) for host in hosts]
+            time.sleep(0.05)
+        return [self.agents[host].returncode for host in hosts]
+
+    def until(self, happened, seconds: float = 90) -> None:
+        """Waits until something has happened in the running run."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert all(agent.poll() is None for agent in self.agents.values()), [self.text(host) for host in self.on]
+            assert time.monotonic() < end, "too long"
+            time.sleep(0.01)
+
+
+def folder(cfg: Config) -> Path:
+    return Path(cfg.logs_dir) / cfg.run_id
+
+
+def losses(cfg: Config) -> dict[int, float]:
+    """Step -> loss, as far as the run has come."""
+    path = folder(cfg) / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    return {e["step"]: e["loss"] for e in map(json.loads, lines) if e["event"] == "step"}
+
+
+def assert_complete(cfg: Config, ranks: int, alone: Config) -> dict:
+    """A run that ended well, with the losses and the score of the uninterrupted one on one rank. Returns result.json."""
+    result, expected = (json.loads((folder(c) / "result.json").read_text()) for c in (cfg, alone))
+    assert (result["exit_code"], result["steps"], result["world_size"]) == (0, cfg.iterations, ranks)
+    found, wanted = losses(cfg), losses(alone)
+    assert list(found) == list(wanted) and list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-4)
+    assert result["val_bpb"] == pytest.approx(expected["val_bpb"], rel=1e-3) and (folder(cfg) / "artifact.bin").exists()
+    return result
+
+
+def assert_lost(launch: Launch, host: int, other: int) -> None:
+    """The rank on this host has said which one it lost, and in which phase, and no more than that."""
+    said = launch.text(host)
+    assert said.count(f"lost rank {other} in phase 'train'") == said.count("[exit 6") == said.count("exitcode  : 6") == 1, said
+    assert "Exception in thread" not in said and f"RESUME=1 RUN_ID={launch.cfg.run_id}" in said, said
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """uninterrupted(cfg) -> the same run, by one rank in this process; trained once for each set of knobs."""
+    done = {}
+
+    def train(cfg: Config) -> Config:
+        if cfg.digest() not in done:
+            alone = Config(**cfg.knobs() | dict(logs_dir=str(tmp_path_factory.mktemp("alone")), run_id="alone"))
+            main(alone)
+            done[cfg.digest()] = alone
+        return done[cfg.digest()]
+    return train
+
+
+@pytest.mark.parametrize("ranks, backend", [(1, "c10d"), (2, "static")], ids=["1 rank each, c10d", "2 ranks each, static"])
+def test_two_hosts_train_as_one_rank_does(either, tiny, uninterrupted, ranks, backend):
+    cfg = tiny(iterations=20, train_log_every=1)
+    launch = Launch(either, cfg, ranks, backend=backend)
+    assert launch.wait(90) == [0, 0], [launch.text(host) for host in (0, 1)]
+    assert_complete(cfg, 2 * ranks, uninterrupted(cfg))
+    assert launch.text(0).count("RESULT val_bpb") == 1 and "RESULT" not in launch.text(1)
+
+
+def cut_in_training(hosts: Hosts, cfg: Config, silently: bool) -> None:
+    """Launches a run and cuts the link; both hosts end in time, with nothing lost but the run's end."""
+    launch = Launch(hosts, cfg, RESUME="1")
+    launch.until(lambda: len(losses(cfg)) > 20)
+    hosts.cut(silently)
+    assert launch.wait(BOUND) == [1, 1]
+    assert 20 < len(losses(cfg)) < cfg.iterations and not (folder(cfg) / "result.json").exists()
+    for host in (0, 1):
+        assert_lost(launch, host, 1 - host)
+
+
+def test_a_link_that_goes_down_ends_both_hosts_in_time(linked, tiny):
+    cut_in_training(linked, tiny(**LONG), silently=False)
+
+
+def test_a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_it_is_mended(linked, tiny, uninterrupted):
+    cfg = tiny(**LONG)
+    alone = uninterrupted(cfg)
+    cut_in_training(linked, cfg, silently=True)
+    linked.mend()
+    again = Launch(linked, cfg, RESUME="1")
+    assert again.wait(90) == [0, 0], [again.text(host) for host in (0, 1)]
+    first, = assert_complete(cfg, 2, alone)["resumed"]
+    assert 0 < first < cfg.iterations
+
+
+@pytest.mark.parametrize("killed, only", [(1, None), (0, 1)], ids=["the other, back again", "rank 0's, gone for good"])
+def test_a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left(linked, tiny, uninterrupted, killed, only):
+    cfg = tiny(**LONG)
+    alone = uninterrupted(cfg)
+    launch = Launch(linked, cfg, RESUME="1")
+    launch.until(lambda: len(losses(cfg)) > 20)
+    linked.kill(killed)
+    assert launch.wait(BOUND, (1 - killed,)) == [1] and launch.wait(5, (killed,)) == [-9]
+    assert_lost(launch, 1 - killed, killed)
+    assert not (folder(cfg) / "result.json").exists()
+    again = Launch(linked, cfg, only=only, RESUME="1")
+    assert set(again.wait(90)) == {0}, [again.text(host) for host in again.on]
+    first, = assert_complete(cfg, len(again.on), alone)["resumed"]
+    assert 0 < first < cfg.iterations
