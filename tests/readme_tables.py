@@ -119,8 +119,8 @@ def soak() -> str:
     return (f"`python tests/soak.py --seconds 3700`, {r['device']}, {r['ranks']} ranks, torch {r['torch']}, beside other work, code "
             f"{r['code_sha256'][:12]}: {len(r['runs'])} runs of the demo's settings with 60 s of training each, "
             f"{r['seconds'] / 60:.0f} minutes, {r['attempts']} launches; stopped by {stops}. Runs lost: 0. Ranks that were still at "
-            f"work 40 s after their launcher had been killed: {r['processes_left']}. They go on to the end of their run, and its lock keeps "
-            f"a second launch away meanwhile. Open files of a rank, second half of a launch: {r['open_files_growth']:+d} at most; a complete "
+            f"work 40 s after their launcher had been killed: {r['ranks_at_work_40_s_after_their_launcher']}. They go on to the end of "
+            f"their run, and its lock keeps a second launch away meanwhile. Open files of a rank, second half of a launch: {r['open_files_growth']:+d} at most; a complete "
             f"run's folder: {min(run['bytes'] for run in r['runs']) / 1e6:.1f} to {max(run['bytes'] for run in r['runs']) / 1e6:.1f} MB, "
             f"six files in each. Resident memory of a rank: {r['peak_rss'] / 1e6:.0f} MB at most.")
 
