@@ -1,11 +1,9 @@
 """Train a small GPT under a wallclock budget, ship it in 16,000,000 bytes, and score what was shipped.
 
     tokens -> train -> average -> quantise -> pack -> artifact on disk -> read back -> score (bits per byte)
-
 Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py`; --help lists the knobs.
 A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (as run), checkpoint.bin, artifact.bin."""
 from __future__ import annotations
-
 import bisect, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, fcntl, hashlib, importlib, itertools, json
 import lzma, math, os, platform, resource, signal, statistics, struct, sys, threading, time, zlib
 from dataclasses import dataclass, field
@@ -36,7 +34,6 @@ BITS, AVERAGES = (2, 3, 4, 5, 6, 7, 8, 16), ("auto", "none", "swa", "ema", "sqwa
 TRIGGERS, SCOPES = ("always", "lr_scale", "iter_frac", "time_frac"), ("exported", "linears", "small_linears")
 COMPARED = ("model", "train", "grid", "export", "eval")  # scopes that make runs comparable: not names, places, machine, seed
 CLIP_QUANTILES = {"amax": (1.0,), "quantile": (0.9999984,), "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0)}
-
 @dataclass(frozen=True)
 class Config:
     """Every knob, once. The environment variable is the field name in upper case; booleans are 0 or 1."""
@@ -271,7 +268,6 @@ def help_text() -> str:  # Every knob with type, default, unit, meaning, and the
 SOURCE = Path(__file__).read_bytes()
 CODE_SHA256, SCHEMA_VERSION = hashlib.sha256(SOURCE).hexdigest(), 1  # of metrics.jsonl and result.json; README documents both
 State = dict  # parameter name -> fp32 tensor, the same on every rank
-
 class Run:
     """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
     def __init__(self, cfg: Config):
@@ -364,7 +360,6 @@ def count_tokens(path: Path) -> int:  # Tokens of one shard. Refusal when header
     refuse(size != 4 * SHARD_HEADER + 2 * int(header[2]),
            f"{path}: {size:,} bytes, but the header promises {header[2]:,} tokens; cut or damaged: {AGAIN}")
     return int(header[2])
-
 class Split:
     """The shards of one split as one endless stream of tokens."""
     def __init__(self, cfg: Config, name: str):
@@ -426,7 +421,6 @@ def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tup
         for n in itertools.count(first + 2):
             ahead.append(reader.submit(load, n))
             yield tuple(t.to(run.device, non_blocking=True) for t in ahead.pop(0).result())
-
 class ByteTable:
     """UTF-8 bytes of a target (the challenge's rule): control 0, byte 1, else its text; no leading space after a control."""
     def __init__(self, cfg: Config):
@@ -471,7 +465,6 @@ def row_quantile(magnitude: Tensor, q: float) -> Tensor:
         return torch.lerp(top[..., -1:], top[..., -2:-1], place - int(place))
     first, at = magnitude.max(-1, keepdim=True)  # two maxima take a fifth of topk's time
     return first if wanted == 1 else torch.lerp(magnitude.scatter(-1, at, -1).amax(-1, keepdim=True), first, place - int(place))
-
 class Grid(NamedTuple):
     """A per-row uniform grid of `bits` bits for weights (..., rows, columns): codes * scale, scale stored as fp16."""
     bits: int
@@ -605,7 +598,6 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
     best, timed = run.agree(min(cost, key=cost.get)), ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
     run.log(f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; ms for {rows} rows of {length}: {timed})")
     return found[best]
-
 class Attention(nn.Module):
     """Causal grouped-query attention with RMS-normed, rotated, per-head-scaled queries and keys."""
     def __init__(self, cfg: Config, index: int, attend: Callable):
@@ -641,7 +633,6 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x, self.ln_scale), cos, sin, extra_v)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale))
-
 class GPT(nn.Module):
     """Blocks in a U-Net, embedding and head tied. Parameters are fp32; activations are `dtype`."""
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Callable = sdpa):
@@ -866,7 +857,7 @@ class Average:
 # ── 10 TRAIN ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class Trainer:
     """Model, optimiser, views and averages, driven by the schedule."""
-    PROGRESS = ("steps", "skipped", "resumed", "elapsed", "step_seconds", "recompiles", "code_sha256")  # that a checkpoint keeps
+    PROGRESS = ("data", "steps", "skipped", "resumed", "elapsed", "step_seconds", "recompiles", "code_sha256")  # is kept
     def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict, split: Split, val: Validation):
         self.cfg, self.run, self.model, self.plan, self.split, self.val = cfg, run, model, plan, split, val
         rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
@@ -875,6 +866,7 @@ class Trainer:
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
         self.flat = Flat(dict(model.named_parameters()), run)
         self.bytes_per_token = val.target_bytes.double().mean().item()
+        self.data = [*(path.name for path in split.paths), split.tokens, val.n]  # where the steps find their rows
         self.writer, self.writing = concurrent.futures.ThreadPoolExecutor(1), None  # of the last checkpoint
         self.restart()
     def restart(self) -> None:  # Everything but the weights as before the first step
@@ -910,6 +902,7 @@ class Trainer:
         try:
             kept = {name: copy.copy(facts["progress"][name]) for name in self.PROGRESS}
             if any(type(value) is not type(getattr(self, name)) for name, value in kept.items()): raise TypeError("odd progress")
+            refuse(kept["data"] != self.data and not self.cfg.checkpoint, f"DATA_PATH={self.cfg.data_path}: not the run's data")
             vars(self).update(kept)
             self.saved, self.schedule.fired, self.average.count = self.elapsed, set(facts["fired"]), int(facts["snapshots"])
             for name, w in self.parts().items(): w.copy_(tensors[name].view_as(w))
@@ -981,16 +974,18 @@ class Trainer:
                     self.step_seconds.append(self.elapsed - before)
                     self.report(k)
                     refuse(self.stopping, f"stopped by {signal.Signals(number := run.stop or signal.SIGTERM).name}", 128 + number)
-            except Refusal as stop:  # every rank is here, and no step is half done
-                if stop.code != 6:
+            except Refusal as stop:  # no step is half done, and every rank is here (unless data look different from there)
+                if stop.code not in ((2, 6) if run.world > 1 else (6,)):
                     self.save()
                     run.log(f"saved after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from there")
                 raise
             loader.close()
-        self.elapsed = run.agree(time.perf_counter() - self.started)
-        self.recompiles += compiled["unique_graphs"] - graphs
-        run.log(f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}")
-        with run.phase("checkpoint"): self.save()
+            if run.cuda: torch.cuda.synchronize()
+            self.elapsed = run.agree(time.perf_counter() - self.started)
+            self.recompiles += compiled["unique_graphs"] - graphs
+            run.log(f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}")
+            self.save()
+        if run.stop: run.signalled(run.stop, None)
     def report(self, k: Knobs) -> None:
         """Log line, re-printed schedule, validation, comparison of the ranks, checkpoint: whatever is due after this step."""
         cfg, run, step = self.cfg, self.run, self.steps
@@ -1000,9 +995,11 @@ class Trainer:
         for name in [name for name, a in run.activity.items() if a.steps == [step - 1]]:
             run.log(f"{name} acts from step {step - 1} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})")
             run.event("phase", name=name, step=step - 1, seconds=self.elapsed)
+        due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
+        sums = self.flat.checksums() if due or self.done() or step % cfg.train_log_every == 0 else []
+        refuse(len({*sums}) > 1, f"step {step}: the ranks hold different weights (sums of their bits: {sums}); look for faulty "
+               f"hardware, then RESUME=1 RUN_ID={run.dir.name}", 6)
         if step % cfg.train_log_every == 0:
-            refuse(len({*(sums := self.flat.checksums())}) > 1, f"step {step}: the ranks hold different weights (sums of their "
-                   f"bits: {sums}); look for faulty hardware, then RESUME=1 RUN_ID={run.dir.name}", 6)
             run.log(f"step {step:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  train bpb ~{train_bpb:.4f}  "
                     f"lr x{k.lr_scale:.3f}  {seconds * 1e3:.1f} ms  {speed:,.0f} tok/s")
             run.event("step", step=step, seconds=self.elapsed, loss=self.loss, step_ms=seconds * 1e3, **k._asdict())
@@ -1014,7 +1011,7 @@ class Trainer:
             self.started += time.perf_counter() - paused
             run.log(f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)")
             run.event("val", step=step, seconds=self.elapsed, val_bpb=live.bpb, val_loss=live.loss, size_estimate=size)
-        if 0 < cfg.checkpoint_every <= self.elapsed - self.saved: self.save(wait=False)
+        if due: self.save(wait=False)
 # ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
 MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 3
 CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
@@ -1140,6 +1137,7 @@ def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
         check(False, f"unreadable ({type(error).__name__})")
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
     blob, (newest, previous) = seal(tensors, facts, "none"), (folder / name for name in CHECKPOINTS)
+    if not all(w.isfinite().all() for w in tensors.values()): return  # no reader would take it
     if newest.exists(): newest.replace(previous)
     write_atomic(newest, blob)
 def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
@@ -1154,10 +1152,12 @@ def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
     refuse(damaged and not saved, f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again")
     refuse(saved and saved[0].get("progress", {}).get("code_sha256") != CODE_SHA256,
            f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID")
-    run.agree(None)  # all have read
+    progress = saved and saved[0]["progress"]
+    refuse(run.agree(progress) != progress, "RESUME=1: the ranks read different checkpoints")  # and all have read
     if run.rank == 0:
         for path in damaged: path.replace(path.with_suffix(".damaged"))
-        os.truncate(run.dir / "metrics.jsonl", saved[0]["metrics_bytes"] if saved else 0)  # what was lost comes again
+        kept = min(run.jsonl.tell(), saved[0]["metrics_bytes"]) if saved else 0
+        os.truncate(run.dir / "metrics.jsonl", kept)  # what was lost comes again
     return saved
 def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
     """The artifact: codes, scales and floats as planned, with the knobs that a reader needs."""
@@ -1224,7 +1224,6 @@ def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
     """The same targets as windows(0, n, ...), none with context before its document (whose last target is the next BOS)."""
     edges = np.unique([0, *val.doc_starts[val.doc_starts < val.n], val.n])
     return np.concatenate([windows(a, b, length, stride) for a, b in zip(edges[:-1], edges[1:])])
-
 class Sheet:
     """Nats of every validation target, written exactly once by some rank."""
     def __init__(self, cfg: Config, run: Run, val: Validation):
@@ -1337,7 +1336,7 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
         plain, floats = bpb.get("unfitted", bpb["quantised"]), bpb.get("averaged", bpb["live"])
         training = {name: getattr(trainer, name) for name in "recompiles groups codes pruned resumed skipped".split()} | dict(
             steps=steps, tokens_seen=steps * cfg.train_batch_tokens, params=sum(w.numel() for w in trainer.live.values()),
-            train_seconds=trainer.elapsed, step_ms_median=statistics.median(trainer.step_seconds) * 1e3,
+            train_seconds=trainer.elapsed, step_ms_median=statistics.median(trainer.step_seconds or [0.0]) * 1e3,
             trained_code_sha256=trainer.code_sha256, average=cfg.shipped_average, live_val_bpb=bpb["live"],
             averaged_val_bpb=bpb.get("averaged"), quant_gap_bpb=plain - floats,
             fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None)
@@ -1483,6 +1482,7 @@ def main(cfg: Config) -> dict:
             run.event("stopped", phase=phase, error=where)
         refuse(full, f"out of memory {where}; training: raise GRAD_ACCUM_STEPS; scoring: lower EVAL_BATCH_SEQS", 8)
         refuse(isinstance(error, OSError), f"{where}; mend that, then RESUME=1 RUN_ID={run.dir.name}", 7)
+        refuse(run.stop and not silent, f"stopped {where}", 128 + run.stop)
         refuse(silent, f"lost rank {', '.join(map(str, silent))} {where}; go on with RESUME=1 RUN_ID={run.dir.name}", 6)
         raise
 def command_line(arguments: list[str]) -> int:  # Runs the configuration in the environment; returns the exit code
@@ -1493,7 +1493,7 @@ def command_line(arguments: list[str]) -> int:  # Runs the configuration in the 
         return main(Config.from_env(os.environ))["exit_code"]
     except (Refusal, KeyboardInterrupt) as stop:
         code = stop.code if isinstance(stop, Refusal) else 130
-        if code == 6 or os.environ.get("RANK", "0") == "0":
+        if code in (6, 7, 8) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]", file=sys.stderr, flush=True)
         return code
 if __name__ == "__main__":

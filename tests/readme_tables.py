@@ -57,9 +57,9 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
     ('a host is lost, or the link to it', 'the same, after `DIST_TIMEOUT` and some 10 s', '6',
      'up to the last checkpoint; `RESUME=1` on the hosts that are left',
      'test_hosts: a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_it_is_mended, a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left'),
-    ("the ranks' weights drift apart", '`the ranks hold different weights` at the next line of the log', '6',
+    ("the ranks' weights drift apart", '`the ranks hold different weights`, at the next line of the log or checkpoint', '6',
      'the last checkpoint before',
-     'test_faults: ranks_that_drift_apart_are_noticed_at_the_next_line_of_the_log'),
+     'test_faults: ranks_that_drift_apart_are_noticed_before_the_next_checkpoint'),
     ('disk full at the start of training', 'file and `No space left on device`, before a step is made', '7',
      'everything',
      'test_faults: a_full_disk_is_one_line_and_costs_nothing_that_was_finished'),
@@ -72,8 +72,8 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
     ('LOGS_DIR cannot be written', '`cannot create`', '2',
      'everything',
      'test_faults: a_log_folder_that_cannot_be_made_is_refused'),
-    ('a shard is deleted, cut or overwritten while training', 'the shard and what is wrong with it, then `saved after N steps`', '2',
-     'every step',
+    ('a shard is deleted, cut or overwritten while training', 'the shard and what is wrong with it', '2',
+     'on one rank every step (`saved after N steps`); on several, which may not see the same, up to the last checkpoint',
      'test_faults: a_shard_that_changes_while_training_stops_the_run_and_loses_no_step'),
     ('a shard with wrong magic or length, or a token beyond the vocabulary', 'the shard and what is wrong with it', '2',
      'nothing was begun',
@@ -118,7 +118,7 @@ def soak() -> str:
     stops = ", ".join(f"{s['n']} x {how} (all ended within {s['slowest_seconds']:.0f} s)" for how, s in sorted(r["stops"].items()))
     return (f"`python tests/soak.py --seconds 3700`, {r['device']}, {r['ranks']} ranks, torch {r['torch']}, beside other work, code "
             f"{r['code_sha256'][:12]}: {len(r['runs'])} runs of the demo's settings with 60 s of training each, "
-            f"{r['seconds'] / 60:.0f} minutes, {r['attempts']} launches; stopped by {stops}. Runs lost: 0. Ranks that were still at "
+            f"{r['seconds'] / 60:.0f} minutes, {r['attempts']} launches; stopped by {stops}. Every run came to its end. Ranks that were still at "
             f"work 40 s after their launcher had been killed: {r['ranks_at_work_40_s_after_their_launcher']}. They go on to the end of "
             f"their run, and its lock keeps a second launch away meanwhile. Open files of a rank, second half of a launch: {r['open_files_growth']:+d} at most; a complete "
             f"run's folder: {min(run['bytes'] for run in r['runs']) / 1e6:.1f} to {max(run['bytes'] for run in r['runs']) / 1e6:.1f} MB, "

@@ -98,7 +98,7 @@ def test_when_one_rank_is_killed_the_others_name_it_and_stop(reference, broken, 
     for rank in others:
         line = run.stderr(rank).splitlines()[-1]
         assert line.startswith("error: lost rank") and f"phase '{phase}'" in line and "RESUME=1" in line and "[exit 6" in line
-        assert str(victim) in line.split("in phase")[0]
+        assert line.startswith(f"error: lost rank {victim} in phase")
     assert codes(finish(go_on(cfg))) == [0]
     assert_close_run(reference, cfg)
 
@@ -224,7 +224,8 @@ def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(ref
     run = finish(cfg, world, Spoils(how))
     assert codes(run) == [2] * world and message in run.stderr(0) and str(shard) in run.stderr(0)
     saved = unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"]
-    assert saved in (5, 6, 7) and f"saved after {saved} steps" in run.log()  # rows are read two steps ahead
+    if world == 1:
+        assert saved in (5, 6, 7) and f"saved after {saved} steps" in run.log()  # rows are read two steps ahead
     shard.write_bytes(good)
     assert codes(finish(go_on(cfg))) == [0]
     (assert_same_run if world == 1 else assert_close_run)(reference, cfg)
@@ -346,6 +347,18 @@ class LittleMemory:
         resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20),) * 2)
 
 
+@dataclass
+class LittleMemoryOnRank1:
+    def __call__(self):
+        if os.environ["RANK"] == "1":
+            LittleMemory()()
+
+
+def test_out_of_memory_of_one_rank_is_told_by_that_rank(broken):
+    run = finish(dataclasses.replace(broken, train_batch_tokens=2 ** 19, grad_accum_steps=1, dist_timeout=20.0), 2, LittleMemoryOnRank1())
+    assert codes(run) == [6, 8] and "out of memory in phase 'warm-up and compile'" in run.stderr(1)
+
+
 def test_out_of_memory_names_the_phase_and_the_knob(broken):
     cfg = dataclasses.replace(broken, train_batch_tokens=2 ** 19, grad_accum_steps=1)
     run = finish(cfg, prepare=LittleMemory())
@@ -372,11 +385,12 @@ class BitFlip:
 
 
 @pytest.mark.parametrize("rank", (0, 1))
-def test_ranks_that_drift_apart_are_noticed_at_the_next_line_of_the_log(reference, broken, rank):
+def test_ranks_that_drift_apart_are_noticed_before_the_next_checkpoint(reference, broken, rank):
     cfg = dataclasses.replace(broken, train_log_every=3, checkpoint_every=0.001)
     run = finish(cfg, 2, BitFlip(rank))
-    assert codes(run) == [6, 6] and "step 6: the ranks hold different weights" in run.stderr(0) and "RESUME=1" in run.stderr(0)
-    assert unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"] <= 6
+    assert codes(run) == [6, 6] and "step 5: the ranks hold different weights" in run.stderr(0) and "RESUME=1" in run.stderr(0)
+    for name in CHECKPOINTS:  # none was made of weights that differ
+        assert unseal(folder(cfg) / name)[0]["progress"]["steps"] <= 5
 
 
 def test_one_two_four_and_eight_ranks_train_alike(reference, tiny):

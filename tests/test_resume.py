@@ -250,6 +250,13 @@ def test_another_training_setting_is_refused_with_both_values(copy, name, value)
         main(dataclasses.replace(copy, given=frozenset({name.upper()}), **{name: value}))
 
 
+def test_other_data_are_refused(copy, tmp_path):
+    shutil.copytree(copy.data_path, tmp_path / "data")
+    shutil.copy(tmp_path / "data/fineweb_train_000000.bin", tmp_path / "data/fineweb_train_000001.bin")
+    with pytest.raises(Refusal, match="not the run's data"):
+        main(dataclasses.replace(copy, data_path=str(tmp_path / "data")))
+
+
 def test_another_export_setting_is_taken(copy):
     report = main(dataclasses.replace(copy, given=frozenset({"COMPRESSOR"}), compressor="lzma"))
     assert report["config"]["compressor"] == "lzma" and report["steps"] == 18
