@@ -70,9 +70,9 @@ class SlowTo:
         train_gpt.Run.phase = lambda run, name: (time.sleep(self.seconds), phase(run, name))[1]
 
 
-@pytest.mark.parametrize("group", range(10))
+@pytest.mark.parametrize("group", range(9))
 def test_after_kill_9_at_any_moment_the_run_goes_on_to_the_same_end(reference, tmp_path, group):
-    """60 kills over start, training, averaging, export, compression and scoring: six runs, each killed until it gets through."""
+    """54 kills over start, training, averaging, export, compression and scoring: nine runs, each killed six times."""
     moments = random.Random(group)
     cfg = dataclasses.replace(reference, logs_dir=str(tmp_path / "logs"), run_id="killed", resume=True, checkpoint_every=0.01)
     for kill in range(6):
@@ -166,6 +166,7 @@ class FillsUp:
 
     def __call__(self):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python cannot flush at its end would be another exit code
         report = train_gpt.Trainer.report
 
         def filling(trainer, k):

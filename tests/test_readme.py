@@ -40,7 +40,7 @@ def test_the_submission_folder_is_good_and_submission_json_is_its_own():
 
 def test_every_setting_that_readme_names_exists():
     named = set(re.findall(r"\b([A-Z][A-Z0-9_]{3,})=", README)) - {"PIP_EXTRA_INDEX_URL", "SEED194", "RECORD1855", "OMP_NUM_THREADS",
-                                                                             "GOMP_SPINCOUNT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
+                                                                             "GOMP_SPINCOUNT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "GPUS"}
     assert len(named) > 10 and named <= {f.name.upper() for f in train_gpt.KNOBS} | set(train_gpt.ALIASES)
 
 
