@@ -144,25 +144,26 @@ def test_two_hosts_train_as_one_rank_does(either, tiny, uninterrupted, ranks, ba
     assert launch.text(0).count("RESULT val_bpb") == 1 and "RESULT" not in launch.text(1)
 
 
-def cut_in_training(hosts: Hosts, cfg: Config, silently: bool) -> None:
-    """Launches a run and cuts the link; both hosts end in time, with nothing lost but the run's end."""
+def cut_in_training(hosts: Hosts, cfg: Config, silently: bool) -> list[int]:
+    """Launches a run and cuts the link; each host says what it lost. Returns their exit codes, when both have ended in time."""
     launch = Launch(hosts, cfg, RESUME="1")
     launch.until(lambda: len(losses(cfg)) > 20)
     hosts.cut(silently)
-    assert launch.wait(BOUND) == [1, 1]
+    ends = launch.wait(BOUND)
     assert 20 < len(losses(cfg)) < cfg.iterations and not (folder(cfg) / "result.json").exists()
     for host in (0, 1):
         assert_lost(launch, host, 1 - host)
+    return ends
 
 
 def test_a_link_that_goes_down_ends_both_hosts_in_time(linked, tiny):
-    cut_in_training(linked, tiny(**LONG), silently=False)
+    assert cut_in_training(linked, tiny(**LONG), silently=False) == [1, 1]
 
 
 def test_a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_it_is_mended(linked, tiny, uninterrupted):
     cfg = tiny(**LONG)
     alone = uninterrupted(cfg)
-    cut_in_training(linked, cfg, silently=True)
+    assert cut_in_training(linked, cfg, silently=True) == [1, 1]
     linked.mend()
     again = Launch(linked, cfg, RESUME="1")
     assert again.wait(90) == [0, 0], [again.text(host) for host in (0, 1)]
