@@ -132,6 +132,17 @@ class DiesIn:
         train_gpt.Trainer.step, train_gpt.Sheet.fill = dying_step, dying_fill
 
 
+def at_step(step: int, act) -> None:
+    """In a child: act(trainer) once so many steps are done, before they are reported."""
+    report = train_gpt.Trainer.report
+
+    def acting(trainer, k):
+        if trainer.steps == step:
+            act(trainer)
+        report(trainer, k)
+    train_gpt.Trainer.report = acting
+
+
 # ── disks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 FULL = "No space left on device"
 
@@ -167,13 +178,7 @@ class FillsUp:
     def __call__(self):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python cannot flush at its end would be another exit code
-        report = train_gpt.Trainer.report
-
-        def filling(trainer, k):
-            if trainer.steps == self.step:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-            report(trainer, k)
-        train_gpt.Trainer.report = filling
+        at_step(self.step, lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
 
 
 def test_a_disk_that_fills_up_while_training_leaves_the_last_checkpoint(reference, broken):
@@ -200,19 +205,15 @@ class Spoils:
     step: int = 5
 
     def __call__(self):
-        report = train_gpt.Trainer.report
+        at_step(self.step, lambda trainer: self.spoil(trainer.split.paths[0]))
 
-        def spoiling(trainer, k):
-            if trainer.steps == self.step:
-                path = trainer.split.paths[0]
-                if self.how == "deleted":
-                    path.unlink(missing_ok=True)  # each rank does it
-                elif self.how == "cut":
-                    os.truncate(path, 1024 + 2 * 100)
-                else:
-                    path.write_bytes(path.read_bytes()[:1024] + b"\xff" * (path.stat().st_size - 1024))
-            report(trainer, k)
-        train_gpt.Trainer.report = spoiling
+    def spoil(self, path: Path) -> None:
+        if self.how == "deleted":
+            path.unlink(missing_ok=True)  # each rank does it
+        elif self.how == "cut":
+            os.truncate(path, 1024 + 2 * 100)
+        else:
+            path.write_bytes(path.read_bytes()[:1024] + b"\xff" * (path.stat().st_size - 1024))
 
 
 @pytest.mark.parametrize("world", (1, 2))
@@ -376,13 +377,7 @@ class BitFlip:
     step: int = 5
 
     def __call__(self):
-        report = train_gpt.Trainer.report
-
-        def flipping(trainer, k):
-            if trainer.steps == self.step and trainer.run.rank == self.rank:
-                trainer.flat.weights[11] += 1e-3
-            report(trainer, k)
-        train_gpt.Trainer.report = flipping
+        at_step(self.step, lambda trainer: trainer.flat.weights[11].add_(1e-3 * (trainer.run.rank == self.rank)))
 
 
 @pytest.mark.parametrize("rank", (0, 1))
