@@ -63,8 +63,15 @@ class Launch:
         path = self.folder / "train.log"
         return path.read_text() if path.exists() else ""
 
+    def printed(self, stream: str, rank: int | None = None) -> str:
+        paths = [Path(f"{output}.{stream}") for output in (self.outputs if rank is None else [self.outputs[rank]])]
+        return "".join(path.read_text() for path in paths if path.exists())
+
+    def stdout(self, rank: int | None = None) -> str:
+        return self.printed("out", rank)
+
     def stderr(self, rank: int | None = None) -> str:
-        return "".join(Path(f"{o}.err").read_text() for o in (self.outputs if rank is None else [self.outputs[rank]]) if Path(f"{o}.err").exists())
+        return self.printed("err", rank)
 
 
 @contextlib.contextmanager

@@ -305,6 +305,23 @@ def test_a_skipped_step_leaves_weights_moments_and_averages_alone(tiny):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@dataclass
+class BadWeights:
+    """In a child: after this step a weight is not finite, although no gradient was."""
+    step: int
+
+    def __call__(self):
+        at_step(self.step, lambda trainer: trainer.flat.weights[11].fill_(math.inf))
+
+
+def test_weights_that_are_not_finite_are_never_saved_and_the_log_says_so(broken):
+    cfg = dataclasses.replace(broken, checkpoint_every=0.0)
+    run = finish(cfg, prepare=BadWeights(3))
+    assert codes(run) == [5] and "step 3: not finite" in run.stderr()
+    assert "not finite, the checkpoint before them stays; stopped after 3 steps" in run.log() and "saved after" not in run.log()
+    assert unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"] == 0
+
+
 def test_a_run_of_nothing_but_nan_stops_although_steps_may_be_skipped(broken):
     cfg = dataclasses.replace(broken, nonfinite="skip", iterations=40)
     run = finish(cfg, prepare=NotFinite(tuple(range(3, 40))))
@@ -378,6 +395,33 @@ class BitFlip:
 
     def __call__(self):
         at_step(self.step, lambda trainer: trainer.flat.weights[11].add_(1e-3 * (trainer.run.rank == self.rank)))
+
+
+@dataclass
+class SaysWhetherItLeft:
+    """In a child: as its last act it prints whether this rank is still in the process group."""
+    fault: object = None
+
+    def __call__(self):
+        command_line = train_gpt.command_line
+
+        def last_act(arguments):
+            code = command_line(arguments)
+            print(f"still in the group: {torch.distributed.is_initialized()}", flush=True)
+            return code
+        train_gpt.command_line = last_act
+        if self.fault:
+            self.fault()
+
+
+@pytest.mark.parametrize("fault, knobs, code", [
+    (None, {}, 0), (None, dict(cap_bytes=1), 3), (None, dict(train_seq_len=256, train_batch_tokens=256), 2),
+    (NotFinite((5,), math.nan, "loss"), {}, 5), (BitFlip(0), {}, 6)], ids=["good", "over the cap", "refused", "NaN", "drift"])
+def test_every_rank_leaves_the_group_before_the_interpreter_ends(broken, fault, knobs, code):
+    """Or gloo's threads may abort it, and a good run ends as Signal 6 (seen once, PyTorch #179291)."""
+    run = finish(dataclasses.replace(broken, **knobs), 2, SaysWhetherItLeft(fault))
+    assert codes(run) == [code] * 2, run.stderr()
+    assert [run.stdout(rank).splitlines()[-1] for rank in (0, 1)] == ["still in the group: False"] * 2
 
 
 @pytest.mark.parametrize("rank", (0, 1))
