@@ -375,7 +375,7 @@ class Split:
             path, place, wanted = self.paths[i], start - self.edges[i], min(n, self.edges[i + 1] - start)
             try:  # (not mapped: if the file were cut, that would kill the process)
                 part = np.fromfile(path, "<u2", wanted, offset=4 * SHARD_HEADER + 2 * place).astype(np.int64)
-            except OSError as error:
+            except FileNotFoundError as error:
                 raise Refusal(f"{path}: {error.strerror}; {AGAIN}") from None
             refuse(len(part) < wanted, f"{path}: has been cut since the run began; {AGAIN}")
             refuse(part.max() >= self.vocab, f"{path}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
@@ -1472,7 +1472,7 @@ def main(cfg: Config) -> dict:
     except BaseException as error:
         phase, run.phase_name = run.phase_name, "stop"
         where = f"in phase '{phase}': {type(error).__name__}: {error}"
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(error)
         waited = isinstance(error, RuntimeError) or run.stop and phase != "train"
         silent = run.silent_ranks() if waited and run.world > 1 and not full else []
         with contextlib.suppress(OSError):  # of a full disk

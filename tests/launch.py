@@ -6,14 +6,23 @@ import socket
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, environment
 
 import train_gpt
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_gpt", "conftest", "test_pipeline", "torch.testing"])
+SERVER.set_forkserver_preload(["train_gpt", "conftest", "test_pipeline", "torch.testing", "torch._dynamo"])
+
+
+def serve() -> None:
+    """Starts the server, once; it finds what it shall import in PYTHONPATH alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        forkserver.ensure_running()
 
 
 def free_port() -> int:
@@ -77,7 +86,7 @@ class Launch:
 @contextlib.contextmanager
 def launch(cfg: train_gpt.Config, world: int = 1, prepare=None, **variables: str):
     """`world` ranks of this configuration, killed at the end if they still run."""
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"  # for the server, which starts with the first process
+    serve()
     port, stem = free_port(), Path(tempfile.mkdtemp()) / "rank"
     outputs, processes = [f"{stem}.{rank}" for rank in range(world)], []
     for rank, output in enumerate(outputs):

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 import train_gpt
 from conftest import TINY
+from launch import serve
 from train_gpt import (Flat, Knobs, Optimiser, Run, Schedule, Split, Trainer, Validation, build_model,
                        export_plan, orthogonalise, sdpa)
 
@@ -50,7 +51,8 @@ def child(rank: int, world: int, folder: str, work, arguments) -> None:
 
 def on_ranks(world: int, folder, work, *arguments) -> list:
     """What work(rank, world, *arguments) returns on each of `world` processes joined by gloo; 60 s at most."""
-    context = mp.start_processes(child, (world, str(folder), work, arguments), world, join=False, start_method="spawn")
+    serve()
+    context = mp.start_processes(child, (world, str(folder), work, arguments), world, join=False, start_method="forkserver")
     deadline = time.monotonic() + 60
     while not context.join(timeout=1):
         if time.monotonic() > deadline:

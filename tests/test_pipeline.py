@@ -409,7 +409,7 @@ OTHER_SETTINGS = [
     dict(quant_bits_mlp=5, quant_bits_embed=6), dict(quant_bits_attn=16), dict(quant_clip="amax"), dict(quant_codes="asym"),
     dict(quant_scale_floor=True), dict(keep_float_max_numel=10 ** 6), dict(fp16_keep_name_patterns="mlp.fc"),
     dict(prune_pct=0.3), dict(compressor="lzma"), dict(compressor="zlib", compress_level=9), dict(average="ema"),
-    dict(average="none"), dict(fit_to_cap=True, cap_bytes=len(train_gpt.SOURCE) + 5000), dict(cap_bytes=100_000),
+    dict(average="none"), dict(fit_to_cap=True, cap_bytes=len(train_gpt.SOURCE) + 13900), dict(cap_bytes=100_000),
     dict(eval_stride=8), dict(eval_stride=0), dict(eval_seq_len=32), dict(val_max_tokens=130), dict(doc_isolated_eval=True),
     TOGGLES["TTT_MODE"], dict(average="ema", quant_bits_mlp=4, prune_pct=0.1, eval_stride=16)]
 

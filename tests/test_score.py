@@ -6,7 +6,6 @@ the ranks (#975); test-time training that scores what it has already learned (#5
 """
 import math
 import os
-import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import torch
 from conftest import write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import free_port, serve
 
 import train_gpt
 from train_gpt import Refusal, Run, Score, Sheet, Split, Validation, build_model, document_windows, score, sdpa, windows
@@ -310,11 +310,10 @@ def enter_rank(rank: int, job, port: int, folder: str, arguments: tuple) -> None
 
 def two_ranks(job, *arguments, folder: Path, seconds: float) -> list:
     """[job(*arguments) on rank 0, on rank 1] of a gloo group; fails when that takes too long, as a deadlock would."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
+    serve()
     ranks = torch.multiprocessing.start_processes(
-        enter_rank, (job, port, str(folder), arguments), nprocs=2, join=False, start_method="spawn")
+        enter_rank, (job, port, str(folder), arguments), nprocs=2, join=False, start_method="forkserver")
     end = time.monotonic() + seconds
     try:
         while not ranks.join(timeout=0.5):
