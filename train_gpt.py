@@ -375,12 +375,12 @@ class Split:
             path, place, wanted = self.paths[i], start - self.edges[i], min(n, self.edges[i + 1] - start)
             try:  # (not mapped: if the file were cut, that would kill the process)
                 part = np.fromfile(path, "<u2", wanted, offset=4 * SHARD_HEADER + 2 * place).astype(np.int64)
-            except FileNotFoundError as error:
-                raise Refusal(f"{path}: {error.strerror}; {AGAIN}") from None
+            except OSError as error:
+                code, remedy = (2, AGAIN) if isinstance(error, FileNotFoundError) else (7, "mend that, then go on with RESUME=1")
+                raise Refusal(f"{path}: {error.strerror or error}; {remedy}", code) from None
             refuse(len(part) < wanted, f"{path}: has been cut since the run began; {AGAIN}")
             refuse(part.max() >= self.vocab, f"{path}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
-            parts.append(part)
-            start, n = start + wanted, n - wanted
+            parts, start, n = [*parts, part], start + wanted, n - wanted
         return np.concatenate(parts)
 def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     """The data fingerprint for the log; Refusal where a manifest.json says otherwise, or that documents are in both splits."""
@@ -974,7 +974,7 @@ class Trainer:
                     self.report(k)
                     refuse(self.stopping, f"stopped by {signal.Signals(number := run.stop or signal.SIGTERM).name}", 128 + number)
             except Refusal as stop:  # no step is half done, and every rank is here (unless data look different from there)
-                if stop.code not in ((2, 6) if run.world > 1 else (6,)):
+                if stop.code not in ((2, 6, 7) if run.world > 1 else (6,)):
                     saved = "saved" if self.save() else "weights not finite, the checkpoint before them stays; stopped"
                     run.log(f"{saved} after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from there")
                 raise
