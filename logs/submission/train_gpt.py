@@ -272,11 +272,10 @@ class Run:
     """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.cuda = torch.cuda.is_available()
+        self.cuda, patience = torch.cuda.is_available(), datetime.timedelta(seconds=cfg.dist_timeout)
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
         if self.cuda: torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
-            patience = datetime.timedelta(seconds=cfg.dist_timeout)
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=patience)
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations; on CPU bf16 is 15 times slower
@@ -377,11 +376,11 @@ class Split:
             try:  # (not mapped: if the file were cut, that would kill the process)
                 part = np.fromfile(path, "<u2", wanted, offset=4 * SHARD_HEADER + 2 * place).astype(np.int64)
             except OSError as error:
-                raise Refusal(f"{path}: {error.strerror}; {AGAIN}") from None
+                code, remedy = (2, AGAIN) if isinstance(error, FileNotFoundError) else (7, "mend that, then go on with RESUME=1")
+                raise Refusal(f"{path}: {error.strerror or error}; {remedy}", code) from None
             refuse(len(part) < wanted, f"{path}: has been cut since the run began; {AGAIN}")
             refuse(part.max() >= self.vocab, f"{path}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
-            parts.append(part)
-            start, n = start + wanted, n - wanted
+            parts, start, n = [*parts, part], start + wanted, n - wanted
         return np.concatenate(parts)
 def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     """The data fingerprint for the log; Refusal where a manifest.json says otherwise, or that documents are in both splits."""
@@ -885,8 +884,8 @@ class Trainer:
             groups["first"], second = (self.flat.views(moments) for moments in (self.optimiser.first, self.optimiser.second))
             groups["second"] = {n: w for n, w in second.items() if self.model.get_parameter(n).role.optimiser != "muon"}
         return {f"{group}/{name}": w for group, weights in groups.items() for name, w in weights.items()}
-    def save(self, wait: bool = True) -> None:
-        """Copies everything at once; it is written to checkpoint.bin now or, without `wait`, beside the next steps."""
+    def save(self, wait: bool = True) -> bool | None:
+        """Copies everything at once; it is written to checkpoint.bin now (False: not finite) or, not `wait`, beside the steps."""
         if not self.done(): self.flat.gather(self.flat.shares(self.optimiser.first))
         self.saved = self.elapsed
         if self.run.rank == 0:
@@ -896,7 +895,7 @@ class Trainer:
             tensors = {name: w.to("cpu", copy=True) for name, w in self.parts().items()}
             if self.writing: self.writing.result()  # or its error
             self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
-            if wait: self.writing.result()
+            if wait: return self.writing.result()
     def restore(self, facts: dict, tensors: State) -> None:
         """The inverse of save, for the same settings. Refusal when the two do not belong together."""
         try:
@@ -975,9 +974,9 @@ class Trainer:
                     self.report(k)
                     refuse(self.stopping, f"stopped by {signal.Signals(number := run.stop or signal.SIGTERM).name}", 128 + number)
             except Refusal as stop:  # no step is half done, and every rank is here (unless data look different from there)
-                if stop.code not in ((2, 6) if run.world > 1 else (6,)):
-                    self.save()
-                    run.log(f"saved after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from there")
+                if stop.code not in ((2, 6, 7) if run.world > 1 else (6,)):
+                    saved = "saved" if self.save() else "weights not finite, the checkpoint before them stays; stopped"
+                    run.log(f"{saved} after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from there")
                 raise
             loader.close()
             if run.cuda: torch.cuda.synchronize()
@@ -1034,8 +1033,7 @@ def contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarra
                for name, rows in sorted(parts.items()) if name.endswith(":codes:rows")}
     fits = [r.dtype == c.dtype == torch.int8 and (r.shape[1:], c.shape[:-1]) == ((1,), (1,)) for r, c in spreads.values()]
     n = sum(r.numel() * c.numel() for r, c in spreads.values())
-    if not all(fits) or not 0 < n <= MAX_CODES:
-        raise ValueError(f"{n:,} codes with spreads that do not fit")  # before anything large is allocated
+    if not all(fits) or not 0 < n <= MAX_CODES: raise ValueError(f"{n:,} codes with spreads that do not fit")  # allocate nothing
     sums = {name: r + c for name, (r, c) in spreads.items()}
     context = np.concatenate([t.view(torch.uint8).numpy().ravel() for t in sums.values()])
     return {name: t.shape for name, t in sums.items()}, np.append(context, np.repeat(context[-1:], -n % -(-n // LANE)))
@@ -1081,8 +1079,7 @@ def entropy_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         short = np.flatnonzero(state < 1 << 16)
         state[short] = state[short] << 16 | words[place:place + len(short)]
         place += len(short)
-    if place != len(words) or (state != 1 << 16).any():
-        raise ValueError("the stream does not end with its codes")
+    if place != len(words) or (state != 1 << 16).any(): raise ValueError("the stream does not end with its codes")
     flat = torch.from_numpy((np.concatenate(codes)[:n] ^ 128).view(np.int8)).split([shape.numel() for shape in shapes.values()])
     rest = {name: t for name, t in parts.items() if ":codes:" not in name and name not in (":frequency", ":stream")}
     return rest | {name: c.view(shape) for (name, shape), c in zip(shapes.items(), flat)}
@@ -1135,11 +1132,12 @@ def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
     except (ValueError, LookupError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
             safetensors.SafetensorError) as error:
         check(False, f"unreadable ({type(error).__name__})")
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> None:
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> bool:  # False: not finite, which none would read
     blob, (newest, previous) = seal(tensors, facts, "none"), (folder / name for name in CHECKPOINTS)
-    if not all(w.isfinite().all() for w in tensors.values()): return  # no reader would take it
-    if newest.exists(): newest.replace(previous)
-    write_atomic(newest, blob)
+    if fine := all(w.isfinite().all() for w in tensors.values()):
+        if newest.exists(): newest.replace(previous)
+        write_atomic(newest, blob)
+    return fine
 def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
     """The newest whole checkpoint of this run; None when it has none yet. Refusal when all that it has are damaged."""
     saved, damaged = None, []
@@ -1474,7 +1472,7 @@ def main(cfg: Config) -> dict:
     except BaseException as error:
         phase, run.phase_name = run.phase_name, "stop"
         where = f"in phase '{phase}': {type(error).__name__}: {error}"
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(error)
         waited = isinstance(error, RuntimeError) or run.stop and phase != "train"
         silent = run.silent_ranks() if waited and run.world > 1 and not full else []
         with contextlib.suppress(OSError):  # of a full disk
@@ -1490,11 +1488,13 @@ def command_line(arguments: list[str]) -> int:  # Runs the configuration in the 
         print(help_text() if arguments == ["--help"] else f"{arguments[0]}: settings are environment variables; see --help")
         return 0 if arguments == ["--help"] else 2
     try:
-        return main(Config.from_env(os.environ))["exit_code"]
+        code = main(Config.from_env(os.environ))["exit_code"]
     except (Refusal, KeyboardInterrupt) as stop:
         code = stop.code if isinstance(stop, Refusal) else 130
         if code in (6, 7, 8) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]", file=sys.stderr, flush=True)
-        return code
+    # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291); NCCL would wait for lost ranks
+    if dist.is_initialized() and (code in (0, 3, 4) or not torch.cuda.is_available()): dist.destroy_process_group()
+    return code
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))
