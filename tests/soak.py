@@ -99,8 +99,10 @@ def main() -> int:
         print(f"{time.monotonic() - began:6.0f} s  {run_id}: {runs[-1]}", flush=True)
     stops = {how: [a["stop_seconds"] for a in attempts if a["how"] == how] for how in {a["how"] for a in attempts} - {None}}
     grown = [g for a in attempts for g in a["growth"]]
+    own_ends = [a["code"] for a in attempts if a["how"] is None]  # not 0: another launch's ranks still held the lock
     report = dict(seconds=time.monotonic() - began, ranks=options.ranks, seed=options.seed, code_sha256=result["code_sha256"], device=result["device"],
                   torch=result["torch"], runs=runs, attempts=len(attempts), stops={how: dict(n=len(s), slowest_seconds=max(s)) for how, s in stops.items()},
+                  not_stopped={str(code): own_ends.count(code) for code in sorted({*own_ends})},
                   ranks_at_work_40_s_after_their_launcher=sum(a["left"] for a in attempts), longest_attempt=max(a["seconds"] for a in attempts),
                   open_files_growth=max(g["files"] for g in grown), peak_rss=max(g["peak"] for g in grown))
     text = json.dumps(report, indent=1) + "\n"
