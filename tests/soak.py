@@ -54,7 +54,7 @@ def sample(pid: int) -> tuple[int, int] | None:
 def attempt(argv: list[str], env: dict, script: str, log: Path, chance: random.Random) -> dict:
     """One launch, stopped at a random moment if it lasts so long."""
     began, moment, how = time.monotonic(), chance.uniform(3, 60), chance.choice(HOWS)
-    series, stopped = {}, None
+    series, stopped, before = {}, None, log.stat().st_size if log.exists() else 0
     with log.open("ab") as out, subprocess.Popen(argv, env=env, cwd=ROOT, stdout=out, stderr=out, start_new_session=True) as launcher:
         while launcher.poll() is None:
             time.sleep(1)
@@ -70,6 +70,8 @@ def attempt(argv: list[str], env: dict, script: str, log: Path, chance: random.R
     ended = time.monotonic()
     while ranks_of(script) and time.monotonic() - ended < 40:
         time.sleep(0.5)  # ranks outlive a launcher that was killed: they go on to the end, and hold the lock of their run
+    said = log.read_bytes()[before:].decode(errors="replace")
+    assert stopped or not launcher.returncode or "another process is at work" in said, f"ends with {launcher.returncode}:\n{said}"
     growth = [dict(files=s[-1][1] - s[len(s) // 2][1], peak=max(r for r, _ in s)) for s in series.values() if len(s) > 20]
     return dict(code=launcher.returncode, how=how if stopped else None, seconds=ended - began, stop_seconds=ended - stopped if stopped else None,
                 left=len(ranks_of(script)), growth=growth)
@@ -99,7 +101,7 @@ def main() -> int:
         print(f"{time.monotonic() - began:6.0f} s  {run_id}: {runs[-1]}", flush=True)
     stops = {how: [a["stop_seconds"] for a in attempts if a["how"] == how] for how in {a["how"] for a in attempts} - {None}}
     grown = [g for a in attempts for g in a["growth"]]
-    own_ends = [a["code"] for a in attempts if a["how"] is None]  # not 0: another launch's ranks still held the lock
+    own_ends = [a["code"] for a in attempts if a["how"] is None]  # not 0: the ranks of the launch before hold the lock
     report = dict(seconds=time.monotonic() - began, ranks=options.ranks, seed=options.seed, code_sha256=result["code_sha256"], device=result["device"],
                   torch=result["torch"], runs=runs, attempts=len(attempts), stops={how: dict(n=len(s), slowest_seconds=max(s)) for how, s in stops.items()},
                   not_stopped={str(code): own_ends.count(code) for code in sorted({*own_ends})},

@@ -228,10 +228,10 @@ class Spoils:
             os.truncate(path, 1024 + 2 * 100)
         elif self.how == "overwritten":
             path.write_bytes(path.read_bytes()[:1024] + b"\xff" * (path.stat().st_size - 1024))
-        else:
-            def fail(*_, **__):
-                raise OSError(5, "Input/output error")
-            train_gpt.np.fromfile = fail
+        else:  # reading there is a real EIO
+            link = path.with_name(str(os.getpid()))
+            link.symlink_to("/proc/self/mem")
+            link.replace(path)
 
 
 @pytest.mark.parametrize("world", (1, 2))
@@ -243,13 +243,33 @@ def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(ref
     shard = tmp_path / "data/fineweb_train_000000.bin"
     good = shard.read_bytes()
     run = finish(cfg, world, Spoils(how))
-    assert codes(run) == [code] * world and message in run.stderr(0) and str(shard) in run.stderr(0)
+    assert codes(run) == [code] * world
+    said = [line for line in run.stderr().splitlines() if line.startswith("error: ")]
+    assert len(said) == (world if code == 7 else 1) and all(message in line and str(shard) in line for line in said)
     saved = unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"]
     if world == 1:
         assert saved in (5, 6, 7) and f"saved after {saved} steps" in run.log()  # rows are read two steps ahead
+    shard.unlink(missing_ok=True)
     shard.write_bytes(good)
     assert codes(finish(go_on(cfg))) == [0]
     (assert_same_run if world == 1 else assert_close_run)(reference, cfg)
+
+
+@dataclass
+class CutForRank1:
+    """In a child: from this step on rank 1 alone finds the shard shorter."""
+    step: int
+
+    def __call__(self):
+        if os.environ["RANK"] == "1":
+            read = train_gpt.read_numbers
+            at_step(self.step, lambda _: setattr(train_gpt, "read_numbers", lambda *place: read(*place)[:-1]))
+
+
+def test_what_one_rank_alone_refuses_is_told_by_that_rank(broken):
+    run = finish(broken, 2, CutForRank1(5))
+    assert codes(run) == [6, 2]
+    assert "has been cut since the run began" in run.stderr(1) and "lost rank 1" in run.stderr(0)
 
 
 @pytest.mark.parametrize("tokens, message", [([], "0 tokens"), ([1], "1 tokens"), ([1, 2, 2], "0 bytes of text")])
@@ -305,7 +325,7 @@ def test_nan_or_inf_stops_before_it_reaches_the_weights(broken, value, where, wo
     fault = NotFinite((5,), value, where, rank=world - 1)
     run = finish(broken, world, fault)
     assert codes(run) == [5] * world
-    line = run.stderr(0).splitlines()[-1]
+    line, = [line for line in run.stderr().splitlines() if line.startswith("error: ")]  # of both ranks together
     assert "step 5: not finite" in line and "NONFINITE=skip" in line and "[exit 5" in line
     assert where == "loss" or f"first gradient: {where}" in line
     facts, tensors = unseal(folder(broken) / CHECKPOINTS[0])
@@ -337,8 +357,22 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_log_says_so(broken)
     cfg = dataclasses.replace(broken, checkpoint_every=0.0)
     run = finish(cfg, prepare=BadWeights(3))
     assert codes(run) == [5] and "step 3: not finite" in run.stderr()
-    assert "not finite, the checkpoint before them stays; stopped after 3 steps" in run.log() and "saved after" not in run.log()
+    assert "not saved, as live/" in run.log() and "is not finite, after 3 steps" in run.log() and "saved after" not in run.log()
     assert unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"] == 0
+
+
+@dataclass
+class BadMoments:
+    """In a child: after this step AdamW divides by infinity, which stops the embedding and shows in no loss."""
+    step: int
+
+    def __call__(self):
+        at_step(self.step, lambda trainer: trainer.optimiser.second.fill_(math.inf))
+
+
+def test_a_periodic_checkpoint_that_was_not_written_is_told(broken):
+    run = finish(dataclasses.replace(broken, checkpoint_every=0.001), prepare=BadMoments(3))
+    assert codes(run) == [0] and "WARNING: no checkpoint: second/" in run.log()
 
 
 def test_a_run_of_nothing_but_nan_stops_although_steps_may_be_skipped(broken):
@@ -444,6 +478,18 @@ def test_every_rank_leaves_the_group_before_the_interpreter_ends(broken, fault, 
     assert [run.stdout(rank).splitlines()[-1] for rank in (0, 1)] == ["still in the group: False"] * 2
 
 
+class StoppedTooLate:
+    """In a child: SIGTERM comes when all is done."""
+    def __call__(self):
+        destroy = train_gpt.dist.destroy_process_group
+        train_gpt.dist.destroy_process_group = lambda: (os.kill(os.getpid(), signal.SIGTERM), destroy())
+
+
+def test_a_signal_after_the_end_changes_nothing(broken):
+    run = finish(broken, 2, StoppedTooLate())
+    assert codes(run) == [0, 0] and "error: " not in run.stderr() and "Traceback" not in run.stderr()
+
+
 @pytest.mark.parametrize("rank", (0, 1))
 def test_ranks_that_drift_apart_are_noticed_before_the_next_checkpoint(reference, broken, rank):
     cfg = dataclasses.replace(broken, train_log_every=3, checkpoint_every=0.001)
@@ -464,4 +510,4 @@ def test_one_two_four_and_eight_ranks_train_alike(reference, tiny):
 
 def test_more_ranks_than_rows_are_refused_on_every_rank(tiny):
     run = finish(tiny(**BASE, train_seq_len=256), 3)
-    assert codes(run) == [2, 2, 2] and "TRAIN_BATCH_TOKENS=512: fewer rows than 3 ranks" in run.stderr(0)
+    assert codes(run) == [2, 2, 2] and run.stderr().count("TRAIN_BATCH_TOKENS=512: fewer rows than 3 ranks") == 1

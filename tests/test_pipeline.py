@@ -409,7 +409,7 @@ OTHER_SETTINGS = [
     dict(quant_bits_mlp=5, quant_bits_embed=6), dict(quant_bits_attn=16), dict(quant_clip="amax"), dict(quant_codes="asym"),
     dict(quant_scale_floor=True), dict(keep_float_max_numel=10 ** 6), dict(fp16_keep_name_patterns="mlp.fc"),
     dict(prune_pct=0.3), dict(compressor="lzma"), dict(compressor="zlib", compress_level=9), dict(average="ema"),
-    dict(average="none"), dict(fit_to_cap=True, cap_bytes=len(train_gpt.SOURCE) + 13900), dict(cap_bytes=100_000),
+    dict(average="none"), dict(fit_to_cap=True, cap_bytes=len(train_gpt.SOURCE) + 13700), dict(cap_bytes=100_000),
     dict(eval_stride=8), dict(eval_stride=0), dict(eval_seq_len=32), dict(val_max_tokens=130), dict(doc_isolated_eval=True),
     TOGGLES["TTT_MODE"], dict(average="ema", quant_bits_mlp=4, prune_pct=0.1, eval_stride=16)]
 
@@ -433,6 +433,7 @@ def test_other_export_and_scoring_settings_give_what_a_full_training_with_them_g
     for name in CLOCK:
         assert second[name] == before[name]
     assert {name: second["config"][name] for name in settings} == settings
+    assert (full["pruned"] > 0) == bool({"prune_pct", "fit_to_cap"} & settings.keys())
 
 
 def test_a_checkpoint_needs_no_setting_and_an_old_spelling_works_too(plain, tmp_path):

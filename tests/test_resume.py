@@ -187,6 +187,24 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_it_used_loudly(st
     assert (folder(copy) / "checkpoint.damaged").exists()  # kept, but never read
 
 
+@pytest.mark.parametrize("how, code", [("told to stop meanwhile", 143), ("a failing disk", 7)])
+def test_what_is_no_damage_leaves_the_checkpoints_as_they_are(copy, monkeypatch, how, code):
+    newest, before = folder(copy) / CHECKPOINTS[0], {path.name: path.read_bytes() for path in folder(copy).glob("*.bin")}
+    unseal, data = train_gpt.unseal, newest.read_bytes()
+    if code == 143:
+        monkeypatch.setattr(train_gpt, "unseal", lambda path: (os.kill(os.getpid(), signal.SIGTERM), unseal(path))[1])
+    else:
+        newest.unlink()
+        newest.symlink_to("/proc/self/mem")  # reading there is a real EIO
+    with pytest.raises(Refusal) as refused:
+        main(copy)
+    if code == 7:
+        newest.unlink()
+        newest.write_bytes(data)
+    assert refused.value.code == code and "is used" not in (folder(copy) / "train.log").read_text()
+    assert {path.name: path.read_bytes() for path in folder(copy).glob("*.bin")} == before
+
+
 def test_a_missing_newest_checkpoint_is_as_good_as_one_that_was_never_written(stopped, copy):
     (folder(copy) / CHECKPOINTS[0]).unlink()  # the machine stopped between the two renamings
     main(copy)
