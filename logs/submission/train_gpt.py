@@ -198,8 +198,7 @@ class Config:
     def sources(self) -> list[str]:  # of weights that exist already
         found = {"CHECKPOINT": self.checkpoint, "EVAL_ONLY": self.eval_only, "RESUME=1 RUN_ID": self.resume and self.run_id}
         return [f"{name}={value}" for name, value in found.items() if value]
-    def collected(self) -> list[str]:  # the averages that are on
-        return [name for name in ("swa", "ema", "sqwa") if getattr(self, f"{name}_enabled")]
+    def collected(self) -> list[str]: return [n for n in ("swa", "ema", "sqwa") if getattr(self, f"{n}_enabled")]  # averages
     @property
     def shipped_average(self) -> str: return ["none", *self.collected()][-1] if self.average == "auto" else self.average
     @property
@@ -258,9 +257,8 @@ def translate_old_names(env: dict) -> dict:
     return today
 text_table = partial(tabulate, headers="firstrow", tablefmt="simple", floatfmt=".6f", intfmt=",", missingval="-")
 def help_text() -> str:  # Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else
-    rows = [(f.name.upper(), f.type, str(int(f.default) if f.type == "bool" else f.default) or '""', m["unit"],
-             m["doc"] + (f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""), m["seeds"])
-            for f in KNOBS for m in [f.metadata]]
+    rows = [(f.name.upper(), f.type, str(int(f.default) if f.type == "bool" else f.default) or '""', m["unit"], m["doc"] + (
+        f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""), m["seeds"]) for f in KNOBS for m in [f.metadata]]
     return "\n".join([__doc__.strip(), "", "Exit codes: " + "; ".join(f"{c} {t}" for c, t in EXIT_CODES.items()), "",
                       text_table([("variable", "type", "default", "unit", "meaning", "seeds"), *rows]), "",
                       "Old spellings of the seeds that also work: " + ", ".join(ALIASES)])
@@ -303,8 +301,7 @@ class Run:
             print(text, flush=True)
             self.text.write(text + "\n")
     def event(self, kind: str, **fields) -> None:  # One JSON object for programs in metrics.jsonl; `t` is seconds since the start
-        if self.rank == 0:
-            self.jsonl.write(json.dumps({"event": kind, "t": time.perf_counter() - self.started, **fields}) + "\n")
+        if self.rank == 0: self.jsonl.write(json.dumps({"event": kind, "t": time.perf_counter() - self.started, **fields}) + "\n")
     def signalled(self, number: int, _) -> None:  # On SIGTERM and SIGINT: at once, but while training between two steps
         self.stop = self.stop or number
         refuse(self.phase_name not in ("train", "stop"), f"stopped by {signal.Signals(number).name}", 128 + number)
@@ -351,9 +348,16 @@ class Activity:
 # ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
 BOS, AGAIN = 1, "prepare the data again (python prepare_data.py --help)"
+def read_numbers(path: Path, kind: str, start: int, n: int) -> np.ndarray:  # n from byte `start` on; fewer where the file ends
+    try:  # (numpy.fromfile takes a failing disk for the end; were the file mapped and cut, that would kill the process)
+        with path.open("rb") as file: data = os.pread(file.fileno(), n * np.dtype(kind).itemsize, start)
+    except OSError as error:
+        code, remedy = (2, AGAIN) if isinstance(error, FileNotFoundError) else (7, "mend that, then go on with RESUME=1")
+        raise Refusal(f"{path}: {error.strerror}; {remedy}", code) from None
+    return np.frombuffer(data, kind, len(data) // np.dtype(kind).itemsize)
 def count_tokens(path: Path) -> int:  # Tokens of one shard. Refusal when header and size disagree
     refuse(not path.is_file(), f"{path}: no plain file; {AGAIN}")  # (a pipe would keep us waiting)
-    header, size = np.fromfile(path, "<i4", SHARD_HEADER), path.stat().st_size
+    header, size = read_numbers(path, "<i4", 0, SHARD_HEADER), path.stat().st_size
     refuse(len(header) < SHARD_HEADER or (header[:2] != (SHARD_MAGIC, SHARD_VERSION)).any(),
            f"{path}: no token shard (starts {header[:2].tolist()}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}")
     refuse(size != 4 * SHARD_HEADER + 2 * int(header[2]),
@@ -370,14 +374,9 @@ class Split:
         """Tokens [start, start + n) of the repeated stream, (n,) int64; checks that each is there and in the vocabulary."""
         parts = []
         while n > 0:
-            start %= self.tokens
-            i = bisect.bisect(self.edges, start) - 1
+            i = bisect.bisect(self.edges, start := start % self.tokens) - 1
             path, place, wanted = self.paths[i], start - self.edges[i], min(n, self.edges[i + 1] - start)
-            try:  # (not mapped: if the file were cut, that would kill the process)
-                part = np.fromfile(path, "<u2", wanted, offset=4 * SHARD_HEADER + 2 * place).astype(np.int64)
-            except OSError as error:
-                code, remedy = (2, AGAIN) if isinstance(error, FileNotFoundError) else (7, "mend that, then go on with RESUME=1")
-                raise Refusal(f"{path}: {error.strerror or error}; {remedy}", code) from None
+            part = read_numbers(path, "<u2", 4 * SHARD_HEADER + 2 * place, wanted).astype(np.int64)
             refuse(len(part) < wanted, f"{path}: has been cut since the run began; {AGAIN}")
             refuse(part.max() >= self.vocab, f"{path}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
             parts, start, n = [*parts, part], start + wanted, n - wanted
@@ -652,8 +651,7 @@ class GPT(nn.Module):
         x0, skips, skip_weights = x, [], self.skip_weights.to(self.dtype)
         extra_v = self.value_embed(ids, self.dtype) if self.value_embed is not None else {}
         for i, block in enumerate(self.blocks):
-            if i >= self.encoders and skips:  # the first half's outputs, last first
-                x = x + skip_weights[i - self.encoders] * skips.pop()
+            if i >= self.encoders and skips: x = x + skip_weights[i - self.encoders] * skips.pop()  # the first half's, last first
             x = block(x, x0, self.cos, self.sin, extra_v.get(i))
             if i < self.encoders: skips.append(x)
         return norm(x)
@@ -739,8 +737,7 @@ class Flat:
         """Name -> value as (value, view of the weights): one view for a whole bank where its values are alike."""
         views, covered = self.views(self.weights), set()
         for (names, *_), weights in zip(self.layout, self.banks(self.weights)):
-            if len({wanted.get(name) for name in names}) == 1:
-                views[names[0]], covered = weights, covered | {*names[1:]}
+            if len({wanted.get(name) for name in names}) == 1: views[names[0]], covered = weights, covered | {*names[1:]}
         return [(value, views[name]) for name, value in wanted.items() if name not in covered]
     def reduce(self, clip: float) -> tuple[float, float, float]:
         """Mean over the ranks, THEN the clip. (mean loss, gradient norm, share of ranks told to stop): the host's only wait."""
@@ -884,8 +881,8 @@ class Trainer:
             groups["first"], second = (self.flat.views(moments) for moments in (self.optimiser.first, self.optimiser.second))
             groups["second"] = {n: w for n, w in second.items() if self.model.get_parameter(n).role.optimiser != "muon"}
         return {f"{group}/{name}": w for group, weights in groups.items() for name, w in weights.items()}
-    def save(self, wait: bool = True) -> bool | None:
-        """Copies everything at once; it is written to checkpoint.bin now (False: not finite) or, not `wait`, beside the steps."""
+    def save(self, wait: bool = True) -> list[str] | None:
+        """Copies everything at once; it is written to checkpoint.bin now (see there) or, not `wait`, beside the next steps."""
         if not self.done(): self.flat.gather(self.flat.shares(self.optimiser.first))
         self.saved = self.elapsed
         if self.run.rank == 0:
@@ -893,7 +890,8 @@ class Trainer:
                          progress={n: copy.copy(getattr(self, n)) for n in self.PROGRESS}, metrics_bytes=self.run.jsonl.tell(),
                          activity={n: dataclasses.asdict(a) for n, a in self.run.activity.items()}, snapshots=self.average.count)
             tensors = {name: w.to("cpu", copy=True) for name, w in self.parts().items()}
-            if self.writing: self.writing.result()  # or its error
+            bad = self.writing and self.writing.result()  # or its error
+            if bad: self.run.log(f"WARNING: no checkpoint: {bad[0]} is not finite")
             self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
             if wait: return self.writing.result()
     def restore(self, facts: dict, tensors: State) -> None:
@@ -905,8 +903,7 @@ class Trainer:
             vars(self).update(kept)
             self.saved, self.schedule.fired, self.average.count = self.elapsed, set(facts["fired"]), int(facts["snapshots"])
             for name, w in self.parts().items(): w.copy_(tensors[name].view_as(w))
-            for state in self.optimiser.adamw.state.values():
-                state["step"].fill_(self.steps - len(self.skipped))
+            for state in self.optimiser.adamw.state.values(): state["step"].fill_(self.steps - len(self.skipped))
             self.run.activity.update({name: Activity(**copy.deepcopy(facts["activity"][name])) for name in self.run.activity})
             for a in self.run.activity.values(): a.row(sum(self.step_seconds + self.skipped + self.resumed))  # all are numbers
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -955,8 +952,7 @@ class Trainer:
     def train(self, saved: tuple | None = None) -> None:
         """Steps, from the beginning or from what was saved, until the budget or ITERATIONS is used up."""
         cfg, run = self.cfg, self.run
-        with run.phase("warm-up and compile"):
-            run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
+        with run.phase("warm-up and compile"): run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
             self.resumed.append(self.steps)
@@ -975,8 +971,8 @@ class Trainer:
                     refuse(self.stopping, f"stopped by {signal.Signals(number := run.stop or signal.SIGTERM).name}", 128 + number)
             except Refusal as stop:  # no step is half done, and every rank is here (unless data look different from there)
                 if stop.code not in ((2, 6, 7) if run.world > 1 else (6,)):
-                    saved = "saved" if self.save() else "weights not finite, the checkpoint before them stays; stopped"
-                    run.log(f"{saved} after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from there")
+                    what = f"not saved, as {bad[0]} is not finite," if (bad := self.save()) else "saved"
+                    run.log(f"{what} after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from the last checkpoint")
                 raise
             loader.close()
             if run.cuda: torch.cuda.synchronize()
@@ -1128,16 +1124,17 @@ def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
         for n, t in tensors.items(): check(t.isfinite().all(), f"tensor {n} is not finite")
         return dict(json.loads(header["__metadata__"]["facts"])), tensors
     except OSError as error:
-        raise Refusal(f"{path}: {error.strerror}; give the path of a file that a run has written") from None
+        code = 2 if isinstance(error, FileNotFoundError) else 7
+        raise Refusal(f"{path}: {error.strerror}; give the path of a file that a run has written", code) from None
     except (ValueError, LookupError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
             safetensors.SafetensorError) as error:
         check(False, f"unreadable ({type(error).__name__})")
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> bool:  # False: not finite, which none would read
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> list[str]:  # Names of what is not finite
     blob, (newest, previous) = seal(tensors, facts, "none"), (folder / name for name in CHECKPOINTS)
-    if fine := all(w.isfinite().all() for w in tensors.values()):
-        if newest.exists(): newest.replace(previous)
-        write_atomic(newest, blob)
-    return fine
+    bad = [name for name, w in tensors.items() if not w.isfinite().all()]  # no reader would take it: the one before stays
+    if newest.exists() and not bad: newest.replace(previous)
+    if not bad: write_atomic(newest, blob)
+    return bad
 def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
     """The newest whole checkpoint of this run; None when it has none yet. Refusal when all that it has are damaged."""
     saved, damaged = None, []
@@ -1145,13 +1142,14 @@ def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
         try:
             saved = saved or unseal(path)
         except Refusal as error:
+            if error.code != 2: raise  # told to stop, or a failing disk
             run.log(f"WARNING: {error}: the one before it is used")
             damaged.append(path)
     refuse(damaged and not saved, f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again")
     refuse(saved and saved[0].get("progress", {}).get("code_sha256") != CODE_SHA256,
            f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID")
     progress = saved and saved[0]["progress"]
-    refuse(run.agree(progress) != progress, "RESUME=1: the ranks read different checkpoints")  # and all have read
+    refuse(run.agree(progress) != progress, "RESUME=1: the ranks read different checkpoints")
     if run.rank == 0:
         for path in damaged: path.replace(path.with_suffix(".damaged"))
         kept = min(run.jsonl.tell(), saved[0]["metrics_bytes"]) if saved else 0
@@ -1257,7 +1255,6 @@ class Sheet:
         nats, size = self.nats[:-1].double().sum().item(), int(self.val.target_bytes.sum())
         return Score(nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began)
 def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None) -> Score:
-    """Scores the whole validation set in these windows (default: fixed ones)."""
     return Sheet(cfg, run, val).fill(forward, windows(0, val.n, cfg.window, 0) if rows is None else rows).total()
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
     """Score-first SGD by chunks (momentum 0.9, clip 1; #549, #975): each is scored, then learned from. Changes the model."""
@@ -1341,13 +1338,12 @@ def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Pa
     memory = torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(
         schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
-        val_tokens=final.targets, val_bytes=final.bytes, scored=mode, quantised_val_bpb=bpb["quantised"], **training,
-        artifact_path=str(path), artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total,
-        cap_bytes=cfg.cap_bytes, under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds,
-        seed=cfg.seed, world_size=run.world, peak_memory_bytes=memory, inactive=inactive, toggles=toggles,
-        checkpoint=cfg.checkpoint or None, limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
-        config=cfg.knobs(), scores={name: s._asdict() for name, s in scores.items()}, **environment(run),
-        non_default=cfg.non_default(), code_sha256=CODE_SHA256, config_sha256=cfg.digest(), data=data)
+        val_tokens=final.targets, val_bytes=final.bytes, quantised_val_bpb=bpb["quantised"], **training, artifact_path=str(path),
+        scored=mode, artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total, cap_bytes=cfg.cap_bytes,
+        under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=run.world,
+        peak_memory_bytes=memory, inactive=inactive, limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
+        toggles=toggles, checkpoint=cfg.checkpoint or None, config=cfg.knobs(), **environment(run), non_default=cfg.non_default(),
+        config_sha256=cfg.digest(), scores={name: s._asdict() for name, s in scores.items()}, data=data, code_sha256=CODE_SHA256)
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
     total, limits, code = r["total_bytes"], r["limits"], r["exit_code"]
@@ -1468,7 +1464,8 @@ def main(cfg: Config) -> dict:
         if run.rank == 0:
             write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
             (run.dir / CHECKPOINTS[1]).unlink(missing_ok=True)
-        return run.agree(report)  # all exit alike
+        run.phase_name, report = "stop", run.agree(report)  # all exit alike, and a signal comes too late
+        return report
     except BaseException as error:
         phase, run.phase_name = run.phase_name, "stop"
         where = f"in phase '{phase}': {type(error).__name__}: {error}"
@@ -1491,7 +1488,10 @@ def command_line(arguments: list[str]) -> int:  # Runs the configuration in the 
         code = main(Config.from_env(os.environ))["exit_code"]
     except (Refusal, KeyboardInterrupt) as stop:
         code = stop.code if isinstance(stop, Refusal) else 130
-        if code in (6, 7, 8) or os.environ.get("LOCAL_RANK", "0") == "0":
+        first, host = os.environ.get("LOCAL_RANK", "0") == "0", os.environ.get("GROUP_RANK", "0")
+        with contextlib.suppress(RuntimeError, ValueError):  # no store, no group
+            if code not in (6, 7, 8): first = dist.distributed_c10d._get_default_store().add(f"{host} {stop}", 1) == 1
+        if code in (6, 7, 8) or first:  # what several ranks of a host find is said once
             print(f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]", file=sys.stderr, flush=True)
     # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291); NCCL would wait for lost ranks
     if dist.is_initialized() and (code in (0, 3, 4) or not torch.cuda.is_available()): dist.destroy_process_group()
