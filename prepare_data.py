@@ -71,16 +71,30 @@ class Recipe:
     """How documents become shards. All of it changes the result, so all of it goes into the manifest."""
 
     tokenizer: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="SentencePiece model; else one is trained.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="SentencePiece model; else one is trained."),
     ] = None
-    vocab_size: Annotated[int, typer.Option(max=2**16, help="Pieces of a tokenizer to be trained.")] = 1024
+    vocab_size: Annotated[
+        int, typer.Option(max=2**16, help="Pieces of a tokenizer to be trained.")
+    ] = 1024
     val_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of documents held out, chosen by the hash of their text.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of documents held out, chosen by the hash of their text."
+        ),
     ] = 0.01
-    val_docs: Annotated[int | None, typer.Option(min=1, help="Hold out the first N distinct documents instead.")] = None
-    shard_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Tokens in a full shard.")] = 100_000_000
-    max_docs: Annotated[int | None, typer.Option(min=1, help="Read no more than this many documents.")] = None
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Stop once both splits together hold this many.")] = None
+    val_docs: Annotated[
+        int | None, typer.Option(min=1, help="Hold out the first N distinct documents instead.")
+    ] = None
+    shard_tokens: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Tokens in a full shard.")
+    ] = 100_000_000
+    max_docs: Annotated[
+        int | None, typer.Option(min=1, help="Read no more than this many documents.")
+    ] = None
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop once both splits together hold this many.")
+    ] = None
     name: Annotated[str, typer.Option(help="First part of the shard names.")] = "fineweb"
 
 
@@ -88,10 +102,16 @@ class Recipe:
 class TextOptions(Recipe):
     """The options of the text command."""
 
-    inputs: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Files, in reading order.")]
+    inputs: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="Files, in reading order.")
+    ]
     out: Annotated[Path, typer.Option(help="Dataset folder to make.")]
-    field: Annotated[str, typer.Option(help="Field or column that holds the text (.jsonl, .parquet).")] = "text"
-    workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the result.")] = DEFAULT_WORKERS
+    field: Annotated[
+        str, typer.Option(help="Field or column that holds the text (.jsonl, .parquet).")
+    ] = "text"
+    workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the result.")] = (
+        DEFAULT_WORKERS
+    )
 
 
 # ---- Documents of the user's files
@@ -103,7 +123,9 @@ def read_zst(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             while chunk:
-                decoder = decoder or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                decoder = (
+                    decoder or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                )
                 yield decoder.decompress(chunk)
                 chunk = decoder.unused_data
                 if decoder.eof:
@@ -145,7 +167,9 @@ def read_txt(path: Path, field: str) -> Iterator[str]:
         try:
             block = b"\n".join(lines).decode()
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 ({error}): convert it, for example with iconv") from error
+            raise UserError(
+                f"{path} is not UTF-8 ({error}): convert it, for example with iconv"
+            ) from error
         if has_text:
             yield block
 
@@ -160,7 +184,9 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
         except (ValueError, LookupError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise UserError(f"{path}:{number} is no JSON object with the text field {field!r}: name it with --field")
+            raise UserError(
+                f"{path}:{number} is no JSON object with the text field {field!r}: name it with --field"
+            )
         # JSON can spell half a surrogate pair, which is no character and has no UTF-8 form.
         yield text.encode(errors="replace").decode()
 
@@ -173,10 +199,14 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
         file = pyarrow.parquet.ParquetFile(path)
         for batch in file.iter_batches(columns=[field]):
             if not batch.num_columns:
-                raise UserError(f"{path} has no column {field!r}: name one of {file.schema_arrow.names} with --field")
+                raise UserError(
+                    f"{path} has no column {field!r}: name one of {file.schema_arrow.names} with --field"
+                )
             yield from (text for text in batch.column(0).to_pylist() if text)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable Parquet file ({error}): get a whole copy") from error
+        raise UserError(
+            f"{path} is no readable Parquet file ({error}): get a whole copy"
+        ) from error
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
@@ -187,7 +217,9 @@ def reader_of(path: Path) -> Callable[[Path, str], Iterator[str]]:
     compressed = path.suffix in DECOMPRESSORS
     reader = READERS.get(Path(path.stem).suffix if compressed else path.suffix)
     if reader is None or (compressed and reader is read_parquet):
-        raise UserError(f"{path} is of no known kind: give .txt or .jsonl, plain or as .gz .xz .zst, or .parquet")
+        raise UserError(
+            f"{path} is of no known kind: give .txt or .jsonl, plain or as .gz .xz .zst, or .parquet"
+        )
     if reader is read_parquet and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{path} needs pyarrow, which is not installed: pip install pyarrow")
     return reader
@@ -203,19 +235,56 @@ def text_documents(inputs: list[Path], field: str) -> Iterator[str]:
 
 DEMO_PACKAGES = ("huggingface_hub", "mpmath", "networkx", "numpy", "sympy", "torch")
 # Tests are code with few words; site-packages lies inside the standard library's folder.
-DEMO_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+DEMO_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+}
 DEMO_MIN_CHARACTERS = 300
 DEMO_VAL_FRACTION, DEMO_VAL_CHARACTERS = 0.02, 400_000
-STOP_WORDS = frozenset("the of to and a in is for that it as be this with by or are an from if on not".split())
+STOP_WORDS = frozenset(
+    [
+        "the",
+        "of",
+        "to",
+        "and",
+        "a",
+        "in",
+        "is",
+        "for",
+        "that",
+        "it",
+        "as",
+        "be",
+        "this",
+        "with",
+        "by",
+        "or",
+        "are",
+        "an",
+        "from",
+        "if",
+        "on",
+        "not",
+    ]
+)
 STOP_WORD_SHARE = 0.12  # English prose has about a third, code and tables of output next to none
 
 
 def demo_versions() -> dict[str, str]:
     """Return the version of everything that shapes the demo dataset."""
     try:
-        versions = {name: importlib.metadata.version(name) for name in (*DEMO_PACKAGES, "sentencepiece")}
+        versions = {
+            name: importlib.metadata.version(name) for name in (*DEMO_PACKAGES, "sentencepiece")
+        }
     except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"{error.name} is not installed and has demo text: pip install -r requirements.txt") from error
+        raise UserError(
+            f"{error.name} is not installed and has demo text: pip install -r requirements.txt"
+        ) from error
     return {"python": platform.python_version(), **versions}
 
 
@@ -248,7 +317,9 @@ def module_docstrings(path: Path) -> list[str]:
     except (SyntaxError, ValueError):
         return []  # a template, or kept for a Python of long ago
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
+    return [
+        ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)
+    ]
 
 
 def demo_documents(workers: int) -> list[str]:
@@ -258,7 +329,9 @@ def demo_documents(workers: int) -> list[str]:
     """
     files = demo_files()
     with worker_pool(workers) as pool:
-        modules = tqdm(pool.map(module_docstrings, files, chunksize=32), "modules", len(files), disable=None)
+        modules = tqdm(
+            pool.map(module_docstrings, files, chunksize=32), "modules", len(files), disable=None
+        )
         texts = [text for docstrings in modules for text in docstrings] + list(topics.values())
     keyed = {document_key(text): text for text in texts if is_demo_document(text)}
     return [keyed[key] for key in sorted(keyed)]
@@ -312,7 +385,9 @@ class Splitter:
 
 # ---- Tokenizer
 
-TOKENIZER_SAMPLE_CHARACTERS = 50_000_000  # more text moves few of 1,024 merges; 10 MB train in two seconds
+TOKENIZER_SAMPLE_CHARACTERS = (
+    50_000_000  # more text moves few of 1,024 merges; 10 MB train in two seconds
+)
 
 
 def tokenizer_sample(documents: Iterable[str], recipe: Recipe) -> Iterator[str]:
@@ -333,7 +408,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
     The texts are a list because SentencePiece takes an error in an iterator for its end.
     """
     if not texts:
-        raise UserError("no document is left to train a tokenizer on: lower --val-fraction or give --tokenizer")
+        raise UserError(
+            "no document is left to train a tokenizer on: lower --val-fraction or give --tokenizer"
+        )
     model = BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -375,7 +452,9 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
 
 # ---- Tokens
 
-Encoded = tuple[bytes, np.ndarray, int]  # document key; uint16 tokens with BOS first; UTF-8 bytes they stand for
+Encoded = tuple[
+    bytes, np.ndarray, int
+]  # document key; uint16 tokens with BOS first; UTF-8 bytes they stand for
 BATCH_DOCUMENTS = 64
 
 
@@ -429,7 +508,13 @@ def file_sha256(path: Path) -> str:
 def shard_entry(path: Path, split: str, tokens: int) -> dict:
     """Describe one finished shard for the manifest."""
     size = path.stat().st_size
-    return {"file": path.name, "split": split, "sha256": file_sha256(path), "bytes": size, "tokens": tokens}
+    return {
+        "file": path.name,
+        "split": split,
+        "sha256": file_sha256(path),
+        "bytes": size,
+        "tokens": tokens,
+    }
 
 
 class ShardWriter:
@@ -470,7 +555,11 @@ class ShardWriter:
 
 
 def write_dataset(
-    folder: Path, documents: Callable[[], Iterator[str]], recipe: Recipe, workers: int, settings: dict
+    folder: Path,
+    documents: Callable[[], Iterator[str]],
+    recipe: Recipe,
+    workers: int,
+    settings: dict,
 ) -> None:
     """Fill an empty folder with tokenizer, shards and manifest.
 
@@ -491,7 +580,10 @@ def write_dataset(
     for key, tokens, utf8_bytes in tqdm(encoded, "encoding", unit=" documents", disable=None):
         if split := splitter.split_of(key):
             writers[split].add(tokens, utf8_bytes)
-        if recipe.max_tokens and sum(writer.totals["tokens"] for writer in writers.values()) >= recipe.max_tokens:
+        if (
+            recipe.max_tokens
+            and sum(writer.totals["tokens"] for writer in writers.values()) >= recipe.max_tokens
+        ):
             break
     for writer in writers.values():
         writer.close()
@@ -500,14 +592,18 @@ def write_dataset(
     if len(empty) == 2:
         raise UserError("the input holds no document with text: give other files")
     if empty and recipe.val_docs is None and 0 < recipe.val_fraction < 1:
-        raise UserError(f"--val-fraction {recipe.val_fraction} leaves {empty[0]} without a document: change it")
+        raise UserError(
+            f"--val-fraction {recipe.val_fraction} leaves {empty[0]} without a document: change it"
+        )
     disjoint = {
         "method": "by document: blake2b of the nmt_nfkc text decides the side, repeated texts are dropped",
         **{f"{split}_documents": len(splitter.keys[split]) for split in SPLITS},
         "shared": len(splitter.keys["train"] & splitter.keys["val"]),
     }
     shards = [entry for writer in writers.values() for entry in writer.shards]
-    write_manifest(folder, model, shards, {"splits": splits, "disjoint": disjoint, "settings": settings})
+    write_manifest(
+        folder, model, shards, {"splits": splits, "disjoint": disjoint, "settings": settings}
+    )
 
 
 # ---- Manifest and folder
@@ -542,14 +638,21 @@ def read_manifest(folder: Path) -> dict | None:
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = [(entry["file"], entry["sha256"]) for entry in (manifest["tokenizer"], *manifest["shards"])]
-        if manifest["format"] == FORMAT and isinstance(manifest["settings"], dict) and all(
-            isinstance(text, str) for file in files for text in file
+        files = [
+            (entry["file"], entry["sha256"])
+            for entry in (manifest["tokenizer"], *manifest["shards"])
+        ]
+        if (
+            manifest["format"] == FORMAT
+            and isinstance(manifest["settings"], dict)
+            and all(isinstance(text, str) for file in files for text in file)
         ):
             return manifest
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise UserError(f"{folder} holds files but no {MANIFEST} of this script: choose another --out or empty it")
+    raise UserError(
+        f"{folder} holds files but no {MANIFEST} of this script: choose another --out or empty it"
+    )
 
 
 def is_finished(folder: Path, settings: dict) -> bool:
@@ -567,13 +670,24 @@ def is_finished(folder: Path, settings: dict) -> bool:
                 f"{folder} was made with {key} = {json.dumps(old.get(key))}, not {json.dumps(settings.get(key))}: "
                 "choose another --out or delete that folder"
             )
-    places = [path for pattern in ("*", "../../tokenizers/*") for path in folder.glob(pattern) if path.is_file()]
-    there = {path.relative_to(folder).as_posix(): path for path in places}  # a name that leads elsewhere is never opened
+    places = [
+        path
+        for pattern in ("*", "../../tokenizers/*")
+        for path in folder.glob(pattern)
+        if path.is_file()
+    ]
+    there = {
+        path.relative_to(folder).as_posix(): path for path in places
+    }  # a name that leads elsewhere is never opened
     for entry in (manifest["tokenizer"], *manifest["shards"]):
         if entry["file"] not in there or file_sha256(there[entry["file"]]) != entry["sha256"]:
             path = folder / entry["file"]
-            raise UserError(f"{path} is missing or no longer as {MANIFEST} states: delete {folder} and run again")
-    tqdm.write(f"{folder} is complete and its {len(manifest['shards'])} shards match their hashes: nothing to do")
+            raise UserError(
+                f"{path} is missing or no longer as {MANIFEST} states: delete {folder} and run again"
+            )
+    tqdm.write(
+        f"{folder} is complete and its {len(manifest['shards'])} shards match their hashes: nothing to do"
+    )
     return True
 
 
@@ -614,18 +728,26 @@ def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str
     """Look up a variant in upstream's manifest: its tokenizer's path and its shards' names, validation first."""
     datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in listing["datasets"]}
     if variant not in datasets:
-        raise UserError(f"--variant {variant} is not published: choose one of {', '.join(sorted(datasets))}")
+        raise UserError(
+            f"--variant {variant} is not published: choose one of {', '.join(sorted(datasets))}"
+        )
     published = datasets[variant]["stats"]
     if train_shards > published["files_train"]:
-        raise UserError(f"--train-shards {train_shards} is more than are published: take {published['files_train']}")
+        raise UserError(
+            f"--train-shards {train_shards} is more than are published: take {published['files_train']}"
+        )
     models = {entry["name"]: entry.get("model_path") for entry in listing["tokenizers"]}
     model = models[datasets[variant]["tokenizer_name"]]
     if model is None:
-        raise UserError(f"--variant {variant} has no SentencePiece tokenizer: choose one named sp<size>")
+        raise UserError(
+            f"--variant {variant} has no SentencePiece tokenizer: choose one named sp<size>"
+        )
     counts = {"val": published["files_val"], "train": train_shards}
     if not 0 <= counts["val"] < 10**6 or {"", ".", ".."} & set(model.split("/")):
         raise ValueError(f"{counts['val']} validation shards, tokenizer {model}")
-    return model, [f"fineweb_{split}_{index:06d}.bin" for split in counts for index in range(counts[split])]
+    return model, [
+        f"fineweb_{split}_{index:06d}.bin" for split in counts for index in range(counts[split])
+    ]
 
 
 def inspect_shard(path: Path, vocab_size: int) -> tuple[int, int]:
@@ -635,10 +757,14 @@ def inspect_shard(path: Path, vocab_size: int) -> tuple[int, int]:
         raise UserError(f"{path.name} has no shard header: check --repo and --variant")
     held = (path.stat().st_size - header.nbytes) / TOKEN.itemsize
     if held != header[2] or not held:
-        raise UserError(f"{path.name} states {header[2]} tokens and holds {held:g}: check --repo and --variant")
+        raise UserError(
+            f"{path.name} states {header[2]} tokens and holds {held:g}: check --repo and --variant"
+        )
     tokens = np.memmap(path, dtype=TOKEN, mode="r", offset=header.nbytes)
     if tokens.max() >= vocab_size:
-        raise UserError(f"{path.name} has token {tokens.max()}, its tokenizer {vocab_size}: check --repo and --variant")
+        raise UserError(
+            f"{path.name} has token {tokens.max()}, its tokenizer {vocab_size}: check --repo and --variant"
+        )
     return len(tokens), int(np.count_nonzero(tokens == BOS))
 
 
@@ -660,13 +786,17 @@ def fetch(repo: str, remote: str, staging: Path, local: Path, inspect_file: Call
     stated = huggingface_hub.get_hf_file_metadata(url)
     path = local
     if not local.exists():
-        path = Path(huggingface_hub.hf_hub_download(repo, remote, repo_type="dataset", local_dir=staging))
+        path = Path(
+            huggingface_hub.hf_hub_download(repo, remote, repo_type="dataset", local_dir=staging)
+        )
     if path.stat().st_size != stated.size or hub_hash(path, stated.etag) != stated.etag:
         remedy = "delete it and run again"
         if path != local:
             path.unlink()
             remedy = "run again to download it anew"
-        raise UserError(f"{path} is not the published file of {stated.size} bytes and hash {stated.etag}: {remedy}")
+        raise UserError(
+            f"{path} is not the published file of {stated.size} bytes and hash {stated.etag}: {remedy}"
+        )
     found = inspect_file(path)
     if path != local:
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -677,17 +807,28 @@ def fetch(repo: str, remote: str, staging: Path, local: Path, inspect_file: Call
 
 def fetch_dataset(folder: Path, settings: dict) -> None:
     """Download the shards that `settings` name into `folder`, their tokenizer beside it, and write the manifest."""
-    repo, prefix, variant, train_shards = (settings[key] for key in ("repo", "prefix", "variant", "train_shards"))
-    staging = sibling(folder, "partial")  # outlives a broken run, so that the next one goes on from there
-    listing = fetch(repo, f"{prefix}/{MANIFEST}", staging, staging / "listing.json", Path.read_bytes)
+    repo, prefix, variant, train_shards = (
+        settings[key] for key in ("repo", "prefix", "variant", "train_shards")
+    )
+    staging = sibling(
+        folder, "partial"
+    )  # outlives a broken run, so that the next one goes on from there
+    listing = fetch(
+        repo, f"{prefix}/{MANIFEST}", staging, staging / "listing.json", Path.read_bytes
+    )
     try:
         model_path, names = published_files(json.loads(listing), variant, train_shards)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{repo} has a {MANIFEST} of another form ({error!r}): try another --repo") from error
+        raise UserError(
+            f"{repo} has a {MANIFEST} of another form ({error!r}): try another --repo"
+        ) from error
     model = folder.parent.parent / "tokenizers" / Path(model_path).name
     vocab_size = fetch(repo, f"{prefix}/{model_path}", staging, model, load_tokenizer).vocab_size()
     inspect_file = functools.partial(inspect_shard, vocab_size=vocab_size)
-    shards, splits = [], {split: {"documents": 0, "tokens": 0, "utf8_bytes": None} for split in SPLITS}
+    shards, splits = (
+        [],
+        {split: {"documents": 0, "tokens": 0, "utf8_bytes": None} for split in SPLITS},
+    )
     for name in tqdm(names, "shards", disable=None):
         remote = f"{prefix}/datasets/{folder.name}/{name}"
         tokens, documents = fetch(repo, remote, staging, folder / name, inspect_file)
@@ -695,7 +836,9 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
         shards.append(shard_entry(folder / name, split, tokens))
         splits[split]["tokens"] += tokens
         splits[split]["documents"] += documents
-    write_manifest(folder, model, shards, {"splits": splits, "disjoint": None, "settings": settings})
+    write_manifest(
+        folder, model, shards, {"splits": splits, "disjoint": None, "settings": settings}
+    )
     shutil.rmtree(staging)
     tqdm.write(f"made {folder}")
 
@@ -724,7 +867,9 @@ def options_as_parameters(options: type) -> Callable[[Callable], Callable]:
 def demo(
     out: Annotated[Path, typer.Option(help="Dataset folder to make.")] = Path("data/demo"),
     vocab_size: Annotated[int, typer.Option(max=2**16, help="Pieces of the tokenizer.")] = 1024,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; never changes the result.")] = DEFAULT_WORKERS,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; never changes the result.")
+    ] = DEFAULT_WORKERS,
 ) -> None:
     """Make a small dataset of the documentation of installed packages, without any download."""
     out = out.absolute()
@@ -764,23 +909,35 @@ def text(options: TextOptions) -> None:
 @app.command()
 def fineweb(
     variant: Annotated[str, typer.Option(help="Tokenizer of the export, as sp1024.")] = "sp1024",
-    train_shards: Annotated[int, typer.Option(min=0, help="How many, from the first; 200 MB each.")] = 80,
+    train_shards: Annotated[
+        int, typer.Option(min=0, help="How many, from the first; 200 MB each.")
+    ] = 80,
     out: Annotated[Path, typer.Option(help="Folder for datasets/ and tokenizers/.")] = Path("data"),
     repo: Annotated[
         str, typer.Option(help="Dataset repository on the hub.", envvar="MATCHED_FINEWEB_REPO_ID")
     ] = "willdepueoai/parameter-golf",
     prefix: Annotated[
-        str, typer.Option(help="Folder of the export in it.", envvar="MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
+        str,
+        typer.Option(
+            help="Folder of the export in it.", envvar="MATCHED_FINEWEB_REMOTE_ROOT_PREFIX"
+        ),
     ] = "datasets",
 ) -> None:
     """Download the challenge's published shards and tokenizer and verify them; run it again to go on or add shards."""
-    settings = {"command": "fineweb", "repo": repo, "prefix": prefix, "variant": variant, "train_shards": train_shards}
+    settings = {
+        "command": "fineweb",
+        "repo": repo,
+        "prefix": prefix,
+        "variant": variant,
+        "train_shards": train_shards,
+    }
     folder = out.absolute() / "datasets" / f"fineweb10B_{variant}"
     with exclusive(folder):
         old = read_manifest(folder)["settings"] if (folder / MANIFEST).exists() else None
         # Without a manifest a download broke off; with fewer shards of the same export, more are wanted now.
         adds = old is None or (
-            {**old, "train_shards": train_shards} == settings and old.get("train_shards") in range(train_shards)
+            {**old, "train_shards": train_shards} == settings
+            and old.get("train_shards") in range(train_shards)
         )
         if not adds and is_finished(folder, settings):
             return
@@ -800,7 +957,10 @@ def printable(text: str) -> str:
 
 
 def exit_code_of(
-    app: typer.Typer, script: str, arguments: list[str] | None, refused: type[Exception] | tuple = ()
+    app: typer.Typer,
+    script: str,
+    arguments: list[str] | None,
+    refused: type[Exception] | tuple = (),
 ) -> int:
     """Run a command; say on rank 0 in one line what was wrong. `refused`: exceptions that bring their own exit code."""
     try:
@@ -812,7 +972,10 @@ def exit_code_of(
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted", 130
     except BrokenProcessPool:
-        message, code = "a worker was ended from outside, most likely for lack of memory: lower --workers", 2
+        message, code = (
+            "a worker was ended from outside, most likely for lack of memory: lower --workers",
+            2,
+        )
     except OSError as error:
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
         message, code = f"{problem}; check its folder, rights and free space", 2

@@ -3,213 +3,594 @@
     tokens -> train -> average -> quantise -> pack -> artifact on disk -> read back -> score (bits per byte)
 Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py`; --help lists the knobs.
 A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (as run), checkpoint.bin, artifact.bin."""
+
 from __future__ import annotations
-import bisect, concurrent.futures, contextlib, copy, dataclasses, datetime, difflib, fcntl, hashlib, importlib, itertools, json
-import lzma, math, os, platform, resource, signal, statistics, struct, sys, threading, time, zlib
+
+import bisect
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import fcntl
+import hashlib
+import importlib
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import resource
+import signal
+import statistics
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
-import numpy as np, safetensors.torch, sentencepiece, torch.utils.benchmark, zstandard
-import torch, torch.distributed as dist, torch.nn.functional as F
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch.utils.benchmark
+import zstandard
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
 # ── 1 CONFIG ──────────────────────────────────────────────────────────────────────────────────────────────────────
-EXIT_CODES = {0: "good", 2: "bad configuration or data", 3: "over the size cap (all is saved)", 4: "a toggle did nothing",
-              5: "non-finite loss or gradient", 6: "a rank was lost or differs", 7: "cannot read or write a file",
-              8: "out of memory", 130: "interrupted", 143: "terminated"}
+EXIT_CODES = {
+    0: "good",
+    2: "bad configuration or data",
+    3: "over the size cap (all is saved)",
+    4: "a toggle did nothing",
+    5: "non-finite loss or gradient",
+    6: "a rank was lost or differs",
+    7: "cannot read or write a file",
+    8: "out of memory",
+    130: "interrupted",
+    143: "terminated",
+}
+
+
 class Refusal(Exception):
     """Ends the run with one line that names the thing, its value and the remedy; `code` is a key of EXIT_CODES."""
+
     def __init__(self, message: str, code: int = 2):
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:4000]))  # it may quote a file
+        super().__init__(
+            "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:4000])
+        )  # it may quote a file
         self.code = code
+
+
 def refuse(broken, message: str, code: int = 2) -> None:
-    if broken: raise Refusal(message, code)
+    if broken:
+        raise Refusal(message, code)
+
+
 def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), seeds="", scope="train"):
     """One environment variable. scope: run, seed, train, model / eval (inside the artifact), grid (QAT to export), export."""
-    return field(default=default, metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, seeds=seeds, scope=scope))
-run_knob, model_knob, grid_knob, export_knob, eval_knob = (partial(knob, scope=s) for s in "run model grid export eval".split())
+    return field(
+        default=default,
+        metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, seeds=seeds, scope=scope),
+    )
+
+
+run_knob, model_knob, grid_knob, export_knob, eval_knob = (
+    partial(knob, scope=s) for s in ["run", "model", "grid", "export", "eval"]
+)
 BITS, AVERAGES = (2, 3, 4, 5, 6, 7, 8, 16), ("auto", "none", "swa", "ema", "sqwa")
-TRIGGERS, SCOPES = ("always", "lr_scale", "iter_frac", "time_frac"), ("exported", "linears", "small_linears")
-COMPARED = ("model", "train", "grid", "export", "eval")  # scopes that make runs comparable: not names, places, machine, seed
-CLIP_QUANTILES = {"amax": (1.0,), "quantile": (0.9999984,), "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0)}
+TRIGGERS, SCOPES = (
+    ("always", "lr_scale", "iter_frac", "time_frac"),
+    ("exported", "linears", "small_linears"),
+)
+COMPARED = (
+    "model",
+    "train",
+    "grid",
+    "export",
+    "eval",
+)  # scopes that make runs comparable: not names, places, machine, seed
+CLIP_QUANTILES = {
+    "amax": (1.0,),
+    "quantile": (0.9999984,),
+    "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """Every knob, once. The environment variable is the field name in upper case; booleans are 0 or 1."""
+
     # Where and what
-    data_path: str = run_knob("data/datasets/fineweb10B_sp1024", "folder", "fineweb_train_*.bin and fineweb_val_*.bin")
-    tokenizer_path: str = run_knob("data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of them")
+    data_path: str = run_knob(
+        "data/datasets/fineweb10B_sp1024", "folder", "fineweb_train_*.bin and fineweb_val_*.bin"
+    )
+    tokenizer_path: str = run_knob(
+        "data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of them"
+    )
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
-    run_id: str = run_knob("", "name", "empty: date, time, config hash and seed; an existing one is refused, but with RESUME")
-    resume: bool = run_knob(False, "", "go on with RUN_ID from its last checkpoint, with its settings; start it if there is none")
-    checkpoint_every: float = run_knob(60.0, "s", "between checkpoints while training; 0: at start, end and when stopped", lo=0)
-    checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin, with other settings of both, and train nothing")
+    run_id: str = run_knob(
+        "",
+        "name",
+        "empty: date, time, config hash and seed; an existing one is refused, but with RESUME",
+    )
+    resume: bool = run_knob(
+        False,
+        "",
+        "go on with RUN_ID from its last checkpoint, with its settings; start it if there is none",
+    )
+    checkpoint_every: float = run_knob(
+        60.0, "s", "between checkpoints while training; 0: at start, end and when stopped", lo=0
+    )
+    checkpoint: str = run_knob(
+        "",
+        "file",
+        "export and score this checkpoint.bin, with other settings of both, and train nothing",
+    )
     eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
-    nonfinite: str = run_knob("stop", "", "a step with a NaN or Inf: ends the run, or is left out", choices=("stop", "skip"))
-    dist_timeout: float = run_knob(300.0, "s", "a rank that has waited so long for the others gives up", lo=1)
-    seed: int = knob(1337, "", "initial weights and quantisation noise", lo=0, hi=2 ** 32 - 1, seeds="989 975", scope="seed")
+    nonfinite: str = run_knob(
+        "stop",
+        "",
+        "a step with a NaN or Inf: ends the run, or is left out",
+        choices=("stop", "skip"),
+    )
+    dist_timeout: float = run_knob(
+        300.0, "s", "a rank that has waited so long for the others gives up", lo=1
+    )
+    seed: int = knob(
+        1337,
+        "",
+        "initial weights and quantisation noise",
+        lo=0,
+        hi=2**32 - 1,
+        seeds="989 975",
+        scope="seed",
+    )
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
-    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=("auto", "sdpa", "cudnn", "flash", "fa3", "fa2"))
+    attn_backend: str = run_knob(
+        "auto",
+        "",
+        "auto: the fastest, timed",
+        choices=("auto", "sdpa", "cudnn", "flash", "fa3", "fa2"),
+    )
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
     # Model
     vocab_size: int = model_knob(1024, "tokens", "must be the tokenizer's", lo=2, hi=65536)
     num_layers: int = model_knob(11, "blocks", "transformer blocks", lo=1, seeds="145 199 989")
     model_dim: int = model_knob(512, "", "width of the residual stream", lo=1)
     num_heads: int = model_knob(8, "", "query heads", lo=1)
-    num_kv_heads: int = model_knob(4, "", "key / value heads, each shared by several query heads", lo=1)
+    num_kv_heads: int = model_knob(
+        4, "", "key / value heads, each shared by several query heads", lo=1
+    )
     mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01, seeds="145 199")
-    mlp_act: str = model_knob("relu2", "", "square of ReLU, or of LeakyReLU(0.5)", choices=("relu2", "leaky_relu2"), seeds="975")
-    init: str = model_knob("ortho", "", "initial matrices", choices=("default", "ortho"), seeds="145 199")
-    tied_embed_init_std: float = model_knob(0.005, "", "standard deviation of the initial token embedding", lo=0)
-    qk_gain_init: float = model_knob(1.5, "", "initial gain of the normalised queries, one per head", lo=0)
+    mlp_act: str = model_knob(
+        "relu2",
+        "",
+        "square of ReLU, or of LeakyReLU(0.5)",
+        choices=("relu2", "leaky_relu2"),
+        seeds="975",
+    )
+    init: str = model_knob(
+        "ortho", "", "initial matrices", choices=("default", "ortho"), seeds="145 199"
+    )
+    tied_embed_init_std: float = model_knob(
+        0.005, "", "standard deviation of the initial token embedding", lo=0
+    )
+    qk_gain_init: float = model_knob(
+        1.5, "", "initial gain of the normalised queries, one per head", lo=0
+    )
     logit_softcap: float = model_knob(30.0, "", "logits = cap * tanh(z / cap)", lo=1e-6)
     rope_base: float = model_knob(10000.0, "", "rotary base", lo=1)
-    rope_dims: int = model_knob(0, "dims", "rotated dimensions of a head; 0: all", lo=0, seeds="975")
-    rope_ntk_len: int = model_knob(0, "tokens", "NTK: the base grows with TRAIN_SEQ_LEN over this; 0: off", lo=0, seeds="975")
-    xsa_last_n: int = model_knob(0, "blocks", "exclusive self-attention in the last N blocks; 0: off", lo=0, seeds="975")
-    ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)", seeds="975")
-    ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V", seeds="975")
+    rope_dims: int = model_knob(
+        0, "dims", "rotated dimensions of a head; 0: all", lo=0, seeds="975"
+    )
+    rope_ntk_len: int = model_knob(
+        0, "tokens", "NTK: the base grows with TRAIN_SEQ_LEN over this; 0: off", lo=0, seeds="975"
+    )
+    xsa_last_n: int = model_knob(
+        0, "blocks", "exclusive self-attention in the last N blocks; 0: off", lo=0, seeds="975"
+    )
+    ln_scale: bool = model_knob(
+        False, "", "scale the norms of block i by 1 / sqrt(i + 1)", seeds="975"
+    )
+    ve_enabled: bool = model_knob(
+        False, "", "value embedding: a second token table added to V", seeds="975"
+    )
     ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
     ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
-    smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding", seeds="145 199")
-    smear_pos: str = model_knob("pre_norm", "", "at the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975")
+    smear_gate: bool = model_knob(
+        True, "", "SmearGate: blend in the previous token's embedding", seeds="145 199"
+    )
+    smear_pos: str = model_knob(
+        "pre_norm", "", "at the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975"
+    )
     smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
-    bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975")
+    bigram_vocab_size: int = model_knob(
+        0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975"
+    )
     bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
-    bigram_proj_gain: float = model_knob(1.0, "", "initial gain of the BigramHash projection", lo=0, seeds="989")
-    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20, seeds="145 199")
+    bigram_proj_gain: float = model_knob(
+        1.0, "", "initial gain of the BigramHash projection", lo=0, seeds="989"
+    )
+    train_seq_len: int = model_knob(
+        2048, "tokens", "training row", lo=2, hi=1 << 20, seeds="145 199"
+    )
     # Optimiser
     matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0, seeds="145 199 975")
-    scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0, seeds="145 199 975")
-    tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0, seeds="145 199 975")
-    muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1, seeds="145 199")
-    muon_momentum_warmup_start: float = knob(0.92, "", "momentum at step 0", lo=0, hi=1, seeds="145 199")
+    scalar_lr: float = knob(
+        0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0, seeds="145 199 975"
+    )
+    tied_embed_lr: float = knob(
+        0.03, "", "AdamW learning rate of embedding tables", lo=0, seeds="145 199 975"
+    )
+    muon_momentum: float = knob(
+        0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1, seeds="145 199"
+    )
+    muon_momentum_warmup_start: float = knob(
+        0.92, "", "momentum at step 0", lo=0, hi=1, seeds="145 199"
+    )
     muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0, seeds="145 199")
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
-    muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0, seeds="145 199 989 975")
-    bigram_proj_opt: str = knob("muon", "", "optimiser of the BigramHash projection", choices=("muon", "adam"), seeds="975")
+    muon_wd: float = knob(
+        0.038, "", "decoupled weight decay of Muon matrices", lo=0, seeds="145 199 989 975"
+    )
+    bigram_proj_opt: str = knob(
+        "muon", "", "optimiser of the BigramHash projection", choices=("muon", "adam"), seeds="975"
+    )
     beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
     beta2: float = knob(0.95, "", "AdamW", lo=0, hi=0.9999)
-    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999, seeds="989 975")
+    smear_beta2: float = knob(
+        0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999, seeds="989 975"
+    )
     adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
     adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0, seeds="989 975")
-    grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0, seeds="145 199")
+    grad_clip_norm: float = knob(
+        0.3, "", "global norm of the averaged gradient; 0: off", lo=0, seeds="145 199"
+    )
     # Budget and schedule
     iterations: int = knob(20000, "steps", "upper bound of steps", lo=1)
-    max_wallclock_seconds: float = knob(600.0, "s", "training budget; 0: ITERATIONS alone ends the run", lo=0)
-    warmup_steps: int = knob(20, "steps", "untimed steps that compile everything and are then undone", lo=1)
-    warmdown_iters: int = knob(3000, "steps", "linear decay to 0 at the end", lo=0, seeds="145 199 975")
-    warmdown_frac: float = knob(0.0, "of run", "> 0: warm-down length as a fraction of the run instead", lo=0, hi=1)
-    train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2, seeds="989 975")
-    grad_accum_steps: int = knob(0, "", "micro-batches per rank and step; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
-    train_log_every: int = knob(200, "steps", "a line in the log, and a check that all ranks hold the same weights", lo=1)
-    val_loss_every: int = knob(1000, "steps", "score the live weights while training, clock paused; 0: never", lo=0, seeds="145")
+    max_wallclock_seconds: float = knob(
+        600.0, "s", "training budget; 0: ITERATIONS alone ends the run", lo=0
+    )
+    warmup_steps: int = knob(
+        20, "steps", "untimed steps that compile everything and are then undone", lo=1
+    )
+    warmdown_iters: int = knob(
+        3000, "steps", "linear decay to 0 at the end", lo=0, seeds="145 199 975"
+    )
+    warmdown_frac: float = knob(
+        0.0, "of run", "> 0: warm-down length as a fraction of the run instead", lo=0, hi=1
+    )
+    train_batch_tokens: int = knob(
+        524288, "tokens", "per step, over all ranks", lo=2, seeds="989 975"
+    )
+    grad_accum_steps: int = knob(
+        0, "", "micro-batches per rank and step; 0: 8 // ranks on GPUs, 1 on CPU", lo=0
+    )
+    train_log_every: int = knob(
+        200, "steps", "a line in the log, and a check that all ranks hold the same weights", lo=1
+    )
+    val_loss_every: int = knob(
+        1000,
+        "steps",
+        "score the live weights while training, clock paused; 0: never",
+        lo=0,
+        seeds="145",
+    )
     # Quantisation-aware training and noise
-    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", seeds="145 194 989 975")
-    qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS, seeds="145 989 975")
-    qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / share of the run", lo=0, hi=1, seeds="145 989 975")
-    qat_scope: str = knob("exported", "", "all that export quantises; no tables; #975's few", choices=SCOPES, seeds="145 194 975")
-    qat_grid: str = knob("export", "", "clip of the fake grid: QUANT_CLIP, or amax", choices=("export", "amax"), seeds="194 975")
-    qna_enabled: bool = knob(False, "", "uniform noise of one quantisation step, annealed with the lr", seeds="975")
+    qat_enabled: bool = knob(
+        False, "", "STE fake-quantisation on the export grid", seeds="145 194 989 975"
+    )
+    qat_start_kind: str = knob(
+        "always", "", "what starts QAT", choices=TRIGGERS, seeds="145 989 975"
+    )
+    qat_start: float = knob(
+        0.0,
+        "",
+        "lr scale below / share of ITERATIONS / share of the run",
+        lo=0,
+        hi=1,
+        seeds="145 989 975",
+    )
+    qat_scope: str = knob(
+        "exported",
+        "",
+        "all that export quantises; no tables; #975's few",
+        choices=SCOPES,
+        seeds="145 194 975",
+    )
+    qat_grid: str = knob(
+        "export",
+        "",
+        "clip of the fake grid: QUANT_CLIP, or amax",
+        choices=("export", "amax"),
+        seeds="194 975",
+    )
+    qna_enabled: bool = knob(
+        False, "", "uniform noise of one quantisation step, annealed with the lr", seeds="975"
+    )
     qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
     qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
-    qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975", seeds="975")
+    qna_use_floor: bool = knob(
+        True, "", "noise on the true grid, scale floor included; 0: #975", seeds="975"
+    )
     # Averages: SQWA is of the EMA if EMA_ENABLED, else of the live weights
-    swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights", seeds="199 194 989")
-    swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS, seeds="199")
+    swa_enabled: bool = knob(
+        False, "", "mean of snapshots of the live weights", seeds="199 194 989"
+    )
+    swa_start_kind: str = knob(
+        "lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS, seeds="199"
+    )
     swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, seeds="199 194 975")
     swa_every: int = knob(50, "steps", "between snapshots", lo=1)
-    swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=("fp32", "native", "bf16"), seeds="194 989")
+    swa_dtype: str = knob(
+        "fp32",
+        "",
+        "of sums; native: bf16 tables",
+        choices=("fp32", "native", "bf16"),
+        seeds="194 989",
+    )
     ema_enabled: bool = knob(False, "", "exponential moving average, every step", seeds="975")
     ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
     sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", seeds="975")
     # Export
-    average: str = export_knob("auto", "", "weights to ship; auto: the average that is on", choices=AVERAGES)
-    quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989")
+    average: str = export_knob(
+        "auto", "", "weights to ship; auto: the average that is on", choices=AVERAGES
+    )
+    quant_bits_mlp: int = grid_knob(
+        6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989"
+    )
     quant_bits_attn: int = grid_knob(6, "bits", "attention matrices", choices=BITS, seeds="145 199")
-    quant_bits_bigram: int = grid_knob(6, "bits", "BigramHash table, projections of small tables", choices=BITS, seeds="975")
-    quant_bits_embed: int = grid_knob(16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975")
-    quant_clip: str = grid_knob("quantile", "", "largest weight of a row", choices=tuple(CLIP_QUANTILES), seeds="989 975")
-    quant_codes: str = grid_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989")
-    quant_scale_floor: bool = grid_knob(True, "", "step at least 1/c, so rows below 1 share one fixed step", seeds="989")
-    keep_float_max_numel: int = grid_knob(65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989")
-    fp16_keep_name_patterns: str = grid_knob("", "csv", "tensors whose name contains one of these stay fp16", seeds="989")
-    prune_pct: float = export_knob(0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989")
-    compressor: str = export_knob("zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma", "ans"), seeds="145 199 975")
+    quant_bits_bigram: int = grid_knob(
+        6, "bits", "BigramHash table, projections of small tables", choices=BITS, seeds="975"
+    )
+    quant_bits_embed: int = grid_knob(
+        16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975"
+    )
+    quant_clip: str = grid_knob(
+        "quantile", "", "largest weight of a row", choices=tuple(CLIP_QUANTILES), seeds="989 975"
+    )
+    quant_codes: str = grid_knob(
+        "sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989"
+    )
+    quant_scale_floor: bool = grid_knob(
+        True, "", "step at least 1/c, so rows below 1 share one fixed step", seeds="989"
+    )
+    keep_float_max_numel: int = grid_knob(
+        65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989"
+    )
+    fp16_keep_name_patterns: str = grid_knob(
+        "", "csv", "tensors whose name contains one of these stay fp16", seeds="989"
+    )
+    prune_pct: float = export_knob(
+        0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989"
+    )
+    compressor: str = export_knob(
+        "zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma", "ans"), seeds="145 199 975"
+    )
     compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
     cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
-    fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits, and report its cost")
+    fit_to_cap: bool = export_knob(
+        False, "", "over the cap: add the least pruning that fits, and report its cost"
+    )
     # Scoring
     eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
-    eval_stride: int = eval_knob(64, "tokens", "targets scored per sliding window; 0: fixed windows only", lo=0)
-    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank; rows of a test-time SGD step", lo=1)
-    doc_isolated_eval: bool = eval_knob(False, "", "also score with windows that start and end with documents", seeds="199")
-    val_max_tokens: int = eval_knob(0, "tokens", "score only the first N validation targets; 0: all", lo=0)
+    eval_stride: int = eval_knob(
+        64, "tokens", "targets scored per sliding window; 0: fixed windows only", lo=0
+    )
+    eval_batch_seqs: int = eval_knob(
+        32, "windows", "per forward pass and rank; rows of a test-time SGD step", lo=1
+    )
+    doc_isolated_eval: bool = eval_knob(
+        False, "", "also score with windows that start and end with documents", seeds="199"
+    )
+    val_max_tokens: int = eval_knob(
+        0, "tokens", "score only the first N validation targets; 0: all", lo=0
+    )
     ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
     ttt_lr: float = eval_knob(0.002, "", "SGD, cosine over chunks", lo=0)
     ttt_epochs: int = eval_knob(3, "", "passes over a chunk once it is scored", lo=1)
     ttt_chunk_tokens: int = eval_knob(32768, "tokens", "chunk", lo=1)
     ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
     given: frozenset = field(default=frozenset(), compare=False)  # names that the environment set
-    inherited: bool = field(default=False, compare=False)  # the rest is from a checkpoint or an artifact; rules wait for it
+    inherited: bool = field(
+        default=False, compare=False
+    )  # the rest is from a checkpoint or an artifact; rules wait for it
+
     def __post_init__(self):
         for f in KNOBS:
-            name, value, m, choices = f.name.upper(), getattr(self, f.name), f.metadata, f.metadata["choices"]
-            refuse(isinstance(value, float) and not math.isfinite(value), f"{name}={value}: must be a finite number")
-            refuse(choices and value not in choices, f"{name}={value}: choose one of {', '.join(map(str, choices))}")
-            refuse(isinstance(value, str) and not value.isprintable(), f"{name}={value}: control characters; leave them out")
-            largest = m["hi"] if m["hi"] is not None else 2 ** 62 if f.type == "int" else 3e38  # that fits a tensor
+            name, value, m, choices = (
+                f.name.upper(),
+                getattr(self, f.name),
+                f.metadata,
+                f.metadata["choices"],
+            )
+            refuse(
+                isinstance(value, float) and not math.isfinite(value),
+                f"{name}={value}: must be a finite number",
+            )
+            refuse(
+                choices and value not in choices,
+                f"{name}={value}: choose one of {', '.join(map(str, choices))}",
+            )
+            refuse(
+                isinstance(value, str) and not value.isprintable(),
+                f"{name}={value}: control characters; leave them out",
+            )
+            largest = (
+                m["hi"] if m["hi"] is not None else 2**62 if f.type == "int" else 3e38
+            )  # that fits a tensor
             if m["lo"] is not None and not m["lo"] <= value <= largest:
-                raise Refusal(f"{name}={value}: must be {m['lo']} or more" + (f", {m['hi']} or less" if m["hi"] else ""))
-        refuse(len(self.sources) > 1, f"{' and '.join(self.sources)} contradict each other: choose one")
+                raise Refusal(
+                    f"{name}={value}: must be {m['lo']} or more"
+                    + (f", {m['hi']} or less" if m["hi"] else "")
+                )
+        refuse(
+            len(self.sources) > 1, f"{' and '.join(self.sources)} contradict each other: choose one"
+        )
         refuse(self.resume and not self.run_id, "RESUME=1: of which run? Set its RUN_ID")
-        for rule in self.conflicts() if self.inherited or not self.sources else (): refuse(*rule)
+        for rule in self.conflicts() if self.inherited or not self.sources else ():
+            refuse(*rule)
+
     def conflicts(self) -> list[tuple[bool, str]]:
         """(is violated, message) for every rule that involves more than one knob."""
         window, head, ttt = self.window, self.model_dim // self.num_heads, self.ttt_mode != "none"
-        on, ve = self.collected(), [n.strip().lstrip("0") or n.strip() for n in self.ve_layers.split(",")]
-        return [(broken, f"{name}={getattr(self, name.lower())}: {remedy}") for broken, name, remedy in [
-            (self.model_dim % self.num_heads, "MODEL_DIM", f"must be a multiple of NUM_HEADS={self.num_heads}"),
-            (self.num_heads % self.num_kv_heads, "NUM_KV_HEADS", f"must divide NUM_HEADS={self.num_heads}"),
-            (self.rope_dims > head or (self.rope_dims or head) % 2 or (self.rope_ntk_len and (self.rope_dims or head) == 2),
-             "ROPE_DIMS", f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)"),
-            (not self.eval_only and self.train_batch_tokens % self.train_seq_len, "TRAIN_BATCH_TOKENS",
-             f"is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
-            (self.eval_stride > window, "EVAL_STRIDE", f"must not exceed the window of {window} tokens"),
-            (self.mlp_mult * self.model_dim < 1, "MLP_MULT", f"leaves no hidden unit at MODEL_DIM={self.model_dim}"),
-            (self.xsa_last_n > self.num_layers, "XSA_LAST_N", f"the model has {self.num_layers} blocks"),
-            (self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE", "needs 2 buckets or more (the last one is for row starts)"),
-            (self.ve_enabled and (len(set(ve)) < len(ve) or any(not n.isdecimal() or int(n[:9]) >= self.num_layers for n in ve)),
-             "VE_LAYERS", f"needs different block numbers below NUM_LAYERS={self.num_layers}, separated by commas"),
-            (self.swa_enabled and self.sqwa_enabled, "SWA_ENABLED", "SQWA_ENABLED sums snapshots too: choose one"),
-            (self.swa_enabled and self.ema_enabled and self.average == "auto", "SWA_ENABLED",
-             "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped"),
-            (self.average not in ("auto", "none", *on), "AVERAGE", f"is not collected; set {self.average.upper()}_ENABLED=1"),
-            (self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always", "QNA_ENABLED",
-             "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"),
-            (self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0, "QAT_START",
-             "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"),
-            (ttt and self.ttt_chunk_tokens % window, "TTT_CHUNK_TOKENS", f"is no multiple of the window of {window} tokens"),
-            (self.compressor in ("zlib", "lzma") and self.compress_level > 9, "COMPRESS_LEVEL", "zlib and lzma know 0 to 9")]]
+        on, ve = (
+            self.collected(),
+            [n.strip().lstrip("0") or n.strip() for n in self.ve_layers.split(",")],
+        )
+        return [
+            (broken, f"{name}={getattr(self, name.lower())}: {remedy}")
+            for broken, name, remedy in [
+                (
+                    self.model_dim % self.num_heads,
+                    "MODEL_DIM",
+                    f"must be a multiple of NUM_HEADS={self.num_heads}",
+                ),
+                (
+                    self.num_heads % self.num_kv_heads,
+                    "NUM_KV_HEADS",
+                    f"must divide NUM_HEADS={self.num_heads}",
+                ),
+                (
+                    self.rope_dims > head
+                    or (self.rope_dims or head) % 2
+                    or (self.rope_ntk_len and (self.rope_dims or head) == 2),
+                    "ROPE_DIMS",
+                    f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)",
+                ),
+                (
+                    not self.eval_only and self.train_batch_tokens % self.train_seq_len,
+                    "TRAIN_BATCH_TOKENS",
+                    f"is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}",
+                ),
+                (
+                    self.eval_stride > window,
+                    "EVAL_STRIDE",
+                    f"must not exceed the window of {window} tokens",
+                ),
+                (
+                    self.mlp_mult * self.model_dim < 1,
+                    "MLP_MULT",
+                    f"leaves no hidden unit at MODEL_DIM={self.model_dim}",
+                ),
+                (
+                    self.xsa_last_n > self.num_layers,
+                    "XSA_LAST_N",
+                    f"the model has {self.num_layers} blocks",
+                ),
+                (
+                    self.bigram_vocab_size == 1,
+                    "BIGRAM_VOCAB_SIZE",
+                    "needs 2 buckets or more (the last one is for row starts)",
+                ),
+                (
+                    self.ve_enabled
+                    and (
+                        len(set(ve)) < len(ve)
+                        or any(not n.isdecimal() or int(n[:9]) >= self.num_layers for n in ve)
+                    ),
+                    "VE_LAYERS",
+                    f"needs different block numbers below NUM_LAYERS={self.num_layers}, separated by commas",
+                ),
+                (
+                    self.swa_enabled and self.sqwa_enabled,
+                    "SWA_ENABLED",
+                    "SQWA_ENABLED sums snapshots too: choose one",
+                ),
+                (
+                    self.swa_enabled and self.ema_enabled and self.average == "auto",
+                    "SWA_ENABLED",
+                    "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped",
+                ),
+                (
+                    self.average not in ("auto", "none", *on),
+                    "AVERAGE",
+                    f"is not collected; set {self.average.upper()}_ENABLED=1",
+                ),
+                (
+                    self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always",
+                    "QNA_ENABLED",
+                    "would never act, as QAT_START_KIND=always replaces the noise; start QAT later",
+                ),
+                (
+                    self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0,
+                    "QAT_START",
+                    "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND",
+                ),
+                (
+                    ttt and self.ttt_chunk_tokens % window,
+                    "TTT_CHUNK_TOKENS",
+                    f"is no multiple of the window of {window} tokens",
+                ),
+                (
+                    self.compressor in ("zlib", "lzma") and self.compress_level > 9,
+                    "COMPRESS_LEVEL",
+                    "zlib and lzma know 0 to 9",
+                ),
+            ]
+        ]
+
     @property
-    def window(self) -> int: return self.eval_seq_len or self.train_seq_len  # tokens of one scoring window
+    def window(self) -> int:
+        return self.eval_seq_len or self.train_seq_len  # tokens of one scoring window
+
     @property
     def sources(self) -> list[str]:  # of weights that exist already
-        found = {"CHECKPOINT": self.checkpoint, "EVAL_ONLY": self.eval_only, "RESUME=1 RUN_ID": self.resume and self.run_id}
+        found = {
+            "CHECKPOINT": self.checkpoint,
+            "EVAL_ONLY": self.eval_only,
+            "RESUME=1 RUN_ID": self.resume and self.run_id,
+        }
         return [f"{name}={value}" for name, value in found.items() if value]
-    def collected(self) -> list[str]: return [n for n in ("swa", "ema", "sqwa") if getattr(self, f"{n}_enabled")]  # averages
+
+    def collected(self) -> list[str]:
+        return [n for n in ("swa", "ema", "sqwa") if getattr(self, f"{n}_enabled")]  # averages
+
     @property
-    def shipped_average(self) -> str: return ["none", *self.collected()][-1] if self.average == "auto" else self.average
+    def shipped_average(self) -> str:
+        return ["none", *self.collected()][-1] if self.average == "auto" else self.average
+
     @property
     def training_scopes(self) -> tuple[str, ...]:  # of the knobs that a checkpoint depends on
-        return ("seed", "model", "train") + ("grid",) * (self.qat_enabled or self.qna_enabled or self.sqwa_enabled)
-    def knobs(self, *scopes: str) -> dict:  # Name -> value of the knobs in these scopes (all without an argument)
-        return {f.name: getattr(self, f.name) for f in KNOBS if not scopes or f.metadata["scope"] in scopes}
+        return ("seed", "model", "train") + ("grid",) * (
+            self.qat_enabled or self.qna_enabled or self.sqwa_enabled
+        )
+
+    def knobs(
+        self, *scopes: str
+    ) -> dict:  # Name -> value of the knobs in these scopes (all without an argument)
+        return {
+            f.name: getattr(self, f.name)
+            for f in KNOBS
+            if not scopes or f.metadata["scope"] in scopes
+        }
+
     def non_default(self) -> dict:
-        return {f.name.upper(): getattr(self, f.name) for f in KNOBS if getattr(self, f.name) != f.default}
-    def digest(self, *scopes: str) -> str:  # sha256 of the knobs in these scopes (default: of all that makes runs comparable)
-        return hashlib.sha256(json.dumps(self.knobs(*scopes or COMPARED), sort_keys=True).encode()).hexdigest()
+        return {
+            f.name.upper(): getattr(self, f.name)
+            for f in KNOBS
+            if getattr(self, f.name) != f.default
+        }
+
+    def digest(
+        self, *scopes: str
+    ) -> str:  # sha256 of the knobs in these scopes (default: of all that makes runs comparable)
+        return hashlib.sha256(
+            json.dumps(self.knobs(*scopes or COMPARED), sort_keys=True).encode()
+        ).hexdigest()
+
     @classmethod
     def from_env(cls, env) -> Config:
         """Typed and checked configuration; Refusal on a bad value or on a variable that looks like ours but is not."""
@@ -218,122 +599,286 @@ class Config:
         words = {name.split("_")[0] for name in known} - {"INIT"}
         for name in sorted(settings.keys() - known.keys() - FOREIGN):
             close = difflib.get_close_matches(name, known, 1, 0.85)
-            part = "_" in name and any(k.endswith("_" + name) or "_" in k and name.endswith("_" + k) for k in ours)
+            part = "_" in name and any(
+                k.endswith("_" + name) or ("_" in k and name.endswith("_" + k)) for k in ours
+            )
             if name == name.upper() and (close or part or name.split("_")[0] in words):
                 close = close or difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
-                raise Refusal(f"{name}={settings[name]}: no such setting; did you mean {close[0]}? Else unset it")
+                raise Refusal(
+                    f"{name}={settings[name]}: no such setting; did you mean {close[0]}? Else unset it"
+                )
         given = frozenset(settings.keys() & known.keys())
         return cls(given=given, **{n.lower(): parse(n, settings[n], known[n].type) for n in given})
+
+
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
-def parse(name: str, text: str, kind: str):  # The value of one variable, by the annotated type of its knob
+
+
+def parse(
+    name: str, text: str, kind: str
+):  # The value of one variable, by the annotated type of its knob
     try:
-        return {"0": False, "1": True}[text] if kind == "bool" else {"int": int, "float": float, "str": str}[kind](text)
+        return (
+            {"0": False, "1": True}[text]
+            if kind == "bool"
+            else {"int": int, "float": float, "str": str}[kind](text)
+        )
     except (KeyError, ValueError):
-        raise Refusal(f"{name}={text}: must be {dict(bool='0 or 1', int='a whole number', float='a number')[kind]}") from None
-def switch(old: str, name: str, off: str, on: str) -> Callable:  # An old 0 / 1 variable that stands for NAME=off or NAME=on
+        raise Refusal(
+            f"{name}={text}: must be {dict(bool='0 or 1', int='a whole number', float='a number')[kind]}"
+        ) from None
+
+
+def switch(
+    old: str, name: str, off: str, on: str
+) -> Callable:  # An old 0 / 1 variable that stands for NAME=off or NAME=on
     return lambda value, env: {name: on if parse(old, value, "bool") else off}
+
+
 ALIASES = {  # spellings of the seeds: old name -> the new name, or a function (value, environment) -> new settings
-    "QAT": "QAT_ENABLED", "ENABLE_QAT": "QAT_ENABLED", "LATE_QAT": "QAT_ENABLED", "SWA": "SWA_ENABLED",
-    "MUON_WEIGHT_DECAY": "MUON_WD", "WEIGHT_DECAY": "ADAM_WD", "WARMDOWN_STEPS": "WARMDOWN_ITERS", "QAT_START_FRAC": "QAT_START",
-    "BIGRAM_HASH": lambda v, env: switch("BIGRAM_HASH", "BIGRAM_VOCAB_SIZE", "0", env.get("BIGRAM_HASH_BUCKETS", "4096"))(v, env),
-    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_DIM": "BIGRAM_DIM",
+    "QAT": "QAT_ENABLED",
+    "ENABLE_QAT": "QAT_ENABLED",
+    "LATE_QAT": "QAT_ENABLED",
+    "SWA": "SWA_ENABLED",
+    "MUON_WEIGHT_DECAY": "MUON_WD",
+    "WEIGHT_DECAY": "ADAM_WD",
+    "WARMDOWN_STEPS": "WARMDOWN_ITERS",
+    "QAT_START_FRAC": "QAT_START",
+    "BIGRAM_HASH": lambda v, env: switch(
+        "BIGRAM_HASH", "BIGRAM_VOCAB_SIZE", "0", env.get("BIGRAM_HASH_BUCKETS", "4096")
+    )(v, env),
+    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_HASH_DIM": "BIGRAM_DIM",
     "LATE_QAT_THRESHOLD": lambda value, env: {"QAT_START_KIND": "lr_scale", "QAT_START": value},
-    "QUANT_BITS": lambda value, env: dict.fromkeys(("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"), value),
-    **{old: switch(old, "QUANT_BITS_EMBED", "8", "16") for old in ("FP16_EMBED", "FP16_EMBED_EXPORT")},
-    "USE_ZSTD": switch("USE_ZSTD", "COMPRESSOR", "zlib", "zstd"), "TTT_ENABLED": switch("TTT_ENABLED", "TTT_MODE", "none", "sgd")}
+    "QUANT_BITS": lambda value, env: dict.fromkeys(
+        ("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"), value
+    ),
+    **{
+        old: switch(old, "QUANT_BITS_EMBED", "8", "16")
+        for old in ("FP16_EMBED", "FP16_EMBED_EXPORT")
+    },
+    "USE_ZSTD": switch("USE_ZSTD", "COMPRESSOR", "zlib", "zstd"),
+    "TTT_ENABLED": switch("TTT_ENABLED", "TTT_MODE", "none", "sgd"),
+}
 UNSUPPORTED = {  # off in every published row: the off value is accepted, anything else refused
-    "TIE_EMBEDDINGS": "1", "NUM_LOOPS": "1", "CONTROL_TENSOR_NAME_PATTERNS": "", "LATE_K_LAYERS": "0",
-    **dict.fromkeys("MTP_NUM_HEADS LAWA_ENABLED DOC_EVAL_BUG GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED CURRICULUM".split(), "0")}
-FOREIGN = {"MAX_JOBS", "DATA_DIRECTORY", *(f"RUN_{what}DISPLAY_URL" for what in ("", "CHANGES_", "TESTS_", "ARTIFACTS_"))}
+    "TIE_EMBEDDINGS": "1",
+    "NUM_LOOPS": "1",
+    "CONTROL_TENSOR_NAME_PATTERNS": "",
+    "LATE_K_LAYERS": "0",
+    **dict.fromkeys(
+        [
+            "MTP_NUM_HEADS",
+            "LAWA_ENABLED",
+            "DOC_EVAL_BUG",
+            "GATED_ATTENTION",
+            "VALUE_RESIDUAL",
+            "DTG_ENABLED",
+            "CURRICULUM",
+        ],
+        "0",
+    ),
+}
+FOREIGN = {
+    "MAX_JOBS",
+    "DATA_DIRECTORY",
+    *(f"RUN_{what}DISPLAY_URL" for what in ("", "CHANGES_", "TESTS_", "ARTIFACTS_")),
+}
+
+
 def translate_old_names(env: dict) -> dict:
     """The environment in today's names. Raises Refusal when an old and a new spelling disagree."""
     today = {k: v for k, v in env.items() if k not in ALIASES and k not in UNSUPPORTED}
     for old, off in UNSUPPORTED.items():
-        refuse(env.get(old, off) != off, f"{old}={env.get(old)}: not supported (off in every published row); set {old}={off}")
+        refuse(
+            env.get(old, off) != off,
+            f"{old}={env.get(old)}: not supported (off in every published row); set {old}={off}",
+        )
     for old, new in [(old, ALIASES[old]) for old in sorted(ALIASES.keys() & env.keys())]:
-        for name, value in ({new: env[old]} if isinstance(new, str) else new(env[old], env)).items():
-            if value == env[old]: parse(old, value, {f.name: f.type for f in KNOBS}[name.lower()])
-            refuse(today.setdefault(name, value) != value, f"{old}={env[old]} contradicts {name}={today[name]}; set only {name}")
+        for name, value in (
+            {new: env[old]} if isinstance(new, str) else new(env[old], env)
+        ).items():
+            if value == env[old]:
+                parse(old, value, {f.name: f.type for f in KNOBS}[name.lower()])
+            refuse(
+                today.setdefault(name, value) != value,
+                f"{old}={env[old]} contradicts {name}={today[name]}; set only {name}",
+            )
     return today
-text_table = partial(tabulate, headers="firstrow", tablefmt="simple", floatfmt=".6f", intfmt=",", missingval="-")
-def help_text() -> str:  # Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else
-    rows = [(f.name.upper(), f.type, str(int(f.default) if f.type == "bool" else f.default) or '""', m["unit"], m["doc"] + (
-        f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""), m["seeds"]) for f in KNOBS for m in [f.metadata]]
-    return "\n".join([__doc__.strip(), "", "Exit codes: " + "; ".join(f"{c} {t}" for c, t in EXIT_CODES.items()), "",
-                      text_table([("variable", "type", "default", "unit", "meaning", "seeds"), *rows]), "",
-                      "Old spellings of the seeds that also work: " + ", ".join(ALIASES)])
+
+
+text_table = partial(
+    tabulate, headers="firstrow", tablefmt="simple", floatfmt=".6f", intfmt=",", missingval="-"
+)
+
+
+def help_text() -> (
+    str
+):  # Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else
+    rows = [
+        (
+            f.name.upper(),
+            f.type,
+            str(int(f.default) if f.type == "bool" else f.default) or '""',
+            m["unit"],
+            m["doc"] + (f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""),
+            m["seeds"],
+        )
+        for f in KNOBS
+        for m in [f.metadata]
+    ]
+    return "\n".join(
+        [
+            __doc__.strip(),
+            "",
+            "Exit codes: " + "; ".join(f"{c} {t}" for c, t in EXIT_CODES.items()),
+            "",
+            text_table([("variable", "type", "default", "unit", "meaning", "seeds"), *rows]),
+            "",
+            "Old spellings of the seeds that also work: " + ", ".join(ALIASES),
+        ]
+    )
+
+
 # ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 SOURCE = Path(__file__).read_bytes()
-CODE_SHA256, SCHEMA_VERSION = hashlib.sha256(SOURCE).hexdigest(), 1  # of metrics.jsonl and result.json; README documents both
+CODE_SHA256, SCHEMA_VERSION = (
+    hashlib.sha256(SOURCE).hexdigest(),
+    1,
+)  # of metrics.jsonl and result.json; README documents both
 State = dict  # parameter name -> fp32 tensor, the same on every rank
+
+
 class Run:
     """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
+
     def __init__(self, cfg: Config):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.cuda, patience = torch.cuda.is_available(), datetime.timedelta(seconds=cfg.dist_timeout)
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
-        if self.cuda: torch.cuda.set_device(self.device)
+        self.cuda, patience = (
+            torch.cuda.is_available(),
+            datetime.timedelta(seconds=cfg.dist_timeout),
+        )
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if self.cuda
+            else torch.device("cpu")
+        )
+        if self.cuda:
+            torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=patience)
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32  # of activations; on CPU bf16 is 15 times slower
-        torch._dynamo.config.recompile_limit = 32  # one graph per shape: training, fixed, sliding, documents
-        self.started, self.seconds, self.activity, self.phase_name, self.stop = time.perf_counter(), {}, {}, "start", 0
+        self.dtype = (
+            torch.bfloat16 if self.cuda else torch.float32
+        )  # of activations; on CPU bf16 is 15 times slower
+        torch._dynamo.config.recompile_limit = (
+            32  # one graph per shape: training, fixed, sliding, documents
+        )
+        self.started, self.seconds, self.activity, self.phase_name, self.stop = (
+            time.perf_counter(),
+            {},
+            {},
+            "start",
+            0,
+        )
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S-") + f"{cfg.digest()[:8]}-s{cfg.seed}"
         self.dir, problem = Path(cfg.logs_dir) / self.agree(name), ""
         if self.rank == 0:
             try:
                 self.dir.mkdir(parents=True, exist_ok=cfg.resume)
-                self.text, self.jsonl = ((self.dir / n).open("a", buffering=1) for n in ("train.log", "metrics.jsonl"))
+                self.text, self.jsonl = (
+                    (self.dir / n).open("a", buffering=1) for n in ("train.log", "metrics.jsonl")
+                )
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process at a time
             except OSError as error:
                 problem = f"RUN_ID={name}: cannot create {self.dir}, or another process is at work there ({error.strerror})"
         refuse(problem := self.agree(problem), problem)
-        refuse(not self.dir.is_dir(), f"LOGS_DIR={cfg.logs_dir}: rank {self.rank} does not see it; use a disk that all share")
+        refuse(
+            not self.dir.is_dir(),
+            f"LOGS_DIR={cfg.logs_dir}: rank {self.rank} does not see it; use a disk that all share",
+        )
+
     def agree(self, value):  # Rank 0's value, on every rank
-        number = isinstance(value, float)  # the clock of every step: as a tensor in a third of the time
+        number = isinstance(
+            value, float
+        )  # the clock of every step: as a tensor in a third of the time
         box = torch.tensor(value, dtype=torch.float64) if number else [value]
         if self.world > 1:
-            dist.broadcast(box, src=0) if number else dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            dist.broadcast(box, src=0) if number else dist.broadcast_object_list(
+                box, src=0, device=torch.device("cpu")
+            )
         return box.item() if number else box[0]
+
     def log(self, text: str) -> None:  # One line for people: terminal and train.log, flushed
         if self.rank == 0:
             print(text, flush=True)
             self.text.write(text + "\n")
-    def event(self, kind: str, **fields) -> None:  # One JSON object for programs in metrics.jsonl; `t` is seconds since the start
-        if self.rank == 0: self.jsonl.write(json.dumps({"event": kind, "t": time.perf_counter() - self.started, **fields}) + "\n")
-    def signalled(self, number: int, _) -> None:  # On SIGTERM and SIGINT: at once, but while training between two steps
+
+    def event(
+        self, kind: str, **fields
+    ) -> None:  # One JSON object for programs in metrics.jsonl; `t` is seconds since the start
+        if self.rank == 0:
+            self.jsonl.write(
+                json.dumps({"event": kind, "t": time.perf_counter() - self.started, **fields})
+                + "\n"
+            )
+
+    def signalled(
+        self, number: int, _
+    ) -> None:  # On SIGTERM and SIGINT: at once, but while training between two steps
         self.stop = self.stop or number
-        refuse(self.phase_name not in ("train", "stop"), f"stopped by {signal.Signals(number).name}", 128 + number)
+        refuse(
+            self.phase_name not in ("train", "stop"),
+            f"stopped by {signal.Signals(number).name}",
+            128 + number,
+        )
+
     def silent_ranks(self, seconds: float = 5) -> list[int]:
         """Says in the launcher's store that this rank stops. Returns those that do not in `seconds`: killed, cut off, hanging."""
         silent = [rank for rank in range(self.world) if rank != self.rank]
-        def exchange() -> None:  # in a thread: behind a link that loses all packets no call of a store ever returns
-            store, end = dist.PrefixStore("stopped", dist.distributed_c10d._get_default_store()), time.perf_counter() + seconds
+
+        def exchange() -> (
+            None
+        ):  # in a thread: behind a link that loses all packets no call of a store ever returns
+            store, end = (
+                dist.PrefixStore("stopped", dist.distributed_c10d._get_default_store()),
+                time.perf_counter() + seconds,
+            )
             with contextlib.suppress(RuntimeError):  # the store is gone with its host
                 store.set(str(self.rank), "")
-                if not self.cuda: dist.destroy_process_group()  # so that those who wait for this rank notice
+                if not self.cuda:
+                    dist.destroy_process_group()  # so that those who wait for this rank notice
                 while silent and time.perf_counter() < end:
                     silent[:] = [rank for rank in silent if not store.check([str(rank)])]
                     time.sleep(0.05)
+
         thread = threading.Thread(target=exchange, daemon=True)
         thread.start()
         thread.join(seconds + 1)
         return silent
+
     @contextlib.contextmanager
-    def phase(self, name: str):  # Names what is going on (for error messages) and adds its wall seconds to the time ledger
+    def phase(
+        self, name: str
+    ):  # Names what is going on (for error messages) and adds its wall seconds to the time ledger
         outer, self.phase_name, began = self.phase_name, name, time.perf_counter()
         yield
-        if self.cuda: torch.cuda.synchronize()
+        if self.cuda:
+            torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self.phase_name = outer  # an exception leaves `name`, so that the message can say where
+
     def milliseconds(self, work: Callable) -> float:
         """Time of one call on the device: the fastest of three, since other programs can only slow it down."""
-        timer = torch.utils.benchmark.Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        timer = torch.utils.benchmark.Timer(
+            "work()", globals={"work": work}, num_threads=torch.get_num_threads()
+        )
         return min(timer.timeit(1).mean for _ in range(3)) * 1e3
+
+
 @dataclass
 class Activity:
     """What one requested toggle did: the proof that it acted."""
+
     tensors: int = 0
     params: int = 0
     scope: str = ""
@@ -341,118 +886,249 @@ class Activity:
     steps: list[int] = field(default_factory=list)  # when it acted
     effect: float | None = None
     cost_ms: float | None = None
-    def row(self, total_steps: int) -> dict:  # For result.json. Active: it acted, and that made a difference
-        n, first, last = len(self.steps), min(self.steps, default=None), max(self.steps, default=None)
-        return dict(active=bool(n and self.effect), first_step=first, last_step=last, share_of_steps=n / max(total_steps, n, 1),
-                    **{name: getattr(self, name) for name in ("tensors", "params", "effect", "unit", "cost_ms", "scope")})
+
+    def row(
+        self, total_steps: int
+    ) -> dict:  # For result.json. Active: it acted, and that made a difference
+        n, first, last = (
+            len(self.steps),
+            min(self.steps, default=None),
+            max(self.steps, default=None),
+        )
+        return dict(
+            active=bool(n and self.effect),
+            first_step=first,
+            last_step=last,
+            share_of_steps=n / max(total_steps, n, 1),
+            **{
+                name: getattr(self, name)
+                for name in ("tensors", "params", "effect", "unit", "cost_ms", "scope")
+            },
+        )
+
+
 # ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256  # header: 256 little-endian int32, then uint16 tokens
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = (
+    20240520,
+    1,
+    256,
+)  # header: 256 little-endian int32, then uint16 tokens
 BOS, AGAIN = 1, "prepare the data again (python prepare_data.py --help)"
-def read_numbers(path: Path, kind: str, start: int, n: int) -> np.ndarray:  # n from byte `start` on; fewer where the file ends
+
+
+def read_numbers(
+    path: Path, kind: str, start: int, n: int
+) -> np.ndarray:  # n from byte `start` on; fewer where the file ends
     try:  # (numpy.fromfile takes a failing disk for the end; were the file mapped and cut, that would kill the process)
-        with path.open("rb") as file: data = os.pread(file.fileno(), n * np.dtype(kind).itemsize, start)
+        with path.open("rb") as file:
+            data = os.pread(file.fileno(), n * np.dtype(kind).itemsize, start)
     except OSError as error:
-        code, remedy = (2, AGAIN) if isinstance(error, FileNotFoundError) else (7, "mend that, then go on with RESUME=1")
+        code, remedy = (
+            (2, AGAIN)
+            if isinstance(error, FileNotFoundError)
+            else (7, "mend that, then go on with RESUME=1")
+        )
         raise Refusal(f"{path}: {error.strerror}; {remedy}", code) from None
     return np.frombuffer(data, kind, len(data) // np.dtype(kind).itemsize)
+
+
 def count_tokens(path: Path) -> int:  # Tokens of one shard. Refusal when header and size disagree
     refuse(not path.is_file(), f"{path}: no plain file; {AGAIN}")  # (a pipe would keep us waiting)
     header, size = read_numbers(path, "<i4", 0, SHARD_HEADER), path.stat().st_size
-    refuse(len(header) < SHARD_HEADER or (header[:2] != (SHARD_MAGIC, SHARD_VERSION)).any(),
-           f"{path}: no token shard (starts {header[:2].tolist()}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}")
-    refuse(size != 4 * SHARD_HEADER + 2 * int(header[2]),
-           f"{path}: {size:,} bytes, but the header promises {header[2]:,} tokens; cut or damaged: {AGAIN}")
+    refuse(
+        len(header) < SHARD_HEADER or (header[:2] != (SHARD_MAGIC, SHARD_VERSION)).any(),
+        f"{path}: no token shard (starts {header[:2].tolist()}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}",
+    )
+    refuse(
+        size != 4 * SHARD_HEADER + 2 * int(header[2]),
+        f"{path}: {size:,} bytes, but the header promises {header[2]:,} tokens; cut or damaged: {AGAIN}",
+    )
     return int(header[2])
+
+
 class Split:
     """The shards of one split as one endless stream of tokens."""
+
     def __init__(self, cfg: Config, name: str):
-        self.vocab, self.paths = cfg.vocab_size, sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin"))
+        self.vocab, self.paths = (
+            cfg.vocab_size,
+            sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin")),
+        )
         *_, self.tokens = self.edges = np.cumsum([0, *map(count_tokens, self.paths)]).tolist()
-        refuse(self.tokens < 2, f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} fineweb_{name}_*.bin; run "
-               "python prepare_data.py demo (or fineweb), or set DATA_PATH")
+        refuse(
+            self.tokens < 2,
+            f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} fineweb_{name}_*.bin; run "
+            "python prepare_data.py demo (or fineweb), or set DATA_PATH",
+        )
+
     def take(self, start: int, n: int) -> np.ndarray:
         """Tokens [start, start + n) of the repeated stream, (n,) int64; checks that each is there and in the vocabulary."""
         parts = []
         while n > 0:
             i = bisect.bisect(self.edges, start := start % self.tokens) - 1
-            path, place, wanted = self.paths[i], start - self.edges[i], min(n, self.edges[i + 1] - start)
+            path, place, wanted = (
+                self.paths[i],
+                start - self.edges[i],
+                min(n, self.edges[i + 1] - start),
+            )
             part = read_numbers(path, "<u2", 4 * SHARD_HEADER + 2 * place, wanted).astype(np.int64)
             refuse(len(part) < wanted, f"{path}: has been cut since the run began; {AGAIN}")
-            refuse(part.max() >= self.vocab, f"{path}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}")
+            refuse(
+                part.max() >= self.vocab,
+                f"{path}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}",
+            )
             parts, start, n = [*parts, part], start + wanted, n - wanted
         return np.concatenate(parts)
+
+
 def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     """The data fingerprint for the log; Refusal where a manifest.json says otherwise, or that documents are in both splits."""
-    folder, paths, names = Path(cfg.data_path), [path for s in splits.values() for path in s.paths], [[name] for name in splits]
+    folder, paths, names = (
+        Path(cfg.data_path),
+        [path for s in splits.values() for path in s.paths],
+        [[name] for name in splits],
+    )
     tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in splits["val"].paths}
+    hashes = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in splits["val"].paths
+    }
     found = {"path": str(folder), "tokenizer_sha256": tokenizer, "val_sha256": hashes}
-    found |= {f"{name}_{unit}": n for name, s in splits.items() for unit, n in (("shards", len(s.paths)), ("tokens", s.tokens))}
+    found |= {
+        f"{name}_{unit}": n
+        for name, s in splits.items()
+        for unit, n in (("shards", len(s.paths)), ("tokens", s.tokens))
+    }
     if not (folder / "manifest.json").exists():
         return found | {"manifest": "none: hashes and train/validation overlap not checked"}
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        promised = {s["file"]: (s["bytes"], s["sha256"]) for s in manifest["shards"] if s["file"].split("_")[1:2] in names}
-        expected, shared = manifest["tokenizer"]["sha256"], (manifest["disjoint"] or {"shared": None})["shared"]
+        promised = {
+            s["file"]: (s["bytes"], s["sha256"])
+            for s in manifest["shards"]
+            if s["file"].split("_")[1:2] in names
+        }
+        expected, shared = (
+            manifest["tokenizer"]["sha256"],
+            (manifest["disjoint"] or {"shared": None})["shared"],
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Refusal(f"{folder}/manifest.json: no manifest ({error!r}); {AGAIN}") from None
-    refuse(shared, f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}")
-    refuse(tokenizer != expected, f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer "
-           f"(sha256 {str(expected)[:12]}..., not {tokenizer[:12]}...); use the one that lies beside them")
-    trusted = {name: digest for name, (_, digest) in promised.items()}  # of training shards: too large to read here
+    refuse(
+        shared,
+        f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}",
+    )
+    refuse(
+        tokenizer != expected,
+        f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer "
+        f"(sha256 {str(expected)[:12]}..., not {tokenizer[:12]}...); use the one that lies beside them",
+    )
+    trusted = {
+        name: digest for name, (_, digest) in promised.items()
+    }  # of training shards: too large to read here
     actual = {path.name: (path.stat().st_size, (trusted | hashes).get(path.name)) for path in paths}
-    wrong = sorted(name for name in promised.keys() | actual.keys() if promised.get(name) != actual.get(name))
-    refuse(wrong, f"{folder}/{''.join(wrong[:1])}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}")
-    overlap = "train/validation overlap not stated" if shared is None else "no document in both splits"
+    wrong = sorted(
+        name for name in promised.keys() | actual.keys() if promised.get(name) != actual.get(name)
+    )
+    refuse(
+        wrong,
+        f"{folder}/{''.join(wrong[:1])}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}",
+    )
+    overlap = (
+        "train/validation overlap not stated" if shared is None else "no document in both splits"
+    )
     return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
+
+
 def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64, read two steps ahead. The rows of a
     step are the same on any number of ranks, evenly spaced in the stream: not one document, and an epoch sees each row once."""
     length, rows = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
     starts = [split.tokens * row // rows for row in range(rows)]
-    def load(n: int) -> list[Tensor]:  # every rank checks the tokens of the whole step: all refuse, or none
-        tokens = torch.from_numpy(np.stack([split.take(start + n * length, length + 1) for start in starts]))
-        pair = [t.tensor_split(run.world)[run.rank].contiguous() for t in (tokens[:, :-1], tokens[:, 1:])]
+
+    def load(
+        n: int,
+    ) -> list[Tensor]:  # every rank checks the tokens of the whole step: all refuse, or none
+        tokens = torch.from_numpy(
+            np.stack([split.take(start + n * length, length + 1) for start in starts])
+        )
+        pair = [
+            t.tensor_split(run.world)[run.rank].contiguous()
+            for t in (tokens[:, :-1], tokens[:, 1:])
+        ]
         return [t.pin_memory() for t in pair] if run.cuda else pair
+
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load, n) for n in (first, first + 1)]
         for n in itertools.count(first + 2):
             ahead.append(reader.submit(load, n))
             yield tuple(t.to(run.device, non_blocking=True) for t in ahead.pop(0).result())
+
+
 class ByteTable:
     """UTF-8 bytes of a target (the challenge's rule): control 0, byte 1, else its text; no leading space after a control."""
+
     def __init__(self, cfg: Config):
         try:
             self.sp = sp = sentencepiece.SentencePieceProcessor()
-            sp.LoadFromSerializedProto(Path(cfg.tokenizer_path).read_bytes())  # (given a folder, model_file= aborts the process)
+            sp.LoadFromSerializedProto(
+                Path(cfg.tokenizer_path).read_bytes()
+            )  # (given a folder, model_file= aborts the process)
         except (RuntimeError, OSError):
-            raise Refusal(f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model there; set it, or {AGAIN}") from None
+            raise Refusal(
+                f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model there; set it, or {AGAIN}"
+            ) from None
         n = sp.vocab_size()
-        refuse(n != cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}")
+        refuse(
+            n != cfg.vocab_size,
+            f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}",
+        )
         ids, pieces = list(range(n)), [sp.id_to_piece(i) for i in range(n)]
         self.boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
         self.space = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
-        self.base = ~self.boundary * np.where(sp.is_byte(ids), 1, [len(p.removeprefix("\u2581").encode()) for p in pieces])
-    def count(self, tokens: np.ndarray) -> np.ndarray:  # (n + 1,) token ids -> (n,) bytes of the targets tokens[1:]
+        self.base = ~self.boundary * np.where(
+            sp.is_byte(ids), 1, [len(p.removeprefix("\u2581").encode()) for p in pieces]
+        )
+
+    def count(
+        self, tokens: np.ndarray
+    ) -> np.ndarray:  # (n + 1,) token ids -> (n,) bytes of the targets tokens[1:]
         return self.base[tokens[1:]] + (self.space[tokens[1:]] & ~self.boundary[tokens[:-1]])
+
     def verify(self, tokens: np.ndarray, documents: int = 64) -> None:
         """Refusal unless the table agrees with the decoded text of the first documents."""
-        starts, odd = np.flatnonzero(tokens == BOS)[:documents + 1], 0
+        starts, odd = np.flatnonzero(tokens == BOS)[: documents + 1], 0
         for a, b in zip(starts[:-1], starts[1:]):
             text, counted = self.sp.decode(tokens[a:b].tolist()), int(self.count(tokens[a:b]).sum())
-            refuse(len(text.encode()) != counted, f"validation: the document at token {a} is {len(text.encode())} bytes of text, "
-                   f"but its tokens count {counted}; BPB would be wrong: use the tokenizer that made the shards")
+            refuse(
+                len(text.encode()) != counted,
+                f"validation: the document at token {a} is {len(text.encode())} bytes of text, "
+                f"but its tokens count {counted}; BPB would be wrong: use the tokenizer that made the shards",
+            )
             odd += self.sp.encode(text) != [t for t in tokens[a:b].tolist() if not self.boundary[t]]
-        refuse(2 * odd >= len(starts) > 1, f"validation: this tokenizer encodes {odd} documents otherwise; use the shards' own")
+        refuse(
+            2 * odd >= len(starts) > 1,
+            f"validation: this tokenizer encodes {odd} documents otherwise; use the shards' own",
+        )
+
+
 class Validation:
     """The validation targets: tokens (n + 1,) int32 on the device, bytes per target (n,), document starts."""
+
     def __init__(self, cfg: Config, run: Run, split: Split):
         table, limit = ByteTable(cfg), cfg.val_max_tokens or split.tokens - 1
         tokens = split.take(0, min(split.tokens, limit + 1))
         table.verify(tokens)
-        self.tokens, self.target_bytes = torch.from_numpy(tokens).int().to(run.device), torch.from_numpy(table.count(tokens))
+        self.tokens, self.target_bytes = (
+            torch.from_numpy(tokens).int().to(run.device),
+            torch.from_numpy(table.count(tokens)),
+        )
         self.n, self.doc_starts = len(self.target_bytes), np.flatnonzero(tokens == BOS)
-        refuse(not self.target_bytes.any(), f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}")
+        refuse(
+            not self.target_bytes.any(),
+            f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}",
+        )
+
+
 # ── 4 GRID: the only definition of quantisation; QAT, QNA, SQWA and export all call it ────────────────────────────
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
     """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, from the few largest entries alone (no full sort)."""
@@ -462,209 +1138,394 @@ def row_quantile(magnitude: Tensor, q: float) -> Tensor:
         top = magnitude.topk(wanted, dim=-1).values
         return torch.lerp(top[..., -1:], top[..., -2:-1], place - int(place))
     first, at = magnitude.max(-1, keepdim=True)  # two maxima take a fifth of topk's time
-    return first if wanted == 1 else torch.lerp(magnitude.scatter(-1, at, -1).amax(-1, keepdim=True), first, place - int(place))
+    return (
+        first
+        if wanted == 1
+        else torch.lerp(
+            magnitude.scatter(-1, at, -1).amax(-1, keepdim=True), first, place - int(place)
+        )
+    )
+
+
 class Grid(NamedTuple):
     """A per-row uniform grid of `bits` bits for weights (..., rows, columns): codes * scale, scale stored as fp16."""
+
     bits: int
     clip: str = "amax"
     codes: str = "sym"
     floor: bool = False
+
     @property
-    def top(self) -> int: return 2 ** (self.bits - 1) - 1
+    def top(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
     def scale(self, w: Tensor) -> Tensor:
         """Step of each row, (..., rows, 1) fp32 but rounded to fp16; of several clips the best one for the whole matrix."""
         steps = [self.step(row_quantile(w.abs(), q)) for q in CLIP_QUANTILES[self.clip]]
-        if len(steps) == 1: return steps[0]
-        errors = torch.stack([(self.levels(w, s) * s - w).square().sum((-2, -1), dtype=torch.float64) for s in steps])
-        return torch.take_along_dim(torch.stack(steps), errors.argmin(0)[None, ..., None, None], 0)[0]
+        if len(steps) == 1:
+            return steps[0]
+        errors = torch.stack(
+            [(self.levels(w, s) * s - w).square().sum((-2, -1), dtype=torch.float64) for s in steps]
+        )
+        return torch.take_along_dim(torch.stack(steps), errors.argmin(0)[None, ..., None, None], 0)[
+            0
+        ]
+
     def step(self, clip: Tensor) -> Tensor:
         """With the floor every row of weights below 1 gets the same step 1/top: a coarse grid for small weights (#145, #194)."""
-        smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny  # (CUDA divides inexactly by a mere number)
+        smallest = (
+            1 / self.top if self.floor else torch.finfo(torch.float16).tiny
+        )  # (CUDA divides inexactly by a mere number)
         return (clip.float() / torch.full_like(clip, self.top)).clamp_min(smallest).half().float()
+
     def levels(self, w: Tensor, scale: Tensor) -> Tensor:
         return (w.float() / scale).round_().clamp_(-self.top - (self.codes == "asym"), self.top)
+
     def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
         scale = self.scale(w)
         return self.levels(w, scale).to(torch.int8), scale.half()
+
     @staticmethod
-    def dequantise(codes: Tensor, scale: Tensor) -> Tensor: return codes.to(torch.float32, copy=True).mul_(scale)
-    def snap(self, w: Tensor) -> Tensor: return self.dequantise(*self.quantise(w))  # the exported round trip, bit for bit
+    def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes.to(torch.float32, copy=True).mul_(scale)
+
+    def snap(self, w: Tensor) -> Tensor:
+        return self.dequantise(*self.quantise(w))  # the exported round trip, bit for bit
+
+
 # ── 5 MODEL ───────────────────────────────────────────────────────────────────────────────────────────────────────
 class Role(NamedTuple):
     """A parameter's policy, given where it is created: its optimiser, and the knob with its bits at export."""
+
     optimiser: str  # muon | embed | scalar | smear (the groups of Optimiser)
     bits: str | None = None  # None: fp32
+
+
 def param(tensor: Tensor, role: Role) -> nn.Parameter:
     """A parameter that carries its policy. (copy.deepcopy would drop it: never deepcopy the model.)"""
     p = nn.Parameter(tensor)
     p.role = role
     return p
-CONTROL, ATTN_ROLE, MLP_ROLE = Role("scalar"), Role("muon", "quant_bits_attn"), Role("muon", "quant_bits_mlp")
+
+
+CONTROL, ATTN_ROLE, MLP_ROLE = (
+    Role("scalar"),
+    Role("muon", "quant_bits_attn"),
+    Role("muon", "quant_bits_mlp"),
+)
 EMBED_ROLE, BIGRAM_ROLE = Role("embed", "quant_bits_embed"), Role("embed", "quant_bits_bigram")
-INITS = {"default": partial(nn.init.kaiming_uniform_, a=5 ** 0.5), "ortho": nn.init.orthogonal_}  # default: as nn.Linear
-ACTIVATIONS = {"relu2": lambda z: F.relu(z).square(), "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square()}
-PACKAGES = {"fa3": ("flash_attn_interface", "build the folder hopper of github.com/Dao-AILab/flash-attention"),
-            "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation")}
+INITS = {
+    "default": partial(nn.init.kaiming_uniform_, a=5**0.5),
+    "ortho": nn.init.orthogonal_,
+}  # default: as nn.Linear
+ACTIVATIONS = {
+    "relu2": lambda z: F.relu(z).square(),
+    "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square(),
+}
+PACKAGES = {
+    "fa3": (
+        "flash_attn_interface",
+        "build the folder hopper of github.com/Dao-AILab/flash-attention",
+    ),
+    "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+}
 KERNELS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
 class Linear(nn.Module):
     """y = x W^T in the dtype of x; the fp32 weight is what the optimiser, the views and the exporter see."""
-    def __init__(self, columns: int, rows: int, role: Role, init: Callable[[Tensor], Tensor] = nn.init.zeros_):
+
+    def __init__(
+        self, columns: int, rows: int, role: Role, init: Callable[[Tensor], Tensor] = nn.init.zeros_
+    ):
         super().__init__()
         self.weight = param(init(torch.empty(rows, columns)), role)
-    def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight.to(x.dtype))
-def absent(x, *context): return x  # A technique that is off: no parameters, no arithmetic
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def absent(x, *context):
+    return x  # A technique that is off: no parameters, no arithmetic
+
+
 def norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """RMSNorm without weights. LN_SCALE (#975): times 1 / sqrt(block + 1), so deep blocks add less to the stream."""
     y = F.rms_norm(x, (x.shape[-1],))
     return y if scale == 1.0 else y * scale
+
+
 class SmearGate(nn.Module):
     """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate). Source: #194; toggle SMEAR_GATE. SMEAR_MASK_BOS (#1851): zeros before a BOS."""
+
     def __init__(self, cfg: Config):
         super().__init__()
-        self.gate, self.mask_bos = param(torch.zeros(cfg.model_dim), Role("smear")), cfg.smear_mask_bos
+        self.gate, self.mask_bos = (
+            param(torch.zeros(cfg.model_dim), Role("smear")),
+            cfg.smear_mask_bos,
+        )
+
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         previous = F.pad(x, (0, 0, 1, -1))
-        if self.mask_bos: previous = previous * (ids != BOS)[..., None]
+        if self.mask_bos:
+            previous = previous * (ids != BOS)[..., None]
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
+
+
 class BigramHash(nn.Module):
     """Add a projected embedding of the hashed pair (previous token, token). Source: #989; toggle BIGRAM_VOCAB_SIZE."""
+
     def __init__(self, cfg: Config):
         super().__init__()
         self.embed = param(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
         role = Role({"muon": "muon", "adam": "scalar"}[cfg.bigram_proj_opt], "quant_bits_bigram")
-        self.proj, self.scale = Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init]), param(torch.tensor(0.05), CONTROL)
+        self.proj, self.scale = (
+            Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init]),
+            param(torch.tensor(0.05), CONTROL),
+        )
         self.proj.weight.data *= cfg.bigram_proj_gain
+
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         last = len(self.embed) - 1  # this bucket is for row starts
         bucket = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
         pairs = F.embedding(F.pad(bucket, (1, 0), value=last), self.embed).to(x.dtype)
         return x + self.scale.to(x.dtype) * self.proj(pairs)
+
+
 class ValueEmbedding(nn.Module):
     """A second token table for V: ids (B, T) -> {block: (B, T, kv_dim)}. Source: #549, #975; toggle VE_ENABLED."""
+
     def __init__(self, cfg: Config):
         super().__init__()
-        self.blocks, kv_dim = [int(s) for s in cfg.ve_layers.split(",")], cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
+        self.blocks, kv_dim = (
+            [int(s) for s in cfg.ve_layers.split(",")],
+            cfg.model_dim // cfg.num_heads * cfg.num_kv_heads,
+        )
         self.embed = param(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
         self.proj = Linear(cfg.ve_dim, kv_dim, Role("scalar", "quant_bits_bigram"), INITS["ortho"])
-        self.scale, self.block_scales = param(torch.tensor(0.1), CONTROL), param(torch.ones(len(self.blocks)), CONTROL)
+        self.scale, self.block_scales = (
+            param(torch.tensor(0.1), CONTROL),
+            param(torch.ones(len(self.blocks)), CONTROL),
+        )
+
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
         base = self.scale.to(dtype) * self.proj(F.embedding(ids, self.embed).to(dtype))
-        return {block: scale * base for block, scale in zip(self.blocks, self.block_scales.to(dtype))}
+        return {
+            block: scale * base for block, scale in zip(self.blocks, self.block_scales.to(dtype))
+        }
+
+
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """XSA: y (B, T, heads, d) less its projection on the own v (B, T, kv heads, d). Source: #975; toggle XSA_LAST_N."""
     grouped, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1)[:, :, :, None]
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+
+
 def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin (longest row, 1, pairs). NTK: the base grows with the TRAINING row, for all scoring rows (#975: with each row)."""
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
-    stretch = max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2)) if cfg.rope_ntk_len else 1.0
+    stretch = (
+        max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2))
+        if cfg.rope_ntk_len
+        else 1.0
+    )
     frequency = (cfg.rope_base * stretch) ** (-torch.arange(0, dims, 2) / dims)
     angle = torch.outer(torch.arange(max(cfg.train_seq_len, cfg.window)), frequency)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the first 2 * pairs dimensions of x (B, T, heads, d), in halves (not interleaved)."""
-    pairs, c, s = cos.shape[-1], cos[:x.shape[1]], sin[:x.shape[1]]
+    pairs, c, s = cos.shape[-1], cos[: x.shape[1]], sin[: x.shape[1]]
     a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
     return torch.cat((a * c + b * s, b * c - a * s, rest), dim=-1)
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
     """Causal attention, q (B, T, heads, d), k and v (B, T, kv heads, d) -> (B, T, heads, d); kernel None: torch's own choice."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return y.transpose(1, 2)
+
+
 def attention(name: str) -> Callable:
     """As sdpa, by the name of an ATTN_BACKEND. ImportError, or RuntimeError when it is called, where it does not work."""
-    if name in KERNELS: return partial(sdpa, kernel=KERNELS[name])
+    if name in KERNELS:
+        return partial(sdpa, kernel=KERNELS[name])
     function = importlib.import_module(PACKAGES[name][0]).flash_attn_func
-    return lambda q, k, v: y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y  # or with the log-sum-exp
+    return lambda q, k, v: (
+        y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y
+    )  # or with the log-sum-exp
+
+
 def choose_attention(cfg: Config, run: Run) -> Callable:
     """The attention function; auto on a GPU: of those that work here the fastest, forward and backward at the run's shape."""
-    names = [*KERNELS, *PACKAGES] if cfg.attn_backend == "auto" and run.cuda else [cfg.attn_backend.replace("auto", "sdpa")]
-    rows, length = (8, cfg.train_seq_len) if len(names) > 1 else (1, 16)  # one that was asked for is only tried
-    found, cost, make = {}, {}, partial(torch.randn, device=run.device, dtype=run.dtype, requires_grad=True)
-    q, k, v = (make(rows, length, n, cfg.model_dim // cfg.num_heads) for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+    names = (
+        [*KERNELS, *PACKAGES]
+        if cfg.attn_backend == "auto" and run.cuda
+        else [cfg.attn_backend.replace("auto", "sdpa")]
+    )
+    rows, length = (
+        (8, cfg.train_seq_len) if len(names) > 1 else (1, 16)
+    )  # one that was asked for is only tried
+    found, cost, make = (
+        {},
+        {},
+        partial(torch.randn, device=run.device, dtype=run.dtype, requires_grad=True),
+    )
+    q, k, v = (
+        make(rows, length, n, cfg.model_dim // cfg.num_heads)
+        for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+    )
     for name in names:
         try:
             attend = found[name] = attention(name)
-            attend = torch.compile(attend, dynamic=False, fullgraph=True) if run.cuda and run.compile else attend
+            attend = (
+                torch.compile(attend, dynamic=False, fullgraph=True)
+                if run.cuda and run.compile
+                else attend
+            )
             cost[name] = run.milliseconds(lambda: attend(q, k, v).sum().backward())
         except (ImportError, RuntimeError) as error:
             problem = f"ATTN_BACKEND={name}: fails ({error!r:.150}); {PACKAGES.get(name, [0, 'choose auto'])[1]}"
             refuse(len(names) == 1, problem)
             run.log(problem)
-    best, timed = run.agree(min(cost, key=cost.get)), ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
-    run.log(f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; ms for {rows} rows of {length}: {timed})")
+    best, timed = (
+        run.agree(min(cost, key=cost.get)),
+        ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()),
+    )
+    run.log(
+        f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; ms for {rows} rows of {length}: {timed})"
+    )
     return found[best]
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RMS-normed, rotated, per-head-scaled queries and keys."""
+
     def __init__(self, cfg: Config, index: int, attend: Callable):
         super().__init__()
-        d, self.head_dim, self.attend, init = cfg.model_dim, cfg.model_dim // cfg.num_heads, attend, INITS[cfg.init]
+        d, self.head_dim, self.attend, init = (
+            cfg.model_dim,
+            cfg.model_dim // cfg.num_heads,
+            attend,
+            INITS[cfg.init],
+        )
         self.c_q = Linear(d, d, ATTN_ROLE, init)
-        self.c_k, self.c_v = (Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init) for _ in range(2))
+        self.c_k, self.c_v = (
+            Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init) for _ in range(2)
+        )
         self.proj = Linear(d, d, ATTN_ROLE)
         self.q_gain = param(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
         self.xsa = exclude_self if index >= cfg.num_layers - cfg.xsa_last_n else absent
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
         v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
         q, k, v = (z.unflatten(2, (-1, self.head_dim)) for z in (self.c_q(x), self.c_k(x), v))
-        q, k = rotate(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None], rotate(norm(k), cos, sin)
+        q, k = (
+            rotate(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None],
+            rotate(norm(k), cos, sin),
+        )
         return self.proj(self.xsa(self.attend(q, k, v), v).flatten(2))
+
+
 class MLP(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
-        self.fc, self.activation = Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init]), ACTIVATIONS[cfg.mlp_act]
+        self.fc, self.activation = (
+            Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init]),
+            ACTIVATIONS[cfg.mlp_act],
+        )
         self.proj = Linear(hidden, cfg.model_dim, MLP_ROLE)
-    def forward(self, x: Tensor) -> Tensor: return self.proj(self.activation(self.fc(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.activation(self.fc(x)))
+
+
 class Block(nn.Module):
     """Mix the input embedding back in, then attention and MLP, each through a norm and a per-dimension scale."""
+
     def __init__(self, cfg: Config, index: int, attend: Callable):
         super().__init__()
-        self.ln_scale, one = 1 / math.sqrt(index + 1) if cfg.ln_scale else 1.0, torch.ones(cfg.model_dim)
+        self.ln_scale, one = (
+            1 / math.sqrt(index + 1) if cfg.ln_scale else 1.0,
+            torch.ones(cfg.model_dim),
+        )
         self.attn, self.mlp = Attention(cfg, index, attend), MLP(cfg)
         self.resid_mix = param(torch.stack((one, 0 * one)), CONTROL)
         self.attn_scale, self.mlp_scale = param(one, CONTROL), param(one.clone(), CONTROL)
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
+
+    def forward(
+        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None
+    ) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x, self.ln_scale), cos, sin, extra_v)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale))
+
+
 class GPT(nn.Module):
     """Blocks in a U-Net, embedding and head tied. Parameters are fp32; activations are `dtype`."""
+
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Callable = sdpa):
         super().__init__()
         self.dtype, self.softcap, self.encoders = dtype, cfg.logit_softcap, cfg.num_layers // 2
-        self.tok_emb = param(cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim), EMBED_ROLE)
+        self.tok_emb = param(
+            cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim), EMBED_ROLE
+        )
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
         self.skip_weights = param(torch.ones(self.encoders, cfg.model_dim), CONTROL)
         # created last, so that a toggle leaves the other initial weights as they are
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else absent
         self.smear = SmearGate(cfg) if cfg.smear_gate else absent
-        self.entry = [self.smear, lambda x, ids: norm(x)][::1 if cfg.smear_pos == "pre_norm" else -1]
+        self.entry = [self.smear, lambda x, ids: norm(x)][
+            :: 1 if cfg.smear_pos == "pre_norm" else -1
+        ]
         self.value_embed = ValueEmbedding(cfg) if cfg.ve_enabled else None
-        self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rope_tables(cfg, dtype))
-    def hidden(self, ids: Tensor) -> Tensor:  # (B, T) token ids -> (B, T, MODEL_DIM): the only forward path
+        self.cos, self.sin = (
+            nn.Buffer(table, persistent=False) for table in rope_tables(cfg, dtype)
+        )
+
+    def hidden(
+        self, ids: Tensor
+    ) -> Tensor:  # (B, T) token ids -> (B, T, MODEL_DIM): the only forward path
         x = self.bigram(F.embedding(ids, self.tok_emb).to(self.dtype), ids)
-        for stage in self.entry: x = stage(x, ids)
+        for stage in self.entry:
+            x = stage(x, ids)
         x0, skips, skip_weights = x, [], self.skip_weights.to(self.dtype)
         extra_v = self.value_embed(ids, self.dtype) if self.value_embed is not None else {}
         for i, block in enumerate(self.blocks):
-            if i >= self.encoders and skips: x = x + skip_weights[i - self.encoders] * skips.pop()  # the first half's, last first
+            if i >= self.encoders and skips:
+                x = (
+                    x + skip_weights[i - self.encoders] * skips.pop()
+                )  # the first half's, last first
             x = block(x, x0, self.cos, self.sin, extra_v.get(i))
-            if i < self.encoders: skips.append(x)
+            if i < self.encoders:
+                skips.append(x)
         return norm(x)
+
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """ids (B, T), targets (B, S) -> nats (B, S) fp32, with logits only at positions (B, S); None: everywhere, S = T."""
         h = self.hidden(ids)
-        if positions is not None: h = h.take_along_dim(positions[..., None], dim=1)
+        if positions is not None:
+            h = h.take_along_dim(positions[..., None], dim=1)
         z = F.linear(h, self.tok_emb.to(h.dtype)).float()
         z = self.softcap * torch.tanh(z / self.softcap)
-        return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(
+            targets.shape
+        )
+
+
 def build_model(cfg: Config, run: Run, attend: Callable) -> GPT:
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank and device
     return GPT(cfg, run.dtype, attend).to(run.device)
+
+
 # ── 6 SCHEDULE ────────────────────────────────────────────────────────────────────────────────────────────────────
 class Knobs(NamedTuple):  # What one step does
     lr_scale: float
@@ -672,147 +1533,307 @@ class Knobs(NamedTuple):  # What one step does
     qat: bool = False
     qna: float = 0.0  # noise width in quantisation steps; 0: none
     snapshot: bool = False  # SWA / SQWA take one after the step
+
+
 class Schedule:
     """(steps done, training seconds) -> Knobs. A trigger that has fired stays on; nothing else is remembered."""
-    def __init__(self, cfg: Config): self.cfg, self.fired = cfg, set()
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.fired = cfg, set()
+
     def at(self, step: int, elapsed: float) -> Knobs:
         c, remaining = self.cfg, float(self.cfg.iterations - step)
-        if c.max_wallclock_seconds and step:  # the budget in steps, at the mean speed so far; unknown at step 0
-            remaining = max(min(remaining, (c.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)), 0.0)
+        if (
+            c.max_wallclock_seconds and step
+        ):  # the budget in steps, at the mean speed so far; unknown at step 0
+            remaining = max(
+                min(remaining, (c.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)), 0.0
+            )
         warmdown = c.warmdown_frac * (total := step + remaining) or c.warmdown_iters
-        scale = min(remaining / warmdown, 1.0) if warmdown and (step or not c.max_wallclock_seconds) else 1.0
-        now = {"always": lambda v: True, "lr_scale": lambda v: scale < v, "time_frac": lambda v: step >= v * total,
-               "iter_frac": lambda v: step >= int(v * c.iterations)}
-        triggers = {"qat": (c.qat_enabled, c.qat_start_kind, c.qat_start),
-                    "swa": (c.swa_enabled or c.sqwa_enabled, c.swa_start_kind, c.swa_start_frac)}
-        self.fired |= {name for name, (on, kind, value) in triggers.items() if on and now[kind](value)}
-        ramp = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+        scale = (
+            min(remaining / warmdown, 1.0)
+            if warmdown and (step or not c.max_wallclock_seconds)
+            else 1.0
+        )
+        now = {
+            "always": lambda v: True,
+            "lr_scale": lambda v: scale < v,
+            "time_frac": lambda v: step >= v * total,
+            "iter_frac": lambda v: step >= int(v * c.iterations),
+        }
+        triggers = {
+            "qat": (c.qat_enabled, c.qat_start_kind, c.qat_start),
+            "swa": (c.swa_enabled or c.sqwa_enabled, c.swa_start_kind, c.swa_start_frac),
+        }
+        self.fired |= {
+            name for name, (on, kind, value) in triggers.items() if on and now[kind](value)
+        }
+        ramp = (
+            min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+        )
         noisy = c.qna_enabled and "qat" not in self.fired and scale >= c.qna_stop_scale
-        return Knobs(scale, (1 - ramp) * c.muon_momentum_warmup_start + ramp * c.muon_momentum, "qat" in self.fired,
-                     c.qna_magnitude * scale * noisy, "swa" in self.fired and (step + 1) % c.swa_every == 0)
+        return Knobs(
+            scale,
+            (1 - ramp) * c.muon_momentum_warmup_start + ramp * c.muon_momentum,
+            "qat" in self.fired,
+            c.qna_magnitude * scale * noisy,
+            "swa" in self.fired and (step + 1) % c.swa_every == 0,
+        )
+
+
 def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
     """True when one more step at the mean speed would end after the wallclock budget."""
-    return bool(cfg.max_wallclock_seconds) and step > 0 and elapsed + elapsed / step > cfg.max_wallclock_seconds
+    return (
+        bool(cfg.max_wallclock_seconds)
+        and step > 0
+        and elapsed + elapsed / step > cfg.max_wallclock_seconds
+    )
+
+
 def timeline(cfg: Config, step_seconds: float) -> str:
     """Planned second and step of every phase, by running the schedule itself at a constant speed."""
-    wanted = {"warmdown": cfg.warmdown_iters or cfg.warmdown_frac, "QNA": cfg.qna_enabled, "QAT": cfg.qat_enabled,
-              "SWA": cfg.swa_enabled, "SQWA": cfg.sqwa_enabled}
-    starts, step, schedule = dict.fromkeys([name for name, on in wanted.items() if on], "NEVER"), 0, Schedule(cfg)
+    wanted = {
+        "warmdown": cfg.warmdown_iters or cfg.warmdown_frac,
+        "QNA": cfg.qna_enabled,
+        "QAT": cfg.qat_enabled,
+        "SWA": cfg.swa_enabled,
+        "SQWA": cfg.sqwa_enabled,
+    }
+    starts, step, schedule = (
+        dict.fromkeys([name for name, on in wanted.items() if on], "NEVER"),
+        0,
+        Schedule(cfg),
+    )
     while step < cfg.iterations and not budget_spent(cfg, step, step * step_seconds):
         k = schedule.at(step, step * step_seconds)
         for name, now in zip(wanted, (k.lr_scale < 1, k.qna > 0, k.qat, k.snapshot, k.snapshot)):
-            if now and starts.get(name) == "NEVER": starts[name] = f"step {step} ({step * step_seconds:.0f} s)"
+            if now and starts.get(name) == "NEVER":
+                starts[name] = f"step {step} ({step * step_seconds:.0f} s)"
         step += 1
-    return f"{step} steps of {step_seconds * 1e3:.1f} ms" + "".join(f", {name} from {start}" for name, start in starts.items())
+    return f"{step} steps of {step_seconds * 1e3:.1f} ms" + "".join(
+        f", {name} from {start}" for name, start in starts.items()
+    )
+
+
 # ── 7 OPTIMISER ───────────────────────────────────────────────────────────────────────────────────────────────────
 class Flat:
     """Parameters as views of one fp32 buffer and every .grad as a view of another: one all-reduce, one norm, no copies. Alike
     Muon matrices form a bank, an equal share per rank (filled up with zeros); last in the gradients: the loss, a stop flag."""
+
     def __init__(self, params: dict[str, nn.Parameter], run: Run):
-        self.world, self.rank, self.shapes = run.world, run.rank, {name: p.shape for name, p in params.items()}
-        self.places, self.groups, self.layout, size = {}, {}, [], 0  # groups: optimiser -> its slice
-        kind = {name: (p.role.optimiser, p.role.bits or "", tuple(p.shape)) for name, p in params.items()}
+        self.world, self.rank, self.shapes = (
+            run.world,
+            run.rank,
+            {name: p.shape for name, p in params.items()},
+        )
+        self.places, self.groups, self.layout, size = (
+            {},
+            {},
+            [],
+            0,
+        )  # groups: optimiser -> its slice
+        kind = {
+            name: (p.role.optimiser, p.role.bits or "", tuple(p.shape))
+            for name, p in params.items()
+        }
         for (group, _, shape), names in itertools.groupby(sorted(params, key=kind.get), kind.get):
-            names, start, stride = [*names], size, -(-math.prod(shape) // 16) * 16  # 64 bytes: what vector loads want
+            names, start, stride = (
+                [*names],
+                size,
+                -(-math.prod(shape) // 16) * 16,
+            )  # 64 bytes: what vector loads want
             self.places |= {name: start + i * stride for i, name in enumerate(names)}
             size += stride * (len(names) + (-len(names) % self.world if group == "muon" else 0))
             self.groups[group] = slice(self.groups.get(group, slice(start, size)).start, size)
             self.layout += [(names, slice(start, size), stride, shape)] * (group == "muon")
-        self.weights, self.gradients = torch.zeros(size, device=run.device), torch.zeros(size + 2, device=run.device)
-        for (name, w), g in zip(self.views(self.weights).items(), self.views(self.gradients).values()):
+        self.weights, self.gradients = (
+            torch.zeros(size, device=run.device),
+            torch.zeros(size + 2, device=run.device),
+        )
+        for (name, w), g in zip(
+            self.views(self.weights).items(), self.views(self.gradients).values()
+        ):
             params[name].data, params[name].grad = w.copy_(params[name].data), g
-    def shares(self, buffer: Tensor) -> list[Tensor]:  # Of a buffer like `weights` the banks, each (ranks, entries of one rank)
+
+    def shares(
+        self, buffer: Tensor
+    ) -> list[Tensor]:  # Of a buffer like `weights` the banks, each (ranks, entries of one rank)
         return [buffer[place].view(self.world, -1) for _, place, *_ in self.layout]
+
     def banks(self, buffer: Tensor) -> list[Tensor]:
         """Of a buffer like `weights` the banks, each (ranks, matrices, rows, columns)."""
-        return [share.unflatten(1, (-1, stride))[..., :math.prod(shape)].unflatten(-1, shape)
-                for share, (_, _, stride, shape) in zip(self.shares(buffer), self.layout)]
+        return [
+            share.unflatten(1, (-1, stride))[..., : math.prod(shape)].unflatten(-1, shape)
+            for share, (_, _, stride, shape) in zip(self.shares(buffer), self.layout)
+        ]
+
     def gather(self, shares: Iterable[Tensor]) -> None:
         """Every rank's row of each (ranks, entries), on all ranks; one travels while the next is made."""
-        works = [dist.all_gather([*rows], rows[self.rank], async_op=True) for rows in shares if self.world > 1]
-        for work in works: work.wait()
+        works = [
+            dist.all_gather([*rows], rows[self.rank], async_op=True)
+            for rows in shares
+            if self.world > 1
+        ]
+        for work in works:
+            work.wait()
+
     def views(self, buffer: Tensor) -> State:  # Name -> its part of a buffer like `weights`
-        return {name: buffer[self.places[name]:][:shape.numel()].view(shape) for name, shape in self.shapes.items()}
+        return {
+            name: buffer[self.places[name] :][: shape.numel()].view(shape)
+            for name, shape in self.shapes.items()
+        }
+
     def stacks(self, wanted: dict) -> list[tuple]:
         """Name -> value as (value, view of the weights): one view for a whole bank where its values are alike."""
         views, covered = self.views(self.weights), set()
         for (names, *_), weights in zip(self.layout, self.banks(self.weights)):
-            if len({wanted.get(name) for name in names}) == 1: views[names[0]], covered = weights, covered | {*names[1:]}
+            if len({wanted.get(name) for name in names}) == 1:
+                views[names[0]], covered = weights, covered | {*names[1:]}
         return [(value, views[name]) for name, value in wanted.items() if name not in covered]
+
     def reduce(self, clip: float) -> tuple[float, float, float]:
         """Mean over the ranks, THEN the clip. (mean loss, gradient norm, share of ranks told to stop): the host's only wait."""
         if self.world > 1:
             dist.all_reduce(self.gradients)
             self.gradients /= self.world
-        loss, stopping, norm = torch.cat((self.gradients[-2:], self.gradients[:-2].norm()[None])).tolist()
-        if 0 < clip < norm + 1e-6: self.gradients[:-2] *= clip / (norm + 1e-6)
+        loss, stopping, norm = torch.cat(
+            (self.gradients[-2:], self.gradients[:-2].norm()[None])
+        ).tolist()
+        if 0 < clip < norm + 1e-6:
+            self.gradients[:-2] *= clip / (norm + 1e-6)
         return loss, norm, stopping
-    def checksums(self) -> list[int]:  # Sum of the bits of every rank's weights: unlike where the ranks have drifted apart
+
+    def checksums(
+        self,
+    ) -> list[
+        int
+    ]:  # Sum of the bits of every rank's weights: unlike where the ranks have drifted apart
         sums = self.weights.new_zeros(self.world, 1, dtype=torch.int64)
         sums[self.rank] = self.weights.view(torch.int32).sum()
         self.gather([sums])
         return sums.flatten().tolist()
+
+
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
     """Newton-Schulz towards the nearest semi-orthogonal matrix, for a stack (n, rows, columns) at once (Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
-    x = (g.mT if tall else g).to(torch.bfloat16 if g.is_cuda else torch.float32)  # on CPU bf16 is 20 times slower
+    x = (g.mT if tall else g).to(
+        torch.bfloat16 if g.is_cuda else torch.float32
+    )  # on CPU bf16 is 20 times slower
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(g.dtype)
+
+
 class Optimiser:
     """Muon for matrices (K. Jordan 2024): each rank updates its share of each bank. AdamW for the rest, a slice per group."""
+
     def __init__(self, flat: Flat, cfg: Config, run: Run):
-        self.flat, self.cfg, self.first, self.second = flat, cfg, *(torch.zeros_like(flat.weights) for _ in range(2))
-        own = ([bank[run.rank] for bank in flat.banks(b)] for b in (flat.weights, flat.gradients, self.first))
+        self.flat, self.cfg, self.first, self.second = (
+            flat,
+            cfg,
+            *(torch.zeros_like(flat.weights) for _ in range(2)),
+        )
+        own = (
+            [bank[run.rank] for bank in flat.banks(b)]
+            for b in (flat.weights, flat.gradients, self.first)
+        )
         self.banks = [*zip(flat.shares(flat.weights), *own)]
-        self.orthogonalise = torch.compile(orthogonalise, dynamic=False) if run.compile else orthogonalise
-        rates, groups, states = {"embed": (cfg.tied_embed_lr, cfg.beta2), "scalar": (cfg.scalar_lr, cfg.beta2),
-                                 "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2)}, [], {}
+        self.orthogonalise = (
+            torch.compile(orthogonalise, dynamic=False) if run.compile else orthogonalise
+        )
+        rates, groups, states = (
+            {
+                "embed": (cfg.tied_embed_lr, cfg.beta2),
+                "scalar": (cfg.scalar_lr, cfg.beta2),
+                "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2),
+            },
+            [],
+            {},
+        )
         for name, place in [(name, place) for name, place in flat.groups.items() if name != "muon"]:
             (lr, beta2), w = rates[name], nn.Parameter(flat.weights[place])
             w.grad = flat.gradients[place]
             groups.append(dict(params=[w], lr=lr, base_lr=lr, betas=(cfg.beta1, beta2)))
-            states[w] = dict(step=torch.zeros((), device=w.device), exp_avg=self.first[place], exp_avg_sq=self.second[place])
-        self.adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
+            states[w] = dict(
+                step=torch.zeros((), device=w.device),
+                exp_avg=self.first[place],
+                exp_avg_sq=self.second[place],
+            )
+        self.adamw = torch.optim.AdamW(
+            groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True
+        )
         self.adamw.state.update(states)
+
     def step(self, k: Knobs) -> None:
-        for group in self.adamw.param_groups: group["lr"] = group["base_lr"] * k.lr_scale
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * k.lr_scale
         self.adamw.step()
         self.flat.gather(self.muon(self.cfg.matrix_lr * k.lr_scale, k.momentum))
+
     def muon(self, lr: float, momentum: float) -> Iterator[Tensor]:
         """Updates this rank's share of each bank; yields the bank, (ranks, entries), when that is done."""
         for bank, weights, gradient, buffer in self.banks:
             buffer.mul_(momentum).add_(gradient)
-            update = self.orthogonalise(torch.add(gradient, buffer, alpha=momentum), self.cfg.muon_backend_steps)
+            update = self.orthogonalise(
+                torch.add(gradient, buffer, alpha=momentum), self.cfg.muon_backend_steps
+            )
             scale = lr * math.sqrt(max(1, update.shape[-2] / update.shape[-1]))
             weights.mul_(1 - lr * self.cfg.muon_wd).add_(update, alpha=-scale)
             yield bank
+
+
 # ── 8 VIEWS: the weights that the forward pass sees ───────────────────────────────────────────────────────────────
 class Views:
     """For a step the chosen weights become what the forward pass shall see, then the latent ones return and take its gradient: a
     straight-through estimator outside the compiled graph. QAT (#989): the exported round trip. QNA (#975): uniform noise."""
+
     def __init__(self, cfg: Config, run: Run, model: GPT, flat: Flat, plan: dict):
         self.cfg = cfg
         grids = {name: grid for name, grid in plan.items() if isinstance(grid, Grid)}
-        noise = {name: grid._replace(floor=grid.floor and cfg.qna_use_floor) for name, grid in grids.items()}
+        noise = {
+            name: grid._replace(floor=grid.floor and cfg.qna_use_floor)
+            for name, grid in grids.items()
+        }
         wanted = {"QAT": (self.qat_grids(model, grids), cfg.qat_scope)} if cfg.qat_enabled else {}
         wanted |= {"QNA": (noise, "exported")} if cfg.qna_enabled else {}
         self.stacks: dict[str, list[tuple[Grid, Tensor]]] = {}
         for name, (chosen, scope) in wanted.items():
             self.stacks[name] = flat.stacks(chosen)
-            run.activity[name] = Activity(len(chosen), sum(flat.shapes[n].numel() for n in chosen), scope)
-            refuse(not chosen and cfg.strict,
-                   f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT", 4)
+            run.activity[name] = Activity(
+                len(chosen), sum(flat.shapes[n].numel() for n in chosen), scope
+            )
+            refuse(
+                not chosen and cfg.strict,
+                f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT",
+                4,
+            )
+
     def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
         """Which tensors QAT covers, and on which grid: all that export quantises, or a narrower scope of the seeds."""
-        scope, linears = self.cfg.qat_scope, {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")}
+        scope, linears = (
+            self.cfg.qat_scope,
+            {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")},
+        )
         if scope != "exported":
-            linears = {n: role for n, role in linears.items() if scope == "linears" or not n.startswith("blocks.")}
-            exported = {n: role_grid(self.cfg, role) for n, role in linears.items() if getattr(self.cfg, role.bits) < 16}
-        return {n: grid._replace(clip="amax") if self.cfg.qat_grid == "amax" else grid for n, grid in exported.items()}
+            linears = {
+                n: role
+                for n, role in linears.items()
+                if scope == "linears" or not n.startswith("blocks.")
+            }
+            exported = {
+                n: role_grid(self.cfg, role)
+                for n, role in linears.items()
+                if getattr(self.cfg, role.bits) < 16
+            }
+        return {
+            n: grid._replace(clip="amax") if self.cfg.qat_grid == "amax" else grid
+            for n, grid in exported.items()
+        }
+
     def enter(self, qat: bool, qna: float, step: int) -> list:
         """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
         stacks = self.stacks["QAT"] if qat else self.stacks["QNA"] if qna else []
@@ -821,143 +1842,301 @@ class Views:
             if qat:
                 w.copy_(grid.snap(w))
             else:
-                noise = torch.Generator(w.device).manual_seed((self.cfg.seed * 1_000_003 + step) * 1009 + i)
-                w += grid.scale(w) * qna * (torch.rand(w.shape, generator=noise, device=w.device) - 0.5)
+                noise = torch.Generator(w.device).manual_seed(
+                    (self.cfg.seed * 1_000_003 + step) * 1009 + i
+                )
+                w += (
+                    grid.scale(w)
+                    * qna
+                    * (torch.rand(w.shape, generator=noise, device=w.device) - 0.5)
+                )
         return latent
+
     def leave(self, latent: list) -> None:
-        for w, saved in latent: w.copy_(saved)
+        for w, saved in latent:
+            w.copy_(saved)
+
+
 # ── 9 AVERAGES: fp32 on the device, the same arithmetic on every rank, always of the latent weights ───────────────
 class Average:
     """SWA, EMA and SQWA (the mean of quantised-dequantised snapshots, of the EMA where that is on; #975)."""
+
     def __init__(self, cfg: Config, run: Run, model: GPT, flat: Flat, plan: dict):
-        self.cfg, self.flat, self.plan, self.count, self.live = cfg, flat, plan, 0, flat.views(flat.weights)
-        low = {"fp32": (), "native": ("embed",), "bf16": ("embed", "muon", "scalar", "smear")}[cfg.swa_dtype]
+        self.cfg, self.flat, self.plan, self.count, self.live = (
+            cfg,
+            flat,
+            plan,
+            0,
+            flat.views(flat.weights),
+        )
+        low = {"fp32": (), "native": ("embed",), "bf16": ("embed", "muon", "scalar", "smear")}[
+            cfg.swa_dtype
+        ]
         self.buffer = flat.weights.clone() if cfg.ema_enabled else None
         self.ema = flat.views(self.buffer) if cfg.ema_enabled else {}
-        self.sums = {name: torch.zeros_like(p, dtype=torch.bfloat16 if p.role.optimiser in low else torch.float32)
-                     for name, p in model.named_parameters()} if cfg.swa_enabled or cfg.sqwa_enabled else {}
+        self.sums = (
+            {
+                name: torch.zeros_like(
+                    p, dtype=torch.bfloat16 if p.role.optimiser in low else torch.float32
+                )
+                for name, p in model.named_parameters()
+            }
+            if cfg.swa_enabled or cfg.sqwa_enabled
+            else {}
+        )
         for name in cfg.collected():
             source = "EMA" if name == "sqwa" and self.ema else "live weights"
-            run.activity[name.upper()] = Activity(len(self.live), sum(p.numel() for p in self.live.values()), f"of {source}")
-    def update(self, snapshot: bool) -> list[str]:  # After an optimiser step. Returns which averages took the weights in
-        if self.ema: self.buffer.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
+            run.activity[name.upper()] = Activity(
+                len(self.live), sum(p.numel() for p in self.live.values()), f"of {source}"
+            )
+
+    def update(
+        self, snapshot: bool
+    ) -> list[str]:  # After an optimiser step. Returns which averages took the weights in
+        if self.ema:
+            self.buffer.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
         if snapshot:
             for name, w in (self.ema if self.ema and self.cfg.sqwa_enabled else self.live).items():
-                self.sums[name] += (shipped(w, self.plan[name]) if self.cfg.sqwa_enabled else w).to(self.sums[name].dtype)
+                self.sums[name] += (shipped(w, self.plan[name]) if self.cfg.sqwa_enabled else w).to(
+                    self.sums[name].dtype
+                )
             self.count += 1
         return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
+
     def results(self) -> dict[str, State]:  # Every average that has weights, by name
-        means = {name: total.float() / self.count for name, total in self.sums.items() if self.count}
+        means = {
+            name: total.float() / self.count for name, total in self.sums.items() if self.count
+        }
         found = {"ema": self.ema, "sqwa" if self.cfg.sqwa_enabled else "swa": means}
         return {name: weights for name, weights in found.items() if weights}
+
+
 # ── 10 TRAIN ──────────────────────────────────────────────────────────────────────────────────────────────────────
 class Trainer:
     """Model, optimiser, views and averages, driven by the schedule."""
-    PROGRESS = ("data", "steps", "skipped", "resumed", "elapsed", "step_seconds", "recompiles", "code_sha256")  # is kept
-    def __init__(self, cfg: Config, run: Run, model: GPT, plan: dict, split: Split, val: Validation):
-        self.cfg, self.run, self.model, self.plan, self.split, self.val = cfg, run, model, plan, split, val
+
+    PROGRESS = (
+        "data",
+        "steps",
+        "skipped",
+        "resumed",
+        "elapsed",
+        "step_seconds",
+        "recompiles",
+        "code_sha256",
+    )  # is kept
+
+    def __init__(
+        self, cfg: Config, run: Run, model: GPT, plan: dict, split: Split, val: Validation
+    ):
+        self.cfg, self.run, self.model, self.plan, self.split, self.val = (
+            cfg,
+            run,
+            model,
+            plan,
+            split,
+            val,
+        )
         rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
-        refuse(rows == 0, f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks")
-        self.accumulate = min(cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows)
+        refuse(
+            rows == 0,
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks",
+        )
+        self.accumulate = min(
+            cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows
+        )
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
         self.flat = Flat(dict(model.named_parameters()), run)
         self.bytes_per_token = val.target_bytes.double().mean().item()
-        self.data = [*(path.name for path in split.paths), split.tokens, val.n]  # where the steps find their rows
-        self.writer, self.writing = concurrent.futures.ThreadPoolExecutor(1), None  # of the last checkpoint
+        self.data = [
+            *(path.name for path in split.paths),
+            split.tokens,
+            val.n,
+        ]  # where the steps find their rows
+        self.writer, self.writing = (
+            concurrent.futures.ThreadPoolExecutor(1),
+            None,
+        )  # of the last checkpoint
         self.restart()
+
     def restart(self) -> None:  # Everything but the weights as before the first step
         self.run.activity.clear()
         self.schedule, self.optimiser = Schedule(self.cfg), Optimiser(self.flat, self.cfg, self.run)
-        self.views, self.average = (part(self.cfg, self.run, self.model, self.flat, self.plan) for part in (Views, Average))
+        self.views, self.average = (
+            part(self.cfg, self.run, self.model, self.flat, self.plan) for part in (Views, Average)
+        )
         if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
-            self.run.activity["WARMDOWN"] = Activity(scope="learning rates", unit="lr scale at the end")
-        self.loss, self.steps, self.skipped, self.resumed = math.nan, 0, [], []  # steps left out, steps where a run went on
-        self.elapsed, self.step_seconds, self.recompiles, self.saved, self.code_sha256 = 0.0, [], 0, 0.0, CODE_SHA256
-    def done(self) -> bool: return self.steps >= self.cfg.iterations or budget_spent(self.cfg, self.steps, self.elapsed)
+            self.run.activity["WARMDOWN"] = Activity(
+                scope="learning rates", unit="lr scale at the end"
+            )
+        self.loss, self.steps, self.skipped, self.resumed = (
+            math.nan,
+            0,
+            [],
+            [],
+        )  # steps left out, steps where a run went on
+        self.elapsed, self.step_seconds, self.recompiles, self.saved, self.code_sha256 = (
+            0.0,
+            [],
+            0,
+            0.0,
+            CODE_SHA256,
+        )
+
+    def done(self) -> bool:
+        return self.steps >= self.cfg.iterations or budget_spent(self.cfg, self.steps, self.elapsed)
+
     def parts(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint; there is no random state: weights and noise depend on SEED and step, as do the data."""
         groups = {"live": self.average.live, "ema": self.average.ema, "sum": self.average.sums}
         if not self.done():  # while there are steps to come
-            groups["first"], second = (self.flat.views(moments) for moments in (self.optimiser.first, self.optimiser.second))
-            groups["second"] = {n: w for n, w in second.items() if self.model.get_parameter(n).role.optimiser != "muon"}
-        return {f"{group}/{name}": w for group, weights in groups.items() for name, w in weights.items()}
+            groups["first"], second = (
+                self.flat.views(moments)
+                for moments in (self.optimiser.first, self.optimiser.second)
+            )
+            groups["second"] = {
+                n: w
+                for n, w in second.items()
+                if self.model.get_parameter(n).role.optimiser != "muon"
+            }
+        return {
+            f"{group}/{name}": w for group, weights in groups.items() for name, w in weights.items()
+        }
+
     def save(self, wait: bool = True) -> list[str] | None:
         """Copies everything at once; it is written to checkpoint.bin now (see there) or, not `wait`, beside the next steps."""
-        if not self.done(): self.flat.gather(self.flat.shares(self.optimiser.first))
+        if not self.done():
+            self.flat.gather(self.flat.shares(self.optimiser.first))
         self.saved = self.elapsed
         if self.run.rank == 0:
-            facts = dict(config=self.cfg.knobs("seed", *COMPARED), fired=sorted(self.schedule.fired),
-                         progress={n: copy.copy(getattr(self, n)) for n in self.PROGRESS}, metrics_bytes=self.run.jsonl.tell(),
-                         activity={n: dataclasses.asdict(a) for n, a in self.run.activity.items()}, snapshots=self.average.count)
+            facts = dict(
+                config=self.cfg.knobs("seed", *COMPARED),
+                fired=sorted(self.schedule.fired),
+                progress={n: copy.copy(getattr(self, n)) for n in self.PROGRESS},
+                metrics_bytes=self.run.jsonl.tell(),
+                activity={n: dataclasses.asdict(a) for n, a in self.run.activity.items()},
+                snapshots=self.average.count,
+            )
             tensors = {name: w.to("cpu", copy=True) for name, w in self.parts().items()}
             bad = self.writing and self.writing.result()  # or its error
-            if bad: self.run.log(f"WARNING: no checkpoint: {bad[0]} is not finite")
+            if bad:
+                self.run.log(f"WARNING: no checkpoint: {bad[0]} is not finite")
             self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
-            if wait: return self.writing.result()
+            if wait:
+                return self.writing.result()
+
     def restore(self, facts: dict, tensors: State) -> None:
         """The inverse of save, for the same settings. Refusal when the two do not belong together."""
         try:
             kept = {name: copy.copy(facts["progress"][name]) for name in self.PROGRESS}
-            if any(type(value) is not type(getattr(self, name)) for name, value in kept.items()): raise TypeError("odd progress")
-            refuse(kept["data"] != self.data and not self.cfg.checkpoint, f"DATA_PATH={self.cfg.data_path}: not the run's data")
+            if any(type(value) is not type(getattr(self, name)) for name, value in kept.items()):
+                raise TypeError("odd progress")
+            refuse(
+                kept["data"] != self.data and not self.cfg.checkpoint,
+                f"DATA_PATH={self.cfg.data_path}: not the run's data",
+            )
             vars(self).update(kept)
-            self.saved, self.schedule.fired, self.average.count = self.elapsed, set(facts["fired"]), int(facts["snapshots"])
-            for name, w in self.parts().items(): w.copy_(tensors[name].view_as(w))
-            for state in self.optimiser.adamw.state.values(): state["step"].fill_(self.steps - len(self.skipped))
-            self.run.activity.update({name: Activity(**copy.deepcopy(facts["activity"][name])) for name in self.run.activity})
-            for a in self.run.activity.values(): a.row(sum(self.step_seconds + self.skipped + self.resumed))  # all are numbers
+            self.saved, self.schedule.fired, self.average.count = (
+                self.elapsed,
+                set(facts["fired"]),
+                int(facts["snapshots"]),
+            )
+            for name, w in self.parts().items():
+                w.copy_(tensors[name].view_as(w))
+            for state in self.optimiser.adamw.state.values():
+                state["step"].fill_(self.steps - len(self.skipped))
+            self.run.activity.update(
+                {
+                    name: Activity(**copy.deepcopy(facts["activity"][name]))
+                    for name in self.run.activity
+                }
+            )
+            for a in self.run.activity.values():
+                a.row(sum(self.step_seconds + self.skipped + self.resumed))  # all are numbers
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise Refusal(f"{self.cfg.sources[0]}: incomplete ({type(error).__name__} {error}); train again") from None
+            raise Refusal(
+                f"{self.cfg.sources[0]}: incomplete ({type(error).__name__} {error}); train again"
+            ) from None
+
     def step(self, batch: tuple[Tensor, Tensor], k: Knobs) -> None:
         """One optimiser step. What is not finite never reaches the weights: the step is left out, or is the last one."""
-        cfg, gradients, share = self.cfg, self.flat.gradients.zero_(), self.run.world / self.cfg.train_batch_tokens
+        cfg, gradients, share = (
+            self.cfg,
+            self.flat.gradients.zero_(),
+            self.run.world / self.cfg.train_batch_tokens,
+        )
         latent = self.views.enter(k.qat, k.qna, self.steps)
         for ids, targets in zip(*(t.tensor_split(self.accumulate) for t in batch)):
             loss = self.forward(ids, targets).sum() * share
             loss.backward()
             gradients[-2] += loss.detach()
         self.views.leave(latent)
-        if self.run.stop: gradients[-1] = 1
+        if self.run.stop:
+            gradients[-1] = 1
         self.loss, norm, self.stopping = self.flat.reduce(cfg.grad_clip_norm)
         if math.isfinite(self.loss + norm):
             self.optimiser.step(k)
-            acting = ["WARMDOWN"] * (k.lr_scale < 1) + ["QAT"] * k.qat + ["QNA"] * (k.qna > 0) + self.average.update(k.snapshot)
-            for name in acting: self.run.activity[name].steps.append(self.steps)
+            acting = (
+                ["WARMDOWN"] * (k.lr_scale < 1)
+                + ["QAT"] * k.qat
+                + ["QNA"] * (k.qna > 0)
+                + self.average.update(k.snapshot)
+            )
+            for name in acting:
+                self.run.activity[name].steps.append(self.steps)
         else:
-            bad = [name for name, g in self.flat.views(gradients).items() if not g.isfinite().all()] or ["none"]
+            bad = [
+                name for name, g in self.flat.views(gradients).items() if not g.isfinite().all()
+            ] or ["none"]
             problem = f"step {self.steps}: not finite: loss {self.loss}, gradient norm {norm}, first gradient: {bad[0]}"
-            refuse(cfg.nonfinite == "stop" or self.skipped[-9:-8] == [self.steps - 9],
-                   f"{problem}; lower MATRIX_LR or GRAD_CLIP_NORM; NONFINITE=skip leaves out up to 9 such steps in a row", 5)
+            refuse(
+                cfg.nonfinite == "stop" or self.skipped[-9:-8] == [self.steps - 9],
+                f"{problem}; lower MATRIX_LR or GRAD_CLIP_NORM; NONFINITE=skip leaves out up to 9 such steps in a row",
+                5,
+            )
             self.run.log(f"WARNING: {problem}; left out")
             self.skipped.append(self.steps)
         self.steps += 1
+
     def warm_up(self) -> float:
         """Runs all that the run will need, so that nothing compiles on the clock; undoes it. Returns median seconds per step."""
         cfg, weights, seconds = self.cfg, self.flat.weights.clone(), []
         averaging, loader = cfg.swa_enabled or cfg.sqwa_enabled, batches(cfg, self.run, self.split)
-        variants = [Knobs(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
-                    Knobs(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled)]
+        variants = [
+            Knobs(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
+            Knobs(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled),
+        ]
         for n in range(cfg.warmup_steps):
             began = time.perf_counter()
             self.step(next(loader), variants[n % 2])
             seconds.append(time.perf_counter() - began)
         loader.close()
-        if cfg.val_loss_every: self.score_weights()
+        if cfg.val_loss_every:
+            self.score_weights()
         self.flat.weights.copy_(weights)
         self.restart()
         return statistics.median(seconds[1:] or seconds)
-    def score_weights(self, state: State | None = None) -> Score:  # These (default: the live, latent) weights on fixed windows
+
+    def score_weights(
+        self, state: State | None = None
+    ) -> Score:  # These (default: the live, latent) weights on fixed windows
         self.model.load_state_dict(state or {}, strict=False)
         return score(self.cfg, self.run, self.forward, self.val)
+
     def train(self, saved: tuple | None = None) -> None:
         """Steps, from the beginning or from what was saved, until the budget or ITERATIONS is used up."""
         cfg, run = self.cfg, self.run
-        with run.phase("warm-up and compile"): run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
+        with run.phase("warm-up and compile"):
+            run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
             self.resumed.append(self.steps)
-        with run.phase("checkpoint"): self.save()  # shows, before anything is spent, that the disk takes it
-        compiled, loader = torch._dynamo.utils.counters["stats"], batches(cfg, run, self.split, self.steps)
+        with run.phase("checkpoint"):
+            self.save()  # shows, before anything is spent, that the disk takes it
+        compiled, loader = (
+            torch._dynamo.utils.counters["stats"],
+            batches(cfg, run, self.split, self.steps),
+        )
         graphs = compiled["unique_graphs"]
         with run.phase("train"):
             self.started = time.perf_counter() - self.elapsed
@@ -965,105 +2144,250 @@ class Trainer:
                 while not self.done():
                     k = self.schedule.at(self.steps, self.elapsed)
                     self.step(next(loader), k)
-                    before, self.elapsed = self.elapsed, run.agree(time.perf_counter() - self.started)
+                    before, self.elapsed = (
+                        self.elapsed,
+                        run.agree(time.perf_counter() - self.started),
+                    )
                     self.step_seconds.append(self.elapsed - before)
                     self.report(k)
-                    refuse(self.stopping, f"stopped by {signal.Signals(number := run.stop or signal.SIGTERM).name}", 128 + number)
+                    refuse(
+                        self.stopping,
+                        f"stopped by {signal.Signals(number := run.stop or signal.SIGTERM).name}",
+                        128 + number,
+                    )
             except Refusal as stop:  # no step is half done, and every rank is here (unless data look different from there)
                 if stop.code not in ((2, 6, 7) if run.world > 1 else (6,)):
-                    what = f"not saved, as {bad[0]} is not finite," if (bad := self.save()) else "saved"
-                    run.log(f"{what} after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from the last checkpoint")
+                    what = (
+                        f"not saved, as {bad[0]} is not finite,"
+                        if (bad := self.save())
+                        else "saved"
+                    )
+                    run.log(
+                        f"{what} after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from the last checkpoint"
+                    )
                 raise
             loader.close()
-            if run.cuda: torch.cuda.synchronize()
+            if run.cuda:
+                torch.cuda.synchronize()
             self.elapsed = run.agree(time.perf_counter() - self.started)
             self.recompiles += compiled["unique_graphs"] - graphs
-            run.log(f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}")
+            run.log(
+                f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}"
+            )
             self.save()
-        if run.stop: run.signalled(run.stop, None)
+        if run.stop:
+            run.signalled(run.stop, None)
+
     def report(self, k: Knobs) -> None:
         """Log line, re-printed schedule, validation, comparison of the ranks, checkpoint: whatever is due after this step."""
         cfg, run, step = self.cfg, self.run, self.steps
-        if "WARMDOWN" in run.activity: run.activity["WARMDOWN"].effect = k.lr_scale - 1
+        if "WARMDOWN" in run.activity:
+            run.activity["WARMDOWN"].effect = k.lr_scale - 1
         seconds = statistics.median(self.step_seconds[-20:])
-        speed, train_bpb = cfg.train_batch_tokens / seconds, self.loss / math.log(2) / self.bytes_per_token
+        speed, train_bpb = (
+            cfg.train_batch_tokens / seconds,
+            self.loss / math.log(2) / self.bytes_per_token,
+        )
         for name in [name for name, a in run.activity.items() if a.steps == [step - 1]]:
-            run.log(f"{name} acts from step {step - 1} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})")
+            run.log(
+                f"{name} acts from step {step - 1} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})"
+            )
             run.event("phase", name=name, step=step - 1, seconds=self.elapsed)
         due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
-        sums = self.flat.checksums() if due or self.done() or step % cfg.train_log_every == 0 else []
-        refuse(len({*sums}) > 1, f"step {step}: the ranks hold different weights (sums of their bits: {sums}); look for faulty "
-               f"hardware, then RESUME=1 RUN_ID={run.dir.name}", 6)
+        sums = (
+            self.flat.checksums() if due or self.done() or step % cfg.train_log_every == 0 else []
+        )
+        refuse(
+            len({*sums}) > 1,
+            f"step {step}: the ranks hold different weights (sums of their bits: {sums}); look for faulty "
+            f"hardware, then RESUME=1 RUN_ID={run.dir.name}",
+            6,
+        )
         if step % cfg.train_log_every == 0:
-            run.log(f"step {step:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  train bpb ~{train_bpb:.4f}  "
-                    f"lr x{k.lr_scale:.3f}  {seconds * 1e3:.1f} ms  {speed:,.0f} tok/s")
-            run.event("step", step=step, seconds=self.elapsed, loss=self.loss, step_ms=seconds * 1e3, **k._asdict())
-        if step == 50: run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
+            run.log(
+                f"step {step:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  train bpb ~{train_bpb:.4f}  "
+                f"lr x{k.lr_scale:.3f}  {seconds * 1e3:.1f} ms  {speed:,.0f} tok/s"
+            )
+            run.event(
+                "step",
+                step=step,
+                seconds=self.elapsed,
+                loss=self.loss,
+                step_ms=seconds * 1e3,
+                **k._asdict(),
+            )
+        if step == 50:
+            run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             paused = time.perf_counter()
             live = self.score_weights()
-            size = len(SOURCE) + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1)) if run.rank == 0 else 0
+            size = (
+                len(SOURCE)
+                + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1))
+                if run.rank == 0
+                else 0
+            )
             self.started += time.perf_counter() - paused
-            run.log(f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)")
-            run.event("val", step=step, seconds=self.elapsed, val_bpb=live.bpb, val_loss=live.loss, size_estimate=size)
-        if due: self.save(wait=False)
+            run.log(
+                f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)"
+            )
+            run.event(
+                "val",
+                step=step,
+                seconds=self.elapsed,
+                val_bpb=live.bpb,
+                val_loss=live.loss,
+                size_estimate=size,
+            )
+        if due:
+            self.save(wait=False)
+
+
 # ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
 MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 3
 CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
-HEADER = struct.Struct("<8sHHQ32s")  # magic, version, compressor, bytes before compression, sha256 of what follows
+HEADER = struct.Struct(
+    "<8sHHQ32s"
+)  # magic, version, compressor, bytes before compression, sha256 of what follows
 MAX_RAW_BYTES, MAX_CODES = 1 << 28, 1 << 27  # a compressed file may hold no more
-RANS_BITS, LANE, FRAME = 14, 1 << 14, 1 << 17  # a context's frequencies sum to 2 ** 14; codes per lane; bytes of a zstd frame
-def zstd_frames(raw: bytes, level: int) -> bytes:  # Independent, on all cores: each kind of tensor gets its own statistics
-    frames = [raw[i:i + FRAME] for i in range(0, len(raw), FRAME)]
-    return b"".join(map(bytes, zstandard.ZstdCompressor(level=level).multi_compress_to_buffer(frames, threads=-1)))
+RANS_BITS, LANE, FRAME = (
+    14,
+    1 << 14,
+    1 << 17,
+)  # a context's frequencies sum to 2 ** 14; codes per lane; bytes of a zstd frame
+
+
+def zstd_frames(
+    raw: bytes, level: int
+) -> bytes:  # Independent, on all cores: each kind of tensor gets its own statistics
+    frames = [raw[i : i + FRAME] for i in range(0, len(raw), FRAME)]
+    return b"".join(
+        map(
+            bytes,
+            zstandard.ZstdCompressor(level=level).multi_compress_to_buffer(frames, threads=-1),
+        )
+    )
+
+
 COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n bytes, default level; order = number
     "none": (lambda raw, level: raw, lambda blob, n: blob[:n], 0),
     "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n), 9),
-    "zstd": (zstd_frames, lambda blob, n: zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True).read(n), 22),
-    "lzma": (lambda raw, level: lzma.compress(raw, preset=level),
-             lambda blob, n: lzma.LZMADecompressor(memlimit=1 << 27).decompress(blob, n), 6)}
-COMPRESSORS["ans"] = COMPRESSORS["zstd"]  # for all but the codes, which entropy_code has coded before
+    "zstd": (
+        zstd_frames,
+        lambda blob, n: (
+            zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True).read(n)
+        ),
+        22,
+    ),
+    "lzma": (
+        lambda raw, level: lzma.compress(raw, preset=level),
+        lambda blob, n: lzma.LZMADecompressor(memlimit=1 << 27).decompress(blob, n),
+        6,
+    ),
+}
+COMPRESSORS["ans"] = COMPRESSORS[
+    "zstd"
+]  # for all but the codes, which entropy_code has coded before
+
+
 def contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarray]:
     """Name -> shape of each matrix of codes; context of every code, then of what fills the last lane: spread of row + column."""
-    spreads = {name.removesuffix(":rows"): (rows, parts[name.removesuffix("rows") + "columns"])
-               for name, rows in sorted(parts.items()) if name.endswith(":codes:rows")}
-    fits = [r.dtype == c.dtype == torch.int8 and (r.shape[1:], c.shape[:-1]) == ((1,), (1,)) for r, c in spreads.values()]
+    spreads = {
+        name.removesuffix(":rows"): (rows, parts[name.removesuffix("rows") + "columns"])
+        for name, rows in sorted(parts.items())
+        if name.endswith(":codes:rows")
+    }
+    fits = [
+        r.dtype == c.dtype == torch.int8 and (r.shape[1:], c.shape[:-1]) == ((1,), (1,))
+        for r, c in spreads.values()
+    ]
     n = sum(r.numel() * c.numel() for r, c in spreads.values())
-    if not all(fits) or not 0 < n <= MAX_CODES: raise ValueError(f"{n:,} codes with spreads that do not fit")  # allocate nothing
+    if not all(fits) or not 0 < n <= MAX_CODES:
+        raise ValueError(f"{n:,} codes with spreads that do not fit")  # allocate nothing
     sums = {name: r + c for name, (r, c) in spreads.items()}
     context = np.concatenate([t.view(torch.uint8).numpy().ravel() for t in sums.values()])
-    return {name: t.shape for name, t in sums.items()}, np.append(context, np.repeat(context[-1:], -n % -(-n // LANE)))
+    return {name: t.shape for name, t in sums.items()}, np.append(
+        context, np.repeat(context[-1:], -n % -(-n // LANE))
+    )
+
+
 def entropy_code(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """All `:codes`, int8 (rows, columns), as one stream of a range asymmetric numeral system (Duda 2013, arXiv:1311.2540) in
     interleaved lanes. Context: mean |code| of the row, plus of the column against the matrix, in half or quarter octaves."""
     codes = {name: t.cpu() for name, t in sorted(tensors.items()) if name.endswith(":codes")}
     parts = {name: t for name, t in tensors.items() if name not in codes}
-    finer, total = 4 if sum(t.numel() for t in codes.values()) > 1 << 22 else 2, 1 << RANS_BITS  # many codes pay for it
+    finer, total = (
+        4 if sum(t.numel() for t in codes.values()) > 1 << 22 else 2,
+        1 << RANS_BITS,
+    )  # many codes pay for it
     for name, t in codes.items():
-        row, column, whole = (finer * (t.double().abs().mean(d, keepdim=True) + 1 / 16).log2() for d in (-1, 0, (0, 1)))
-        parts |= {name + ":rows": row.round().char(), name + ":columns": (column - whole).round().char()}
-    if not codes: return parts
-    context, symbols = contexts(parts)[1], np.concatenate([t.numpy().ravel() for t in codes.values()]) + np.uint8(128)
-    keys = context.astype(np.uint16) << 8 | np.append(symbols, np.repeat(symbols[-1:], len(context) - len(symbols)))
+        row, column, whole = (
+            finer * (t.double().abs().mean(d, keepdim=True) + 1 / 16).log2()
+            for d in (-1, 0, (0, 1))
+        )
+        parts |= {
+            name + ":rows": row.round().char(),
+            name + ":columns": (column - whole).round().char(),
+        }
+    if not codes:
+        return parts
+    context, symbols = (
+        contexts(parts)[1],
+        np.concatenate([t.numpy().ravel() for t in codes.values()]) + np.uint8(128),
+    )
+    keys = context.astype(np.uint16) << 8 | np.append(
+        symbols, np.repeat(symbols[-1:], len(context) - len(symbols))
+    )
     counts = np.bincount(keys, minlength=1 << 16).reshape(256, 256)
-    frequency = counts * (total - (counts > 0).sum(1, keepdims=True)) // counts.sum(1, keepdims=True).clip(1) + (counts > 0)
+    frequency = counts * (total - (counts > 0).sum(1, keepdims=True)) // counts.sum(
+        1, keepdims=True
+    ).clip(1) + (counts > 0)
     frequency[range(256), frequency.argmax(1)] += total - frequency.sum(1)
-    each, before, lanes = frequency.ravel(), (frequency.cumsum(1) - frequency).ravel(), -(-len(symbols) // LANE)
+    each, before, lanes = (
+        frequency.ravel(),
+        (frequency.cumsum(1) - frequency).ravel(),
+        -(-len(symbols) // LANE),
+    )
     state, words = np.full(lanes, 1 << 16), []  # of each lane, in [2 ** 16, 2 ** 32)
     for key in keys.reshape(-1, lanes)[::-1]:  # last in, first out
         full = state >= each[key] << 32 - RANS_BITS
         words.append(state[full] & 0xFFFF)
         state[full] >>= 16
         state = (state // each[key] << RANS_BITS) + state % each[key] + before[key]
-    stream = np.concatenate((state >> 16, state & 0xFFFF, *reversed(words))).astype(np.uint16).view(np.int16)
-    return parts | {":frequency": torch.from_numpy(frequency.astype(np.int16)), ":stream": torch.from_numpy(stream)}
+    stream = (
+        np.concatenate((state >> 16, state & 0xFFFF, *reversed(words)))
+        .astype(np.uint16)
+        .view(np.int16)
+    )
+    return parts | {
+        ":frequency": torch.from_numpy(frequency.astype(np.int16)),
+        ":stream": torch.from_numpy(stream),
+    }
+
+
 def entropy_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """What entropy_code was given. ValueError, LookupError or RuntimeError on anything that it would not have returned."""
-    (shapes, context), frequency, stream, total = contexts(parts), parts[":frequency"], parts[":stream"], 1 << RANS_BITS
-    n, codes, place = sum(shape.numel() for shape in shapes.values()), [], 2 * (lanes := -(-len(context) // LANE))
-    fits = [frequency.dtype == stream.dtype == torch.int16, frequency.shape == (256, 256), stream.ndim == 1,
-            stream.numel() >= place, frequency.min() >= 0, (frequency.sum(-1) == total).all()]
-    if not all(fits): raise ValueError("frequencies or a stream that do not fit")
+    (shapes, context), frequency, stream, total = (
+        contexts(parts),
+        parts[":frequency"],
+        parts[":stream"],
+        1 << RANS_BITS,
+    )
+    n, codes, place = (
+        sum(shape.numel() for shape in shapes.values()),
+        [],
+        2 * (lanes := -(-len(context) // LANE)),
+    )
+    fits = [
+        frequency.dtype == stream.dtype == torch.int16,
+        frequency.shape == (256, 256),
+        stream.ndim == 1,
+        stream.numel() >= place,
+        frequency.min() >= 0,
+        (frequency.sum(-1) == total).all(),
+    ]
+    if not all(fits):
+        raise ValueError("frequencies or a stream that do not fit")
     words, frequency = stream.numpy().view(np.uint16).astype(int), frequency.numpy().astype(int)
     each, before = frequency.ravel(), (frequency.cumsum(1) - frequency).ravel()
     code_at = np.repeat(np.tile(np.arange(256, dtype=np.uint8), 256), each).reshape(256, total)
@@ -1073,68 +2397,145 @@ def entropy_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         key = c.astype(int) << 8 | code
         state = each[key] * (state >> RANS_BITS) + slot - before[key]
         short = np.flatnonzero(state < 1 << 16)
-        state[short] = state[short] << 16 | words[place:place + len(short)]
+        state[short] = state[short] << 16 | words[place : place + len(short)]
         place += len(short)
-    if place != len(words) or (state != 1 << 16).any(): raise ValueError("the stream does not end with its codes")
-    flat = torch.from_numpy((np.concatenate(codes)[:n] ^ 128).view(np.int8)).split([shape.numel() for shape in shapes.values()])
-    rest = {name: t for name, t in parts.items() if ":codes:" not in name and name not in (":frequency", ":stream")}
+    if place != len(words) or (state != 1 << 16).any():
+        raise ValueError("the stream does not end with its codes")
+    flat = torch.from_numpy((np.concatenate(codes)[:n] ^ 128).view(np.int8)).split(
+        [shape.numel() for shape in shapes.values()]
+    )
+    rest = {
+        name: t
+        for name, t in parts.items()
+        if ":codes:" not in name and name not in (":frequency", ":stream")
+    }
     return rest | {name: c.view(shape) for (name, shape), c in zip(shapes.items(), flat)}
+
+
 def role_grid(cfg: Config, role: Role) -> Grid:
     return Grid(getattr(cfg, role.bits), cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
+
+
 def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
     """How each tensor is shipped: the one decision that QAT, QNA, SQWA, pruning and the exporter share."""
     plan, keep = {}, [s.strip() for s in cfg.fp16_keep_name_patterns.split(",") if s.strip()]
     for name, p in model.named_parameters():
         small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel or any(s in name for s in keep)
-        plan[name] = (torch.float32 if p.role.bits is None else
-                      torch.float16 if small or getattr(cfg, p.role.bits) == 16 else role_grid(cfg, p.role))
+        plan[name] = (
+            torch.float32
+            if p.role.bits is None
+            else torch.float16
+            if small or getattr(cfg, p.role.bits) == 16
+            else role_grid(cfg, p.role)
+        )
     return plan
-def shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:  # The fp32 weights that a reader of the artifact gets for w
+
+
+def shipped(
+    w: Tensor, how: Grid | torch.dtype
+) -> Tensor:  # The fp32 weights that a reader of the artifact gets for w
     return how.snap(w) if isinstance(how, Grid) else w.to(how).float()
+
+
 def prune(cfg: Config, state: State, fraction: float) -> State:
     """The smallest `fraction` of each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights set to 0 (#989)."""
-    least = {name: w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values for name, w in state.items()
-             if fraction and w.ndim == 2 and w.numel() > cfg.keep_float_max_numel}  # the smallest that stays
-    return state | {name: torch.where(state[name].abs() < stays, 0.0, state[name]) for name, stays in least.items()}
+    least = {
+        name: w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
+        for name, w in state.items()
+        if fraction and w.ndim == 2 and w.numel() > cfg.keep_float_max_numel
+    }  # the smallest that stays
+    return state | {
+        name: torch.where(state[name].abs() < stays, 0.0, state[name])
+        for name, stays in least.items()
+    }
+
+
 def seal(tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1) -> bytes:
     """The container of artifacts and checkpoints: HEADER | compress(safetensors, with the facts as JSON). No pickle."""
     tensors = entropy_code(tensors) if compressor == "ans" else tensors
-    raw = safetensors.torch.save({n: t.detach().contiguous().cpu() for n, t in tensors.items()}, {"facts": json.dumps(facts)})
+    raw = safetensors.torch.save(
+        {n: t.detach().contiguous().cpu() for n, t in tensors.items()}, {"facts": json.dumps(facts)}
+    )
     compress, _, default = COMPRESSORS[compressor]
     blob = compress(raw, default if level < 0 else level)
-    return HEADER.pack(MAGIC, FORMAT_VERSION, list(COMPRESSORS).index(compressor), len(raw), hashlib.sha256(blob).digest()) + blob
+    return (
+        HEADER.pack(
+            MAGIC,
+            FORMAT_VERSION,
+            list(COMPRESSORS).index(compressor),
+            len(raw),
+            hashlib.sha256(blob).digest(),
+        )
+        + blob
+    )
+
+
 def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """(facts, tensors). Refusal on anything that seal would not have written."""
+
     def check(fine: bool, problem: str) -> None:
         refuse(not fine, f"{path}: {problem}; not one of our files, or damaged: make it again")
+
     try:
         check(path.stat().st_size < 1 << 33 and path.is_file(), "no plain file below 8 GiB")
         with path.open("rb") as file:
             head = file.read(HEADER.size)
-            check(head[:len(MAGIC)] == MAGIC and len(head) == HEADER.size, "no GOLFGPT header")  # before all of it is read
+            check(
+                head[: len(MAGIC)] == MAGIC and len(head) == HEADER.size, "no GOLFGPT header"
+            )  # before all of it is read
             blob = file.read()
         _, version, number, size, digest = HEADER.unpack(head)
-        check(version == FORMAT_VERSION, f"format version {version}, but this script reads {FORMAT_VERSION}")
+        check(
+            version == FORMAT_VERSION,
+            f"format version {version}, but this script reads {FORMAT_VERSION}",
+        )
         fits = number < len(COMPRESSORS) and 8 < size <= (MAX_RAW_BYTES if number else len(blob))
-        check(fits and hashlib.sha256(blob).digest() == digest, f"compressor {number}, size {size:,}, or checksum differs")
+        check(
+            fits and hashlib.sha256(blob).digest() == digest,
+            f"compressor {number}, size {size:,}, or checksum differs",
+        )
         raw = list(COMPRESSORS.values())[number][1](blob, size + 1)
         check(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
-        tensors, header = safetensors.torch.load(raw), json.loads(raw[8:8 + struct.unpack_from("<Q", raw)[0]])
+        tensors, header = (
+            safetensors.torch.load(raw),
+            json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]]),
+        )
         tensors = entropy_decode(tensors) if ":stream" in tensors else tensors
-        for n, t in tensors.items(): check(t.isfinite().all(), f"tensor {n} is not finite")
+        for n, t in tensors.items():
+            check(t.isfinite().all(), f"tensor {n} is not finite")
         return dict(json.loads(header["__metadata__"]["facts"])), tensors
     except OSError as error:
         code = 2 if isinstance(error, FileNotFoundError) else 7
-        raise Refusal(f"{path}: {error.strerror}; give the path of a file that a run has written", code) from None
-    except (ValueError, LookupError, TypeError, RuntimeError, zlib.error, lzma.LZMAError, zstandard.ZstdError,
-            safetensors.SafetensorError) as error:
+        raise Refusal(
+            f"{path}: {error.strerror}; give the path of a file that a run has written", code
+        ) from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        zlib.error,
+        lzma.LZMAError,
+        zstandard.ZstdError,
+        safetensors.SafetensorError,
+    ) as error:
         check(False, f"unreadable ({type(error).__name__})")
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> list[str]:  # Names of what is not finite
+
+
+def write_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], facts: dict
+) -> list[str]:  # Names of what is not finite
     blob, (newest, previous) = seal(tensors, facts, "none"), (folder / name for name in CHECKPOINTS)
-    bad = [name for name, w in tensors.items() if not w.isfinite().all()]  # no reader would take it: the one before stays
-    if newest.exists() and not bad: newest.replace(previous)
-    if not bad: write_atomic(newest, blob)
+    bad = [
+        name for name, w in tensors.items() if not w.isfinite().all()
+    ]  # no reader would take it: the one before stays
+    if newest.exists() and not bad:
+        newest.replace(previous)
+    if not bad:
+        write_atomic(newest, blob)
     return bad
+
+
 def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
     """The newest whole checkpoint of this run; None when it has none yet. Refusal when all that it has are damaged."""
     saved, damaged = None, []
@@ -1142,100 +2543,218 @@ def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
         try:
             saved = saved or unseal(path)
         except Refusal as error:
-            if error.code != 2: raise  # told to stop, or a failing disk
+            if error.code != 2:
+                raise  # told to stop, or a failing disk
             run.log(f"WARNING: {error}: the one before it is used")
             damaged.append(path)
-    refuse(damaged and not saved, f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again")
-    refuse(saved and saved[0].get("progress", {}).get("code_sha256") != CODE_SHA256,
-           f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID")
+    refuse(
+        damaged and not saved,
+        f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again",
+    )
+    refuse(
+        saved and saved[0].get("progress", {}).get("code_sha256") != CODE_SHA256,
+        f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID",
+    )
     progress = saved and saved[0]["progress"]
     refuse(run.agree(progress) != progress, "RESUME=1: the ranks read different checkpoints")
     if run.rank == 0:
-        for path in damaged: path.replace(path.with_suffix(".damaged"))
+        for path in damaged:
+            path.replace(path.with_suffix(".damaged"))
         kept = min(run.jsonl.tell(), saved[0]["metrics_bytes"]) if saved else 0
         os.truncate(run.dir / "metrics.jsonl", kept)  # what was lost comes again
     return saved
+
+
 def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
     """The artifact: codes, scales and floats as planned, with the knobs that a reader needs."""
     parts = {}
     for name, w in state.items():
         how, w = plan[name], w.detach()
-        parts |= zip((name + ":codes", name + ":scale"), how.quantise(w)) if isinstance(how, Grid) else {name: w.to(how)}
-    return seal(parts, cfg.knobs("model", "eval"), cfg.compressor, cfg.compress_level if level is None else level)
-def unpack(path: Path) -> tuple[dict, State]:  # (knobs, fp32 weights) of an artifact; Refusal as in unseal
+        parts |= (
+            zip((name + ":codes", name + ":scale"), how.quantise(w))
+            if isinstance(how, Grid)
+            else {name: w.to(how)}
+        )
+    return seal(
+        parts,
+        cfg.knobs("model", "eval"),
+        cfg.compressor,
+        cfg.compress_level if level is None else level,
+    )
+
+
+def unpack(
+    path: Path,
+) -> tuple[dict, State]:  # (knobs, fp32 weights) of an artifact; Refusal as in unseal
     (knobs, tensors), state = unseal(path), {}
     for name, t in tensors.items():
         base, _, part = name.partition(":")
-        codes, scale = tensors.get(base + ":codes", t), tensors.get(base + ":scale", t)  # t has one dtype, hence is not both
-        pair = (codes.ndim, codes.dtype, scale.dtype, scale.shape) == (2, torch.int8, torch.float16, (*codes.shape[:-1], 1))
+        codes, scale = (
+            tensors.get(base + ":codes", t),
+            tensors.get(base + ":scale", t),
+        )  # t has one dtype, hence is not both
+        pair = (codes.ndim, codes.dtype, scale.dtype, scale.shape) == (
+            2,
+            torch.int8,
+            torch.float16,
+            (*codes.shape[:-1], 1),
+        )
         plain = ":" not in name and t.dtype in (torch.float16, torch.float32)
-        refuse(not (plain or (part in ("codes", "scale") and pair and base not in tensors)),
-               f"{path}: tensor {name}: not one of our artifacts; export it again")
+        refuse(
+            not (plain or (part in ("codes", "scale") and pair and base not in tensors)),
+            f"{path}: tensor {name}: not one of our artifacts; export it again",
+        )
         state[base] = Grid.dequantise(codes, scale) if part else t.float()
     return knobs, state
+
+
 def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict[str, int]:
     """In an artifact of `total` bytes: the number of codes, their order-0 entropy in bytes, the bytes of codes and scales."""
     rest = {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}
-    codes = torch.cat([plan[n].quantise(w)[0].flatten() for n, w in state.items() if n not in rest] or [torch.empty(0)]).int()
-    bits = len(codes) * torch.special.entr((codes + 128).bincount().double() / len(codes)).sum().item() / math.log(2)
+    codes = torch.cat(
+        [plan[n].quantise(w)[0].flatten() for n, w in state.items() if n not in rest]
+        or [torch.empty(0)]
+    ).int()
+    bits = (
+        len(codes)
+        * torch.special.entr((codes + 128).bincount().double() / len(codes)).sum().item()
+        / math.log(2)
+    )
     stored = total - len(pack(cfg, rest, plan))
-    return dict(compressor=cfg.compressor, weights=len(codes), order0_bytes=int(bits / 8), stored_bytes=stored) if bits else {}
+    return (
+        dict(
+            compressor=cfg.compressor,
+            weights=len(codes),
+            order0_bytes=int(bits / 8),
+            stored_bytes=stored,
+        )
+        if bits
+        else {}
+    )
+
+
 def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
     """Per kind of tensor: how many, parameters, bytes compressed alone (fast), root mean square of the rounding error."""
-    kind_of = {name: (p.role.bits or "control").removeprefix("quant_bits_") for name, p in model.named_parameters()}
-    kinds = {kind: {n: w for n, w in state.items() if kind_of[n] == kind} for kind in dict.fromkeys(kind_of.values())}
-    error = {kind: torch.cat([(shipped(w, plan[n]) - w).flatten() for n, w in part.items()]) for kind, part in kinds.items()}
-    return {kind: dict(tensors=len(part), params=len(error[kind]), bytes=len(pack(cfg, part, plan, 1)),
-                       rms_error=error[kind].square().mean(dtype=torch.float64).sqrt().item()) for kind, part in kinds.items()}
-def write_atomic(path: Path, data: bytes) -> None:  # All of the file or none of it, also when the machine stops in between
+    kind_of = {
+        name: (p.role.bits or "control").removeprefix("quant_bits_")
+        for name, p in model.named_parameters()
+    }
+    kinds = {
+        kind: {n: w for n, w in state.items() if kind_of[n] == kind}
+        for kind in dict.fromkeys(kind_of.values())
+    }
+    error = {
+        kind: torch.cat([(shipped(w, plan[n]) - w).flatten() for n, w in part.items()])
+        for kind, part in kinds.items()
+    }
+    return {
+        kind: dict(
+            tensors=len(part),
+            params=len(error[kind]),
+            bytes=len(pack(cfg, part, plan, 1)),
+            rms_error=error[kind].square().mean(dtype=torch.float64).sqrt().item(),
+        )
+        for kind, part in kinds.items()
+    }
+
+
+def write_atomic(
+    path: Path, data: bytes
+) -> None:  # All of the file or none of it, also when the machine stops in between
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
-        with temporary.open("rb") as file: os.fsync(file.fileno())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)  # there only if something failed
+
+
 def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float, Config]:
     """(artifact on rank 0, fraction pruned, cfg with the COMPRESSOR that was used). FIT_TO_CAP: COMPRESSOR, then ans, then the
     smaller one with the least extra pruning, in steps of 0.5 %, that fits (sizes do not fall steadily: no bisection)."""
-    ans, smaller, least = dataclasses.replace(cfg, compressor="ans", compress_level=-1), None, math.inf
+    ans, smaller, least = (
+        dataclasses.replace(cfg, compressor="ans", compress_level=-1),
+        None,
+        math.inf,
+    )
     more = [(None, n) for n in range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5))]
     for coder, steps in [(cfg, 0), *[(ans, 0)] * (cfg.compressor != "ans"), *more]:
         coder, fraction = coder or smaller, cfg.prune_pct + steps * 0.005
         blob = pack(coder, prune(cfg, state, fraction), plan) if run.rank == 0 else b""
         total = run.agree(len(blob)) + len(SOURCE)
         run.log(f"export: {coder.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
-        if total <= cfg.cap_bytes or not cfg.fit_to_cap: return blob, fraction, coder
-        if not steps and total < least: first, smaller, least = (blob, fraction, coder), coder, total
+        if total <= cfg.cap_bytes or not cfg.fit_to_cap:
+            return blob, fraction, coder
+        if not steps and total < least:
+            first, smaller, least = (blob, fraction, coder), coder, total
     return first
+
+
 # ── 12 SCORE ──────────────────────────────────────────────────────────────────────────────────────────────────────
-Score = NamedTuple("Score", [("bpb", float), ("loss", float), ("targets", int), ("bytes", int), ("seconds", float)])
+class Score(NamedTuple):
+    bpb: float
+    loss: float
+    targets: int
+    bytes: int
+    seconds: float
+
+
 def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
     """(n, 3) rows [start, end, first]: read tokens [start, end), score targets [first, end); target t is token t + 1. Covers
     [low, high) once. stride 0: fixed windows; else the first scores all it reads, each later one `stride` new targets."""
-    first = np.append(low, np.arange(low + length, high, stride or length)) if high > low else np.arange(0)
-    end = np.append(first[1:], high)[:len(first)]
+    first = (
+        np.append(low, np.arange(low + length, high, stride or length))
+        if high > low
+        else np.arange(0)
+    )
+    end = np.append(first[1:], high)[: len(first)]
     return np.stack((first if stride == 0 else np.maximum(end - length, low), end, first), axis=1)
+
+
 def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
     """The same targets as windows(0, n, ...), none with context before its document (whose last target is the next BOS)."""
     edges = np.unique([0, *val.doc_starts[val.doc_starts < val.n], val.n])
     return np.concatenate([windows(a, b, length, stride) for a, b in zip(edges[:-1], edges[1:])])
+
+
 class Sheet:
     """Nats of every validation target, written exactly once by some rank."""
+
     def __init__(self, cfg: Config, run: Run, val: Validation):
         self.cfg, self.run, self.val, self.n, self.began = cfg, run, val, val.n, time.perf_counter()
-        self.nats, self.hits = self.both = torch.zeros(2, self.n + 1, device=run.device)  # last slot: for what padding computes
+        self.nats, self.hits = self.both = torch.zeros(
+            2, self.n + 1, device=run.device
+        )  # last slot: for what padding computes
+
     def batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, int, int | None]]:
         """This rank's (windows on the device, tokens per row, scored slots per row or None: all): like shapes together."""
         cfg, run, length, number = self.cfg, self.run, self.cfg.window, itertools.count()
         spans, targets = rows[:, 1] - rows[:, 0], rows[:, 1] - rows[:, 2]
-        tokens = np.minimum(-(-spans // 64) * 64, length) if not run.compile else np.full(len(rows), length)
-        slots = np.where(targets == spans, 0, np.where(targets <= cfg.eval_stride, np.minimum(cfg.eval_stride, tokens), tokens))
+        tokens = (
+            np.minimum(-(-spans // 64) * 64, length)
+            if not run.compile
+            else np.full(len(rows), length)
+        )
+        slots = np.where(
+            targets == spans,
+            0,
+            np.where(targets <= cfg.eval_stride, np.minimum(cfg.eval_stride, tokens), tokens),
+        )
         for t, s in np.unique(np.stack((tokens, slots), 1), axis=0).tolist():
             alike = rows[(tokens == t) & (slots == s)]
-            idle = np.repeat(alike[:1, [0, 1, 1]], -len(alike) % cfg.eval_batch_seqs * run.compile, axis=0)  # these score nothing
-            for batch in torch.from_numpy(np.concatenate((alike, idle))).to(run.device).split(cfg.eval_batch_seqs):
-                if next(number) % run.world == run.rank: yield batch, t, s or None
+            idle = np.repeat(
+                alike[:1, [0, 1, 1]], -len(alike) % cfg.eval_batch_seqs * run.compile, axis=0
+            )  # these score nothing
+            for batch in (
+                torch.from_numpy(np.concatenate((alike, idle)))
+                .to(run.device)
+                .split(cfg.eval_batch_seqs)
+            ):
+                if next(number) % run.world == run.rank:
+                    yield batch, t, s or None
+
     @torch.no_grad()
     def fill(self, forward: Callable, rows: np.ndarray) -> Sheet:
         tokens, device = self.val.tokens, self.run.device
@@ -1249,240 +2768,544 @@ class Sheet:
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
         return self
-    def total(self) -> Score:  # Sums over all ranks in fp64; fails unless every target was scored once
-        if self.run.world > 1: dist.all_reduce(self.both)
-        if not bool((self.hits[:-1] == 1).all()): raise RuntimeError("a target was scored never or twice")
+
+    def total(
+        self,
+    ) -> Score:  # Sums over all ranks in fp64; fails unless every target was scored once
+        if self.run.world > 1:
+            dist.all_reduce(self.both)
+        if not bool((self.hits[:-1] == 1).all()):
+            raise RuntimeError("a target was scored never or twice")
         nats, size = self.nats[:-1].double().sum().item(), int(self.val.target_bytes.sum())
-        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began)
-def score(cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None) -> Score:
-    return Sheet(cfg, run, val).fill(forward, windows(0, val.n, cfg.window, 0) if rows is None else rows).total()
+        return Score(
+            nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began
+        )
+
+
+def score(
+    cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None
+) -> Score:
+    return (
+        Sheet(cfg, run, val)
+        .fill(forward, windows(0, val.n, cfg.window, 0) if rows is None else rows)
+        .total()
+    )
+
+
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
     """Score-first SGD by chunks (momentum 0.9, clip 1; #549, #975): each is scored, then learned from. Changes the model."""
-    params = {n: p for n, p in model.named_parameters() if p not in {*model.blocks[:cfg.ttt_freeze_blocks].parameters()}}
-    flat, optimiser = Flat(params, run), torch.optim.SGD(params.values(), lr=cfg.ttt_lr, momentum=0.9)
+    params = {
+        n: p
+        for n, p in model.named_parameters()
+        if p not in {*model.blocks[: cfg.ttt_freeze_blocks].parameters()}
+    }
+    flat, optimiser = (
+        Flat(params, run),
+        torch.optim.SGD(params.values(), lr=cfg.ttt_lr, momentum=0.9),
+    )
     sheet, chunk = Sheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
     for c in range(last := int(chunk[-1])):
         sheet.fill(model, rows[chunk == c])
-        tokens = val.tokens[c * cfg.ttt_chunk_tokens:(c + 1) * cfg.ttt_chunk_tokens + 1].long()
+        tokens = val.tokens[c * cfg.ttt_chunk_tokens : (c + 1) * cfg.ttt_chunk_tokens + 1].long()
         optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / last))
-        pairs = zip(*(t.view(-1, cfg.window).split(cfg.eval_batch_seqs) for t in (tokens[:-1], tokens[1:])))
+        pairs = zip(
+            *(t.view(-1, cfg.window).split(cfg.eval_batch_seqs) for t in (tokens[:-1], tokens[1:]))
+        )
         for x, y in [*pairs] * cfg.ttt_epochs:
             flat.gradients.zero_()
-            if len(mine := x[run.rank::run.world]):
-                (model(mine, y[run.rank::run.world]).sum() * (run.world / y.numel())).backward()
+            if len(mine := x[run.rank :: run.world]):
+                (model(mine, y[run.rank :: run.world]).sum() * (run.world / y.numel())).backward()
             flat.reduce(clip=1.0)
             optimiser.step()
     return sheet.fill(model, rows[chunk == last]).total()
+
+
 # ── 13 REPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
-MODEL_TOGGLES = ("SMEAR_GATE", "BIGRAM_VOCAB_SIZE", "VE_ENABLED", "XSA_LAST_N", "LN_SCALE", "ROPE_NTK_LEN")  # off: 0
+MODEL_TOGGLES = (
+    "SMEAR_GATE",
+    "BIGRAM_VOCAB_SIZE",
+    "VE_ENABLED",
+    "XSA_LAST_N",
+    "LN_SCALE",
+    "ROPE_NTK_LEN",
+)  # off: 0
+
+
 def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable) -> None:
     """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
-    rows, length, steps = min(max(val.n // cfg.train_seq_len, 1), 4), min(val.n, cfg.train_seq_len), [*range(trainer.steps)]
-    ids, targets = (val.tokens[i:i + rows * length].long().view(rows, length) for i in (0, 1))
+    rows, length, steps = (
+        min(max(val.n // cfg.train_seq_len, 1), 4),
+        min(val.n, cfg.train_seq_len),
+        [*range(trainer.steps)],
+    )
+    ids, targets = (val.tokens[i : i + rows * length].long().view(rows, length) for i in (0, 1))
     model, activity = trainer.model, run.activity
+
     @torch.no_grad()
     def loss(model: GPT, state: State | None = None) -> float:
         model.load_state_dict(state or {}, strict=False)
         return model(ids, targets).double().mean().item()
+
     def both_ways(model: GPT) -> float:  # with one block, the skip weights are unused
-        return run.milliseconds(lambda: torch.autograd.grad(model(ids, targets).mean(), [*model.parameters()], allow_unused=True))
+        return run.milliseconds(
+            lambda: torch.autograd.grad(
+                model(ids, targets).mean(), [*model.parameters()], allow_unused=True
+            )
+        )
+
     base = loss(model, trainer.live)
     for name in trainer.views.stacks:
-        enter, leave = partial(trainer.views.enter, name == "QAT", cfg.qna_magnitude, 0), trainer.views.leave
+        enter, leave = (
+            partial(trainer.views.enter, name == "QAT", cfg.qna_magnitude, 0),
+            trainer.views.leave,
+        )
         latent = enter()
         activity[name].effect = loss(model) - base
         leave(latent)
         activity[name].cost_ms = run.milliseconds(lambda: leave(enter()))
     for name, state in trainer.averages.items():
-        activity[name.upper()].effect = loss(model, state) - base  # and the milliseconds, with those of an EMA that is on too
-        activity[name.upper()].cost_ms = run.milliseconds(partial(trainer.average.update, name != "ema"))
+        activity[name.upper()].effect = (
+            loss(model, state) - base
+        )  # and the milliseconds, with those of an EMA that is on too
+        activity[name.upper()].cost_ms = run.milliseconds(
+            partial(trainer.average.update, name != "ema")
+        )
     model.load_state_dict(trainer.live)
     for name in [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]:
         without = build_model(dataclasses.replace(cfg, **{name.lower(): 0}), run, attend)
-        extra = [p.numel() for key, p in model.named_parameters() if key not in without.state_dict()]
-        activity[name] = Activity(len(extra), sum(extra), "the model; ms forward + backward, eager", steps=steps,
-                                  effect=base - loss(without, trainer.live), cost_ms=both_ways(model) - both_ways(without))
+        extra = [
+            p.numel() for key, p in model.named_parameters() if key not in without.state_dict()
+        ]
+        activity[name] = Activity(
+            len(extra),
+            sum(extra),
+            "the model; ms forward + backward, eager",
+            steps=steps,
+            effect=base - loss(without, trainer.live),
+            cost_ms=both_ways(model) - both_ways(without),
+        )
     if trainer.pruned:
-        off, on = ({name: shipped(w, trainer.plan[name]) for name, w in prune(cfg, trainer.final, share).items()}
-                   for share in (0.0, trainer.pruned))
+        off, on = (
+            {
+                name: shipped(w, trainer.plan[name])
+                for name, w in prune(cfg, trainer.final, share).items()
+            }
+            for share in (0.0, trainer.pruned)
+        )
         changed = [int((on[name] != off[name]).sum()) for name in on]
-        activity["PRUNE_PCT"] = Activity(sum(n > 0 for n in changed), sum(changed), f"export, {trainer.pruned:.1%}", "nats",
-                                         [trainer.steps], loss(model, on) - loss(model, off))
+        activity["PRUNE_PCT"] = Activity(
+            sum(n > 0 for n in changed),
+            sum(changed),
+            f"export, {trainer.pruned:.1%}",
+            "nats",
+            [trainer.steps],
+            loss(model, on) - loss(model, off),
+        )
+
+
 def environment(run: Run) -> dict:  # Hardware and versions that figures depend on
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), platform.machine())
-    return dict(device=torch.cuda.get_device_name() if run.cuda else f"CPU {cpu}, {os.cpu_count()} cores",
-                threads_per_rank=torch.get_num_threads(), dtype=str(run.dtype), compile=run.compile, cuda=torch.version.cuda,
-                python=platform.python_version(), torch=torch.__version__,
-                variables={k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "OMP_", "GOMP_", "TORCH_"))})
-def result(cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Path, trainer: Trainer | None) -> dict:
+    cpu = next(
+        (line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")),
+        platform.machine(),
+    )
+    return dict(
+        device=torch.cuda.get_device_name() if run.cuda else f"CPU {cpu}, {os.cpu_count()} cores",
+        threads_per_rank=torch.get_num_threads(),
+        dtype=str(run.dtype),
+        compile=run.compile,
+        cuda=torch.version.cuda,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        variables={
+            k: v
+            for k, v in os.environ.items()
+            if k.startswith(("NCCL_", "OMP_", "GOMP_", "TORCH_"))
+        },
+    )
+
+
+def result(
+    cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Path, trainer: Trainer | None
+) -> dict:
     """result.json: everything the final table says, and what it takes to reproduce it."""
     (mode, final), steps = list(scores.items())[-1], trainer.steps if trainer else 0
     bpb, total = {name: s.bpb for name, s in scores.items()}, len(SOURCE) + path.stat().st_size
     flat = "sliding" if "sliding" in bpb else "quantised"
-    run.activity |= {name: Activity(scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=bpb[way] - bpb[flat])
-                     for name, way in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt")) if way in bpb}
+    run.activity |= {
+        name: Activity(
+            scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=bpb[way] - bpb[flat]
+        )
+        for name, way in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt"))
+        if way in bpb
+    }
     toggles = {name: a.row(steps) for name, a in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
     code = 3 if total > cfg.cap_bytes else 4 if inactive and cfg.strict else 0
-    training = dict.fromkeys(("steps", "tokens_seen", "train_seconds", "step_ms_median", "params", "live_val_bpb",
-                              "averaged_val_bpb", "quant_gap_bpb"))
+    training = dict.fromkeys(
+        (
+            "steps",
+            "tokens_seen",
+            "train_seconds",
+            "step_ms_median",
+            "params",
+            "live_val_bpb",
+            "averaged_val_bpb",
+            "quant_gap_bpb",
+        )
+    )
     if trainer:
         plain, floats = bpb.get("unfitted", bpb["quantised"]), bpb.get("averaged", bpb["live"])
-        training = {name: getattr(trainer, name) for name in "recompiles groups codes pruned resumed skipped".split()} | dict(
-            steps=steps, tokens_seen=steps * cfg.train_batch_tokens, params=sum(w.numel() for w in trainer.live.values()),
-            train_seconds=trainer.elapsed, step_ms_median=statistics.median(trainer.step_seconds or [0.0]) * 1e3,
-            trained_code_sha256=trainer.code_sha256, average=cfg.shipped_average, live_val_bpb=bpb["live"],
-            averaged_val_bpb=bpb.get("averaged"), quant_gap_bpb=plain - floats,
-            fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None)
-    memory = torch.cuda.max_memory_allocated() if run.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        training = {
+            name: getattr(trainer, name)
+            for name in ["recompiles", "groups", "codes", "pruned", "resumed", "skipped"]
+        } | dict(
+            steps=steps,
+            tokens_seen=steps * cfg.train_batch_tokens,
+            params=sum(w.numel() for w in trainer.live.values()),
+            train_seconds=trainer.elapsed,
+            step_ms_median=statistics.median(trainer.step_seconds or [0.0]) * 1e3,
+            trained_code_sha256=trainer.code_sha256,
+            average=cfg.shipped_average,
+            live_val_bpb=bpb["live"],
+            averaged_val_bpb=bpb.get("averaged"),
+            quant_gap_bpb=plain - floats,
+            fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None,
+        )
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if run.cuda
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     return dict(
-        schema=SCHEMA_VERSION, date=time.strftime("%Y-%m-%d"), exit_code=code, val_bpb=final.bpb, val_loss=final.loss,
-        val_tokens=final.targets, val_bytes=final.bytes, quantised_val_bpb=bpb["quantised"], **training, artifact_path=str(path),
-        scored=mode, artifact_bytes=path.stat().st_size, code_bytes=len(SOURCE), total_bytes=total, cap_bytes=cfg.cap_bytes,
-        under_cap=total <= cfg.cap_bytes, eval_seconds=final.seconds, seconds=run.seconds, seed=cfg.seed, world_size=run.world,
-        peak_memory_bytes=memory, inactive=inactive, limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
-        toggles=toggles, checkpoint=cfg.checkpoint or None, config=cfg.knobs(), **environment(run), non_default=cfg.non_default(),
-        config_sha256=cfg.digest(), scores={name: s._asdict() for name, s in scores.items()}, data=data, code_sha256=CODE_SHA256)
+        schema=SCHEMA_VERSION,
+        date=time.strftime("%Y-%m-%d"),
+        exit_code=code,
+        val_bpb=final.bpb,
+        val_loss=final.loss,
+        val_tokens=final.targets,
+        val_bytes=final.bytes,
+        quantised_val_bpb=bpb["quantised"],
+        **training,
+        artifact_path=str(path),
+        scored=mode,
+        artifact_bytes=path.stat().st_size,
+        code_bytes=len(SOURCE),
+        total_bytes=total,
+        cap_bytes=cfg.cap_bytes,
+        under_cap=total <= cfg.cap_bytes,
+        eval_seconds=final.seconds,
+        seconds=run.seconds,
+        seed=cfg.seed,
+        world_size=run.world,
+        peak_memory_bytes=memory,
+        inactive=inactive,
+        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
+        toggles=toggles,
+        checkpoint=cfg.checkpoint or None,
+        config=cfg.knobs(),
+        **environment(run),
+        non_default=cfg.non_default(),
+        config_sha256=cfg.digest(),
+        scores={name: s._asdict() for name, s in scores.items()},
+        data=data,
+        code_sha256=CODE_SHA256,
+    )
+
+
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
     total, limits, code = r["total_bytes"], r["limits"], r["exit_code"]
-    size = {"code as shipped": r["code_bytes"], "artifact": r["artifact_bytes"], "total": total, "cap": r["cap_bytes"],
-            "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total)}
-    ledger = {name: {"spent": f"{s:.1f} s", "of": limits.get(name) and f"{limits[name]:g} s"} for name, s in r["seconds"].items()}
-    tables = {"weights": r["scores"], "size": {name: {"bytes": n} for name, n in size.items()}, "time ledger": ledger,
-              "toggle": r["toggles"]}
-    parts = [text_table([(title, *next(iter(rows.values()))), *((name, *row.values()) for name, row in rows.items())])
-             for title, rows in tables.items() if rows]
+    size = {
+        "code as shipped": r["code_bytes"],
+        "artifact": r["artifact_bytes"],
+        "total": total,
+        "cap": r["cap_bytes"],
+        "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total),
+    }
+    ledger = {
+        name: {"spent": f"{s:.1f} s", "of": limits.get(name) and f"{limits[name]:g} s"}
+        for name, s in r["seconds"].items()
+    }
+    tables = {
+        "weights": r["scores"],
+        "size": {name: {"bytes": n} for name, n in size.items()},
+        "time ledger": ledger,
+        "toggle": r["toggles"],
+    }
+    parts = [
+        text_table(
+            [
+                (title, *next(iter(rows.values()))),
+                *((name, *row.values()) for name, row in rows.items()),
+            ]
+        )
+        for title, rows in tables.items()
+        if rows
+    ]
     if r.get("codes"):
         coder, n, bound, stored = r["codes"].values()
-        parts.append(f"{coder}: {n:,} codes and their scales: {stored:,} bytes, {8 * stored / n:.3f} bits each; order-0 "
-                     f"entropy of the codes {bound:,} bytes, {8 * bound / n:.3f} bits each; {stored / bound - 1:+.2%}")
-    parts += [f"{name}: {r[name]:+.6f}" for name in ("quant_gap_bpb", "fit_cost_bpb") if r.get(name) is not None]
+        parts.append(
+            f"{coder}: {n:,} codes and their scales: {stored:,} bytes, {8 * stored / n:.3f} bits each; order-0 "
+            f"entropy of the codes {bound:,} bytes, {8 * bound / n:.3f} bits each; {stored / bound - 1:+.2%}"
+        )
+    parts += [
+        f"{name}: {r[name]:+.6f}"
+        for name in ("quant_gap_bpb", "fit_cost_bpb")
+        if r.get(name) is not None
+    ]
     parts += [f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]]
-    return "\n\n".join(["", *parts, f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
-                        f"{r['val_bytes']:,} bytes), {total:,} bytes in all, exit code {code}: {EXIT_CODES[code]}"])
+    return "\n\n".join(
+        [
+            "",
+            *parts,
+            f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
+            f"{r['val_bytes']:,} bytes), {total:,} bytes in all, exit code {code}: {EXIT_CODES[code]}",
+        ]
+    )
+
+
 # ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def produce(cfg: Config, run: Run, splits: dict[str, Split], val: Validation, attend: Callable, saved: tuple | None) -> Trainer:
+def produce(
+    cfg: Config,
+    run: Run,
+    splits: dict[str, Split],
+    val: Validation,
+    attend: Callable,
+    saved: tuple | None,
+) -> Trainer:
     """Train (or restore what was saved), average, export; checkpoint and artifact are on disk before anything is scored."""
     model = build_model(cfg, run, attend)
     plan = export_plan(cfg, model)
     trainer = Trainer(cfg, run, model, plan, splits["train"], val)
     bits = sorted(how.bits for how in plan.values() if isinstance(how, Grid))
-    run.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(bits)} of {len(plan)} tensors quantised "
-            f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step")
+    run.log(
+        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(bits)} of {len(plan)} tensors quantised "
+        f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step"
+    )
     if saved:
         trainer.restore(*saved)
-        run.log(f"from a checkpoint: {trainer.steps} steps, {trainer.elapsed:.1f} s, code {trainer.code_sha256[:12]}")
-    if not (cfg.checkpoint or saved and trainer.done()): trainer.train(saved)
+        run.log(
+            f"from a checkpoint: {trainer.steps} steps, {trainer.elapsed:.1f} s, code {trainer.code_sha256[:12]}"
+        )
+    if not (cfg.checkpoint or (saved and trainer.done())):
+        trainer.train(saved)
     with run.phase("average"):
         trainer.live = {n: p.detach().clone() for n, p in model.named_parameters()}
-        trainer.averages = {n: {k: w.clone() for k, w in s.items()} for n, s in trainer.average.results().items()}
+        trainer.averages = {
+            n: {k: w.clone() for k, w in s.items()} for n, s in trainer.average.results().items()
+        }
         for name in cfg.collected():
-            a, use = run.activity[name.upper()], "yes" if name == cfg.shipped_average else f"no (AVERAGE={cfg.average})"
-            run.log(f"average: {name} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; applied: "
-                    + (use if name in trainer.averages else "NO, none was taken"))
+            a, use = (
+                run.activity[name.upper()],
+                "yes" if name == cfg.shipped_average else f"no (AVERAGE={cfg.average})",
+            )
+            run.log(
+                f"average: {name} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; applied: "
+                + (use if name in trainer.averages else "NO, none was taken")
+            )
     trainer.final = trainer.averages.get(cfg.shipped_average, trainer.live)
-    refuse(not all(bool(w.isfinite().all()) for w in trainer.final.values()),
-           f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates", 5)
+    refuse(
+        not all(bool(w.isfinite().all()) for w in trainer.final.values()),
+        f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates",
+        5,
+    )
     with run.phase("quantise and compress"):
         blob, trainer.pruned, coder = export(cfg, run, trainer.final, plan)
-        if run.rank == 0: write_atomic(run.dir / "artifact.bin", blob)
-        sizes = run.rank == 0 and (group_sizes(cfg, model, trainer.final, plan),
-                                   code_size(coder, prune(cfg, trainer.final, trainer.pruned), plan, len(blob)))
+        if run.rank == 0:
+            write_atomic(run.dir / "artifact.bin", blob)
+        sizes = run.rank == 0 and (
+            group_sizes(cfg, model, trainer.final, plan),
+            code_size(coder, prune(cfg, trainer.final, trainer.pruned), plan, len(blob)),
+        )
         trainer.groups, trainer.codes = run.agree(sizes)  # and nobody reads before it is written
     return trainer
+
+
 def inherit(cfg: Config, knobs: dict, state: State) -> Config:
     """The knobs that a file holds, and the environment's where those may differ. Refusal unless all fit these very tensors."""
     (source,), trained = cfg.sources, not cfg.eval_only
     scopes = ("seed", *COMPARED) if trained else ("model", "eval")
-    wanted = {f.name: (float, int) if f.type == "float" else (type(f.default),) for f in KNOBS if f.metadata["scope"] in scopes}
+    wanted = {
+        f.name: (float, int) if f.type == "float" else (type(f.default),)
+        for f in KNOBS
+        if f.metadata["scope"] in scopes
+    }
     try:
         if knobs.keys() != wanted.keys() or any(type(v) not in wanted[n] for n, v in knobs.items()):
             raise TypeError("unknown, missing or mistyped settings")
-        cfg = dataclasses.replace(cfg, inherited=True, **{n: v for n, v in knobs.items() if n.upper() not in cfg.given})
+        cfg = dataclasses.replace(
+            cfg, inherited=True, **{n: v for n, v in knobs.items() if n.upper() not in cfg.given}
+        )
         for name, value in cfg.knobs(*cfg.training_scopes if trained else ("model",)).items():
-            refuse(knobs[name] != value, f"{name.upper()}={value}: {source} was made with {knobs[name]}; unset it")
-        with torch.device("meta"): model = GPT(cfg) if cfg.num_layers <= len(state) else nn.Module()
-        if {n: p.shape for n, p in model.named_parameters()} != {n: w.shape for n, w in state.items()}:
+            refuse(
+                knobs[name] != value,
+                f"{name.upper()}={value}: {source} was made with {knobs[name]}; unset it",
+            )
+        with torch.device("meta"):
+            model = GPT(cfg) if cfg.num_layers <= len(state) else nn.Module()
+        if {n: p.shape for n, p in model.named_parameters()} != {
+            n: w.shape for n, w in state.items()
+        }:
             raise TypeError("tensors of other names or shapes")
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise Refusal(f"{source}: its configuration does not fit ({error!r:.200}); make it again") from None
+        raise Refusal(
+            f"{source}: its configuration does not fit ({error!r:.200}); make it again"
+        ) from None
     return cfg
-def score_all(cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None) -> dict:
+
+
+def score_all(
+    cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None
+) -> dict:
     """The trainer's weights on fixed windows, then the read-back ones in every mode asked for; the last is the result."""
     model = build_model(cfg, run, attend)
     model.load_state_dict(state)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-    measure, flat = partial(score, cfg, run, forward, val), windows(0, val.n, cfg.window, cfg.eval_stride)
+    measure, flat = (
+        partial(score, cfg, run, forward, val),
+        windows(0, val.n, cfg.window, cfg.eval_stride),
+    )
     jobs = [  # what is scored, if, how
         ("live", trainer, lambda: trainer.score_weights(trainer.live)),
-        ("averaged", trainer and cfg.shipped_average in trainer.averages, lambda: trainer.score_weights(trainer.final)),
-        ("unfitted", trainer and trainer.pruned > cfg.prune_pct, lambda: trainer.score_weights(  # without what FIT_TO_CAP pruned
-            {n: shipped(w, trainer.plan[n]) for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()})),
-        ("quantised", True, measure), ("sliding", cfg.eval_stride, partial(measure, flat)),
-        ("documents", cfg.doc_isolated_eval, lambda: measure(document_windows(val, cfg.window, cfg.eval_stride))),
-        ("ttt", cfg.ttt_mode == "sgd", lambda: test_time_train(cfg, run, model, val, flat))]
+        (
+            "averaged",
+            trainer and cfg.shipped_average in trainer.averages,
+            lambda: trainer.score_weights(trainer.final),
+        ),
+        (
+            "unfitted",
+            trainer and trainer.pruned > cfg.prune_pct,
+            lambda: trainer.score_weights(  # without what FIT_TO_CAP pruned
+                {
+                    n: shipped(w, trainer.plan[n])
+                    for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
+                }
+            ),
+        ),
+        ("quantised", True, measure),
+        ("sliding", cfg.eval_stride, partial(measure, flat)),
+        (
+            "documents",
+            cfg.doc_isolated_eval,
+            lambda: measure(document_windows(val, cfg.window, cfg.eval_stride)),
+        ),
+        ("ttt", cfg.ttt_mode == "sgd", lambda: test_time_train(cfg, run, model, val, flat)),
+    ]
     scores = {}
     for name, job in [(name, job) for name, wanted, job in jobs if wanted]:
         if name == "sliding":
             projected = scores["quantised"].seconds * len(flat) / -(-val.n // cfg.window)
-            run.log(f"score sliding: {len(flat):,} windows, about {projected:.0f} s at the speed of the fixed ones")
-        with run.phase(f"score {name}"): scores[name] = job()
+            run.log(
+                f"score sliding: {len(flat):,} windows, about {projected:.0f} s at the speed of the fixed ones"
+            )
+        with run.phase(f"score {name}"):
+            scores[name] = job()
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
     return scores
+
+
 def main(cfg: Config) -> dict:
     """One run: tokens -> train -> average -> quantise -> pack -> disk -> read back -> score. Returns result.json."""
     run = Run(cfg)
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, run.signalled)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, run.signalled)
     try:
         if cfg.resume and (finished := run.dir / "result.json").exists():
             run.log(f"resume: {finished} is there: nothing is left to do")
             return json.loads(finished.read_text())
-        run.log(f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {CODE_SHA256[:12]}")
+        run.log(
+            f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {CODE_SHA256[:12]}"
+        )
         path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
-        saved = unseal(Path(cfg.checkpoint)) if cfg.checkpoint else last_checkpoint(run) if cfg.resume else None
-        made = unpack(path) if cfg.eval_only else saved and (
-            saved[0].get("config", {}), {n[5:]: w for n, w in saved[1].items() if n.startswith("live/")})
+        saved = (
+            unseal(Path(cfg.checkpoint))
+            if cfg.checkpoint
+            else last_checkpoint(run)
+            if cfg.resume
+            else None
+        )
+        made = (
+            unpack(path)
+            if cfg.eval_only
+            else saved
+            and (
+                saved[0].get("config", {}),
+                {n[5:]: w for n, w in saved[1].items() if n.startswith("live/")},
+            )
+        )
         cfg = inherit(cfg, *made) if made else dataclasses.replace(cfg, inherited=True)
-        run.log("settings: " + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults"))
+        run.log(
+            "settings: "
+            + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults")
+        )
         run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=environment(run))
-        if run.rank == 0: write_atomic(run.dir / "train_gpt.py", SOURCE)
+        if run.rank == 0:
+            write_atomic(run.dir / "train_gpt.py", SOURCE)
         with run.phase("data"):
-            splits = {name: Split(cfg, name) for name in ["val", "train"][:1 if cfg.eval_only else 2]}
+            splits = {
+                name: Split(cfg, name) for name in ["val", "train"][: 1 if cfg.eval_only else 2]
+            }
             val, data = Validation(cfg, run, splits["val"]), check_data(cfg, splits)
         run.log("data: " + ", ".join(f"{key} {value}" for key, value in data.items()))
         attend = choose_attention(cfg, run)
         trainer = None if cfg.eval_only else produce(cfg, run, splits, val, attend, saved)
-        with run.phase("read back"): _, state = unpack(path)
+        with run.phase("read back"):
+            _, state = unpack(path)
         scores = score_all(cfg, run, state, val, attend, trainer)
         if trainer:
-            with run.phase("prove toggles"): prove(cfg, run, trainer, val, attend)
+            with run.phase("prove toggles"):
+                prove(cfg, run, trainer, val, attend)
         report = result(cfg, run, scores, data, path, trainer)
         run.log(final_table(report))
         run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
         if run.rank == 0:
             write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
             (run.dir / CHECKPOINTS[1]).unlink(missing_ok=True)
-        run.phase_name, report = "stop", run.agree(report)  # all exit alike, and a signal comes too late
+        run.phase_name, report = (
+            "stop",
+            run.agree(report),
+        )  # all exit alike, and a signal comes too late
         return report
     except BaseException as error:
         phase, run.phase_name = run.phase_name, "stop"
         where = f"in phase '{phase}': {type(error).__name__}: {error}"
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(error)
-        waited = isinstance(error, RuntimeError) or run.stop and phase != "train"
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(
+            error
+        )
+        waited = isinstance(error, RuntimeError) or (run.stop and phase != "train")
         silent = run.silent_ranks() if waited and run.world > 1 and not full else []
         with contextlib.suppress(OSError):  # of a full disk
             run.log(f"stopped {where}")
             run.event("stopped", phase=phase, error=where)
-        refuse(full, f"out of memory {where}; training: raise GRAD_ACCUM_STEPS; scoring: lower EVAL_BATCH_SEQS", 8)
-        refuse(isinstance(error, OSError), f"{where}; mend that, then RESUME=1 RUN_ID={run.dir.name}", 7)
+        refuse(
+            full,
+            f"out of memory {where}; training: raise GRAD_ACCUM_STEPS; scoring: lower EVAL_BATCH_SEQS",
+            8,
+        )
+        refuse(
+            isinstance(error, OSError),
+            f"{where}; mend that, then RESUME=1 RUN_ID={run.dir.name}",
+            7,
+        )
         refuse(run.stop and not silent, f"stopped {where}", 128 + run.stop)
-        refuse(silent, f"lost rank {', '.join(map(str, silent))} {where}; go on with RESUME=1 RUN_ID={run.dir.name}", 6)
+        refuse(
+            silent,
+            f"lost rank {', '.join(map(str, silent))} {where}; go on with RESUME=1 RUN_ID={run.dir.name}",
+            6,
+        )
         raise
-def command_line(arguments: list[str]) -> int:  # Runs the configuration in the environment; returns the exit code
+
+
+def command_line(
+    arguments: list[str],
+) -> int:  # Runs the configuration in the environment; returns the exit code
     if arguments:
-        print(help_text() if arguments == ["--help"] else f"{arguments[0]}: settings are environment variables; see --help")
+        print(
+            help_text()
+            if arguments == ["--help"]
+            else f"{arguments[0]}: settings are environment variables; see --help"
+        )
         return 0 if arguments == ["--help"] else 2
     try:
         code = main(Config.from_env(os.environ))["exit_code"]
@@ -1490,11 +3313,19 @@ def command_line(arguments: list[str]) -> int:  # Runs the configuration in the 
         code = stop.code if isinstance(stop, Refusal) else 130
         first, host = os.environ.get("LOCAL_RANK", "0") == "0", os.environ.get("GROUP_RANK", "0")
         with contextlib.suppress(RuntimeError, ValueError):  # no store, no group
-            if code not in (6, 7, 8): first = dist.distributed_c10d._get_default_store().add(f"{host} {stop}", 1) == 1
+            if code not in (6, 7, 8):
+                first = dist.distributed_c10d._get_default_store().add(f"{host} {stop}", 1) == 1
         if code in (6, 7, 8) or first:  # what several ranks of a host find is said once
-            print(f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]", file=sys.stderr, flush=True)
+            print(
+                f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]",
+                file=sys.stderr,
+                flush=True,
+            )
     # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291); NCCL would wait for lost ranks
-    if dist.is_initialized() and (code in (0, 3, 4) or not torch.cuda.is_available()): dist.destroy_process_group()
+    if dist.is_initialized() and (code in (0, 3, 4) or not torch.cuda.is_available()):
+        dist.destroy_process_group()
     return code
+
+
 if __name__ == "__main__":
     sys.exit(command_line(sys.argv[1:]))

@@ -1,10 +1,15 @@
 """Shared ground of the tests: a tiny configuration, a small real-text data set, and workers on several ranks."""
+
 import os
 import sys
 from pathlib import Path
 
-os.environ |= {} if os.environ.get("GOLF_GPU") == "1" else {"CUDA_VISIBLE_DEVICES": ""}  # the suite pins fp32 numbers
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; set before torch is imported
+os.environ |= (
+    {} if os.environ.get("GOLF_GPU") == "1" else {"CUDA_VISIBLE_DEVICES": ""}
+)  # the suite pins fp32 numbers
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run side by side; set before torch is imported
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -17,10 +22,26 @@ import train_gpt
 
 torch.set_num_threads(1)
 
-TINY = dict(vocab_size=384, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=512,
-            keep_float_max_numel=512, iterations=6, max_wallclock_seconds=0.0, warmup_steps=1, warmdown_iters=4,
-            train_log_every=2, val_loss_every=0, eval_stride=16, val_max_tokens=1500, compress_level=1,
-            muon_momentum_warmup_steps=10)
+TINY = dict(
+    vocab_size=384,
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    train_seq_len=64,
+    train_batch_tokens=512,
+    keep_float_max_numel=512,
+    iterations=6,
+    max_wallclock_seconds=0.0,
+    warmup_steps=1,
+    warmdown_iters=4,
+    train_log_every=2,
+    val_loss_every=0,
+    eval_stride=16,
+    val_max_tokens=1500,
+    compress_level=1,
+    muon_momentum_warmup_steps=10,
+)
 
 
 def write_shard(path: Path, tokens) -> None:
@@ -39,12 +60,26 @@ def read_shard(path: Path) -> np.ndarray:
 def data(tmp_path_factory, worker_id) -> Path:
     """A folder with tokenizer.model (384 pieces), one training and one validation shard, from Python's own help topics."""
     from pydoc_data.topics import topics
+
     folder = tmp_path_factory.mktemp("data")
     documents = [" ".join(text.split()) for _, text in sorted(topics.items())]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), vocab_size=384, model_type="bpe", pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, character_coverage=0.999, add_dummy_prefix=False, normalization_rule_name="nmt_nfkc",
-        num_threads=1, max_sentence_length=200_000, minloglevel=2)
+        sentence_iterator=iter(documents),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=384,
+        model_type="bpe",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        character_coverage=0.999,
+        add_dummy_prefix=False,
+        normalization_rule_name="nmt_nfkc",
+        num_threads=1,
+        max_sentence_length=200_000,
+        minloglevel=2,
+    )
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     encoded = [[1, *sp.encode(text)] for text in documents]
     write_shard(folder / "fineweb_train_000000.bin", np.concatenate(encoded[8:60]))
@@ -61,13 +96,19 @@ def worker_id(request) -> str:
 @pytest.fixture
 def tiny(data, tmp_path):
     """tiny(**knobs) -> a Config that trains in well under a second, logging below tmp_path."""
+
     def make(**knobs) -> train_gpt.Config:
-        paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(tmp_path / "logs"))
+        paths = dict(
+            data_path=str(data),
+            tokenizer_path=str(data / "tokenizer.model"),
+            logs_dir=str(tmp_path / "logs"),
+        )
         return train_gpt.Config(**{**TINY, **paths, "run_id": f"r{next(COUNTER)}", **knobs})
+
     return make
 
 
-COUNTER = iter(range(10 ** 9))
+COUNTER = iter(range(10**9))
 
 
 @pytest.fixture
@@ -78,5 +119,12 @@ def run(tiny):
 
 def environment(cfg: train_gpt.Config) -> dict[str, str]:
     """The environment variables that give this configuration, on top of a clean PATH."""
-    knobs = {f.name.upper(): str(int(v) if isinstance(v := getattr(cfg, f.name), bool) else v) for f in train_gpt.KNOBS}
-    return {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR")} | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | knobs
+    knobs = {
+        f.name.upper(): str(int(v) if isinstance(v := getattr(cfg, f.name), bool) else v)
+        for f in train_gpt.KNOBS
+    }
+    return (
+        {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR")}
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        | knobs
+    )

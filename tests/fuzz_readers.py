@@ -12,6 +12,7 @@ does with every file in fuzz_cases/.
 Where a checksum or a compressor would stop the fuzzer, its bytes become what lies behind: the first byte of an input chooses
 how the rest is used (see each target).
 """
+
 import contextlib
 import functools
 import hashlib
@@ -41,6 +42,7 @@ import torch
 
 if __name__ == "__main__":
     import atheris
+
     instrumented = atheris.instrument_imports(include=["train_gpt", "ablate", "prepare_data"])
 else:
     instrumented = contextlib.nullcontext()
@@ -51,8 +53,18 @@ with instrumented:
 
 CPU_SECONDS, MEMORY = 10, 1 << 30
 REFUSALS = (train_gpt.Refusal, prepare_data.UserError)
-SMALL = dict(vocab_size=16, num_layers=2, model_dim=8, num_heads=2, num_kv_heads=1, mlp_mult=1.0, train_seq_len=16,
-             train_batch_tokens=32, keep_float_max_numel=16, eval_stride=4)
+SMALL = dict(
+    vocab_size=16,
+    num_layers=2,
+    model_dim=8,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_mult=1.0,
+    train_seq_len=16,
+    train_batch_tokens=32,
+    keep_float_max_numel=16,
+    eval_stride=4,
+)
 
 
 class Finding(AssertionError):
@@ -60,9 +72,27 @@ class Finding(AssertionError):
 
 
 # ── The guard ─────────────────────────────────────────────────────────────────────────────────────────────────────
-WATCHED = {"open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink",
-           "os.truncate", "os.chmod", "os.system", "os.exec", "subprocess.Popen", "socket.connect", "pickle.find_class"}
-LIBRARIES = [os.path.realpath(p) for p in {sys.prefix, sys.base_prefix, *sys.path} if p and os.path.isdir(p)]
+WATCHED = {
+    "open",
+    "os.listdir",
+    "os.scandir",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.system",
+    "os.exec",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+}
+LIBRARIES = [
+    os.path.realpath(p) for p in {sys.prefix, sys.base_prefix, *sys.path} if p and os.path.isdir(p)
+]
 allowed: list[str] = []  # folders that the reader at work may touch; empty: none is at work
 strayed: list[str] = []
 
@@ -71,16 +101,29 @@ def watch(event: str, arguments: tuple) -> None:
     """Audit hook: notes what a reader opens elsewhere, or starts."""
     if not allowed or event not in WATCHED or (arguments and isinstance(arguments[0], int)):
         return
-    by_descriptor = arguments[-1] not in (-1, None) if event in ("os.remove", "os.rmdir", "os.mkdir") else (
-        event == "open" and arguments[1] is None and not os.path.isabs(arguments[0]))
+    by_descriptor = (
+        arguments[-1] not in (-1, None)
+        if event in ("os.remove", "os.rmdir", "os.mkdir")
+        else (event == "open" and arguments[1] is None and not os.path.isabs(arguments[0]))
+    )
     if by_descriptor:  # of a folder that was opened before: shutil.rmtree
         return
-    places = [os.path.realpath(os.fsdecode(a)) for a in arguments[:1 + (event == "os.rename")] if isinstance(a, (str, bytes, Path))]
-    reading = event in ("os.listdir", "os.scandir") or (event == "open" and arguments[1] in ("r", "rb", None))
+    places = [
+        os.path.realpath(os.fsdecode(a))
+        for a in arguments[: 1 + (event == "os.rename")]
+        if isinstance(a, (str, bytes, Path))
+    ]
+    reading = event in ("os.listdir", "os.scandir") or (
+        event == "open" and arguments[1] in ("r", "rb", None)
+    )
     fine = allowed + (LIBRARIES if reading else [])
     if event in ("os.system", "os.exec", "subprocess.Popen", "socket.connect", "pickle.find_class"):
         strayed.append(f"{event} {arguments!r:.200}")
-    strayed.extend(f"{event} {place}" for place in places if not any(place == f or place.startswith(f + "/") for f in fine))
+    strayed.extend(
+        f"{event} {place}"
+        for place in places
+        if not any(place == f or place.startswith(f + "/") for f in fine)
+    )
 
 
 sys.addaudithook(watch)
@@ -89,8 +132,10 @@ sys.addaudithook(watch)
 @contextlib.contextmanager
 def guard(folder: Path) -> Iterator[None]:
     """Finding where the reader inside takes too long or too much, or leaves the folder."""
+
     def slow(*_):
         raise Finding(f"takes more than {CPU_SECONDS} CPU seconds")
+
     before, temporary = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, tempfile.tempdir
     previous, tempfile.tempdir = signal.signal(signal.SIGVTALRM, slow), str(folder / "tmp")
     allowed[:], strayed[:] = [os.path.realpath(folder)], []
@@ -113,8 +158,13 @@ def read(reader: Callable, *arguments):
     try:
         return reader(*arguments)
     except REFUSALS as refusal:
-        if not (str(refusal) and (str(refusal).isprintable() or isinstance(refusal, prepare_data.UserError))):
-            raise Finding(f"refuses in no printable line: {str(refusal)!r:.300}") from refusal  # (UserErrors are mended in print)
+        if not (
+            str(refusal)
+            and (str(refusal).isprintable() or isinstance(refusal, prepare_data.UserError))
+        ):
+            raise Finding(
+                f"refuses in no printable line: {str(refusal)!r:.300}"
+            ) from refusal  # (UserErrors are mended in print)
 
 
 def promise(kept: bool, what: str) -> None:
@@ -125,6 +175,7 @@ def promise(kept: bool, what: str) -> None:
 # ── From bytes to decisions ───────────────────────────────────────────────────────────────────────────────────────
 class Dice:
     """Decisions from the fuzzer's bytes; when they run out, each is 0."""
+
     def __init__(self, data: bytes):
         self.data = data
 
@@ -140,10 +191,46 @@ class Dice:
         return options[self.number(1 if len(options) < 256 else 2) % len(options)]
 
 
-ODD = ["null", "true", "0", "-1", "2", "1e3", "0.5", "1e-320", "1e300", "1e999", "NaN", "-Infinity", "9223372036854775808",
-       "1" + "0" * 400, "9" * 5000, '""', '"0"', '".."', '"../../x"', '"/etc/passwd"', '"a\\nb"', r'"\u001b[2J"', r'"\ud800"',
-       r'"\u0000"', '"<script>alert(1)</script>"', '"' + "x" * 5000 + '"', "[]", "{}", "[[]]", '{"a":1,"a":2}', "[1,1]",
-       "[" * 30 + "]" * 30, "[" * 5000 + "]" * 5000, '"x" "', '"<!-- end -->"', '["../x"]', "1e17", '"inf"']
+ODD = [
+    "null",
+    "true",
+    "0",
+    "-1",
+    "2",
+    "1e3",
+    "0.5",
+    "1e-320",
+    "1e300",
+    "1e999",
+    "NaN",
+    "-Infinity",
+    "9223372036854775808",
+    "1" + "0" * 400,
+    "9" * 5000,
+    '""',
+    '"0"',
+    '".."',
+    '"../../x"',
+    '"/etc/passwd"',
+    '"a\\nb"',
+    r'"\u001b[2J"',
+    r'"\ud800"',
+    r'"\u0000"',
+    '"<script>alert(1)</script>"',
+    '"' + "x" * 5000 + '"',
+    "[]",
+    "{}",
+    "[[]]",
+    '{"a":1,"a":2}',
+    "[1,1]",
+    "[" * 30 + "]" * 30,
+    "[" * 5000 + "]" * 5000,
+    '"x" "',
+    '"<!-- end -->"',
+    '["../x"]',
+    "1e17",
+    '"inf"',
+]
 
 
 def fragment(dice: Dice) -> str:
@@ -153,8 +240,16 @@ def fragment(dice: Dice) -> str:
 
 def places(value, path=()) -> list[tuple]:
     """Paths of all values inside a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [place for key, part in inner for place in places(part, (*path, key))]
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [path] * bool(path) + [
+        place for key, part in inner for place in places(part, (*path, key))
+    ]
 
 
 def spoilt(value, dice: Dice) -> str:
@@ -169,7 +264,9 @@ def spoilt(value, dice: Dice) -> str:
     if action == 0:
         del part[last]
     elif action == 1 and isinstance(part, dict):
-        part[dice.pick(["", "..", "../x", "\x1b[2J", "\ud800", "a\nb", "<b>", "x" * 300, mark])] = part.pop(last)
+        part[dice.pick(["", "..", "../x", "\x1b[2J", "\ud800", "a\nb", "<b>", "x" * 300, mark])] = (
+            part.pop(last)
+        )
     elif action == 2 and isinstance(part, dict):
         part["added"] = mark
     else:
@@ -198,19 +295,29 @@ def good(kind: str) -> tuple[dict, dict]:
     """(facts, tensors as they stand in the file) of an artifact ("zstd", or "ans": with coded codes) or a "checkpoint"."""
     if kind == "checkpoint":
         cfg, state = product()
-        facts = dict(config=cfg.knobs("seed", *train_gpt.COMPARED), snapshots=0, activity={},
-                     progress=dict(steps=1, elapsed=1.0, step_seconds=[0.1], recompiles=0, code_sha256="0"))
+        facts = dict(
+            config=cfg.knobs("seed", *train_gpt.COMPARED),
+            snapshots=0,
+            activity={},
+            progress=dict(steps=1, elapsed=1.0, step_seconds=[0.1], recompiles=0, code_sha256="0"),
+        )
         return facts, {f"live/{name}": w for name, w in state.items()}
-    raw = train_gpt.COMPRESSORS[kind][1](artifact_file(kind)[train_gpt.HEADER.size:], 1 << 20)
-    header = json.loads(raw[8:8 + struct.unpack_from("<Q", raw)[0]])
+    raw = train_gpt.COMPRESSORS[kind][1](artifact_file(kind)[train_gpt.HEADER.size :], 1 << 20)
+    header = json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]])
     return json.loads(header["__metadata__"]["facts"]), safetensors.torch.load(bytes(raw))
 
 
 def sealed(blob: bytes, compressor: str = "none", size: int | None = None) -> bytes:
     """A container with a true checksum. size: None: of a blob that is not compressed."""
-    number, size = list(train_gpt.COMPRESSORS).index(compressor), len(blob) if size is None else size
+    number, size = (
+        list(train_gpt.COMPRESSORS).index(compressor),
+        len(blob) if size is None else size,
+    )
     digest = hashlib.sha256(blob).digest()
-    return train_gpt.HEADER.pack(train_gpt.MAGIC, train_gpt.FORMAT_VERSION, number, size, digest) + blob
+    return (
+        train_gpt.HEADER.pack(train_gpt.MAGIC, train_gpt.FORMAT_VERSION, number, size, digest)
+        + blob
+    )
 
 
 def safetensors_of(header: bytes, body: bytes) -> bytes:
@@ -222,8 +329,14 @@ def as_artifact(path: Path) -> None:
     knobs, state = train_gpt.unpack(path)
     cfg = train_gpt.inherit(train_gpt.Config(eval_only=str(path)), knobs, state)
     for name, w in state.items():
-        promise(w.dtype == torch.float32 and bool(w.isfinite().all()), f"tensor {name} is {w.dtype} or not finite")
-    promise(all(str(value).isprintable() for value in cfg.knobs().values()), "a setting commands the terminal")
+        promise(
+            w.dtype == torch.float32 and bool(w.isfinite().all()),
+            f"tensor {name} is {w.dtype} or not finite",
+        )
+    promise(
+        all(str(value).isprintable() for value in cfg.knobs().values()),
+        "a setting commands the terminal",
+    )
     train_gpt.GPT(cfg).load_state_dict(state)
 
 
@@ -232,7 +345,10 @@ def as_checkpoint(path: Path) -> None:
     facts, tensors = train_gpt.unseal(path)
     live = {name[5:]: w for name, w in tensors.items() if name.startswith("live/")}
     cfg = train_gpt.inherit(train_gpt.Config(checkpoint=str(path)), facts.get("config", {}), live)
-    promise(all(str(value).isprintable() for value in cfg.knobs().values()), "a setting commands the terminal")
+    promise(
+        all(str(value).isprintable() for value in cfg.knobs().values()),
+        "a setting commands the terminal",
+    )
 
 
 def container(data: bytes, folder: Path) -> None:
@@ -242,37 +358,76 @@ def container(data: bytes, folder: Path) -> None:
     read(as_checkpoint, folder / "file.bin")
 
 
-DTYPES = ["F32", "F16", "I8", "I16", "F64", "BF16", "U8", "BOOL", "I64", "U64", "F8_E5M2", "C64", "F4", "X"]
+DTYPES = [
+    "F32",
+    "F16",
+    "I8",
+    "I16",
+    "F64",
+    "BF16",
+    "U8",
+    "BOOL",
+    "I64",
+    "U64",
+    "F8_E5M2",
+    "C64",
+    "F4",
+    "X",
+]
 
 
 def changed_tensor(tensors: dict, dice: Dice) -> bytes:
     """Safetensors of these tensors, one of which has another name, type, shape or contents, or is gone."""
-    stored = {name: [{torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.float32: "F32"}.get(t.dtype, "U8"),
-                     list(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes()] for name, t in tensors.items()}
+    stored = {
+        name: [
+            {torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.float32: "F32"}.get(
+                t.dtype, "U8"
+            ),
+            list(t.shape),
+            t.contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        ]
+        for name, t in tensors.items()
+    }
     name = dice.pick(sorted(stored))
     row = stored.pop(name)
     for _ in range(1 + dice.number() % 3):
         match dice.number() % 6:
             case 0:
-                name = dice.pick([name + ":", name + ":codes", name.partition(":")[0], ":stream", "", "\x1b", *sorted(tensors)])
+                name = dice.pick(
+                    [
+                        name + ":",
+                        name + ":codes",
+                        name.partition(":")[0],
+                        ":stream",
+                        "",
+                        "\x1b",
+                        *sorted(tensors),
+                    ]
+                )
             case 1:
                 row[0] = dice.pick(DTYPES)
             case 2:
-                row[1] = [dice.number(dice.pick([1, 1, 1, 2, 4, 8])) for _ in range(dice.number() % 4)]
+                row[1] = [
+                    dice.number(dice.pick([1, 1, 1, 2, 4, 8])) for _ in range(dice.number() % 4)
+                ]
             case 3:
                 row[2] = bytes(dice.number(2))
             case 4 if row[2]:
                 at = dice.number(2) % len(row[2])
                 row[2] = row[2][:at] + dice.take(dice.number() % 16) + row[2][at:]
-                row[2] = row[2][:len(row[2]) if dice.number() % 2 else at]
+                row[2] = row[2][: len(row[2]) if dice.number() % 2 else at]
             case 5 if row[2]:
                 at, new = dice.number(2) % len(row[2]), dice.take(1 + dice.number() % 16)
-                row[2] = (row[2][:at] + new + row[2][at + len(new):])[:len(row[2])]
+                row[2] = (row[2][:at] + new + row[2][at + len(new) :])[: len(row[2])]
     if dice.number() % 16:
         stored[name] = row
     header, body = {"__metadata__": {"facts": json.dumps(good("ans")[0])}}, b""
     for name, (dtype, shape, content) in stored.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(content)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [len(body), len(body) + len(content)],
+        }
         body += content
     return safetensors_of(json.dumps(header).encode(), body)
 
@@ -288,7 +443,7 @@ def artifact(data: bytes, folder: Path) -> None:
         blob = dice.data
     elif mode == 1:
         raw = safetensors.torch.save(tensors)
-        blob = safetensors_of(dice.data, raw[8 + struct.unpack_from("<Q", raw)[0]:])
+        blob = safetensors_of(dice.data, raw[8 + struct.unpack_from("<Q", raw)[0] :])
     elif mode in (2, 3, 6):
         text = dice.data.decode("utf-8", "replace") if mode == 2 else spoilt(facts, dice)
         blob = safetensors.torch.save(tensors, {"facts": text})
@@ -302,11 +457,16 @@ def artifact(data: bytes, folder: Path) -> None:
 
 # ── Shards and manifests ──────────────────────────────────────────────────────────────────────────────────────────
 def shard_file(tokens: list[int]) -> bytes:
-    return np.array([20240520, 1, len(tokens)] + [0] * 253, "<i4").tobytes() + np.array(tokens, "<u2").tobytes()
+    return (
+        np.array([20240520, 1, len(tokens)] + [0] * 253, "<i4").tobytes()
+        + np.array(tokens, "<u2").tobytes()
+    )
 
 
 def data_config(folder: Path) -> train_gpt.Config:
-    return train_gpt.Config(**SMALL, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
+    return train_gpt.Config(
+        **SMALL, data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model")
+    )
 
 
 def shard(data: bytes, folder: Path) -> None:
@@ -323,10 +483,19 @@ def shard(data: bytes, folder: Path) -> None:
         (folder / f"fineweb_val_{n:06d}.bin").write_bytes(shard_file(tokens))
     found = read(prepare_data.inspect_shard, path, SMALL["vocab_size"])
     if split := read(train_gpt.Split, data_config(folder), "val"):
-        promise(split.tokens == 4 + (len(content) - 1024) // 2, f"{split.tokens} tokens of {len(content)} bytes")
+        promise(
+            split.tokens == 4 + (len(content) - 1024) // 2,
+            f"{split.tokens} tokens of {len(content)} bytes",
+        )
         taken = read(split.take, 0, min(3 * split.tokens, 1 << 16))
-        promise(taken is None or (taken.dtype == np.int64 and 0 <= taken.min() <= taken.max() < 16), "a token out of range")
-        promise(not found or (found[0] == split.tokens - 4 and taken is not None), "the two readers disagree")
+        promise(
+            taken is None or (taken.dtype == np.int64 and 0 <= taken.min() <= taken.max() < 16),
+            "a token out of range",
+        )
+        promise(
+            not found or (found[0] == split.tokens - 4 and taken is not None),
+            "the two readers disagree",
+        )
     else:
         promise(found is None, "the two readers disagree")
 
@@ -334,29 +503,62 @@ def shard(data: bytes, folder: Path) -> None:
 @functools.cache
 def good_dataset() -> tuple[dict[str, bytes], dict]:
     """(files, manifest) of a folder as prepare_data.py writes it."""
-    files = {"tokenizer.model": b"model", "fineweb_val_000000.bin": shard_file([1, 2, 3]), "fineweb_train_000000.bin": shard_file([1, 5])}
-    entry = {name: {"file": name, "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}
-    shards = [entry[name] | {"split": name.split("_")[1], "bytes": len(files[name]), "tokens": 2} for name in list(files)[1:]]
-    return files, {"format": "golf-shards", "version": 1, "tokenizer": entry["tokenizer.model"] | {"vocab_size": 16},
-                   "shards": shards, "splits": {}, "disjoint": {"shared": 0}, "settings": {"command": "demo", "train_shards": 1}}
+    files = {
+        "tokenizer.model": b"model",
+        "fineweb_val_000000.bin": shard_file([1, 2, 3]),
+        "fineweb_train_000000.bin": shard_file([1, 5]),
+    }
+    entry = {
+        name: {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+    shards = [
+        entry[name] | {"split": name.split("_")[1], "bytes": len(files[name]), "tokens": 2}
+        for name in list(files)[1:]
+    ]
+    return files, {
+        "format": "golf-shards",
+        "version": 1,
+        "tokenizer": entry["tokenizer.model"] | {"vocab_size": 16},
+        "shards": shards,
+        "splits": {},
+        "disjoint": {"shared": 0},
+        "settings": {"command": "demo", "train_shards": 1},
+    }
 
 
-LISTING = {"datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "t", "stats": {"files_train": 9, "files_val": 1}}],
-           "tokenizers": [{"name": "t", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
+LISTING = {
+    "datasets": [
+        {
+            "name": "fineweb10B_sp1024",
+            "tokenizer_name": "t",
+            "stats": {"files_train": 9, "files_val": 1},
+        }
+    ],
+    "tokenizers": [{"name": "t", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
+}
 
 
 def manifest(data: bytes, folder: Path) -> None:
     """0: the bytes, 1: a part of a good manifest of shards, 2: of the hub's listing; in a folder with good files."""
     dice, (files, whole) = Dice(data), good_dataset()
     mode = dice.number() % 3
-    text = dice.data if mode == 0 else spoilt(whole if mode == 1 else LISTING, dice).encode("utf-8", "replace")
+    text = (
+        dice.data
+        if mode == 0
+        else spoilt(whole if mode == 1 else LISTING, dice).encode("utf-8", "replace")
+    )
     folder = folder / "a" / "b"
     folder.mkdir(parents=True)
     for name, content in {**files, "manifest.json": text}.items():
         (folder / name).write_bytes(content)
     if mode == 2:
         return check_listing(text)
-    if (cfg := data_config(folder)) and (found := read(train_gpt.check_data, cfg, {n: train_gpt.Split(cfg, n) for n in ("val", "train")})):
+    if (cfg := data_config(folder)) and (
+        found := read(
+            train_gpt.check_data, cfg, {n: train_gpt.Split(cfg, n) for n in ("val", "train")}
+        )
+    ):
         json.dumps(found)
     read(prepare_data.is_finished, folder, whole["settings"])
 
@@ -365,9 +567,19 @@ def check_listing(text: bytes) -> None:
     """As fetch_dataset does."""
     try:
         model, names = prepare_data.published_files(json.loads(text), "sp1024", 1)
-    except (*REFUSALS, ValueError, LookupError, TypeError, AttributeError, RecursionError):  # it catches these
+    except (
+        *REFUSALS,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # it catches these
         return
-    promise(".." not in model.split("/") and not model.startswith("/") and len(names) <= 10 ** 6, f"{model!r:.100}, {len(names)} files")
+    promise(
+        ".." not in model.split("/") and not model.startswith("/") and len(names) <= 10**6,
+        f"{model!r:.100}, {len(names)} files",
+    )
 
 
 # ── Studies ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -410,13 +622,48 @@ ema_enabled = [false, true]
 
 class Tags(html.parser.HTMLParser):
     """Refuses whatever no page of ours has: an element of a stranger, or an attribute that runs or loads something."""
-    known = set("html head meta title style body h1 ul li div table caption thead tr th tbody td figure figcaption svg defs g path "
-                "text use rect clippath tspan image pattern".split())
+
+    known = set(
+        [
+            "html",
+            "head",
+            "meta",
+            "title",
+            "style",
+            "body",
+            "h1",
+            "ul",
+            "li",
+            "div",
+            "table",
+            "caption",
+            "thead",
+            "tr",
+            "th",
+            "tbody",
+            "td",
+            "figure",
+            "figcaption",
+            "svg",
+            "defs",
+            "g",
+            "path",
+            "text",
+            "use",
+            "rect",
+            "clippath",
+            "tspan",
+            "image",
+            "pattern",
+        ]
+    )
 
     def handle_starttag(self, tag, attrs):
         promise(tag in self.known, f"an element <{tag}>")
         for name, value in attrs:
-            loads = name in ("href", "src", "xlink:href", "action") and not (value or "").startswith("#")
+            loads = name in ("href", "src", "xlink:href", "action") and not (
+                value or ""
+            ).startswith("#")
             promise(not name.startswith("on") and not loads, f"an attribute {name}={value!r:.100}")
 
 
@@ -437,7 +684,11 @@ def study(data: bytes, folder: Path) -> None:
             case 1:
                 lines.insert(at, dice.data.decode("utf-8", "replace"))
             case 2:
-                lines[at] = f"{dice.data.decode('utf-8', 'replace')} = {value}" if value else f"[{fragment(dice)}]"
+                lines[at] = (
+                    f"{dice.data.decode('utf-8', 'replace')} = {value}"
+                    if value
+                    else f"[{fragment(dice)}]"
+                )
             case 3:
                 other = dice.pick([line.partition(" = ")[2] or "1" for line in STUDY])
                 lines[at] = f"{key} = {other}" if value else key
@@ -446,19 +697,32 @@ def study(data: bytes, folder: Path) -> None:
         data = "\n".join(lines).encode()
         name = "study.toml"
     else:
-        name, data = dice.pick(["study.toml"] * 5 + ["...toml", "a b.toml", "<b>.toml", "x\x1b.toml"]), dice.data
+        name, data = (
+            dice.pick(["study.toml"] * 5 + ["...toml", "a b.toml", "<b>.toml", "x\x1b.toml"]),
+            dice.data,
+        )
     (folder / name).write_bytes(data)
     made = read(ablate.read_study, folder / name)
-    for size, equal in [(size, equal) for size in list(made.sizes)[:2] for equal in ("steps", "time")] if made else ():
+    for size, equal in (
+        [(size, equal) for size in list(made.sizes)[:2] for equal in ("steps", "time")]
+        if made
+        else ()
+    ):
         if m := read(ablate.matrix, made, size, equal):
             check_matrix(m)
 
 
 def check_matrix(m: ablate.Matrix) -> None:
     runs = ablate.ROOT / "logs/runs"
-    promise(m.folder.resolve().parent.parent == runs.resolve() and ".." not in m.folder.parts, f"runs in {m.folder}")
+    promise(
+        m.folder.resolve().parent.parent == runs.resolve() and ".." not in m.folder.parts,
+        f"runs in {m.folder}",
+    )
     for trial in m.trials[:50]:
-        promise(trial.folder.parent == m.folder and len(trial.id) < 240 and trial.id.isprintable(), f"a run in {trial.folder}")
+        promise(
+            trial.folder.parent == m.folder and len(trial.id) < 240 and trial.id.isprintable(),
+            f"a run in {trial.folder}",
+        )
         promise("\0" not in "".join(trial.env.values()), "NUL in the environment")
         promise(ablate.shell(trial, m.size).isprintable(), "a command with control characters")
     lost = {"arm": m.trials[0].arm, "seed": 1, "failed": "<b>"}
@@ -476,8 +740,14 @@ def good_results() -> dict[int, dict]:
     """Results of the committed submission, with a script of one line."""
     results = {}
     for seed in (1, 2, 3):
-        r = results[seed] = json.loads((ROOT / f"logs/submission/result_seed{seed}.json").read_text())
-        r |= dict(code_bytes=6, total_bytes=6 + r["artifact_bytes"], code_sha256=hashlib.sha256(b"x = 1\n").hexdigest())
+        r = results[seed] = json.loads(
+            (ROOT / f"logs/submission/result_seed{seed}.json").read_text()
+        )
+        r |= dict(
+            code_bytes=6,
+            total_bytes=6 + r["artifact_bytes"],
+            code_sha256=hashlib.sha256(b"x = 1\n").hexdigest(),
+        )
         r["data"]["tokenizer_sha256"] = hashlib.sha256(b"model").hexdigest()
     return results
 
@@ -485,7 +755,10 @@ def good_results() -> dict[int, dict]:
 def submission_of(results: dict[int, dict]) -> dict[str, bytes]:
     files = {"train_gpt.py": b"x = 1\n", "requirements.txt": b"", "tokenizer.model": b"model"}
     for seed, r in results.items():
-        files |= {f"result_seed{seed}.json": json.dumps(r).encode(), f"train_seed{seed}.log": b"log"}
+        files |= {
+            f"result_seed{seed}.json": json.dumps(r).encode(),
+            f"train_seed{seed}.log": b"log",
+        }
     files["README.md"] = ablate.render(results, ABOUT).encode("utf-8", "replace")
     return files | {"submission.json": json.dumps(ablate.summarise(results, ABOUT)).encode()}
 
@@ -502,23 +775,42 @@ def submission(data: bytes, folder: Path) -> None:
         name = dice.pick(["submission.json", "result_seed2.json"])
         files[name] = spoilt(json.loads(files[name]), dice).encode("utf-8", "replace")
     elif mode == 2:
-        name = dice.take(1 + dice.number() % 40).replace(b"\0", b"").replace(b"..", b"").strip(b"/") or b"x"
+        name = (
+            dice.take(1 + dice.number() % 40).replace(b"\0", b"").replace(b"..", b"").strip(b"/")
+            or b"x"
+        )
         files[os.fsdecode(name)] = dice.data
     elif mode == 3:
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError, ZeroDivisionError, *REFUSALS):
+        with contextlib.suppress(
+            ValueError,
+            RecursionError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ZeroDivisionError,
+            *REFUSALS,
+        ):
             text = spoilt(results[2], dice)
-            files = submission_of({1: json.loads(text) | {"seed": 1}})  # (what no builder would write is left as it was)
+            files = submission_of(
+                {1: json.loads(text) | {"seed": 1}}
+            )  # (what no builder would write is left as it was)
     elif mode == 4:
         files["README.md"] += b"\n" + dice.data
     else:
-        return run_folder(folder / "run", spoilt(results[2], dice) if mode == 5 else json.dumps(results[2]), dice)
+        return run_folder(
+            folder / "run", spoilt(results[2], dice) if mode == 5 else json.dumps(results[2]), dice
+        )
     with contextlib.suppress(OSError, ValueError):  # names that no file can have
         for name, content in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
     with mock.patch.object(ablate, "wrong_logs", lambda folder, results: []):
         problems = read(ablate.check_submission, target)
-    promise(all(type(p) is str and p.isprintable() and len(p) <= 6000 for p in problems) and len(problems) < 200, f"{problems!r:.300}")
+    promise(
+        all(type(p) is str and p.isprintable() and len(p) <= 6000 for p in problems)
+        and len(problems) < 200,
+        f"{problems!r:.300}",
+    )
 
 
 def run_folder(run: Path, text: str, dice: Dice) -> None:
@@ -528,18 +820,33 @@ def run_folder(run: Path, text: str, dice: Dice) -> None:
     (run / "metrics.jsonl").write_bytes(dice.data)
     if not (r := read(ablate.load, run)):
         return
-    m = ablate.matrix(ablate.read_study(ROOT / "studies/swa_sums_in_bf16.toml"), "small", "steps", (r["seed"], r["seed"] + 1)
-                      ) if 0 <= r["seed"] < 1 << 31 else None
+    m = (
+        ablate.matrix(
+            ablate.read_study(ROOT / "studies/swa_sums_in_bf16.toml"),
+            "small",
+            "steps",
+            (r["seed"], r["seed"] + 1),
+        )
+        if 0 <= r["seed"] < 1 << 31
+        else None
+    )
     runs = {r["seed"]: r | {"arm": "x"}, r["seed"] + 1: r | {"arm": "x", "seed": r["seed"] + 1}}
     read(ablate.check_alike, [*runs.values(), good_results()[1] | {"name": "good"}], False)
-    left, right = ({seed: v for seed, one in runs.items() if (v := ablate.metric(one, "val_bpb")) is not None} for _ in range(2))
+    left, right = (
+        {seed: v for seed, one in runs.items() if (v := ablate.metric(one, "val_bpb")) is not None}
+        for _ in range(2)
+    )
     read(ablate.comparison_row, ("a", "b"), "val_bpb", left, right)
     read(ablate.record_rule, left, right, r["val_tokens"] / r["val_bytes"])
     if m:
         found = ablate.Finished(m, {m.arms[0]: runs, m.arms[1]: runs}, {})
         ablate.markdown_report(found)
         notes, tables = ablate.notes(found), ablate.tables(found)
-        drawn = list(runs.values()) if hashlib.sha256(text.encode("utf-8", "replace")).digest()[0] < 8 else []  # charts take long
+        drawn = (
+            list(runs.values())
+            if hashlib.sha256(text.encode("utf-8", "replace")).digest()[0] < 8
+            else []
+        )  # charts take long
         check_page(ablate.html_page("title", notes, tables, drawn))
 
 
@@ -550,21 +857,48 @@ TARGETS = {f.__name__: f for f in (container, artifact, shard, manifest, study, 
 def seeds(target: str) -> list[bytes]:
     """Inputs to begin with: good files, and each way of using the bytes."""
     modes = {"artifact": 9, "shard": 2, "manifest": 3, "study": 2, "submission": 7}.get(target, 0)
-    found = [bytes([mode]) + tail for mode in range(modes) for tail in (bytes(range(16)), b"\1\2\3\4\x90{}", bytes(8) + b"\xff[1]")]
+    found = [
+        bytes([mode]) + tail
+        for mode in range(modes)
+        for tail in (bytes(range(16)), b"\1\2\3\4\x90{}", bytes(8) + b"\xff[1]")
+    ]
     compressed = [name for name in train_gpt.COMPRESSORS if name != "none"]
     facts, tensors = good("zstd")
     raw = safetensors.torch.save(tensors, {"facts": json.dumps(facts)})
-    return found + {
-        "container": lambda: [artifact_file(name) for name in compressed] + [train_gpt.seal(*reversed(good("checkpoint")), "none")],
-        "artifact": lambda: [b"\0" + raw, b"\1" + raw[8:8 + struct.unpack_from("<Q", raw)[0]], b"\2" + json.dumps(facts).encode(),
-                             *(bytes([8, n, 2]) + struct.pack("<I", len(raw)) + train_gpt.COMPRESSORS[name][0](raw, 1)
-                               for n, name in enumerate(train_gpt.COMPRESSORS))],
-        "shard": lambda: [b"\0" + shard_file([1, 2, 15]), b"\0" + shard_file([]), b"\1\1\1\1" + bytes([1, 0, 2, 0, 15, 0])],
-        "manifest": lambda: [b"\0" + json.dumps(good_dataset()[1]).encode()],
-        "study": lambda: [b"\0\0" + path.read_bytes() for path in sorted((ROOT / "studies").glob("*.toml"))]
-        + [b"\0\0" + "\n".join(STUDY).encode()],
-        "submission": lambda: [bytes([0, n]) + content for n, (_, content) in enumerate(sorted(submission_of(good_results()).items()))],
-    }[target]()
+    return (
+        found
+        + {
+            "container": lambda: (
+                [artifact_file(name) for name in compressed]
+                + [train_gpt.seal(*reversed(good("checkpoint")), "none")]
+            ),
+            "artifact": lambda: [
+                b"\0" + raw,
+                b"\1" + raw[8 : 8 + struct.unpack_from("<Q", raw)[0]],
+                b"\2" + json.dumps(facts).encode(),
+                *(
+                    bytes([8, n, 2])
+                    + struct.pack("<I", len(raw))
+                    + train_gpt.COMPRESSORS[name][0](raw, 1)
+                    for n, name in enumerate(train_gpt.COMPRESSORS)
+                ),
+            ],
+            "shard": lambda: [
+                b"\0" + shard_file([1, 2, 15]),
+                b"\0" + shard_file([]),
+                b"\1\1\1\1" + bytes([1, 0, 2, 0, 15, 0]),
+            ],
+            "manifest": lambda: [b"\0" + json.dumps(good_dataset()[1]).encode()],
+            "study": lambda: (
+                [b"\0\0" + path.read_bytes() for path in sorted((ROOT / "studies").glob("*.toml"))]
+                + [b"\0\0" + "\n".join(STUDY).encode()]
+            ),
+            "submission": lambda: [
+                bytes([0, n]) + content
+                for n, (_, content) in enumerate(sorted(submission_of(good_results()).items()))
+            ],
+        }[target]()
+    )
 
 
 def replay(target: str, data: bytes) -> None:
@@ -582,7 +916,9 @@ def replay(target: str, data: bytes) -> None:
 def main() -> None:
     target, *rest = sys.argv[1:] or [""]
     if target not in TARGETS:
-        sys.exit(f"usage: python tests/fuzz_readers.py {'|'.join(TARGETS)} CORPUS_FOLDER [options of libFuzzer]")
+        sys.exit(
+            f"usage: python tests/fuzz_readers.py {'|'.join(TARGETS)} CORPUS_FOLDER [options of libFuzzer]"
+        )
     torch.set_num_threads(1)
     for corpus in [Path(r) for r in rest if not r.startswith("-")][:1]:
         if not corpus.is_file():

@@ -4,6 +4,7 @@ Each host has its own network, process ids and an init, `cat`, that ends with th
 that runs there and removes the namespaces and the link: nothing is left over, even of a test that was killed. The namespaces
 have no names, so tests can run side by side. Users other than root get a user namespace around it, where the system allows it.
 """
+
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ class Impossible(Exception):
 
 class Hosts:
     """Two hosts, 0 and 1, that see each other; `with Hosts() as hosts:`. Impossible where the platform does not allow it."""
+
     address = "10.77.0.1", "10.77.0.2"
     interface = LINK
 
@@ -49,12 +51,36 @@ class Hosts:
 
     def boot(self, host: int) -> subprocess.Popen:
         """The namespaces of a host; the user namespace of host 0 holds both."""
-        missing = [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool, path=ENV["PATH"])]
+        missing = [
+            tool
+            for tool in ("unshare", "nsenter", "ip")
+            if not shutil.which(tool, path=ENV["PATH"])
+        ]
         if missing or sys.platform != "linux":
-            raise Impossible(f"network namespaces need Linux, util-linux and iproute2; missing: {missing or 'Linux'}")
-        outside = [] if ROOT else self.enter(0, "--net") if host else ["unshare", "--user", "--map-root-user"]
-        words = [*outside, "unshare", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", "echo up; exec cat"]
-        init = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV)
+            raise Impossible(
+                f"network namespaces need Linux, util-linux and iproute2; missing: {missing or 'Linux'}"
+            )
+        outside = (
+            []
+            if ROOT
+            else self.enter(0, "--net")
+            if host
+            else ["unshare", "--user", "--map-root-user"]
+        )
+        words = [
+            *outside,
+            "unshare",
+            "--net",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "sh",
+            "-c",
+            "echo up; exec cat",
+        ]
+        init = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV
+        )
         if init.stdout.readline() != b"up\n":
             raise Impossible(f"no network namespaces: {init.communicate()[1].decode().strip()}")
         return init
@@ -66,22 +92,42 @@ class Hosts:
 
     def enter(self, host: int, *namespaces: str) -> list[str]:
         """The start of a command line that runs on this host."""
-        return ["nsenter", f"--target={self.pid(host)}", *([] if ROOT else ["--user", "--preserve-credentials"]), *namespaces]
+        return [
+            "nsenter",
+            f"--target={self.pid(host)}",
+            *([] if ROOT else ["--user", "--preserve-credentials"]),
+            *namespaces,
+        ]
 
     def ip(self, host: int, words: str) -> None:
-        done = subprocess.run([*self.enter(host, "--net"), "ip", *words.split()], env=ENV, text=True, capture_output=True)
+        done = subprocess.run(
+            [*self.enter(host, "--net"), "ip", *words.split()],
+            env=ENV,
+            text=True,
+            capture_output=True,
+        )
         if done.returncode:
             raise Impossible(f"ip {words}: {done.stderr.strip()}")
 
     def run(self, host: int, argv: list[str], env: dict[str, str], **options) -> subprocess.Popen:
         """Starts a program on this host. (Signals to what this returns do not reach it; see kill.)"""
-        return subprocess.Popen([shutil.which("nsenter", path=ENV["PATH"]), *self.enter(host, "--net", "--pid")[1:], *argv],
-                                env=env, **options)
+        return subprocess.Popen(
+            [
+                shutil.which("nsenter", path=ENV["PATH"]),
+                *self.enter(host, "--net", "--pid")[1:],
+                *argv,
+            ],
+            env=env,
+            **options,
+        )
 
     def cut(self, silently: bool = False) -> None:
         """Takes the link down; silently: it stays up, but all packets go to an address that no card has, and vanish."""
         for host in (0, 1) if silently else ():
-            self.ip(host, f"neighbour replace {self.address[1 - host]} lladdr 02:00:00:00:00:99 nud permanent dev {LINK}")
+            self.ip(
+                host,
+                f"neighbour replace {self.address[1 - host]} lladdr 02:00:00:00:00:99 nud permanent dev {LINK}",
+            )
         if not silently:
             self.ip(0, f"link set {LINK} down")
 
@@ -92,7 +138,11 @@ class Hosts:
 
     def kill(self, host: int) -> None:
         """kill -9 of all that runs on this host but its init, so that it can be used again."""
-        subprocess.run([*self.enter(host, "--net", "--pid"), "sh", "-c", "kill -9 -1"], env=ENV, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [*self.enter(host, "--net", "--pid"), "sh", "-c", "kill -9 -1"],
+            env=ENV,
+            stderr=subprocess.DEVNULL,
+        )
 
     def processes(self, host: int) -> list[str]:
         """The command lines of what runs on this host, besides its init."""
@@ -100,7 +150,9 @@ class Hosts:
         space = os.readlink(f"/proc/{init}/ns/pid")
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                words = (path / "cmdline").read_bytes()  # none: it has ended, and waits for its parent
+                words = (
+                    path / "cmdline"
+                ).read_bytes()  # none: it has ended, and waits for its parent
                 if words and os.readlink(path / "ns/pid") == space and int(path.name) != init:
                     found.append(words.replace(b"\0", b" ").decode(errors="replace"))
             except OSError:  # it has ended, or is another user's
@@ -110,6 +162,7 @@ class Hosts:
 
 class Loopback:
     """The same for machines without namespaces: both hosts are this one, and there is no link to cut."""
+
     address = "127.0.0.1", "127.0.0.1"
     interface = "lo" if sys.platform == "linux" else "lo0"
 

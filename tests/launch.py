@@ -1,4 +1,5 @@
 """Runs of train_gpt.py in processes of their own that start in milliseconds, forked by a server that has imported torch."""
+
 import contextlib
 import multiprocessing
 import os
@@ -15,7 +16,9 @@ from conftest import ROOT, environment
 import train_gpt
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_gpt", "conftest", "test_pipeline", "torch.testing", "torch._dynamo"])
+SERVER.set_forkserver_preload(
+    ["train_gpt", "conftest", "test_pipeline", "torch.testing", "torch._dynamo"]
+)
 
 
 def serve() -> None:
@@ -46,6 +49,7 @@ def child(env: dict, output: str, prepare) -> None:
 @dataclass
 class Launch:
     """The ranks of one run."""
+
     cfg: train_gpt.Config
     processes: list
     outputs: list[str]
@@ -59,13 +63,17 @@ class Launch:
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(end - time.monotonic(), 0.01))
-        assert all(process.exitcode is not None for process in self.processes), f"still at work after {seconds} s: {self.stderr()}"
+        assert all(process.exitcode is not None for process in self.processes), (
+            f"still at work after {seconds} s: {self.stderr()}"
+        )
         return [process.exitcode for process in self.processes]
 
     def until(self, happened, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not happened():
-            assert any(p.is_alive() for p in self.processes) and time.monotonic() < end, self.stderr()
+            assert any(p.is_alive() for p in self.processes) and time.monotonic() < end, (
+                self.stderr()
+            )
             time.sleep(0.005)
 
     def log(self) -> str:
@@ -73,7 +81,10 @@ class Launch:
         return path.read_text() if path.exists() else ""
 
     def printed(self, stream: str, rank: int | None = None) -> str:
-        paths = [Path(f"{output}.{stream}") for output in (self.outputs if rank is None else [self.outputs[rank]])]
+        paths = [
+            Path(f"{output}.{stream}")
+            for output in (self.outputs if rank is None else [self.outputs[rank]])
+        ]
         return "".join(path.read_text() for path in paths if path.exists())
 
     def stdout(self, rank: int | None = None) -> str:
@@ -90,8 +101,20 @@ def launch(cfg: train_gpt.Config, world: int = 1, prepare=None, **variables: str
     port, stem = free_port(), Path(tempfile.mkdtemp()) / "rank"
     outputs, processes = [f"{stem}.{rank}" for rank in range(world)], []
     for rank, output in enumerate(outputs):
-        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if world > 1 else {}
-        env = environment(cfg) | {name: str(value) for name, value in {**ranks, **variables}.items()}
+        ranks = (
+            dict(
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE=world,
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
+            if world > 1
+            else {}
+        )
+        env = environment(cfg) | {
+            name: str(value) for name, value in {**ranks, **variables}.items()
+        }
         processes.append(SERVER.Process(target=child, args=(env, output, prepare)))
     for process in processes:
         process.start()
@@ -103,7 +126,9 @@ def launch(cfg: train_gpt.Config, world: int = 1, prepare=None, **variables: str
             process.join()
 
 
-def finish(cfg: train_gpt.Config, world: int = 1, prepare=None, seconds: float = 60, **variables: str) -> Launch:
+def finish(
+    cfg: train_gpt.Config, world: int = 1, prepare=None, seconds: float = 60, **variables: str
+) -> Launch:
     """The run until its end."""
     with launch(cfg, world, prepare, **variables) as run:
         run.wait(seconds)

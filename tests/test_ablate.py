@@ -4,6 +4,7 @@ Failures that these tests would have caught: stale variables that silently poiso
 another (#1048), a third seed with another configuration (#2124), 5 % and 10 % pruning averaged as one (#989), two trainings
 where one checkpoint scored twice was meant (#199), hand-copied figures (#2076).
 """
+
 import dataclasses
 import fcntl
 import json
@@ -29,17 +30,24 @@ def toml(tables: dict[str, dict]) -> str:
     """TOML of {"": top level, "name": table}."""
     lines = []
     for name, table in tables.items():
-        lines += [f"[{name}]"] * bool(name) + [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        lines += [f"[{name}]"] * bool(name) + [
+            f"{key} = {json.dumps(value)}" for key, value in table.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
 def tables(data: Path, **changes) -> dict[str, dict]:
     """A study of tiny runs: two arms that train, and two that share a training with the first."""
-    found = {"": {"title": "tiny", "seeds": [1, 2], "compare": [["plain", "qat"]]}, "env": dict(BASE),
-             "size.small": {"steps": 4, "seconds": 2.0, "jobs": 2},
-             "size.small.env": {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")},
-             "arm.plain": {"QAT_ENABLED": 0}, "arm.five_bits": {"QUANT_BITS": 5}, "arm.stride_8": {"EVAL_STRIDE": 8},
-             "arm.qat": {"QAT_ENABLED": 1, "expect": "lower"}}
+    found = {
+        "": {"title": "tiny", "seeds": [1, 2], "compare": [["plain", "qat"]]},
+        "env": dict(BASE),
+        "size.small": {"steps": 4, "seconds": 2.0, "jobs": 2},
+        "size.small.env": {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model")},
+        "arm.plain": {"QAT_ENABLED": 0},
+        "arm.five_bits": {"QUANT_BITS": 5},
+        "arm.stride_8": {"EVAL_STRIDE": 8},
+        "arm.qat": {"QAT_ENABLED": 1, "expect": "lower"},
+    }
     for name, table in changes.items():
         key = name.replace("__", ".")
         found[key] = {**found.get(key, {}), **table}
@@ -49,10 +57,14 @@ def tables(data: Path, **changes) -> dict[str, dict]:
 @pytest.fixture
 def study(data, tmp_path):
     """study(**changes) -> a read study; a table is named with __ for its dots."""
+
     def make(name="tiny", without=(), **changes):
         path = tmp_path / f"{name}.toml"
-        path.write_text(toml({k: v for k, v in tables(data, **changes).items() if k not in without}))
+        path.write_text(
+            toml({k: v for k, v in tables(data, **changes).items() if k not in without})
+        )
         return read_study(path)
+
     return make
 
 
@@ -88,65 +100,106 @@ def test_every_committed_study_makes_a_matrix_at_every_size_and_budget(path):
             m = matrix(made, size, equal)
             arms = (m.size.time_arms if equal == "time" else ()) or m.size.arms or tuple(made.arms)
             assert [t.arm for t in m.trials] == list(arms) * len(m.size.seeds or made.seeds)
-            assert sorted(t.id for group in m.groups() for t in group) == sorted(t.id for t in m.trials)
+            assert sorted(t.id for group in m.groups() for t in group) == sorted(
+                t.id for t in m.trials
+            )
     assert {"full", "small"} <= set(made.sizes) or path.stem == "swa_sums_in_bf16"
 
 
 def test_the_five_pull_requests_have_a_study_with_every_published_row():
-    published = {989: [1.14475420, 1.14335055, 1.13968856, 1.14429409], 199: [1.19293811, 1.19329502, 1.20152136],
-                 975: [1.12156083, 1.12219171, 1.12579977], 194: [1.14534973, 1.14896214], 145: [1.20515425, 1.19250007]}
+    published = {
+        989: [1.14475420, 1.14335055, 1.13968856, 1.14429409],
+        199: [1.19293811, 1.19329502, 1.20152136],
+        975: [1.12156083, 1.12219171, 1.12579977],
+        194: [1.14534973, 1.14896214],
+        145: [1.20515425, 1.19250007],
+    }
     for number, figures in published.items():
         (path,) = [path for path in STUDIES if path.stem.startswith(f"pr{number}_")]
-        told = [v for facts in read_study(path).facts.values() for v in facts.get("published", {}).get("val_bpb", [])]
+        told = [
+            v
+            for facts in read_study(path).facts.values()
+            for v in facts.get("published", {}).get("val_bpb", [])
+        ]
         assert set(figures) <= set(told), number
 
 
 def test_full_sizes_build_the_models_that_were_published():
-    parameters = {"pr989": 25_517_137, "pr199": 17_059_912, "pr975": 26_993_756, "pr194": 26_502_232, "pr145": 17_059_912}
+    parameters = {
+        "pr989": 25_517_137,
+        "pr199": 17_059_912,
+        "pr975": 26_993_756,
+        "pr194": 26_502_232,
+        "pr145": 17_059_912,
+    }
     for path in STUDIES:
         if path.stem[:5] in parameters:
             made = read_study(path)
             cfg = matrix(made, "full", "time").trials[0].cfg
             with train_gpt.torch.device("meta"):
-                assert sum(p.numel() for p in train_gpt.GPT(cfg).parameters()) == parameters[path.stem[:5]]
+                assert (
+                    sum(p.numel() for p in train_gpt.GPT(cfg).parameters())
+                    == parameters[path.stem[:5]]
+                )
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(arm__qat={"QAT_ENABLE": 1}), ["arm.qat", "QAT_ENABLE=1", "QAT_ENABLED"]),
-    (dict(env={"WARMDOWN_STEP": 1}), ["env", "WARMDOWN_STEP", "WARMDOWN_STEPS"]),
-    (dict(env={"SEED": 3}), ["SEED=3", "set by ablate.py"]),
-    (dict(env={"CHECKPOINT": "x"}), ["CHECKPOINT=x", "set by ablate.py"]),
-    (dict(arm__qat={"NUM_LAYERS": "many"}), ["arm qat", "NUM_LAYERS=many"]),
-    (dict(arm__qat={"NUM_LAYERS": 0}), ["arm qat", "NUM_LAYERS=0"]),
-    (dict(arm__qat={"NUM_LAYERS": [1]}), ["arm.qat", "NUM_LAYERS=[1]", "a number"]),
-    (dict(arm__qat={"expct": "x"}), ["arm.qat", "expct", "no such key"]),
-    (dict(arm__qat={"expect": 3}), ["expect = 3", "wrong type"]),
-    ({"": {"seed": [1]}}, ["seed", "no such key"]),
-    ({"": {"seeds": 1}}, ["seeds = 1", "wrong type"]),
-    ({"": {"seeds": [1, 1]}}, ["seed", "twice"]),
-    ({"": {"reference": "x"}}, ["no such arm: x"]),
-    ({"": {"compare": [["plain", "y:val_bpb"]]}}, ["no such arm: y"]),
-    ({"": {"compare": [["plain"]]}}, ["pairs of arms"]),
-    (dict(size__small={"step": 3}), ["size.small", "step", "no such key"]),
-    (dict(size__big={"steps": 3}), ["size.big", "seconds"]),
-    (dict(size__small={"steps": "3"}), ["steps = '3'", "wrong type"]),
-    (dict(size__small={"jobs": 0}), ["size.small", "jobs = 0"]), (dict(size__small={"seconds": 0}), ["seconds = 0"]),
-    (dict(size__small={"arms": ["qat", "qat"]}), ["twice"]), (dict(size__small={"seeds": [-1]}), ["seeds"]),
-    ({"": {"seeds": ["1"]}}, ["seeds", "whole numbers"]), ({"": {"seeds": []}}, ["no seed"]),
-    ({"": {"metrics": [3]}}, ["metrics"]),
-    (dict(factorial={"qat": 1}), ["qat = 1", "two or more"]),
-    (dict(factorial={"qat": [1, 1]}), ["two or more different"]),
-    (dict(factorial={"qatt": [0, 1]}), ["QATT", "no such setting"]),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(arm__qat={"QAT_ENABLE": 1}), ["arm.qat", "QAT_ENABLE=1", "QAT_ENABLED"]),
+        (dict(env={"WARMDOWN_STEP": 1}), ["env", "WARMDOWN_STEP", "WARMDOWN_STEPS"]),
+        (dict(env={"SEED": 3}), ["SEED=3", "set by ablate.py"]),
+        (dict(env={"CHECKPOINT": "x"}), ["CHECKPOINT=x", "set by ablate.py"]),
+        (dict(arm__qat={"NUM_LAYERS": "many"}), ["arm qat", "NUM_LAYERS=many"]),
+        (dict(arm__qat={"NUM_LAYERS": 0}), ["arm qat", "NUM_LAYERS=0"]),
+        (dict(arm__qat={"NUM_LAYERS": [1]}), ["arm.qat", "NUM_LAYERS=[1]", "a number"]),
+        (dict(arm__qat={"expct": "x"}), ["arm.qat", "expct", "no such key"]),
+        (dict(arm__qat={"expect": 3}), ["expect = 3", "wrong type"]),
+        ({"": {"seed": [1]}}, ["seed", "no such key"]),
+        ({"": {"seeds": 1}}, ["seeds = 1", "wrong type"]),
+        ({"": {"seeds": [1, 1]}}, ["seed", "twice"]),
+        ({"": {"reference": "x"}}, ["no such arm: x"]),
+        ({"": {"compare": [["plain", "y:val_bpb"]]}}, ["no such arm: y"]),
+        ({"": {"compare": [["plain"]]}}, ["pairs of arms"]),
+        (dict(size__small={"step": 3}), ["size.small", "step", "no such key"]),
+        (dict(size__big={"steps": 3}), ["size.big", "seconds"]),
+        (dict(size__small={"steps": "3"}), ["steps = '3'", "wrong type"]),
+        (dict(size__small={"jobs": 0}), ["size.small", "jobs = 0"]),
+        (dict(size__small={"seconds": 0}), ["seconds = 0"]),
+        (dict(size__small={"arms": ["qat", "qat"]}), ["twice"]),
+        (dict(size__small={"seeds": [-1]}), ["seeds"]),
+        ({"": {"seeds": ["1"]}}, ["seeds", "whole numbers"]),
+        ({"": {"seeds": []}}, ["no seed"]),
+        ({"": {"metrics": [3]}}, ["metrics"]),
+        (dict(factorial={"qat": 1}), ["qat = 1", "two or more"]),
+        (dict(factorial={"qat": [1, 1]}), ["two or more different"]),
+        (dict(factorial={"qatt": [0, 1]}), ["QATT", "no such setting"]),
+    ],
+)
 def test_a_wrong_study_is_refused_by_name_before_anything_starts(study, tmp_path, changes, words):
     with pytest.raises(Refusal) as refusal:
         matrix(study(**changes), "small", "steps", out=tmp_path / "runs")
     assert all(word in str(refusal.value) for word in words), refusal.value
-    assert refusal.value.code == 2 and "\n" not in str(refusal.value) and not (tmp_path / "runs").exists()
+    assert (
+        refusal.value.code == 2
+        and "\n" not in str(refusal.value)
+        and not (tmp_path / "runs").exists()
+    )
 
 
-@pytest.mark.parametrize("text", ["a = ", "[arm", "\x00", "seeds = [1", "a.b.c.d = 1\na.b = 2", "[[arm]]\nx = 1", "arm = 3",
-                                  "size = {small = 3}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = ",
+        "[arm",
+        "\x00",
+        "seeds = [1",
+        "a.b.c.d = 1\na.b = 2",
+        "[[arm]]\nx = 1",
+        "arm = 3",
+        "size = {small = 3}",
+    ],
+)
 def test_broken_toml_is_refused_with_its_path(tmp_path, text):
     (tmp_path / "broken.toml").write_text(text)
     with pytest.raises(Refusal, match="broken.toml"):
@@ -156,7 +209,7 @@ def test_broken_toml_is_refused_with_its_path(tmp_path, text):
 @pytest.mark.parametrize("name", ["../up", "a/b", "", "a b", ".hidden"])
 def test_names_of_arms_never_leave_the_folder(study, name):
     with pytest.raises(Refusal, match="letters, digits"):
-        study(**{f"arm.\"{name}\"".replace("arm.", "arm__"): {"QAT_ENABLED": 0}})
+        study(**{f'arm."{name}"'.replace("arm.", "arm__"): {"QAT_ENABLED": 0}})
 
 
 def test_missing_study_and_unknown_size_are_refused(study, tmp_path):
@@ -167,30 +220,50 @@ def test_missing_study_and_unknown_size_are_refused(study, tmp_path):
 
 
 def test_a_factorial_makes_every_combination(study):
-    made = study(without=("arm.plain", "arm.five_bits", "arm.stride_8", "arm.qat"), **{"": {"compare": []}},
-                 factorial={"qat": [0, 1], "SWA": [0, 1]})
+    made = study(
+        without=("arm.plain", "arm.five_bits", "arm.stride_8", "arm.qat"),
+        **{"": {"compare": []}},
+        factorial={"qat": [0, 1], "SWA": [0, 1]},
+    )
     assert list(made.arms) == ["qat-0_swa-0", "qat-0_swa-1", "qat-1_swa-0", "qat-1_swa-1"]
-    assert [(t.cfg.qat_enabled, t.cfg.swa_enabled) for t in matrix(made, "small", "steps", (1,)).trials] == [
-        (False, False), (False, True), (True, False), (True, True)]
+    assert [
+        (t.cfg.qat_enabled, t.cfg.swa_enabled) for t in matrix(made, "small", "steps", (1,)).trials
+    ] == [(False, False), (False, True), (True, False), (True, True)]
 
 
 # ── Trials ────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_arms_that_differ_only_in_export_or_scoring_share_one_training(study):
     donors = {t.id: t.donor for t in matrix(study(), "small", "steps").trials}
-    assert donors == {"plain-s1": None, "five_bits-s1": "plain-s1", "stride_8-s1": "plain-s1", "qat-s1": None,
-                      "plain-s2": None, "five_bits-s2": "plain-s2", "stride_8-s2": "plain-s2", "qat-s2": None}
+    assert donors == {
+        "plain-s1": None,
+        "five_bits-s1": "plain-s1",
+        "stride_8-s1": "plain-s1",
+        "qat-s1": None,
+        "plain-s2": None,
+        "five_bits-s2": "plain-s2",
+        "stride_8-s2": "plain-s2",
+        "qat-s2": None,
+    }
 
 
 def test_under_qat_the_grid_is_part_of_the_training(study):
-    made = study(env={"QAT_ENABLED": 1}, without=("arm.plain", "arm.qat"), arm__other_stride={"EVAL_STRIDE": 32},
-                 **{"": {"compare": []}})
+    made = study(
+        env={"QAT_ENABLED": 1},
+        without=("arm.plain", "arm.qat"),
+        arm__other_stride={"EVAL_STRIDE": 32},
+        **{"": {"compare": []}},
+    )
     assert {t.arm: t.donor for t in matrix(made, "small", "steps", (1,)).trials} == {
-        "five_bits": None, "stride_8": None, "other_stride": "stride_8-s1"}
+        "five_bits": None,
+        "stride_8": None,
+        "other_stride": "stride_8-s1",
+    }
 
 
 def test_trials_are_interleaved_by_seed(study):
     assert [(t.seed, t.arm) for t in matrix(study(), "small", "steps").trials] == [
-        (seed, arm) for seed in (1, 2) for arm in ("plain", "five_bits", "stride_8", "qat")]
+        (seed, arm) for seed in (1, 2) for arm in ("plain", "five_bits", "stride_8", "qat")
+    ]
 
 
 def test_equal_steps_and_equal_time_are_one_word_apart(study):
@@ -206,7 +279,9 @@ def test_equal_time_may_leave_out_arms_whose_steps_cost_alike(study):
 
 
 def test_a_shared_training_never_lends_its_own_export_settings(study, tmp_path):
-    m = matrix(study(arm__plain={"PRUNE_PCT": 0.1, "QAT_ENABLED": 0}), "small", "steps", (1,), tmp_path)
+    m = matrix(
+        study(arm__plain={"PRUNE_PCT": 0.1, "QAT_ENABLED": 0}), "small", "steps", (1,), tmp_path
+    )
     follower = next(t for t in m.trials if t.arm == "five_bits")
     assert follower.cfg.prune_pct == 0 and follower.env["PRUNE_PCT"] == "0.0"
 
@@ -234,10 +309,23 @@ def test_every_trial_has_its_own_folder_with_its_settings_and_nothing_of_our_env
 def test_arms_of_one_training_have_the_same_float_weights_and_their_own_export(finished):
     found = load_matrix(finished[1])
     for seed in (1, 2):
-        plain, five, stride, qat = (found.runs[arm][seed] for arm in ("plain", "five_bits", "stride_8", "qat"))
-        assert plain["live_val_bpb"] == five["live_val_bpb"] == stride["live_val_bpb"] != qat["live_val_bpb"]
-        assert plain["quantised_val_bpb"] == stride["quantised_val_bpb"] != five["quantised_val_bpb"]
-        assert plain["val_bpb"] != stride["val_bpb"] and plain["checkpoint"] is None and five["checkpoint"]
+        plain, five, stride, qat = (
+            found.runs[arm][seed] for arm in ("plain", "five_bits", "stride_8", "qat")
+        )
+        assert (
+            plain["live_val_bpb"]
+            == five["live_val_bpb"]
+            == stride["live_val_bpb"]
+            != qat["live_val_bpb"]
+        )
+        assert (
+            plain["quantised_val_bpb"] == stride["quantised_val_bpb"] != five["quantised_val_bpb"]
+        )
+        assert (
+            plain["val_bpb"] != stride["val_bpb"]
+            and plain["checkpoint"] is None
+            and five["checkpoint"]
+        )
 
 
 def test_checkpoints_are_removed_once_all_that_need_them_have_ended(finished):
@@ -258,8 +346,13 @@ def edit(m: ablate.Matrix, trial: str, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("key, value", [("code_sha256", "0" * 64), ("seed", 5), ("config_sha256", "0" * 64), ("world_size", 2)])
-def test_a_finished_trial_of_other_code_settings_or_ranks_is_refused(finished, tmp_path, key, value):
+@pytest.mark.parametrize(
+    "key, value",
+    [("code_sha256", "0" * 64), ("seed", 5), ("config_sha256", "0" * 64), ("world_size", 2)],
+)
+def test_a_finished_trial_of_other_code_settings_or_ranks_is_refused(
+    finished, tmp_path, key, value
+):
     m = copy_of(finished[1], tmp_path / "runs")
     edit(m, "plain-s1", **{key: value})
     with pytest.raises(Refusal, match=f"plain-s1: finished with {key} {value}"):
@@ -268,7 +361,9 @@ def test_a_finished_trial_of_other_code_settings_or_ranks_is_refused(finished, t
 
 def test_a_finished_trial_of_other_data_is_refused(finished, study, tmp_path):
     m = copy_of(finished[1], tmp_path / "runs")
-    moved = matrix(study(size__small__env={"DATA_PATH": "elsewhere"}), "small", "steps", out=m.folder)
+    moved = matrix(
+        study(size__small__env={"DATA_PATH": "elsewhere"}), "small", "steps", out=m.folder
+    )
     with pytest.raises(Refusal, match="finished with data_path .* now elsewhere"):
         Runner(moved)
 
@@ -287,32 +382,58 @@ def test_a_trial_that_a_crash_cut_off_is_set_aside_and_run_again(finished, tmp_p
     (m.folder / "qat-s2" / "result.json").unlink()
     lines = []
     Runner(m).run(lines.append)
-    assert len(lines) == 1 and (m.folder / "qat-s2" / "result.json").exists() and (m.folder / "qat-s2.cut1").is_dir()
+    assert (
+        len(lines) == 1
+        and (m.folder / "qat-s2" / "result.json").exists()
+        and (m.folder / "qat-s2.cut1").is_dir()
+    )
 
 
 def test_a_failed_trial_stays_failed_until_retry_and_the_rest_goes_on(study, data, tmp_path):
-    m = matrix(study(arm__qat={"MATRIX_LR": 1e30}, without=("arm.stride_8",)), "small", "steps", (1,), tmp_path / "runs")
+    m = matrix(
+        study(arm__qat={"MATRIX_LR": 1e30}, without=("arm.stride_8",)),
+        "small",
+        "steps",
+        (1,),
+        tmp_path / "runs",
+    )
     lines = []
     Runner(m).run(lines.append)
-    assert Runner(m).todo == [] and Runner(m, retry=True).todo == [t for t in m.trials if t.arm == "qat"]
+    assert Runner(m).todo == [] and Runner(m, retry=True).todo == [
+        t for t in m.trials if t.arm == "qat"
+    ]
     found = load_matrix(m)
     assert list(found.failed) == ["qat-s1"] and sorted(found.runs) == ["five_bits", "plain"]
-    assert "not finite" in found.failed["qat-s1"] and any("FAILED (exit 5)" in line for line in lines)
+    assert "not finite" in found.failed["qat-s1"] and any(
+        "FAILED (exit 5)" in line for line in lines
+    )
     text = ablate.markdown_report(found)
     assert "failed: s1" in text and "not finite" in text
 
 
 def test_arms_whose_training_failed_are_failed_too(study, tmp_path):
-    m = matrix(study(arm__plain={"MATRIX_LR": 1e30}, arm__five_bits={"MATRIX_LR": 1e30}, without=("arm.stride_8", "arm.qat"),
-                     **{"": {"compare": []}}), "small", "steps", (1,), tmp_path / "runs")
+    m = matrix(
+        study(
+            arm__plain={"MATRIX_LR": 1e30},
+            arm__five_bits={"MATRIX_LR": 1e30},
+            without=("arm.stride_8", "arm.qat"),
+            **{"": {"compare": []}},
+        ),
+        "small",
+        "steps",
+        (1,),
+        tmp_path / "runs",
+    )
     Runner(m).run(lambda line: None)
     assert load_matrix(m).failed["five_bits-s1"] == "FAILED (exit -1): its training plain-s1 failed"
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped(study, tmp_path):
     m = matrix(study(), "small", "steps", (1,), tmp_path / "runs")
+
     def interrupt(line: str) -> None:
         raise KeyboardInterrupt
+
     with pytest.raises(Refusal, match="goes on where this one stopped") as refusal:
         Runner(m).run(interrupt)
     assert refusal.value.code == 130
@@ -323,16 +444,23 @@ def test_an_interrupted_study_goes_on_where_it_stopped(study, tmp_path):
 
 
 @pytest.mark.parametrize("code", [3, 4])
-def test_a_run_that_ended_badly_with_a_result_is_failed_whatever_the_ledger_knows(finished, tmp_path, code):
+def test_a_run_that_ended_badly_with_a_result_is_failed_whatever_the_ledger_knows(
+    finished, tmp_path, code
+):
     m = copy_of(finished[1], tmp_path / "runs")
     edit(m, "five_bits-s1", exit_code=code)
-    assert list(load_matrix(m).failed) == ["five_bits-s1"] and 1 not in load_matrix(m).runs["five_bits"]
+    assert (
+        list(load_matrix(m).failed) == ["five_bits-s1"]
+        and 1 not in load_matrix(m).runs["five_bits"]
+    )
     assert [t.id for t in Runner(m).todo] == ["five_bits-s1"]
     with pytest.raises(Refusal, match=f"exit code {code}"):
         ablate.run_set(str(m.folder / "five_bits-s*"))
 
 
-def test_retry_runs_a_failed_trial_again_and_a_follower_trains_where_its_training_is_over(finished, tmp_path):
+def test_retry_runs_a_failed_trial_again_and_a_follower_trains_where_its_training_is_over(
+    finished, tmp_path
+):
     m = copy_of(finished[1], tmp_path / "runs")
     before = json.loads((m.folder / "five_bits-s1/result.json").read_text())
     edit(m, "five_bits-s1", exit_code=4)
@@ -341,18 +469,32 @@ def test_retry_runs_a_failed_trial_again_and_a_follower_trains_where_its_trainin
     assert Runner(m).todo == [] and Runner(m, retry=True).todo == [five]
     Runner(m, retry=True).run(lambda line: None)
     again = load_matrix(m).runs["five_bits"][1]
-    assert again["checkpoint"] is None and again["val_bpb"] == before["val_bpb"] and not load_matrix(m).failed
+    assert (
+        again["checkpoint"] is None
+        and again["val_bpb"] == before["val_bpb"]
+        and not load_matrix(m).failed
+    )
 
 
 def test_a_failure_under_other_settings_is_forgotten(study, tmp_path):
-    m, other = (matrix(study(arm__qat={"MATRIX_LR": lr}), "small", "steps", (1,), tmp_path) for lr in (1.0, 2.0))
+    m, other = (
+        matrix(study(arm__qat={"MATRIX_LR": lr}), "small", "steps", (1,), tmp_path)
+        for lr in (1.0, 2.0)
+    )
     ablate.Ledger(tmp_path).write(m.trials[3], "end", exit_code=5, reason="x")
     assert list(Runner(m).failed) == ["qat-s1"] and Runner(other).failed == {}
 
 
 def test_a_ledger_from_a_stranger_or_a_crash_does_no_harm(study, tmp_path):
     m = matrix(study(), "small", "steps", (1,), tmp_path)
-    lines = ["[1]", '{"trial": []}', "[" * 9999, '{"trial": {"a": 1}, "event": "end"}', "\udcff", '{"trial": "qat-s1", "ev']
+    lines = [
+        "[1]",
+        '{"trial": []}',
+        "[" * 9999,
+        '{"trial": {"a": 1}, "event": "end"}',
+        "\udcff",
+        '{"trial": "qat-s1", "ev',
+    ]
     (tmp_path / "ledger.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
     ledger = ablate.Ledger(tmp_path)
     assert ledger.failures(m.trials) == {}
@@ -361,7 +503,11 @@ def test_a_ledger_from_a_stranger_or_a_crash_does_no_harm(study, tmp_path):
 
 
 def test_two_ranks_through_torchrun_from_another_folder(study, tmp_path, monkeypatch):
-    made = study(arm__qat={"MATRIX_LR": 1e30}, without=("arm.stride_8", "arm.five_bits"), size__small={"ranks": 2, "jobs": 1})
+    made = study(
+        arm__qat={"MATRIX_LR": 1e30},
+        without=("arm.stride_8", "arm.five_bits"),
+        size__small={"ranks": 2, "jobs": 1},
+    )
     monkeypatch.chdir(tmp_path)
     m = matrix(made, "small", "steps", (1,), Path("runs"))
     Runner(m).run(lambda line: None)
@@ -371,9 +517,23 @@ def test_two_ranks_through_torchrun_from_another_folder(study, tmp_path, monkeyp
 
 
 def test_a_terminated_study_ends_its_runs_and_goes_on_later(study, tmp_path):
-    made, folder = study(env={"MUON_MOMENTUM_WARMUP_STEPS": 11}, size__small={"steps": 20000}), tmp_path / "runs"
-    call = [sys.executable, str(ROOT / "ablate.py"), "run", str(made.path), "--out", str(folder), "--seeds", "1"]
-    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    made, folder = (
+        study(env={"MUON_MOMENTUM_WARMUP_STEPS": 11}, size__small={"steps": 20000}),
+        tmp_path / "runs",
+    )
+    call = [
+        sys.executable,
+        str(ROOT / "ablate.py"),
+        "run",
+        str(made.path),
+        "--out",
+        str(folder),
+        "--seeds",
+        "1",
+    ]
+    process = subprocess.Popen(
+        call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not len(list(folder.glob("*/metrics.jsonl"))) == 2:
         assert time.monotonic() < deadline and process.poll() is None
@@ -398,7 +558,10 @@ def test_a_trial_that_still_runs_is_not_started_again(study, tmp_path):
 
 def test_only_runs_what_it_names(study, tmp_path):
     m = matrix(study(), "small", "steps", out=tmp_path / "runs")
-    assert [t.id for t in Runner(m, only=("plain-s2", "five_bits-s2")).todo] == ["plain-s2", "five_bits-s2"]
+    assert [t.id for t in Runner(m, only=("plain-s2", "five_bits-s2")).todo] == [
+        "plain-s2",
+        "five_bits-s2",
+    ]
     with pytest.raises(Refusal, match="--only nobody-s1"):
         Runner(m, only=("nobody-s1",))
 
@@ -416,12 +579,29 @@ def test_the_progress_display_shows_step_and_seconds_of_what_runs(finished):
 def test_submitit_runs_the_same_matrix_as_jobs(study, tmp_path):
     made = study(without=("arm.stride_8",))
     folder = tmp_path / "runs"
-    call = [sys.executable, "ablate.py", "run", str(made.path), "--out", str(folder), "--seeds", "1", "--launcher", "local"]
+    call = [
+        sys.executable,
+        "ablate.py",
+        "run",
+        str(made.path),
+        "--out",
+        str(folder),
+        "--seeds",
+        "1",
+        "--launcher",
+        "local",
+    ]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     m = matrix(made, "small", "steps", (1,), folder)
     assert Runner(m).todo == [] and (folder / "report.html").exists()
-    assert len(list((folder / "jobs").glob("*_submission.sh")) or list((folder / "jobs").glob("*_submitted.pkl"))) == 2
+    assert (
+        len(
+            list((folder / "jobs").glob("*_submission.sh"))
+            or list((folder / "jobs").glob("*_submitted.pkl"))
+        )
+        == 2
+    )
 
 
 def test_the_gpu_gate_waits_until_cards_are_idle_and_cool(monkeypatch, tmp_path):
@@ -430,10 +610,12 @@ def test_the_gpu_gate_waits_until_cards_are_idle_and_cool(monkeypatch, tmp_path)
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     (tmp_path / "state").write_text("90, 80\n0, 30\n")
+
     def sleep(seconds: float) -> None:
         naps.append(seconds)
         if len(naps) == 3:
             (tmp_path / "state").write_text("1, 40\n0, 30\n")
+
     monkeypatch.setattr(ablate.time, "sleep", sleep)
     ablate.gpu_gate(120, 50, 5)
     assert naps == [120, 10, 10]
@@ -454,15 +636,24 @@ def test_dry_run_prints_every_command_with_its_seconds_and_runs_nothing(study, t
     made = study()
     assert ablate.main(["run", str(made.path), "--out", str(tmp_path / "runs"), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert out.count("train_gpt.py") == 8 and "# 8 of 8 trials to run" in out and "shares the training of plain-s1" in out
+    assert (
+        out.count("train_gpt.py") == 8
+        and "# 8 of 8 trials to run" in out
+        and "shares the training of plain-s1" in out
+    )
     assert "QUANT_BITS=5" in out and not (tmp_path / "runs").exists()
 
 
 def test_the_printed_command_is_what_runs(finished, tmp_path):
     trial = finished[1].trials[3]
     fresh = dataclasses.replace(trial, env={**trial.env, "LOGS_DIR": str(tmp_path)})
-    subprocess.run(ablate.shell(fresh, finished[1].size), shell=True, cwd=ROOT, check=True, capture_output=True)
-    ours, theirs = (json.loads((folder / trial.id / "result.json").read_text()) for folder in (finished[1].folder, tmp_path))
+    subprocess.run(
+        ablate.shell(fresh, finished[1].size), shell=True, cwd=ROOT, check=True, capture_output=True
+    )
+    ours, theirs = (
+        json.loads((folder / trial.id / "result.json").read_text())
+        for folder in (finished[1].folder, tmp_path)
+    )
     assert ours["val_bpb"] == theirs["val_bpb"] and ours["config_sha256"] == theirs["config_sha256"]
 
 
@@ -471,14 +662,25 @@ def test_the_report_holds_each_arm_each_difference_and_its_command(finished, cap
     assert ablate.main(["report", str(made.path), "--out", str(m.folder)]) == 0
     text = capsys.readouterr().out
     bpb = ablate.summary(load_matrix(m).values("qat", "val_bpb"))
-    assert f"{bpb.mean:.5f} ± {bpb.sd:.5f}" in text and "| qat - plain |" in text and "not distinguishable" in text
-    assert f"python ablate.py run {made.path} --size small --equal steps (4 steps each)" in text and "NOT RUN" not in text
-    assert (m.folder / "report.md").read_text().strip() == text.strip() and "<svg" in (m.folder / "report.html").read_text()
+    assert (
+        f"{bpb.mean:.5f} ± {bpb.sd:.5f}" in text
+        and "| qat - plain |" in text
+        and "not distinguishable" in text
+    )
+    assert (
+        f"python ablate.py run {made.path} --size small --equal steps (4 steps each)" in text
+        and "NOT RUN" not in text
+    )
+    assert (m.folder / "report.md").read_text().strip() == text.strip() and "<svg" in (
+        m.folder / "report.html"
+    ).read_text()
 
 
 def test_the_report_says_what_has_not_run(finished):
     m = matrix(finished[0], "small", "steps", (1, 2, 3), finished[1].folder)
-    assert "NOT RUN YET: plain-s3, five_bits-s3, stride_8-s3, qat-s3" in ablate.markdown_report(load_matrix(m))
+    assert "NOT RUN YET: plain-s3, five_bits-s3, stride_8-s3, qat-s3" in ablate.markdown_report(
+        load_matrix(m)
+    )
 
 
 def test_runs_of_other_hardware_are_not_averaged(finished, tmp_path):
@@ -490,14 +692,23 @@ def test_runs_of_other_hardware_are_not_averaged(finished, tmp_path):
 
 
 def test_a_factorial_report_has_main_effects_and_the_interaction(study, tmp_path):
-    made = study(without=("arm.plain", "arm.five_bits", "arm.stride_8", "arm.qat"),
-                 factorial={"quant_bits": [6, 3], "prune_pct": [0.0, 0.5]}, **{"": {"compare": [], "metrics": ["val_bpb"]}})
+    made = study(
+        without=("arm.plain", "arm.five_bits", "arm.stride_8", "arm.qat"),
+        factorial={"quant_bits": [6, 3], "prune_pct": [0.0, 0.5]},
+        **{"": {"compare": [], "metrics": ["val_bpb"]}},
+    )
     m = matrix(made, "small", "steps", out=tmp_path / "runs")
     Runner(m).run(lambda line: None)
     header, rows = ablate.factorial_table(load_matrix(m))
-    assert [row[0] for row in rows] == ["quant_bits 3 - 6", "prune_pct 0.5 - 0.0", "quant_bits 3 - 6 x prune_pct 0.5 - 0.0"]
+    assert [row[0] for row in rows] == [
+        "quant_bits 3 - 6",
+        "prune_pct 0.5 - 0.0",
+        "quant_bits 3 - 6 x prune_pct 0.5 - 0.0",
+    ]
     found = load_matrix(m)
-    six, six_pruned, three, three_pruned = (ablate.summary(found.values(arm, "val_bpb")).mean for arm in made.arms)
+    six, six_pruned, three, three_pruned = (
+        ablate.summary(found.values(arm, "val_bpb")).mean for arm in made.arms
+    )
     effect = (three + three_pruned - six - six_pruned) / 2
     assert float(rows[0][2]) == pytest.approx(effect, abs=1e-5) and header[0] == "effect"
 
@@ -507,7 +718,10 @@ def test_compare_of_two_sets_of_runs(finished, capsys):
     assert ablate.main(["compare", str(folder / "plain-s*"), str(folder / "qat-s*")]) == 0
     out = capsys.readouterr().out
     a, b = (load_matrix(finished[1]).values(arm, "val_bpb") for arm in ("plain", "qat"))
-    assert f"{ablate.paired(a, b).mean:+.5f}" in out and "settings that differ: QAT_ENABLED=False against True" in out
+    assert (
+        f"{ablate.paired(a, b).mean:+.5f}" in out
+        and "settings that differ: QAT_ENABLED=False against True" in out
+    )
     assert "Record rule, b against a: does not hold" in out
 
 
@@ -519,9 +733,19 @@ def test_compare_refuses_mixtures_and_nothing(finished, capsys):
     assert "nobody*" in capsys.readouterr().err
 
 
-def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(finished, tmp_path, monkeypatch, capsys):
+def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(
+    finished, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
-    call = ["sweep", str(finished[0].path), "--grid", "MATRIX_LR=0.01,0.02", "--grid", "NUM_LAYERS=2,3", "--dry-run"]
+    call = [
+        "sweep",
+        str(finished[0].path),
+        "--grid",
+        "MATRIX_LR=0.01,0.02",
+        "--grid",
+        "NUM_LAYERS=2,3",
+        "--dry-run",
+    ]
     assert ablate.main(call) == 0
     (path,) = (tmp_path / "logs/runs").glob("sweep_matrix_lr_num_layers_tiny_*.toml")
     made = read_study(path)
@@ -535,14 +759,20 @@ def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(finished
     assert ablate.main([*call[:3], "MATRIX_LR"]) == 2 and "KNOB=v1,v2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, word", [
-    (["run", "nowhere.toml"], "nowhere.toml"), (["run"], "Missing argument"), (["walk"], "walk"),
-    (["run", "studies/pr989_qat_x_swa.toml", "--equal", "luck"], "--equal luck"),
-    (["run", "studies/pr989_qat_x_swa.toml", "--seeds", "a"], "--seeds a"),
-    (["run", "studies/pr989_qat_x_swa.toml", "--launcher", "cloud"], "--launcher cloud"),
-    (["run", "studies/pr989_qat_x_swa.toml", "--max-busy", "5"], "side by side"),
-    (["run", "studies/pr989_qat_x_swa.toml", "--cool-down", "-1"], "cool-down"),
-    (["report", "studies/pr989_qat_x_swa.toml", "--size", "tiny"], "no size tiny")])
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["run", "nowhere.toml"], "nowhere.toml"),
+        (["run"], "Missing argument"),
+        (["walk"], "walk"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--equal", "luck"], "--equal luck"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--seeds", "a"], "--seeds a"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--launcher", "cloud"], "--launcher cloud"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--max-busy", "5"], "side by side"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--cool-down", "-1"], "cool-down"),
+        (["report", "studies/pr989_qat_x_swa.toml", "--size", "tiny"], "no size tiny"),
+    ],
+)
 def test_a_wrong_command_line_gets_one_line_and_exit_code_2(monkeypatch, arguments, word, capsys):
     monkeypatch.chdir(ROOT)
     assert ablate.main(arguments) == 2

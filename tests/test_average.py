@@ -4,24 +4,30 @@ Would have caught: #194's and #989's bf16 sums of the tables, #199's first sum i
 without the average it reports, #549's average that was collected and never applied, #975's SQWA that lives on rank 0
 alone, and windows that never open (#199's step 10,000).
 """
+
 import json
 
 import numpy as np
 import pytest
 import torch
-
-import train_gpt
 from conftest import TINY
 from test_optimiser import ALL, make_trainer, normal, on_ranks
+
+import train_gpt
 from train_gpt import Average, Flat, Knobs, Run, build_model, export_plan, sdpa, shipped, unpack
 
 TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
-KINDS = {"swa": dict(swa_enabled=True), "ema": dict(ema_enabled=True, ema_decay=0.6), "sqwa": dict(sqwa_enabled=True),
-         "sqwa_of_ema": dict(sqwa_enabled=True, ema_enabled=True, ema_decay=0.6)}
+KINDS = {
+    "swa": dict(swa_enabled=True),
+    "ema": dict(ema_enabled=True, ema_decay=0.6),
+    "sqwa": dict(sqwa_enabled=True),
+    "sqwa_of_ema": dict(sqwa_enabled=True, ema_enabled=True, ema_decay=0.6),
+}
 
 
 class Bench:
     """An Average over weights that the test moves as it likes."""
+
     def __init__(self, cfg):
         self.run = Run(cfg)
         model = build_model(cfg, self.run, sdpa)
@@ -41,7 +47,9 @@ class Bench:
     def error(self, name: str, expected: dict[str, np.ndarray], of=lambda name: True) -> float:
         """Relative rms error of an average over the tensors `of`."""
         found = self.average.results()[name]
-        differences = [(found[n].double().numpy() - w).ravel() for n, w in expected.items() if of(n)]
+        differences = [
+            (found[n].double().numpy() - w).ravel() for n, w in expected.items() if of(n)
+        ]
         size = np.concatenate([w.ravel() for n, w in expected.items() if of(n)])
         return float(np.linalg.norm(np.concatenate(differences)) / np.linalg.norm(size))
 
@@ -70,7 +78,9 @@ def test_ema_is_its_recurrence_from_the_initial_weights(bench, decay):
     b = bench(ema_enabled=True, ema_decay=decay)
     expected = b.move(0, by=0.0)
     for step in range(20):
-        expected = {name: decay * expected[name] + (1 - decay) * w for name, w in b.move(step).items()}
+        expected = {
+            name: decay * expected[name] + (1 - decay) * w for name, w in b.move(step).items()
+        }
         assert b.average.update(False) == ["EMA"]
     assert b.error("ema", expected) < 1e-6
 
@@ -81,9 +91,13 @@ def test_sqwa_is_the_mean_of_what_the_artifact_would_have_held(bench, ema):
     recurrence = {name: p.detach().clone() for name, p in b.params.items()}
     for step in range(12):
         b.move(step)
-        recurrence = {name: torch.lerp(recurrence[name], p.detach(), 1 - 0.6) for name, p in b.params.items()}
+        recurrence = {
+            name: torch.lerp(recurrence[name], p.detach(), 1 - 0.6) for name, p in b.params.items()
+        }
         source, snapshot = recurrence if ema else b.params, step % 4 == 3
-        taken += [{name: shipped(w.detach(), b.plan[name]).double().numpy() for name, w in source.items()}] * snapshot
+        taken += [
+            {name: shipped(w.detach(), b.plan[name]).double().numpy() for name, w in source.items()}
+        ] * snapshot
         assert b.average.update(snapshot) == ["EMA"] * ema + ["SQWA"] * snapshot
     assert len(taken) == 3 and b.error("sqwa", mean(taken)) < 3e-7
     assert b.error("sqwa", {name: p.detach().numpy() for name, p in b.params.items()}) > 0.05
@@ -99,12 +113,15 @@ def bf16_error(bench):
             total = {name: w + (total[name] if total else 0) for name, w in weights.items()}
             b.average.update(True)
         return b.error("swa", {name: w / snapshots for name, w in total.items()}, of)
+
     return measure
 
 
 def test_bf16_sums_go_wrong_with_their_number_and_fp32_sums_do_not(bf16_error):
     few, more, many = (bf16_error(n, "bf16") for n in (24, 73, 500))
-    assert 0.004 < few < 0.02 < more < 0.06 and 0.15 < many < 0.6  # 0.9 %, 3.3 %, 30 % were measured
+    assert (
+        0.004 < few < 0.02 < more < 0.06 and 0.15 < many < 0.6
+    )  # 0.9 %, 3.3 %, 30 % were measured
     assert bf16_error(500, "fp32") < 1e-5
 
 
@@ -116,7 +133,9 @@ def test_native_sums_go_wrong_in_the_tables_only(bf16_error):
 # ── inside training ──
 @pytest.mark.parametrize("kind", KINDS)
 def test_latent_weights_are_averaged_while_qat_is_on(tiny, kind):
-    trainer = make_trainer(tiny(**ALL, **KINDS[kind], qat_enabled=True, quant_bits_mlp=3, quant_bits_attn=3))
+    trainer = make_trainer(
+        tiny(**ALL, **KINDS[kind], qat_enabled=True, quant_bits_mlp=3, quant_bits_attn=3)
+    )
     loader, latent = train_gpt.batches(trainer.cfg, trainer.run, trainer.split), []
     names, params = zip(*trainer.model.named_parameters())
     ema = [p.detach().clone() for p in params]
@@ -125,13 +144,21 @@ def test_latent_weights_are_averaged_while_qat_is_on(tiny, kind):
         live = [p.detach().clone() for p in params]
         torch._foreach_lerp_(ema, live, 1 - 0.6)
         source = dict(zip(names, [w.clone() for w in ema] if "ema" in kind else live))
-        latent.append({n: shipped(w, trainer.plan[n]) for n, w in source.items()} if "sqwa" in kind else source)
+        latent.append(
+            {n: shipped(w, trainer.plan[n]) for n, w in source.items()}
+            if "sqwa" in kind
+            else source
+        )
     loader.close()
     found = trainer.average.results()[kind[:4].rstrip("_")]
     for name, w in found.items():
         expected = latent[-1][name] if kind == "ema" else sum(state[name] for state in latent) / 4
         torch.testing.assert_close(w, expected, rtol=1e-5, atol=1e-6, msg=name)
-    on_grid = [torch.equal(p, shipped(p, trainer.plan[n])) for n, p in zip(names, params) if n.endswith("fc.weight")]
+    on_grid = [
+        torch.equal(p, shipped(p, trainer.plan[n]))
+        for n, p in zip(names, params)
+        if n.endswith("fc.weight")
+    ]
     assert len(on_grid) == 3 and not any(on_grid)  # else the test could not tell latent from seen
 
 
@@ -143,38 +170,67 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
     class Spy(Average):
         def update(self, snapshot):
             names = super().update(snapshot)
-            states.append(([p.detach().clone() for p in self.live.values()], [w.clone() for w in self.ema.values()], snapshot))
+            states.append(
+                (
+                    [p.detach().clone() for p in self.live.values()],
+                    [w.clone() for w in self.ema.values()],
+                    snapshot,
+                )
+            )
             expected.update(names=list(self.live), plan=self.plan)
             return names
 
     monkeypatch.setattr(train_gpt, "Average", Spy)
     report = train_gpt.main(cfg)
-    states = states[cfg.warmup_steps:cfg.warmup_steps + cfg.iterations]  # without warm-up and the final measurements
+    states = states[
+        cfg.warmup_steps : cfg.warmup_steps + cfg.iterations
+    ]  # without warm-up and the final measurements
     names, plan = expected["names"], expected["plan"]
     if kind == "ema":
         weights, count, first = states[-1][1], 6, 0
     else:
         taken = [ema if "ema" in kind else live for live, ema, snapshot in states if snapshot]
-        taken = [[shipped(w, plan[n]) for n, w in zip(names, state)] for state in taken] if "sqwa" in kind else taken
-        weights, count, first = [sum(column) / len(taken) for column in zip(*taken)], 3, 3  # lr scale 0.75, 0.5, 0.25
+        taken = (
+            [[shipped(w, plan[n]) for n, w in zip(names, state)] for state in taken]
+            if "sqwa" in kind
+            else taken
+        )
+        weights, count, first = (
+            [sum(column) / len(taken) for column in zip(*taken)],
+            3,
+            3,
+        )  # lr scale 0.75, 0.5, 0.25
         assert len(taken) == 3
     state = unpack(train_gpt.Path(report["artifact_path"]))[1]
     for name, w, live in zip(names, weights, states[-1][0]):
         assert torch.equal(state[name], shipped(w, plan[name])), name
         assert not torch.equal(state[name], shipped(live, plan[name])) or not live.any(), name
     toggle = report["toggles"][cfg.shipped_average.upper()]
-    assert report["exit_code"] == 0 and toggle["active"] and (toggle["first_step"], toggle["last_step"]) == (first, 5)
+    assert (
+        report["exit_code"] == 0
+        and toggle["active"]
+        and (toggle["first_step"], toggle["last_step"]) == (first, 5)
+    )
     assert toggle["tensors"] == len(names) and report["averaged_val_bpb"] != report["live_val_bpb"]
     log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
     of = "EMA" if "of_ema" in kind else "live weights"
-    assert f"average: {cfg.shipped_average} of {of}, {count} snapshots, steps [{first}] to [5]; applied: yes" in log
+    assert (
+        f"average: {cfg.shipped_average} of {of}, {count} snapshots, steps [{first}] to [5]; applied: yes"
+        in log
+    )
     assert log.count("average: ") == len(cfg.collected()) and log.count("applied: yes") == 1
-    assert ("average: ema of live weights, 6 snapshots, steps [0] to [5]; applied: no (AVERAGE=auto)" in log) == ("of_ema" in kind)
+    assert (
+        "average: ema of live weights, 6 snapshots, steps [0] to [5]; applied: no (AVERAGE=auto)"
+        in log
+    ) == ("of_ema" in kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_averaging_does_not_change_the_training(tiny, kind):
-    trainers = [make_trainer(tiny(**knobs, swa_start_kind="always", swa_every=2)) for knobs in ({}, KINDS[kind])]
+    trainers = [
+        make_trainer(tiny(**knobs, swa_start_kind="always", swa_every=2))
+        for knobs in ({}, KINDS[kind])
+    ]
     for trainer in trainers:
         trainer.train()
     assert trainers[0].loss == trainers[1].loss
@@ -184,7 +240,12 @@ def test_averaging_does_not_change_the_training(tiny, kind):
 
 def test_off_is_absent(bench):
     b = bench()
-    assert b.average.sums == b.average.ema == {} and b.average.buffer is None and b.average.update(False) == [] and b.average.results() == {}
+    assert (
+        b.average.sums == b.average.ema == {}
+        and b.average.buffer is None
+        and b.average.update(False) == []
+        and b.average.results() == {}
+    )
     assert not b.run.activity
 
 
@@ -195,9 +256,17 @@ def test_an_average_that_never_starts_is_loud(tiny, kind, strict, code):
     report = train_gpt.main(cfg)
     assert report["exit_code"] == code and report["inactive"] == [kind.upper()]
     assert not report["toggles"][kind.upper()]["active"] and report["averaged_val_bpb"] is None
-    assert json.loads((train_gpt.Path(cfg.logs_dir) / cfg.run_id / "result.json").read_text())["exit_code"] == code
+    assert (
+        json.loads((train_gpt.Path(cfg.logs_dir) / cfg.run_id / "result.json").read_text())[
+            "exit_code"
+        ]
+        == code
+    )
     log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
-    assert f"INACTIVE: {kind.upper()} was requested and did nothing" in log and "applied: NO, none was taken" in log
+    assert (
+        f"INACTIVE: {kind.upper()} was requested and did nothing" in log
+        and "applied: NO, none was taken" in log
+    )
 
 
 # ── on two ranks ──
@@ -212,16 +281,35 @@ def averages(rank: int, world: int, configs: dict) -> dict:
 
 def test_every_rank_has_the_same_average_and_one_rank_nearly_the_same(data, tmp_path):
     def configs(world: int) -> dict:
-        common = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(tmp_path),
-                      swa_start_kind="always", swa_every=2)
-        return {kind: train_gpt.Config(**TINY | common | knobs | dict(run_id=f"{kind}{world}"))
-                for kind, knobs in KINDS.items()}
+        common = dict(
+            data_path=str(data),
+            tokenizer_path=str(data / "tokenizer.model"),
+            logs_dir=str(tmp_path),
+            swa_start_kind="always",
+            swa_every=2,
+        )
+        return {
+            kind: train_gpt.Config(**TINY | common | knobs | dict(run_id=f"{kind}{world}"))
+            for kind, knobs in KINDS.items()
+        }
+
     first, second = on_ranks(2, tmp_path, averages, configs(2))
     for kind, alone in averages(0, 1, configs(1)).items():
-        assert alone.keys() == first[kind].keys() == second[kind].keys() == {
-            "swa": {"swa"}, "ema": {"ema"}, "sqwa": {"sqwa"}, "sqwa_of_ema": {"ema", "sqwa"}}[kind]
+        assert (
+            alone.keys()
+            == first[kind].keys()
+            == second[kind].keys()
+            == {"swa": {"swa"}, "ema": {"ema"}, "sqwa": {"sqwa"}, "sqwa_of_ema": {"ema", "sqwa"}}[
+                kind
+            ]
+        )
         for average, state in alone.items():
             for name, w in state.items():
-                assert torch.equal(first[kind][average][name], second[kind][average][name]), (kind, name)
+                assert torch.equal(first[kind][average][name], second[kind][average][name]), (
+                    kind,
+                    name,
+                )
                 atol = 0.05 if average == "sqwa" else 1e-4  # a code may flip: one step of 1/31
-                torch.testing.assert_close(first[kind][average][name], w, rtol=0, atol=atol, msg=name)
+                torch.testing.assert_close(
+                    first[kind][average][name], w, rtol=0, atol=atol, msg=name
+                )

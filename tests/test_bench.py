@@ -3,6 +3,7 @@
 No test looks at an absolute time. Would have caught: an optimisation that changes the result, an MFU of another model's
 FLOPs, a figure in a table that no file holds, an entropy coder timed without its coding.
 """
+
 import contextlib
 import dataclasses
 import io
@@ -15,33 +16,72 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, TINY, environment
+from test_optimiser import ALL, make_trainer, normal, on_ranks
 from torch import nn
 
 import bench
 import train_gpt
-from conftest import ROOT, TINY, environment
-from test_optimiser import ALL, make_trainer, normal, on_ranks
 from train_gpt import COMPRESSORS, Average, Config, Flat, Grid, Split, document_windows, windows
 
 REFERENCE = Config()  # seed #194's model and batch
-COMMITTED = [path for path in sorted(bench.BENCH.glob("*.json")) if "quick" in json.loads(path.read_text())]
-TWINS = {"gradient norm and clip", "optimiser: Muon", "QAT: enter and leave", "EMA update", "SWA snapshot", "SQWA snapshot",
-         "wait for data", "sliding, stride 64", "compress, zstd 22"}
-FLOP_BOUND = ("step, whole", "forward", "backward", "fixed windows", "sliding, stride 64", "document-isolated, stride 64")
+COMMITTED = [
+    path for path in sorted(bench.BENCH.glob("*.json")) if "quick" in json.loads(path.read_text())
+]
+TWINS = {
+    "gradient norm and clip",
+    "optimiser: Muon",
+    "QAT: enter and leave",
+    "EMA update",
+    "SWA snapshot",
+    "SQWA snapshot",
+    "wait for data",
+    "sliding, stride 64",
+    "compress, zstd 22",
+}
+FLOP_BOUND = (
+    "step, whole",
+    "forward",
+    "backward",
+    "fixed windows",
+    "sliding, stride 64",
+    "document-isolated, stride 64",
+)
 ROWS = TWINS | {
-    "step, whole", "forward", "backward", "optimiser: AdamW", "checkpoint: copy, on the clock", "checkpoint: write, beside the steps", "QNA: enter and leave", "peak memory", "fixed windows",
-    "sliding, stride 256", "document-isolated, stride 64", "quantise", "pack (quantise, compress)", "load (unpack)",
-    "tokenise and write shards, 1 worker", "python, import train_gpt", "open and check the data", "build model and trainer",
-    "choose the attention kernel", "warm-up and compile"}
+    "step, whole",
+    "forward",
+    "backward",
+    "optimiser: AdamW",
+    "checkpoint: copy, on the clock",
+    "checkpoint: write, beside the steps",
+    "QNA: enter and leave",
+    "peak memory",
+    "fixed windows",
+    "sliding, stride 256",
+    "document-isolated, stride 64",
+    "quantise",
+    "pack (quantise, compress)",
+    "load (unpack)",
+    "tokenise and write shards, 1 worker",
+    "python, import train_gpt",
+    "open and check the data",
+    "build model and trainer",
+    "choose the attention kernel",
+    "warm-up and compile",
+}
 
 
 @pytest.fixture
 def trainer(tiny):
     """A Trainer whose weights have moved away from their initial zeros and ones."""
+
     def make(**knobs) -> train_gpt.Trainer:
-        made = make_trainer(tiny(**{**ALL, "keep_float_max_numel": 0, "quant_bits_embed": 8, **knobs}))
+        made = make_trainer(
+            tiny(**{**ALL, "keep_float_max_numel": 0, "quant_bits_embed": 8, **knobs})
+        )
         made.flat.weights += 0.2 * normal(*made.flat.weights.shape)
         return made
+
     return make
 
 
@@ -67,17 +107,33 @@ def test_muon_equals_one_matrix_at_a_time(trainer):
 @pytest.mark.parametrize("kind", ("fixed", "sliding", "documents"))
 def test_score_equals_full_logits_one_window_at_a_time(trainer, kind):
     t = trainer()
-    rows = {"fixed": windows(0, t.val.n, 64, 0), "sliding": windows(0, t.val.n, 64, 16),
-            "documents": document_windows(t.val, 64, 16)}[kind]
+    rows = {
+        "fixed": windows(0, t.val.n, 64, 0),
+        "sliding": windows(0, t.val.n, 64, 16),
+        "documents": document_windows(t.val, 64, 16),
+    }[kind]
     found = train_gpt.score(t.cfg, t.run, t.forward, t.val, rows)
     assert found.bpb == pytest.approx(bench.plain_score(t.model, t.val, rows), abs=1e-6)
 
 
-@pytest.mark.parametrize("bits, clip, codes, floor", [
-    (6, "quantile", "sym", True), (5, "amax", "asym", False), (6, "quantile", "asym", False), (4, "search5", "sym", False)])
+@pytest.mark.parametrize(
+    "bits, clip, codes, floor",
+    [
+        (6, "quantile", "sym", True),
+        (5, "amax", "asym", False),
+        (6, "quantile", "asym", False),
+        (4, "search5", "sym", False),
+    ],
+)
 def test_fake_quantisation_equals_the_formula_bit_for_bit(trainer, bits, clip, codes, floor):
-    t = trainer(qat_enabled=True, quant_bits_mlp=bits, quant_bits_attn=bits, quant_clip=clip, quant_codes=codes,
-                quant_scale_floor=floor)
+    t = trainer(
+        qat_enabled=True,
+        quant_bits_mlp=bits,
+        quant_bits_attn=bits,
+        quant_clip=clip,
+        quant_codes=codes,
+        quant_scale_floor=floor,
+    )
     live, latent = dict(t.model.named_parameters()), t.flat.weights.clone()
     kept = t.views.enter(True, 0.0, 0)
     fast = t.flat.weights.clone()
@@ -101,16 +157,24 @@ def test_averages_equal_those_of_host_copies(trainer, kind):
         bench.plain_average(live, ema, sums, 0.6, t.plan if "sqwa" in kind else None)
     results = average.results()
     for name in live:
-        for found, expected in ((results.get("ema"), ema), (results.get("sqwa") or results.get("swa"), sums)):
+        for found, expected in (
+            (results.get("ema"), ema),
+            (results.get("sqwa") or results.get("swa"), sums),
+        ):
             if expected:
                 mean = expected[name] / (4 if expected is sums else 1)
-                far = (found[name] - mean).abs() > 1e-6  # an EMA within one fp32 rounding of a boundary may take the next code
+                far = (
+                    (found[name] - mean).abs() > 1e-6
+                )  # an EMA within one fp32 rounding of a boundary may take the next code
                 assert far.float().mean() <= (0.001 if kind == "sqwa of ema" else 0), name
 
 
 @pytest.mark.parametrize("rank, world", ((0, 1), (0, 2), (1, 2), (2, 3)))
 def test_batches_equal_synchronous_reads(tiny, rank, world):
-    cfg, run = tiny(), SimpleNamespace(rank=rank, world=world, cuda=False, device=torch.device("cpu"))
+    cfg, run = (
+        tiny(),
+        SimpleNamespace(rank=rank, world=world, cuda=False, device=torch.device("cpu")),
+    )
     split = Split(cfg, "train")
     fast, plain = train_gpt.batches(cfg, run, split), bench.plain_batches(cfg, run, split)
     for _ in range(5):
@@ -121,7 +185,10 @@ def test_batches_equal_synchronous_reads(tiny, rank, world):
 
 def reductions(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, list, list]:
     """(norm, plain norm, gradients, plain gradients) after the mean over the ranks and the clip."""
-    params = {f"w{i}": train_gpt.param(torch.zeros(shape), train_gpt.CONTROL) for i, shape in enumerate([(40, 8), (9,), (30, 5)])}
+    params = {
+        f"w{i}": train_gpt.param(torch.zeros(shape), train_gpt.CONTROL)
+        for i, shape in enumerate([(40, 8), (9,), (30, 5)])
+    }
     flat = Flat(params, SimpleNamespace(world=world, rank=rank, device="cpu"))
     for i, p in enumerate(params.values()):
         p.grad.copy_(normal(*p.shape, seed=10 * rank + i))
@@ -129,14 +196,23 @@ def reductions(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, list,
     for copy, p in zip(copies, params.values()):
         copy.grad = p.grad.clone()
     norm = flat.reduce(0.3)[1]
-    return norm, bench.plain_reduce(copies, world, 0.3), [p.grad for p in params.values()], [copy.grad for copy in copies]
+    return (
+        norm,
+        bench.plain_reduce(copies, world, 0.3),
+        [p.grad for p in params.values()],
+        [copy.grad for copy in copies],
+    )
 
 
 @pytest.mark.parametrize("world", (1, 2))
 def test_the_flat_reduction_equals_a_loop_over_parameters(tmp_path, world):
-    for norm, plain_norm, gradients, plain in [reductions(0, 1)] if world == 1 else on_ranks(world, tmp_path, reductions):
+    for norm, plain_norm, gradients, plain in (
+        [reductions(0, 1)] if world == 1 else on_ranks(world, tmp_path, reductions)
+    ):
         assert norm == pytest.approx(plain_norm.item(), rel=1e-6)
-        assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(0.3, rel=1e-5)
+        assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(
+            0.3, rel=1e-5
+        )
         for g, p in zip(gradients, plain):
             torch.testing.assert_close(g, p, rtol=0, atol=1e-6)
 
@@ -144,7 +220,9 @@ def test_the_flat_reduction_equals_a_loop_over_parameters(tmp_path, world):
 # ── floors ──
 def test_the_flops_are_those_of_the_reference_shapes():
     flops = bench.forward_flops(REFERENCE)
-    assert flops.linear / 1e6 == pytest.approx(52.95, abs=0.005) and flops.attention / 1e6 == pytest.approx(23.08, abs=0.005)
+    assert flops.linear / 1e6 == pytest.approx(
+        52.95, abs=0.005
+    ) and flops.attention / 1e6 == pytest.approx(23.08, abs=0.005)
     assert flops.trained / 1e6 == pytest.approx(228.1, abs=0.05) and flops.head == 2 * 1024 * 512
     assert flops.trained * REFERENCE.train_batch_tokens / 1e12 == pytest.approx(119.6, abs=0.05)
 
@@ -156,21 +234,35 @@ def test_the_matrices_and_their_newton_schulz_flops_are_those_of_the_reference()
     assert len(shapes) == 66 and sum(map(math.prod, shapes)) == 25_952_256
     assert bench.muon_flops(shapes, 5) / 1e9 == pytest.approx(314, abs=1)
     techniques = dict(bigram_vocab_size=4096, ve_enabled=True)
-    more = bench.forward_flops(dataclasses.replace(REFERENCE, **techniques)).linear - bench.forward_flops(REFERENCE).linear
+    more = (
+        bench.forward_flops(dataclasses.replace(REFERENCE, **techniques)).linear
+        - bench.forward_flops(REFERENCE).linear
+    )
     assert more == 2 * (128 * 512 + 128 * 256)  # their projections; tables cost none
 
 
 def test_the_floor_of_a_step_adds_up_to_that_of_the_reference():
-    run = SimpleNamespace(world=1, cuda=True, dtype=torch.bfloat16, device=torch.device("cuda"), agree=lambda value: value)
+    run = SimpleNamespace(
+        world=1,
+        cuda=True,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        agree=lambda value: value,
+    )
     b = bench.Bench(REFERENCE, run, quick=False)
     b.flop_rate, b.bandwidth = 790e12, lambda size, host: 4.3e12  # of one H200, measured
     with torch.device("meta"):
         model = train_gpt.GPT(REFERENCE)
     forward, backward, step = bench.step_floors(b, model, REFERENCE.train_batch_tokens)
-    assert step.seconds == pytest.approx(0.230, rel=0.05) and 1.8 < backward.seconds / forward.seconds < 2
+    assert (
+        step.seconds == pytest.approx(0.230, rel=0.05)
+        and 1.8 < backward.seconds / forward.seconds < 2
+    )
     eight = SimpleNamespace(**{**vars(run), "world": 8})
     b.run = eight
-    assert bench.step_floors(b, model, REFERENCE.train_batch_tokens // 8)[2].seconds == pytest.approx(step.seconds / 8, rel=1e-3)
+    assert bench.step_floors(b, model, REFERENCE.train_batch_tokens // 8)[
+        2
+    ].seconds == pytest.approx(step.seconds / 8, rel=1e-3)
 
 
 def test_work_is_timed_in_turns_and_each_rate_follows_from_its_row(run):
@@ -187,7 +279,12 @@ def test_work_is_timed_in_turns_and_each_rate_follows_from_its_row(run):
 
 
 def test_numbers_are_spelt_for_people():
-    assert [bench.human(v, "B") for v in (999, 1234567, 5e15, 0)] == ["999 B", "1.23 MB", "5 PB", "0 B"]
+    assert [bench.human(v, "B") for v in (999, 1234567, 5e15, 0)] == [
+        "999 B",
+        "1.23 MB",
+        "5 PB",
+        "0 B",
+    ]
     assert bench.human(12345.6, "tokens/s") == "12,300 tokens/s"
 
 
@@ -197,8 +294,12 @@ def test_weights_of_the_export_are_spread_by_row_and_column_as_trained_ones_are(
         assert 0.4 < w.square().mean(dim).sqrt().log().std() < 0.6
     codes, _ = Grid(6, "quantile", "sym", True).quantise(w)
     share = (codes.int() + 31).flatten().bincount().double() / codes.numel()
-    assert 3.5 < torch.special.entr(share).sum() / math.log(2) < 5  # bits, in the range of real artifacts
-    assert bench.like_trained((), torch.Generator()).shape == () and bench.like_trained((7,), torch.Generator()).shape == (7,)
+    assert (
+        3.5 < torch.special.entr(share).sum() / math.log(2) < 5
+    )  # bits, in the range of real artifacts
+    assert bench.like_trained((), torch.Generator()).shape == () and bench.like_trained(
+        (7,), torch.Generator()
+    ).shape == (7,)
 
 
 # ── the command ──
@@ -206,40 +307,80 @@ def test_weights_of_the_export_are_spread_by_row_and_column_as_trained_ones_are(
 def quick(data, tmp_path_factory) -> SimpleNamespace:
     """One quick run in this process: what it returned, wrote and printed."""
     folder = tmp_path_factory.mktemp("bench")
-    cfg = Config(**{**TINY, "data_path": str(data), "tokenizer_path": str(data / "tokenizer.model"),
-                    "logs_dir": str(folder / "logs"), "run_id": "mine", "qat_enabled": True, "ema_enabled": True})
+    cfg = Config(
+        **{
+            **TINY,
+            "data_path": str(data),
+            "tokenizer_path": str(data / "tokenizer.model"),
+            "logs_dir": str(folder / "logs"),
+            "run_id": "mine",
+            "qat_enabled": True,
+            "ema_enabled": True,
+        }
+    )
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         for name, value in environment(cfg).items():
             patch.setenv(name, value)
         code = bench.main(["run", "--quick", "--name", "mine", "--out", str(folder / "out")])
-    return SimpleNamespace(code=code, folder=folder, path=folder / "out" / "mine.json", out=out.getvalue(), cfg=cfg)
+    return SimpleNamespace(
+        code=code, folder=folder, path=folder / "out" / "mine.json", out=out.getvalue(), cfg=cfg
+    )
 
 
 def check(report: dict, needed: set[str]) -> None:
     """What holds for every report, whatever machine it is from."""
     assert report["schema"] == bench.SCHEMA_VERSION and "bench.py run" in report["command"]
-    assert {"device", "torch", "threads_per_rank", "world_size", "dtype", "compile", "settings", "date"} <= report.keys()
-    assert all(len(digest) == 64 for digest in report["code_sha256"].values()) and len(report["code_sha256"]) == 2
+    assert {
+        "device",
+        "torch",
+        "threads_per_rank",
+        "world_size",
+        "dtype",
+        "compile",
+        "settings",
+        "date",
+    } <= report.keys()
+    assert (
+        all(len(digest) == 64 for digest in report["code_sha256"].values())
+        and len(report["code_sha256"]) == 2
+    )
     names = [row["name"] for row in report["rows"]]
     assert needed <= set(names) and len(set(names)) == len(names)
     for row in report["rows"]:
         numbers = [v for v in row.values() if isinstance(v, (int, float))]
-        assert all(math.isfinite(v) and v >= 0 for v in numbers) and row["n"] >= 1 and (row["spread"] is None) == (row["n"] == 1)
+        assert (
+            all(math.isfinite(v) and v >= 0 for v in numbers)
+            and row["n"] >= 1
+            and (row["spread"] is None) == (row["n"] == 1)
+        )
         assert row["name"] == "peak memory" or row["ms"] > 0
         assert ("floor" in row) == ("ratio" in row) == ("floor_ms" in row)
         assert ("twin" in row) == ("speedup" in row) == ("twin_ms" in row)
-    assert TWINS <= {row["name"].replace(" exchange,", "") for row in report["rows"] if "twin" in row}
+    assert {
+        row["name"].replace(" exchange,", "") for row in report["rows"] if "twin" in row
+    } >= TWINS
 
 
 def test_a_quick_run_writes_a_whole_report_and_prints_its_table(quick):
     report = json.loads(quick.path.read_text())
     assert quick.code == 0 and report["quick"] and report["name"] == "mine"
-    check(report, ROWS | {f"compress, {name} {entry[2]}" for name, entry in COMPRESSORS.items() if name != "none"})
+    check(
+        report,
+        ROWS
+        | {f"compress, {name} {entry[2]}" for name, entry in COMPRESSORS.items() if name != "none"},
+    )
     assert bench.table(report) in quick.out and quick.out.rstrip().endswith(f"wrote {quick.path}")
-    assert report["command"].endswith("python bench.py run --name mine --quick") and "MODEL_DIM=32 " in report["command"]
-    assert report["settings"]["QAT_ENABLED"] == "1" and report["config_sha256"] == quick.cfg.digest()
+    assert (
+        report["command"].endswith("python bench.py run --name mine --quick")
+        and "MODEL_DIM=32 " in report["command"]
+    )
+    assert (
+        report["settings"]["QAT_ENABLED"] == "1" and report["config_sha256"] == quick.cfg.digest()
+    )
     assert report["code_sha256"]["train_gpt.py"] == train_gpt.CODE_SHA256
-    assert report["model"]["params"] == sum(p.numel() for p in train_gpt.GPT(quick.cfg).parameters())
+    assert report["model"]["params"] == sum(
+        p.numel() for p in train_gpt.GPT(quick.cfg).parameters()
+    )
 
 
 def test_the_rates_of_a_report_agree_with_its_settings(quick):
@@ -248,14 +389,29 @@ def test_the_rates_of_a_report_agree_with_its_settings(quick):
     step, flops = rows["step, whole"], bench.forward_flops(quick.cfg)
     assert step["rate"] == pytest.approx(512 / step["ms"] * 1e3, rel=1e-4) and step["share"] == 1
     ceiling = max(row["rate"] for row in report["rows"] if row["name"].startswith("matmul"))
-    assert 0 < step["mfu"] <= flops.trained * 512 / (step["ms"] / 1e3) / ceiling * 1.01  # the ceiling is the fastest sample
+    assert (
+        0 < step["mfu"] <= flops.trained * 512 / (step["ms"] / 1e3) / ceiling * 1.01
+    )  # the ceiling is the fastest sample
 
 
 def test_every_compressor_says_its_bytes_and_ans_is_coded(quick):
-    rows = {row["name"]: row["note"] for row in json.loads(quick.path.read_text())["rows"] if row["group"] == "export"}
-    notes = {name: rows[f"compress, {name} {entry[2]}"] for name, entry in COMPRESSORS.items() if name != "none"}
-    sizes = {name: [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?= )", note)] for name, note in notes.items()}
-    assert len({raw for raw, *_ in sizes.values()}) == 1 and len(sizes["zstd"]) == 3  # the twin's bytes, too
+    rows = {
+        row["name"]: row["note"]
+        for row in json.loads(quick.path.read_text())["rows"]
+        if row["group"] == "export"
+    }
+    notes = {
+        name: rows[f"compress, {name} {entry[2]}"]
+        for name, entry in COMPRESSORS.items()
+        if name != "none"
+    }
+    sizes = {
+        name: [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?= )", note)]
+        for name, note in notes.items()
+    }
+    assert (
+        len({raw for raw, *_ in sizes.values()}) == 1 and len(sizes["zstd"]) == 3
+    )  # the twin's bytes, too
     assert all(0 < packed < raw for raw, packed, *_ in sizes.values())
     assert sizes["ans"][1] != sizes["zstd"][1]
     for name in notes:
@@ -269,19 +425,49 @@ def test_a_run_leaves_nothing_but_its_report(quick):
 def test_no_fast_part_is_three_times_slower_than_its_twin(quick):
     """In turns, the best of three pairs: a busy neighbour does not fail it. (Threads take longer to wake than so few rows.)"""
     report = json.loads(quick.path.read_text())
-    slow = {row["name"]: row["speedup_p90"] for row in report["rows"] if "speedup" in row and row["speedup_p90"] < 1 / 3}
+    slow = {
+        row["name"]: row["speedup_p90"]
+        for row in report["rows"]
+        if "speedup" in row and row["speedup_p90"] < 1 / 3
+    }
     assert set(slow) <= {"wait for data"}, slow
 
 
 def test_two_ranks_make_one_report(quick, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "bench.py", "run", "--quick",
-         "--out", str(tmp_path)], cwd=ROOT, env=environment(quick.cfg), capture_output=True, text=True, timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "bench.py",
+            "run",
+            "--quick",
+            "--out",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env=environment(quick.cfg),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     [path] = tmp_path.iterdir()
-    report, names = json.loads(path.read_text()), {row["name"] for row in json.loads(quick.path.read_text())["rows"]}
-    check(report, {"gradient exchange, norm and clip"} | {n for n in names if n in ROWS} - {"gradient norm and clip"})
-    assert report["world_size"] == 2 and "torchrun --standalone --nproc_per_node=2 bench.py run" in done.stdout
+    report, names = (
+        json.loads(path.read_text()),
+        {row["name"] for row in json.loads(quick.path.read_text())["rows"]},
+    )
+    check(
+        report,
+        {"gradient exchange, norm and clip"}
+        | {n for n in names if n in ROWS} - {"gradient norm and clip"},
+    )
+    assert (
+        report["world_size"] == 2
+        and "torchrun --standalone --nproc_per_node=2 bench.py run" in done.stdout
+    )
     assert done.stdout.count("wrote ") == 1 and path.stem.endswith("-x-2")
 
 
@@ -292,10 +478,17 @@ def test_an_existing_report_is_kept(quick, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     assert bench.main(["run", "--name", "mine", "--out", str(quick.path.parent)]) == 2
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and "mine.json: exists; --force" in message and quick.path.read_bytes() == before
+    assert (
+        message.count("\n") == 1
+        and "mine.json: exists; --force" in message
+        and quick.path.read_bytes() == before
+    )
 
 
-@pytest.mark.parametrize("name, value, said", (("MODEL_DIM", "33", "MODEL_DIM=33"), ("CHECKPOINT", "a.bin", "CHECKPOINT")))
+@pytest.mark.parametrize(
+    "name, value, said",
+    (("MODEL_DIM", "33", "MODEL_DIM=33"), ("CHECKPOINT", "a.bin", "CHECKPOINT")),
+)
 def test_bad_settings_end_with_one_line(monkeypatch, capsys, tmp_path, name, value, said):
     monkeypatch.setenv(name, value)
     assert bench.main(["run", "--out", str(tmp_path)]) == 2
@@ -310,7 +503,9 @@ def test_show_prints_both_tables_of_a_report(quick, capsys):
     assert bench.main(["show", str(quick.path), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("|")]
-    assert report["command"] in lines[-1] and {line.count("|") for line in rows} == {rows[0].count("|")}
+    assert report["command"] in lines[-1] and {line.count("|") for line in rows} == {
+        rows[0].count("|")
+    }
     assert len(rows) == 2 + len(report["rows"]) and report["device"] in lines[0]
 
 

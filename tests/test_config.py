@@ -5,6 +5,7 @@ Failures that these tests would have caught: #194's own run command set WARMDOWN
 #1048 and #212 were poisoned by stale variables; bool("0") is True; #989 and #117 gave QAT_START_FRAC opposite meanings;
 a checker with false alarms, which people switch off; two runs averaged although one knob differed (#2124, #989).
 """
+
 import copy
 import dataclasses
 import itertools
@@ -56,11 +57,34 @@ WARMDOWN_STEPS=3000 MAX_WALLCLOCK_SECONDS=600 \
 SWA_ENABLED=1 SWA_START_FRAC=0.5 SWA_EVERY=50 \
 torchrun --standalone --nproc_per_node=8 train_gpt.py"""
 MEANT_194 = dict(
-    vocab_size=1024, num_heads=8, num_kv_heads=4, model_dim=512, num_layers=11, mlp_mult=3.0, qat_enabled=True,
-    quant_bits_mlp=6, quant_bits_attn=6, quant_bits_bigram=6, quant_bits_embed=16, eval_stride=64, eval_batch_seqs=32,
-    matrix_lr=0.02, scalar_lr=0.02, tied_embed_lr=0.03, muon_momentum=0.99, muon_wd=0.038, smear_gate=True,
-    bigram_vocab_size=0, train_seq_len=2048, train_batch_tokens=524288, warmdown_iters=3000,
-    max_wallclock_seconds=600.0, swa_enabled=True, swa_start_frac=0.5, swa_every=50)
+    vocab_size=1024,
+    num_heads=8,
+    num_kv_heads=4,
+    model_dim=512,
+    num_layers=11,
+    mlp_mult=3.0,
+    qat_enabled=True,
+    quant_bits_mlp=6,
+    quant_bits_attn=6,
+    quant_bits_bigram=6,
+    quant_bits_embed=16,
+    eval_stride=64,
+    eval_batch_seqs=32,
+    matrix_lr=0.02,
+    scalar_lr=0.02,
+    tied_embed_lr=0.03,
+    muon_momentum=0.99,
+    muon_wd=0.038,
+    smear_gate=True,
+    bigram_vocab_size=0,
+    train_seq_len=2048,
+    train_batch_tokens=524288,
+    warmdown_iters=3000,
+    max_wallclock_seconds=600.0,
+    swa_enabled=True,
+    swa_start_frac=0.5,
+    swa_every=50,
+)
 
 
 def test_the_published_command_of_194_means_what_it_says():
@@ -70,9 +94,17 @@ def test_the_published_command_of_194_means_what_it_says():
     assert cfg.given == {name.upper() for name in MEANT_194}
 
 
-@pytest.mark.parametrize("name, knob", [
-    ("WARMDOWN_STEPS", "warmdown_iters"), ("MUON_WEIGHT_DECAY", "muon_wd"), ("QUANT_BITS", "quant_bits_mlp"),
-    ("SWA_EVERY", "swa_every"), ("NUM_LAYERS", "num_layers"), ("EVAL_BATCH_SEQS", "eval_batch_seqs")])
+@pytest.mark.parametrize(
+    "name, knob",
+    [
+        ("WARMDOWN_STEPS", "warmdown_iters"),
+        ("MUON_WEIGHT_DECAY", "muon_wd"),
+        ("QUANT_BITS", "quant_bits_mlp"),
+        ("SWA_EVERY", "swa_every"),
+        ("NUM_LAYERS", "num_layers"),
+        ("EVAL_BATCH_SEQS", "eval_batch_seqs"),
+    ],
+)
 def test_no_assignment_of_that_command_is_dead(name, knob):
     changed = Config.from_env({**parse(PUBLISHED_194), name: "7"})
     assert getattr(changed, knob) == 7
@@ -84,24 +116,39 @@ B9 = """NUM_LAYERS=9 MLP_MULT=2 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_S
  QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536
  COMPRESSOR=zlib PRUNE_PCT=0 EVAL_STRIDE=64 SEED=1337 """
 ROWS = {
-    "145": (17_059_912, B9 + """QAT_ENABLED=1 QAT_START_KIND=iter_frac QAT_START=.30 QAT_SCOPE=linears QAT_GRID=export
- VAL_LOSS_EVERY=0"""),
-    "199": (17_059_912, B9 + "SWA_ENABLED=1 SWA_START_KIND=iter_frac SWA_START_FRAC=.5 SWA_EVERY=50 SWA_DTYPE=fp32"),
-    "194": (26_502_232, """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=2048
+    "145": (
+        17_059_912,
+        B9
+        + """QAT_ENABLED=1 QAT_START_KIND=iter_frac QAT_START=.30 QAT_SCOPE=linears QAT_GRID=export
+ VAL_LOSS_EVERY=0""",
+    ),
+    "199": (
+        17_059_912,
+        B9 + "SWA_ENABLED=1 SWA_START_KIND=iter_frac SWA_START_FRAC=.5 SWA_EVERY=50 SWA_DTYPE=fp32",
+    ),
+    "194": (
+        26_502_232,
+        """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=2048
  WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=pre_norm SMEAR_BETA2=.99 BIGRAM_VOCAB_SIZE=0 MATRIX_LR=.02
  SCALAR_LR=.02 TIED_EMBED_LR=.03 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92 MUON_MOMENTUM_WARMUP_STEPS=1500
  MUON_WD=.038 ADAM_WD=0 GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6 QUANT_BITS_EMBED=16 QUANT_CLIP=quantile
  QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=zstd PRUNE_PCT=0 QAT_ENABLED=1
  QAT_START_KIND=always QAT_SCOPE=linears QAT_GRID=amax TTT_MODE=none SWA_ENABLED=1 SWA_START_KIND=lr_scale
- SWA_START_FRAC=.5 SWA_EVERY=50 SWA_DTYPE=native"""),
-    "989": (25_517_137, """NUM_LAYERS=10 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048
+ SWA_START_FRAC=.5 SWA_EVERY=50 SWA_DTYPE=native""",
+    ),
+    "989": (
+        25_517_137,
+        """NUM_LAYERS=10 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048
  WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm BIGRAM_VOCAB_SIZE=10240 BIGRAM_DIM=128
  BIGRAM_PROJ_OPT=muon MATRIX_LR=.02 SCALAR_LR=.02 TIED_EMBED_LR=.03 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92
  MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WD=.04 ADAM_WD=.04 GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=5 QUANT_BITS_ATTN=6
  QUANT_BITS_BIGRAM=6 QUANT_BITS_EMBED=16 QUANT_CLIP=amax QUANT_CODES=asym QUANT_SCALE_FLOOR=0 KEEP_FLOAT_MAX_NUMEL=8192
  FP16_KEEP_NAME_PATTERNS=tok_emb,blocks.8.attn.c_k COMPRESSOR=zstd PRUNE_PCT=.05 QAT_ENABLED=1 QAT_START_KIND=lr_scale
- QAT_START=.7 QAT_GRID=export SWA_ENABLED=1 SWA_START_KIND=lr_scale SWA_START_FRAC=.4 SWA_EVERY=50 SWA_DTYPE=native"""),
-    "975": (26_993_756, """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 MLP_ACT=leaky_relu2 TRAIN_BATCH_TOKENS=786432
+ QAT_START=.7 QAT_GRID=export SWA_ENABLED=1 SWA_START_KIND=lr_scale SWA_START_FRAC=.4 SWA_EVERY=50 SWA_DTYPE=native""",
+    ),
+    "975": (
+        26_993_756,
+        """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 MLP_ACT=leaky_relu2 TRAIN_BATCH_TOKENS=786432
  TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm BIGRAM_VOCAB_SIZE=2048
  BIGRAM_DIM=128 BIGRAM_PROJ_OPT=adam ROPE_DIMS=16 ROPE_NTK_LEN=1024 XSA_LAST_N=4 LN_SCALE=1 VE_ENABLED=1 VE_DIM=128
  VE_LAYERS=9,10 MATRIX_LR=.025 SCALAR_LR=.025 TIED_EMBED_LR=.035 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92
@@ -109,7 +156,9 @@ ROWS = {
  QAT_START_KIND=lr_scale QAT_START=.15 QAT_SCOPE=small_linears QAT_GRID=amax QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6
  QUANT_BITS_BIGRAM=8 QUANT_BITS_EMBED=8 QUANT_CLIP=search5 QUANT_CODES=sym QUANT_SCALE_FLOOR=1
  KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=lzma SEED=42 QNA_ENABLED=1 QNA_MAGNITUDE=1 SQWA_ENABLED=1 SWA_START_KIND=lr_scale
- SWA_START_FRAC=.2 SWA_EVERY=50""")}
+ SWA_START_FRAC=.2 SWA_EVERY=50""",
+    ),
+}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -124,29 +173,62 @@ def test_bare_defaults_are_194s_architecture_with_every_averaging_and_quantisati
     cfg = Config.from_env({})
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(cfg).parameters()) == 26_502_232
-    assert cfg.smear_gate and cfg.smear_pos == "pre_norm" and cfg.init == "ortho" and cfg.mlp_act == "relu2"
-    assert (cfg.bigram_vocab_size, cfg.ve_enabled, cfg.xsa_last_n, cfg.ln_scale) == (0, False, 0, False)
-    assert (cfg.ttt_mode, cfg.doc_isolated_eval, cfg.prune_pct, cfg.fit_to_cap) == ("none", False, 0, False)
-    assert (cfg.qat_enabled, cfg.swa_enabled, cfg.ema_enabled, cfg.qna_enabled, cfg.sqwa_enabled) == (False,) * 5
+    assert (
+        cfg.smear_gate
+        and cfg.smear_pos == "pre_norm"
+        and cfg.init == "ortho"
+        and cfg.mlp_act == "relu2"
+    )
+    assert (cfg.bigram_vocab_size, cfg.ve_enabled, cfg.xsa_last_n, cfg.ln_scale) == (
+        0,
+        False,
+        0,
+        False,
+    )
+    assert (cfg.ttt_mode, cfg.doc_isolated_eval, cfg.prune_pct, cfg.fit_to_cap) == (
+        "none",
+        False,
+        0,
+        False,
+    )
+    assert (
+        cfg.qat_enabled,
+        cfg.swa_enabled,
+        cfg.ema_enabled,
+        cfg.qna_enabled,
+        cfg.sqwa_enabled,
+    ) == (False,) * 5
     assert (cfg.quant_bits_mlp, cfg.quant_bits_attn, cfg.quant_bits_embed) == (6, 6, 16)
-    assert (cfg.compressor, cfg.compress_level, cfg.eval_stride, cfg.cap_bytes) == ("zstd", -1, 64, 16_000_000)
+    assert (cfg.compressor, cfg.compress_level, cfg.eval_stride, cfg.cap_bytes) == (
+        "zstd",
+        -1,
+        64,
+        16_000_000,
+    )
     assert cfg.non_default() == {} and cfg.shipped_average == "none"
 
 
 # ── Old spellings ─────────────────────────────────────────────────────────────────────────────────────────────────
 LR_TRIGGER = {"QAT_START_KIND": "lr_scale"}
 OLD_SPELLINGS = {  # old name: (value, other variables, what must differ from the defaults), none of it a default
-    "QAT": ("1", {}, {"QAT_ENABLED": True}), "ENABLE_QAT": ("1", {}, {"QAT_ENABLED": True}),
-    "LATE_QAT": ("1", {}, {"QAT_ENABLED": True}), "SWA": ("1", {}, {"SWA_ENABLED": True}),
-    "MUON_WEIGHT_DECAY": ("0.5", {}, {"MUON_WD": 0.5}), "WEIGHT_DECAY": ("0.5", {}, {"ADAM_WD": 0.5}),
+    "QAT": ("1", {}, {"QAT_ENABLED": True}),
+    "ENABLE_QAT": ("1", {}, {"QAT_ENABLED": True}),
+    "LATE_QAT": ("1", {}, {"QAT_ENABLED": True}),
+    "SWA": ("1", {}, {"SWA_ENABLED": True}),
+    "MUON_WEIGHT_DECAY": ("0.5", {}, {"MUON_WD": 0.5}),
+    "WEIGHT_DECAY": ("0.5", {}, {"ADAM_WD": 0.5}),
     "WARMDOWN_STEPS": ("77", {}, {"WARMDOWN_ITERS": 77}),
     "QAT_START_FRAC": ("0.7", LR_TRIGGER, {"QAT_START": 0.7, "QAT_START_KIND": "lr_scale"}),
     "LATE_QAT_THRESHOLD": ("0.15", {}, {"QAT_START": 0.15, "QAT_START_KIND": "lr_scale"}),
     "BIGRAM_HASH": ("1", {}, {"BIGRAM_VOCAB_SIZE": 4096}),
-    "BIGRAM_HASH_BUCKETS": ("2048", {}, {"BIGRAM_VOCAB_SIZE": 2048}), "BIGRAM_HASH_DIM": ("64", {}, {"BIGRAM_DIM": 64}),
+    "BIGRAM_HASH_BUCKETS": ("2048", {}, {"BIGRAM_VOCAB_SIZE": 2048}),
+    "BIGRAM_HASH_DIM": ("64", {}, {"BIGRAM_DIM": 64}),
     "QUANT_BITS": ("5", {}, {"QUANT_BITS_MLP": 5, "QUANT_BITS_ATTN": 5, "QUANT_BITS_BIGRAM": 5}),
-    "FP16_EMBED": ("0", {}, {"QUANT_BITS_EMBED": 8}), "FP16_EMBED_EXPORT": ("0", {}, {"QUANT_BITS_EMBED": 8}),
-    "USE_ZSTD": ("0", {}, {"COMPRESSOR": "zlib"}), "TTT_ENABLED": ("1", {}, {"TTT_MODE": "sgd"})}
+    "FP16_EMBED": ("0", {}, {"QUANT_BITS_EMBED": 8}),
+    "FP16_EMBED_EXPORT": ("0", {}, {"QUANT_BITS_EMBED": 8}),
+    "USE_ZSTD": ("0", {}, {"COMPRESSOR": "zlib"}),
+    "TTT_ENABLED": ("1", {}, {"TTT_MODE": "sgd"}),
+}
 
 
 def test_every_alias_has_a_case_here():
@@ -160,7 +242,10 @@ def test_an_old_spelling_does_what_its_name_says_and_only_that(old):
 
 
 def test_bigram_hash_takes_its_size_from_the_old_bucket_variable():
-    assert Config.from_env({"BIGRAM_HASH": "1", "BIGRAM_HASH_BUCKETS": "2048"}).bigram_vocab_size == 2048
+    assert (
+        Config.from_env({"BIGRAM_HASH": "1", "BIGRAM_HASH_BUCKETS": "2048"}).bigram_vocab_size
+        == 2048
+    )
 
 
 @pytest.mark.parametrize("old", OLD_SPELLINGS)
@@ -168,7 +253,9 @@ def test_an_old_spelling_that_contradicts_the_new_name_is_refused(old):
     value, others, changed = OLD_SPELLINGS[old]
     new = next(iter(changed))
     default = BY_NAME[new].default
-    message = refused({old: value, **others, new: str(int(default) if isinstance(default, bool) else default)})
+    message = refused(
+        {old: value, **others, new: str(int(default) if isinstance(default, bool) else default)}
+    )
     assert message.startswith(f"{old}={value} contradicts {new}=") and f"set only {new}" in message
 
 
@@ -192,43 +279,192 @@ def test_a_technique_of_no_published_row_is_accepted_only_when_off(name):
 
 
 # ── Variables that look like ours ─────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("name, suggestion", [
-    ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"), ("SWA_START", "SWA_START_"), ("QAT_SCOPES", "QAT_SCOPE"),
-    ("ITERATION", "ITERATIONS"), ("NUM_LAYER", "NUM_LAYERS"), ("EMA_DEKAY", "EMA_DECAY"),
-    ("SMEAR_GATE_ENABLED", "SMEAR_GATE"), ("XSA_LAST", "XSA_LAST_N"),
-    ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"), ("EVAL_STRIDES", "EVAL_STRIDE"),
-    ("MLP_MULTI", "MLP_MULT"), ("QUANT_BIT_MLP", "QUANT_BITS_MLP"), ("COMPRESSION", "COMPRESSOR"), ("SEEDS", "SEED"),
-    ("PRUNE_PERCENT", "PRUNE_PCT"), ("TTT_LEARNING_RATE", "TTT_"), ("MATRX_LR", "MATRIX_LR"),
-    ("VOCABSIZE", "VOCAB_SIZE")])
+@pytest.mark.parametrize(
+    "name, suggestion",
+    [
+        ("WARMDOWN_FRACTION", "WARMDOWN_FRAC"),
+        ("SWA_START", "SWA_START_"),
+        ("QAT_SCOPES", "QAT_SCOPE"),
+        ("ITERATION", "ITERATIONS"),
+        ("NUM_LAYER", "NUM_LAYERS"),
+        ("EMA_DEKAY", "EMA_DECAY"),
+        ("SMEAR_GATE_ENABLED", "SMEAR_GATE"),
+        ("XSA_LAST", "XSA_LAST_N"),
+        ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS"),
+        ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"),
+        ("EVAL_STRIDES", "EVAL_STRIDE"),
+        ("MLP_MULTI", "MLP_MULT"),
+        ("QUANT_BIT_MLP", "QUANT_BITS_MLP"),
+        ("COMPRESSION", "COMPRESSOR"),
+        ("SEEDS", "SEED"),
+        ("PRUNE_PERCENT", "PRUNE_PCT"),
+        ("TTT_LEARNING_RATE", "TTT_"),
+        ("MATRX_LR", "MATRIX_LR"),
+        ("VOCABSIZE", "VOCAB_SIZE"),
+    ],
+)
 def test_a_mistyped_variable_is_refused_with_the_right_suggestion(name, suggestion):
     message = refused({name: "1"})
-    assert message.startswith(f"{name}=1: ") and f"did you mean {suggestion}" in message and "unset" in message
+    assert (
+        message.startswith(f"{name}=1: ")
+        and f"did you mean {suggestion}" in message
+        and "unset" in message
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "PHASED_TTT_ENABLED", "EMBED_LR", "MLP_HIDDEN", "MUON_BETA2", "GATED_ATTENTION", "VALUE_RESIDUAL", "DTG_ENABLED",
-    "CURRICULUM", "TTT_LORA_RANK", "VAL_BATCH_SIZE", "GRAD_CLIP_LOCAL", "CONTROL_TENSOR_NAME_PATTERNS"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PHASED_TTT_ENABLED",
+        "EMBED_LR",
+        "MLP_HIDDEN",
+        "MUON_BETA2",
+        "GATED_ATTENTION",
+        "VALUE_RESIDUAL",
+        "DTG_ENABLED",
+        "CURRICULUM",
+        "TTT_LORA_RANK",
+        "VAL_BATCH_SIZE",
+        "GRAD_CLIP_LOCAL",
+        "CONTROL_TENSOR_NAME_PATTERNS",
+    ],
+)
 def test_a_variable_of_the_seeds_that_we_lack_is_refused_and_not_ignored(name):
     assert refused({name: "8"}).startswith(f"{name}=8: ")
 
 
-ORDINARY = """
- PATH HOME PWD OLDPWD SHLVL SHELL TERM USER LOGNAME LANG LC_ALL TZ EDITOR PAGER TMPDIR HOSTNAME DISPLAY COLORTERM PS1 _
- MAIL SSH_CLIENT SSH_CONNECTION SSH_AUTH_SOCK XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS LS_COLORS LESSOPEN INIT_CWD
- MAKEFLAGS MAKELEVEL VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED PIP_INDEX_URL
- PYTEST_CURRENT_TEST MAX_JOBS RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME ROLE_WORLD_SIZE
- GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS
- TORCHELASTIC_ERROR_FILE TORCHINDUCTOR_CACHE_DIR TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS TORCH_CUDA_ARCH_LIST
- PYTORCH_CUDA_ALLOC_CONF OMP_NUM_THREADS MKL_NUM_THREADS KMP_AFFINITY GOMP_CPU_AFFINITY NUMEXPR_MAX_THREADS NCCL_DEBUG
- NCCL_IB_DISABLE NCCL_NVLS_ENABLE NCCL_SOCKET_IFNAME NCCL_P2P_DISABLE CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_VERSION
- CUDA_LAUNCH_BLOCKING CUDA_DEVICE_MAX_CONNECTIONS NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES LD_LIBRARY_PATH
- TRITON_CACHE_DIR TOKENIZERS_PARALLELISM HF_HOME HF_TOKEN HF_HUB_OFFLINE TRANSFORMERS_CACHE WANDB_API_KEY WANDB_RUN_ID
- WANDB_MODE MLFLOW_RUN_ID AWS_REGION AWS_PROFILE GOOGLE_APPLICATION_CREDENTIALS KUBERNETES_SERVICE_HOST SM_MODEL_DIR
- TRAINING_JOB_NAME AZUREML_RUN_ID RUNPOD_POD_ID RUNPOD_GPU_COUNT VAST_CONTAINERLABEL DATA_DIRECTORY OPEN_BUTTON_PORT
- JUPYTER_TOKEN COLAB_GPU DATABASE_URL SLURM_JOB_ID SLURM_PROCID SLURM_NTASKS SLURM_STEP_NUM_NODES CI GITHUB_ACTIONS
- GITHUB_RUN_ID GITHUB_SHA RUNNER_OS RUNNER_TEMP CI_JOB_ID CI_COMMIT_SHA BUILD_NUMBER BUILD_ID JOB_NAME NODE_NAME
- EXECUTOR_NUMBER JENKINS_URL RUN_DISPLAY_URL RUN_CHANGES_DISPLAY_URL RUN_TESTS_DISPLAY_URL RUN_ARTIFACTS_DISPLAY_URL
- WORKSPACE http_proxy https_proxy no_proxy DEBIAN_FRONTEND""".split()
+ORDINARY = [
+    "PATH",
+    "HOME",
+    "PWD",
+    "OLDPWD",
+    "SHLVL",
+    "SHELL",
+    "TERM",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "EDITOR",
+    "PAGER",
+    "TMPDIR",
+    "HOSTNAME",
+    "DISPLAY",
+    "COLORTERM",
+    "PS1",
+    "_",
+    "MAIL",
+    "SSH_CLIENT",
+    "SSH_CONNECTION",
+    "SSH_AUTH_SOCK",
+    "XDG_RUNTIME_DIR",
+    "DBUS_SESSION_BUS_ADDRESS",
+    "LS_COLORS",
+    "LESSOPEN",
+    "INIT_CWD",
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "VIRTUAL_ENV",
+    "CONDA_PREFIX",
+    "CONDA_DEFAULT_ENV",
+    "PYTHONPATH",
+    "PYTHONUNBUFFERED",
+    "PYTHONHASHSEED",
+    "PIP_INDEX_URL",
+    "PYTEST_CURRENT_TEST",
+    "MAX_JOBS",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "ROLE_NAME",
+    "ROLE_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TORCH_LOGS",
+    "TORCH_CUDA_ARCH_LIST",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "KMP_AFFINITY",
+    "GOMP_CPU_AFFINITY",
+    "NUMEXPR_MAX_THREADS",
+    "NCCL_DEBUG",
+    "NCCL_IB_DISABLE",
+    "NCCL_NVLS_ENABLE",
+    "NCCL_SOCKET_IFNAME",
+    "NCCL_P2P_DISABLE",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "CUDA_VERSION",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "NVIDIA_VISIBLE_DEVICES",
+    "NVIDIA_DRIVER_CAPABILITIES",
+    "LD_LIBRARY_PATH",
+    "TRITON_CACHE_DIR",
+    "TOKENIZERS_PARALLELISM",
+    "HF_HOME",
+    "HF_TOKEN",
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_CACHE",
+    "WANDB_API_KEY",
+    "WANDB_RUN_ID",
+    "WANDB_MODE",
+    "MLFLOW_RUN_ID",
+    "AWS_REGION",
+    "AWS_PROFILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "KUBERNETES_SERVICE_HOST",
+    "SM_MODEL_DIR",
+    "TRAINING_JOB_NAME",
+    "AZUREML_RUN_ID",
+    "RUNPOD_POD_ID",
+    "RUNPOD_GPU_COUNT",
+    "VAST_CONTAINERLABEL",
+    "DATA_DIRECTORY",
+    "OPEN_BUTTON_PORT",
+    "JUPYTER_TOKEN",
+    "COLAB_GPU",
+    "DATABASE_URL",
+    "SLURM_JOB_ID",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_NODES",
+    "CI",
+    "GITHUB_ACTIONS",
+    "GITHUB_RUN_ID",
+    "GITHUB_SHA",
+    "RUNNER_OS",
+    "RUNNER_TEMP",
+    "CI_JOB_ID",
+    "CI_COMMIT_SHA",
+    "BUILD_NUMBER",
+    "BUILD_ID",
+    "JOB_NAME",
+    "NODE_NAME",
+    "EXECUTOR_NUMBER",
+    "JENKINS_URL",
+    "RUN_DISPLAY_URL",
+    "RUN_CHANGES_DISPLAY_URL",
+    "RUN_TESTS_DISPLAY_URL",
+    "RUN_ARTIFACTS_DISPLAY_URL",
+    "WORKSPACE",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "DEBIAN_FRONTEND",
+]
 
 
 def test_the_ordinary_variables_of_other_programs_pass():
@@ -242,7 +478,11 @@ def test_the_ordinary_variables_of_other_programs_pass():
 
 
 def test_the_environment_that_runs_these_tests_passes():
-    clean = {name: value for name, value in os.environ.items() if name not in BY_NAME and name not in ALIASES}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in BY_NAME and name not in ALIASES
+    }
     assert Config.from_env(clean) == Config()
 
 
@@ -258,19 +498,34 @@ def test_switches_parse_0_as_off_and_1_as_on():
     off = Config.from_env(dict.fromkeys(BOOLS, "0") | {"RUN_ID": "x"})
     assert not any(getattr(off, name.lower()) for name in BOOLS)
     for name in BOOLS:
-        assert getattr(Config.from_env({"QAT_START_KIND": "lr_scale", "RUN_ID": "x", name: "1"}), name.lower()) is True
+        assert (
+            getattr(
+                Config.from_env({"QAT_START_KIND": "lr_scale", "RUN_ID": "x", name: "1"}),
+                name.lower(),
+            )
+            is True
+        )
 
 
 @pytest.mark.parametrize("name", [f.name.upper() for f in NUMERIC])
 def test_a_number_that_is_none_not_finite_or_negative_is_refused(name):
     for text in ["nan", "", "many", "0x10", "-1e9", "-5", "-inf", "inf", "1e999"]:
         message = refused({name: text})
-        assert message.startswith(f"{name}=") and ("must be" in message or "choose one of" in message)
+        assert message.startswith(f"{name}=") and (
+            "must be" in message or "choose one of" in message
+        )
 
 
-@pytest.mark.parametrize("name, bound, beyond", [
-    (f.name.upper(), m[side], m[side] + sign * (1 if f.type == "int" else 1e-3))
-    for f in NUMERIC for m in [f.metadata] for side, sign in (("lo", -1), ("hi", 1)) if m[side] is not None])
+@pytest.mark.parametrize(
+    "name, bound, beyond",
+    [
+        (f.name.upper(), m[side], m[side] + sign * (1 if f.type == "int" else 1e-3))
+        for f in NUMERIC
+        for m in [f.metadata]
+        for side, sign in (("lo", -1), ("hi", 1))
+        if m[side] is not None
+    ],
+)
 def test_a_number_beyond_its_bound_is_refused_with_the_bound(name, bound, beyond):
     message = refused({name: str(beyond)})
     assert message.startswith(f"{name}={beyond}: ") and str(bound) in message
@@ -280,11 +535,17 @@ def test_a_number_beyond_its_bound_is_refused_with_the_bound(name, bound, beyond
 def test_a_wrong_choice_is_refused_with_all_right_ones(name):
     wrong = "9" if BY_NAME[name].type == "int" else "nonsense"
     message = refused({name: wrong})
-    assert message.startswith(f"{name}={wrong}: ") and all(str(c) in message for c in BY_NAME[name].metadata["choices"])
+    assert message.startswith(f"{name}={wrong}: ") and all(
+        str(c) in message for c in BY_NAME[name].metadata["choices"]
+    )
 
 
-TEXT = st.one_of(st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))), st.integers().map(str),
-                 st.floats().map(str), st.lists(st.integers(-1, 12), max_size=4).map(lambda ns: ",".join(map(str, ns))))
+TEXT = st.one_of(
+    st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"))),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.lists(st.integers(-1, 12), max_size=4).map(lambda ns: ",".join(map(str, ns))),
+)
 
 
 @settings(deadline=None, max_examples=500)
@@ -294,14 +555,20 @@ def test_any_text_gives_either_a_valid_setting_or_a_one_line_refusal(f, text):
     try:
         value = getattr(Config.from_env({"VE_ENABLED": "1", name: text}), f.name)
     except Refusal as refusal:
-        assert refusal.code == 2 and len(str(refusal).splitlines()) == 1 and str(refusal).split("=")[0] in BY_NAME
+        assert (
+            refusal.code == 2
+            and len(str(refusal).splitlines()) == 1
+            and str(refusal).split("=")[0] in BY_NAME
+        )
         return
     assert type(value).__name__ == f.type
     assert not isinstance(value, float) or math.isfinite(value)
     assert not f.metadata["choices"] or value in f.metadata["choices"]
 
 
-@pytest.mark.parametrize("env", [{"SEED": "1\n2"}, {"INIT": "a\nb"}, {"QAT": "1\n"}, {"SEEDS": "1\n2"}], ids=str)
+@pytest.mark.parametrize(
+    "env", [{"SEED": "1\n2"}, {"INIT": "a\nb"}, {"QAT": "1\n"}, {"SEEDS": "1\n2"}], ids=str
+)
 def test_a_value_with_a_line_break_is_still_refused_in_one_line(env):
     assert len(refused(env).splitlines()) == 1
 
@@ -311,7 +578,7 @@ def test_an_adamw_beta_of_1_is_refused_before_it_divides_by_zero(name):
     assert name in refused({name: "1"})
 
 
-@pytest.mark.parametrize("text", [str(2 ** 63), str(2 ** 70), str(10 ** 30)])
+@pytest.mark.parametrize("text", [str(2**63), str(2**70), str(10**30)])
 def test_a_seed_that_no_generator_takes_is_refused(text):
     assert refused({"SEED": text}).startswith(f"SEED={text}: ")
 
@@ -320,11 +587,13 @@ def test_a_seed_that_no_generator_takes_is_refused(text):
 RULES = [  # (settings that break the rule, the variable to blame, a change that mends it)
     ("MODEL_DIM=510", "MODEL_DIM", "NUM_HEADS=5 NUM_KV_HEADS=5"),
     ("NUM_KV_HEADS=3", "NUM_KV_HEADS", "NUM_KV_HEADS=2"),
-    ("ROPE_DIMS=66", "ROPE_DIMS", "ROPE_DIMS=64"), ("ROPE_DIMS=15", "ROPE_DIMS", "ROPE_DIMS=16"),
+    ("ROPE_DIMS=66", "ROPE_DIMS", "ROPE_DIMS=64"),
+    ("ROPE_DIMS=15", "ROPE_DIMS", "ROPE_DIMS=16"),
     ("NUM_HEADS=4 MODEL_DIM=36", "ROPE_DIMS", "ROPE_DIMS=8"),
     ("ROPE_DIMS=2 ROPE_NTK_LEN=512", "ROPE_DIMS", "ROPE_NTK_LEN=0"),
     ("TRAIN_BATCH_TOKENS=5000", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN=1000"),
-    ("EVAL_STRIDE=2049", "EVAL_STRIDE", "EVAL_SEQ_LEN=2049"), ("EVAL_SEQ_LEN=32", "EVAL_STRIDE", "EVAL_STRIDE=32"),
+    ("EVAL_STRIDE=2049", "EVAL_STRIDE", "EVAL_SEQ_LEN=2049"),
+    ("EVAL_SEQ_LEN=32", "EVAL_STRIDE", "EVAL_STRIDE=32"),
     ("XSA_LAST_N=12", "XSA_LAST_N", "NUM_LAYERS=12"),
     ("BIGRAM_VOCAB_SIZE=1", "BIGRAM_VOCAB_SIZE", "BIGRAM_VOCAB_SIZE=2"),
     ("VE_ENABLED=1 VE_LAYERS=9,11", "VE_LAYERS", "NUM_LAYERS=12"),
@@ -332,8 +601,14 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
     ("VE_ENABLED=1 VE_LAYERS=-1", "VE_LAYERS", "VE_LAYERS=1"),
     ("VE_ENABLED=1 VE_LAYERS=\u00b2", "VE_LAYERS", "VE_LAYERS=2"),
     ("SWA_ENABLED=1 EMA_ENABLED=1", "SWA_ENABLED", "SWA_ENABLED=0"),
-    *(("SWA_ENABLED=1 EMA_ENABLED=1", "SWA_ENABLED", f"AVERAGE={name}") for name in ("swa", "ema", "none")),
-    *((f"AVERAGE={name}", "AVERAGE", f"{name.upper()}_ENABLED=1") for name in ("swa", "ema", "sqwa")),
+    *(
+        ("SWA_ENABLED=1 EMA_ENABLED=1", "SWA_ENABLED", f"AVERAGE={name}")
+        for name in ("swa", "ema", "none")
+    ),
+    *(
+        (f"AVERAGE={name}", "AVERAGE", f"{name.upper()}_ENABLED=1")
+        for name in ("swa", "ema", "sqwa")
+    ),
     ("AVERAGE=sqwa EMA_ENABLED=1", "AVERAGE", "AVERAGE=ema"),
     ("SWA_ENABLED=1 SQWA_ENABLED=1", "SWA_ENABLED", "SWA_ENABLED=0"),
     ("QNA_ENABLED=1 QAT_ENABLED=1", "QNA_ENABLED", "QAT_START_KIND=lr_scale QAT_START=0.15"),
@@ -342,7 +617,8 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
     ("TTT_MODE=sgd TTT_CHUNK_TOKENS=3000", "TTT_CHUNK_TOKENS", "TTT_CHUNK_TOKENS=4096"),
     ("MODEL_DIM=64 MLP_MULT=0.01", "MLP_MULT", "MODEL_DIM=128"),
     ("COMPRESSOR=lzma COMPRESS_LEVEL=22", "COMPRESS_LEVEL", "COMPRESSOR=zstd"),
-    ("COMPRESSOR=zlib COMPRESS_LEVEL=10", "COMPRESS_LEVEL", "COMPRESS_LEVEL=9")]
+    ("COMPRESSOR=zlib COMPRESS_LEVEL=10", "COMPRESS_LEVEL", "COMPRESS_LEVEL=9"),
+]
 
 
 @pytest.mark.parametrize("settings, blamed, mend", RULES)
@@ -353,14 +629,27 @@ def test_a_contradiction_between_knobs_is_refused_and_its_remedy_works(settings,
 
 
 def test_every_rule_between_knobs_has_a_case_here():
-    assert {message.split("=")[0] for _, message in Config().conflicts()} <= {blamed for _, blamed, _ in RULES}
+    assert {message.split("=")[0] for _, message in Config().conflicts()} <= {
+        blamed for _, blamed, _ in RULES
+    }
 
 
-@pytest.mark.parametrize("settings, average", [
-    ("", "none"), ("SWA_ENABLED=1", "swa"), ("EMA_ENABLED=1", "ema"), ("SQWA_ENABLED=1", "sqwa"),
-    ("SQWA_ENABLED=1 EMA_ENABLED=1", "sqwa"), ("SQWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=ema", "ema"),
-    ("SWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=swa", "swa"), ("SWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=none", "none")])
-def test_the_shipped_average_is_the_one_asked_for_or_follows_the_documented_precedence(settings, average):
+@pytest.mark.parametrize(
+    "settings, average",
+    [
+        ("", "none"),
+        ("SWA_ENABLED=1", "swa"),
+        ("EMA_ENABLED=1", "ema"),
+        ("SQWA_ENABLED=1", "sqwa"),
+        ("SQWA_ENABLED=1 EMA_ENABLED=1", "sqwa"),
+        ("SQWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=ema", "ema"),
+        ("SWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=swa", "swa"),
+        ("SWA_ENABLED=1 EMA_ENABLED=1 AVERAGE=none", "none"),
+    ],
+)
+def test_the_shipped_average_is_the_one_asked_for_or_follows_the_documented_precedence(
+    settings, average
+):
     assert Config.from_env(parse(settings)).shipped_average == average
 
 
@@ -382,7 +671,9 @@ def test_a_rule_between_knobs_waits_until_those_in_the_file_are_known(file):
 def with_other(cfg: Config, f) -> Config:
     """The same configuration but for one knob, unchecked."""
     other, value = copy.copy(cfg), getattr(cfg, f.name)
-    object.__setattr__(other, f.name, not value if f.type == "bool" else value + ("x" if f.type == "str" else 1))
+    object.__setattr__(
+        other, f.name, not value if f.type == "bool" else value + ("x" if f.type == "str" else 1)
+    )
     return other
 
 
@@ -391,37 +682,61 @@ def test_the_digest_ignores_seed_names_and_places(name):
     assert with_other(Config(), BY_NAME[name]).digest() == Config().digest()
 
 
-@pytest.mark.parametrize("f", [f for f in KNOBS if f.metadata["scope"] not in ("run", "seed")], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "f", [f for f in KNOBS if f.metadata["scope"] not in ("run", "seed")], ids=lambda f: f.name
+)
 def test_the_digest_changes_with_every_knob_that_changes_the_result(f):
     assert with_other(Config(), f).digest() != Config().digest()
 
 
-@pytest.mark.parametrize("on", [{}, *({name: True} for name in ("qat_enabled", "qna_enabled", "sqwa_enabled"))], ids=str)
+@pytest.mark.parametrize(
+    "on", [{}, *({name: True} for name in ("qat_enabled", "qna_enabled", "sqwa_enabled"))], ids=str
+)
 @pytest.mark.parametrize("f", KNOBS, ids=lambda f: f.name)
-def test_the_training_digest_changes_with_the_knobs_that_a_checkpoint_depends_on_and_no_other(f, on):
+def test_the_training_digest_changes_with_the_knobs_that_a_checkpoint_depends_on_and_no_other(
+    f, on
+):
     cfg, other = Config(**on), with_other(Config(**on), f)
-    depends = {"run": False, "seed": True, "model": True, "train": True, "grid": bool(on), "export": False, "eval": False}
+    depends = {
+        "run": False,
+        "seed": True,
+        "model": True,
+        "train": True,
+        "grid": bool(on),
+        "export": False,
+        "eval": False,
+    }
     changed = other.digest(*cfg.training_scopes) != cfg.digest(*cfg.training_scopes)
     assert changed == depends[f.metadata["scope"]]
 
 
 def test_the_grid_belongs_to_the_training_only_where_training_uses_it():
     for names in itertools.product((False, True), repeat=5):
-        flags = dict(zip(("qat_enabled", "qna_enabled", "sqwa_enabled", "ema_enabled", "swa_enabled"), names))
+        flags = dict(
+            zip(("qat_enabled", "qna_enabled", "sqwa_enabled", "ema_enabled", "swa_enabled"), names)
+        )
         if not (flags["swa_enabled"] and (flags["sqwa_enabled"] or flags["ema_enabled"])):
             scopes = Config(**flags, qat_start_kind="lr_scale").training_scopes
             assert scopes == ("seed", "model", "train") + ("grid",) * any(names[:3])
 
 
 def test_the_digest_does_not_depend_on_the_spelling():
-    assert Config.from_env({"MUON_WEIGHT_DECAY": ".04"}).digest() == Config.from_env({"MUON_WD": "0.040"}).digest()
+    assert (
+        Config.from_env({"MUON_WEIGHT_DECAY": ".04"}).digest()
+        == Config.from_env({"MUON_WD": "0.040"}).digest()
+    )
 
 
 # ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────
 def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     base = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    return subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *arguments], env=base | variables, text=True,
-                          capture_output=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), *arguments],
+        env=base | variables,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
 
 
 def test_help_lists_every_knob_with_type_default_unit_meaning_and_alias():
@@ -431,7 +746,9 @@ def test_help_lists_every_knob_with_type_default_unit_meaning_and_alias():
     for f in KNOBS:
         line, m = lines[f.name.upper()], f.metadata
         assert line.split()[1] == f.type and m["doc"] and m["doc"] in line and m["unit"] in line
-        assert line.split()[2] == (str(int(f.default)) if f.type == "bool" else str(f.default) or '""')
+        assert line.split()[2] == (
+            str(int(f.default)) if f.type == "bool" else str(f.default) or '""'
+        )
     assert all(alias in done.stdout for alias in ALIASES)
     assert all(f"{code} {meaning}" in done.stdout for code, meaning in EXIT_CODES.items())
 
@@ -443,22 +760,37 @@ def test_a_bad_variable_ends_the_process_with_exit_2_and_one_line():
     assert "SWA_START=0.5" in done.stderr and "did you mean SWA_START_" in done.stderr
 
 
-@pytest.mark.parametrize("name, value, remedy", [
-    ("SEED", "one", "must be a whole number"), ("QAT_ENABLED", "true", "must be 0 or 1"),
-    ("QUANT_BITS_MLP", "9", "choose one of 2,"),
-    ("MATRIX_LR", "-1.0", "must be 0 or more"), ("NUM_KV_HEADS", "3", "must divide NUM_HEADS=8")])
-def test_a_refusal_names_variable_value_and_remedy_in_one_line(name, value, remedy, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, value, remedy",
+    [
+        ("SEED", "one", "must be a whole number"),
+        ("QAT_ENABLED", "true", "must be 0 or 1"),
+        ("QUANT_BITS_MLP", "9", "choose one of 2,"),
+        ("MATRIX_LR", "-1.0", "must be 0 or more"),
+        ("NUM_KV_HEADS", "3", "must divide NUM_HEADS=8"),
+    ],
+)
+def test_a_refusal_names_variable_value_and_remedy_in_one_line(
+    name, value, remedy, monkeypatch, capsys
+):
     for known in BY_NAME.keys() | ALIASES.keys():
         monkeypatch.delenv(known, raising=False)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setenv(name, value)
     assert command_line([]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {name}={value}: ") and remedy in err
+    assert (
+        out == ""
+        and len(err.splitlines()) == 1
+        and err.startswith(f"error: {name}={value}: ")
+        and remedy in err
+    )
     assert f"exit 2: {EXIT_CODES[2]}" in err
 
 
-@pytest.mark.parametrize("arguments", [["--seed=7"], ["SEED=7"], ["help"], ["--help", "--verbose"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--seed=7"], ["SEED=7"], ["help"], ["--help", "--verbose"]], ids=str
+)
 def test_an_argument_is_refused_with_exit_2_because_settings_are_variables(arguments, capsys):
     assert command_line(arguments) == 2
     out, err = capsys.readouterr()

@@ -5,6 +5,7 @@ Failures that these tests would have caught: bits per byte that were quietly wro
 one thought (#2127: 80 % of the validation documents; #2109; #1334: 80 of 143 shards); documents in both splits (15 of
 34 submissions); a shard cut by a broken download; a batch that depends on the number of ranks.
 """
+
 import hashlib
 import io
 import json
@@ -19,20 +20,42 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
-import prepare_data
 import pytest
 import sentencepiece
 import torch
-from conftest import read_shard, ROOT, environment, write_shard
+from conftest import ROOT, environment, read_shard, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import (BOS, ByteTable, Config, Refusal, Split, Validation, batches, check_data, command_line, main,
-                       count_tokens)
+import prepare_data
+from train_gpt import (
+    BOS,
+    ByteTable,
+    Config,
+    Refusal,
+    Split,
+    Validation,
+    batches,
+    check_data,
+    command_line,
+    count_tokens,
+    main,
+)
 
 WORD_MARK = "\u2581"
-TRAINER = dict(model_type="bpe", pad_id=0, bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, add_dummy_prefix=False,
-               normalization_rule_name="nmt_nfkc", num_threads=1, max_sentence_length=200_000, minloglevel=2)
+TRAINER = dict(
+    model_type="bpe",
+    pad_id=0,
+    bos_id=1,
+    eos_id=2,
+    unk_id=3,
+    byte_fallback=True,
+    add_dummy_prefix=False,
+    normalization_rule_name="nmt_nfkc",
+    num_threads=1,
+    max_sentence_length=200_000,
+    minloglevel=2,
+)
 
 
 def rank_of(world: int, rank: int = 0) -> SimpleNamespace:
@@ -63,16 +86,36 @@ def test_a_shard_of_the_challenges_format_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "fineweb_train_000000.bin"
     path.write_bytes(header(20240520, 1, 3) + b"\x01\x00\x02\x01\xff\xff")
     assert count_tokens(path) == 3 and read_shard(path).tolist() == [1, 258, 65535]
-    assert Split(Config(data_path=str(tmp_path), vocab_size=65536), "train").take(0, 3).tolist() == [1, 258, 65535]
+    assert Split(Config(data_path=str(tmp_path), vocab_size=65536), "train").take(
+        0, 3
+    ).tolist() == [1, 258, 65535]
 
 
-@pytest.mark.parametrize("content, complaint", [
-    (b"", "no token shard"), (b"\x00" * 100, "no token shard"), (header(20240521, 1, 2) + b"\0" * 4, "20240521"),
-    (header(20240520, 2, 2) + b"\0" * 4, "20240520, 2"), (header(20240520, 1, 3) + b"\0" * 5, "promises 3 tokens"),
-    (header(20240520, 1, 3) + b"\0" * 8, "promises 3 tokens"), (header(20240520, 1, -1), "promises -1 tokens"),
-    (header(20240520, 1, 2 ** 31 - 1), "promises 2,147,483,647 tokens"),
-    (b"<html>404 Not Found</html>" * 99, "no token shard")],
-    ids=["empty", "short", "magic", "version", "cut", "too long", "negative", "only a header", "a web page"])
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "no token shard"),
+        (b"\x00" * 100, "no token shard"),
+        (header(20240521, 1, 2) + b"\0" * 4, "20240521"),
+        (header(20240520, 2, 2) + b"\0" * 4, "20240520, 2"),
+        (header(20240520, 1, 3) + b"\0" * 5, "promises 3 tokens"),
+        (header(20240520, 1, 3) + b"\0" * 8, "promises 3 tokens"),
+        (header(20240520, 1, -1), "promises -1 tokens"),
+        (header(20240520, 1, 2**31 - 1), "promises 2,147,483,647 tokens"),
+        (b"<html>404 Not Found</html>" * 99, "no token shard"),
+    ],
+    ids=[
+        "empty",
+        "short",
+        "magic",
+        "version",
+        "cut",
+        "too long",
+        "negative",
+        "only a header",
+        "a web page",
+    ],
+)
 def test_a_damaged_shard_is_refused_with_file_and_remedy(tmp_path, content, complaint):
     path = tmp_path / "fineweb_val_000000.bin"
     path.write_bytes(content)
@@ -85,12 +128,18 @@ def test_a_token_outside_the_vocabulary_is_refused_with_file_and_id(tmp_path):
     split = Split(Config(data_path=str(tmp_path), vocab_size=10), "train")
     assert split.take(0, 4).tolist() == [1, 5, 9, 1]
     message = refused(split.take, 2, 3)
-    assert message.startswith(f"{tmp_path / 'fineweb_train_000001.bin'}: token id 10") and "VOCAB_SIZE=10" in message
+    assert (
+        message.startswith(f"{tmp_path / 'fineweb_train_000001.bin'}: token id 10")
+        and "VOCAB_SIZE=10" in message
+    )
 
 
 @settings(deadline=None)
-@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 2),
-       start=st.integers(0, 200), n=st.integers(1, 60))
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 2),
+    start=st.integers(0, 200),
+    n=st.integers(1, 60),
+)
 def test_any_stretch_equals_numpys_of_the_endless_stream(sizes, start, n):
     stream = np.arange(sum(sizes))
     with TemporaryDirectory() as folder:
@@ -98,12 +147,19 @@ def test_any_stretch_equals_numpys_of_the_endless_stream(sizes, start, n):
         split = Split(Config(data_path=folder), "train")
         assert split.tokens == len(stream)
         taken = split.take(start, n)
-    assert taken.dtype == np.int64 and taken.tolist() == stream.take(range(start, start + n), mode="wrap").tolist()
+    assert (
+        taken.dtype == np.int64
+        and taken.tolist() == stream.take(range(start, start + n), mode="wrap").tolist()
+    )
 
 
 def test_shards_follow_each_other_in_the_order_of_their_names(tmp_path):
-    for name, token in (("fineweb_train_000010", 3), ("fineweb_train_000002", 2), ("other_train_000000", 9),
-                        ("fineweb_val_000000", 8)):
+    for name, token in (
+        ("fineweb_train_000010", 3),
+        ("fineweb_train_000002", 2),
+        ("other_train_000000", 9),
+        ("fineweb_val_000000", 8),
+    ):
         write_shard(tmp_path / f"{name}.bin", [token] * 2)
     assert Split(Config(data_path=str(tmp_path)), "train").take(0, 4).tolist() == [2, 2, 3, 3]
 
@@ -154,7 +210,9 @@ def test_a_rank_reads_whole_rows_as_int64_on_its_device(stream):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_refuses_a_bad_token_of_any_rank_at_the_same_step(tmp_path, rank):
-    shards_in(tmp_path, [*range(100), 1024, *range(99)], split="train")  # in the second half of the first step
+    shards_in(
+        tmp_path, [*range(100), 1024, *range(99)], split="train"
+    )  # in the second half of the first step
     cfg = Config(data_path=str(tmp_path), train_seq_len=16, train_batch_tokens=128, eval_stride=16)
     assert "token id 1024" in refused(next, batches(cfg, rank_of(2, rank), Split(cfg, "train")))
 
@@ -163,9 +221,21 @@ def test_every_rank_refuses_a_bad_token_of_any_rank_at_the_same_step(tmp_path, r
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
     """A tokenizer of as many pieces as the data's, from another language: with pieces of several bytes."""
-    model, text = io.BytesIO(), ["été déjà là où la fée rêve, 東京 の 東京 naïve façade " * 5, "l'élève préféré où ça " * 7]
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, vocab_size=384,
-                                             hard_vocab_limit=False, character_coverage=1.0, **TRAINER)
+    model, text = (
+        io.BytesIO(),
+        [
+            "été déjà là où la fée rêve, 東京 の 東京 naïve façade " * 5,
+            "l'élève préféré où ça " * 7,
+        ],
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=384,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        **TRAINER,
+    )
     path = tmp_path_factory.mktemp("foreign") / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
@@ -176,11 +246,30 @@ def table_of(model: Path) -> tuple[ByteTable, sentencepiece.SentencePieceProcess
     return ByteTable(Config(tokenizer_path=str(model), vocab_size=sp.vocab_size())), sp
 
 
-@pytest.mark.parametrize("previous, target, expected", [
-    ("<s>", "er", 2), ("e", "er", 2), ("<s>", "▁the", 3), ("</s>", "▁the", 3), ("<pad>", "▁the", 3),
-    ("<unk>", "▁the", 3), ("e", "▁the", 4), ("▁the", "▁the", 4), ("<0x0A>", "▁the", 4), ("e", "▁", 1), ("<s>", "▁", 0),
-    ("e", "<0x0A>", 1), ("<s>", "<0xFF>", 1), ("<0xE6>", "<0x9D>", 1),
-    ("e", "<s>", 0), ("e", "</s>", 0), ("<s>", "<s>", 0), ("e", "<pad>", 0), ("e", "<unk>", 0)])
+@pytest.mark.parametrize(
+    "previous, target, expected",
+    [
+        ("<s>", "er", 2),
+        ("e", "er", 2),
+        ("<s>", "▁the", 3),
+        ("</s>", "▁the", 3),
+        ("<pad>", "▁the", 3),
+        ("<unk>", "▁the", 3),
+        ("e", "▁the", 4),
+        ("▁the", "▁the", 4),
+        ("<0x0A>", "▁the", 4),
+        ("e", "▁", 1),
+        ("<s>", "▁", 0),
+        ("e", "<0x0A>", 1),
+        ("<s>", "<0xFF>", 1),
+        ("<0xE6>", "<0x9D>", 1),
+        ("e", "<s>", 0),
+        ("e", "</s>", 0),
+        ("<s>", "<s>", 0),
+        ("e", "<pad>", 0),
+        ("e", "<unk>", 0),
+    ],
+)
 def test_the_bytes_of_a_target_are_those_computed_by_hand(data, previous, target, expected):
     table, sp = table_of(data / "tokenizer.model")
     ids = [sp.piece_to_id(piece) for piece in (previous, target)]
@@ -191,7 +280,9 @@ def test_the_bytes_of_a_target_are_those_computed_by_hand(data, previous, target
 @pytest.mark.parametrize("piece, size", [("é", 2), ("東", 3), ("▁", 0), ("'", 1)])
 def test_a_piece_counts_its_utf8_bytes_and_not_its_characters(foreign, piece, size):
     table, sp = table_of(foreign)
-    assert sp.id_to_piece(sp.piece_to_id(piece)) == piece and table.base[sp.piece_to_id(piece)] == size
+    assert (
+        sp.id_to_piece(sp.piece_to_id(piece)) == piece and table.base[sp.piece_to_id(piece)] == size
+    )
     assert table.space[sp.piece_to_id(piece)] == (piece == WORD_MARK)
 
 
@@ -209,8 +300,12 @@ def test_the_bytes_of_every_document_are_the_utf8_length_of_its_decoded_text(dat
     tokens = np.array(read_shard(data / "fineweb_val_000000.bin"))
     documents = np.split(tokens, np.flatnonzero(tokens == BOS)[1:])
     assert len(documents) == 8
-    assert [table.count(d).sum() for d in documents] == [len(sp.decode(d.tolist()).encode()) for d in documents]
-    assert table.count(tokens).sum() == sum(table.count(d).sum() for d in documents)  # each BOS target adds nothing
+    assert [table.count(d).sum() for d in documents] == [
+        len(sp.decode(d.tolist()).encode()) for d in documents
+    ]
+    assert table.count(tokens).sum() == sum(
+        table.count(d).sum() for d in documents
+    )  # each BOS target adds nothing
 
 
 def test_a_table_that_is_wrong_by_one_byte_is_refused_with_the_document(data):
@@ -227,24 +322,38 @@ def test_tokens_that_are_no_text_are_refused(data):
     assert "document at token 2 " in refused(table.verify, tokens)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage" * 99], ids=["missing", "empty", "garbage"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"garbage" * 99], ids=["missing", "empty", "garbage"]
+)
 def test_a_tokenizer_that_cannot_be_read_is_refused_with_its_path(tmp_path, content):
     path = tmp_path / "tokenizer.model"
     if content is not None:
         path.write_bytes(content)
-    assert refused(ByteTable, Config(tokenizer_path=str(path))).startswith(f"TOKENIZER_PATH={path}: ")
+    assert refused(ByteTable, Config(tokenizer_path=str(path))).startswith(
+        f"TOKENIZER_PATH={path}: "
+    )
 
 
 @pytest.mark.parametrize("size", [383, 385, 1024])
 def test_a_vocabulary_of_another_size_is_refused_with_the_right_one(data, size):
-    message = refused(ByteTable, Config(tokenizer_path=str(data / "tokenizer.model"), vocab_size=size))
+    message = refused(
+        ByteTable, Config(tokenizer_path=str(data / "tokenizer.model"), vocab_size=size)
+    )
     assert message.startswith(f"VOCAB_SIZE={size}: ") and message.endswith("set VOCAB_SIZE=384")
 
 
 def test_a_foreign_tokenizer_of_the_same_size_is_refused_without_a_manifest_too(data, tmp_path):
-    model, reverse = io.BytesIO(), (" ".join(t.split())[::-1] for _, t in sorted(prepare_data.topics.items()))
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=reverse, model_writer=model, vocab_size=384,
-                                             character_coverage=0.999, **TRAINER)
+    model, reverse = (
+        io.BytesIO(),
+        (" ".join(t.split())[::-1] for _, t in sorted(prepare_data.topics.items())),
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=reverse,
+        model_writer=model,
+        vocab_size=384,
+        character_coverage=0.999,
+        **TRAINER,
+    )
     (tmp_path / "other.model").write_bytes(model.getvalue())
     cfg = Config(data_path=str(data), tokenizer_path=str(tmp_path / "other.model"), vocab_size=384)
     assert "tokenizer" in refused(Validation, cfg, rank_of(1), Split(cfg, "val"))
@@ -255,16 +364,23 @@ def test_validation_holds_every_target_with_its_bytes_and_document(tiny, data):
     cfg = tiny(val_max_tokens=0)
     tokens = np.array(read_shard(data / "fineweb_val_000000.bin"))
     val = Validation(cfg, rank_of(1), Split(cfg, "val"))
-    assert val.n == len(tokens) - 1 == len(val.target_bytes) and val.tokens.tolist() == tokens.tolist()
+    assert (
+        val.n == len(tokens) - 1 == len(val.target_bytes) and val.tokens.tolist() == tokens.tolist()
+    )
     assert val.doc_starts.tolist() == np.flatnonzero(tokens == BOS).tolist()
     assert val.target_bytes.sum() == ByteTable(cfg).count(tokens).sum()
 
 
-@pytest.mark.parametrize("limit", [1, 2, 1500, 10 ** 9])
+@pytest.mark.parametrize("limit", [1, 2, 1500, 10**9])
 def test_val_max_tokens_keeps_the_first_targets_and_never_repeats_the_split(tiny, data, limit):
     cfg = tiny(val_max_tokens=limit)
-    tokens, val = np.array(read_shard(data / "fineweb_val_000000.bin")), Validation(cfg, rank_of(1), Split(cfg, "val"))
-    assert val.n == min(limit, len(tokens) - 1) and val.tokens.tolist() == tokens[:limit + 1].tolist()
+    tokens, val = (
+        np.array(read_shard(data / "fineweb_val_000000.bin")),
+        Validation(cfg, rank_of(1), Split(cfg, "val")),
+    )
+    assert (
+        val.n == min(limit, len(tokens) - 1) and val.tokens.tolist() == tokens[: limit + 1].tolist()
+    )
 
 
 @pytest.mark.parametrize("parts", [[], [[]], [[1]], [[], []], [[1, 1]], [[1, 2, 1]]], ids=str)
@@ -277,7 +393,9 @@ def test_a_validation_split_without_text_is_refused_with_its_folder(tiny, tmp_pa
 def test_the_smallest_validation_split_is_trained_with_and_scored(tiny, data, tmp_path):
     shutil.copy(data / "fineweb_train_000000.bin", tmp_path)
     sp = table_of(data / "tokenizer.model")[1]
-    report = main(tiny(data_path=str(shards_in(tmp_path, [BOS, sp.piece_to_id("er")])), strict=False))
+    report = main(
+        tiny(data_path=str(shards_in(tmp_path, [BOS, sp.piece_to_id("er")])), strict=False)
+    )
     assert (report["val_tokens"], report["val_bytes"]) == (1, 2) and report["exit_code"] == 0
 
 
@@ -291,12 +409,28 @@ def dataset(data, tmp_path, tiny):
     more = [BOS, *sp.encode("one more document")]
     write_shard(folder / "fineweb_train_000001.bin", more)
     write_shard(folder / "fineweb_val_000001.bin", more[::-1])
-    entries = [prepare_data.shard_entry(path, path.name.split("_")[1], len(read_shard(path)))
-               for path in sorted(folder.glob("*.bin"))]
-    splits = {split: {"documents": 1, "tokens": 1, "utf8_bytes": 1} for split in prepare_data.SPLITS}
-    prepare_data.write_manifest(folder, folder / "tokenizer.model", entries, {
-        "splits": splits, "disjoint": {"method": "by hash", "train_documents": 53, "val_documents": 9, "shared": 0},
-        "settings": {}})
+    entries = [
+        prepare_data.shard_entry(path, path.name.split("_")[1], len(read_shard(path)))
+        for path in sorted(folder.glob("*.bin"))
+    ]
+    splits = {
+        split: {"documents": 1, "tokens": 1, "utf8_bytes": 1} for split in prepare_data.SPLITS
+    }
+    prepare_data.write_manifest(
+        folder,
+        folder / "tokenizer.model",
+        entries,
+        {
+            "splits": splits,
+            "disjoint": {
+                "method": "by hash",
+                "train_documents": 53,
+                "val_documents": 9,
+                "shared": 0,
+            },
+            "settings": {},
+        },
+    )
     return folder, tiny(data_path=str(folder), tokenizer_path=str(folder / "tokenizer.model"))
 
 
@@ -314,11 +448,18 @@ def change(folder: Path, edit) -> None:
 def test_data_that_agree_with_their_manifest_are_accepted_with_a_fingerprint(dataset):
     folder, cfg = dataset
     found = checked(cfg)
-    assert found["tokenizer_sha256"] == hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
-    assert found["val_sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                                   for path in folder.glob("*_val_*.bin")}
+    assert (
+        found["tokenizer_sha256"]
+        == hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    )
+    assert found["val_sha256"] == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.glob("*_val_*.bin")
+    }
     assert (found["train_shards"], found["val_shards"]) == (2, 2)
-    assert found["train_tokens"] == sum(len(read_shard(path)) for path in folder.glob("*_train_*.bin"))
+    assert found["train_tokens"] == sum(
+        len(read_shard(path)) for path in folder.glob("*_train_*.bin")
+    )
     assert "agrees" in found["manifest"] and "no document in both" in found["manifest"]
 
 
@@ -333,21 +474,49 @@ def test_a_manifest_that_knows_nothing_about_overlap_says_so(dataset):
 
 
 DAMAGE = {  # what happened to the folder: (how, part of the refusal)
-    "another size stated": (lambda f: change(f, lambda m: m["shards"][0].update(bytes=10)), "fineweb_train_000000.bin"),
-    "another val hash stated": (lambda f: change(f, lambda m: m["shards"][2].update(sha256="0" * 64)),
-                                "fineweb_val_000000.bin"),
-    "another validation text": (lambda f: write_shard(f / "fineweb_val_000001.bin",
-                                                      read_shard(f / "fineweb_val_000001.bin")[::-1]),
-                                "fineweb_val_000001.bin"),
-    "a longer training shard": (lambda f: write_shard(f / "fineweb_train_000001.bin", [1] * 99),
-                                "fineweb_train_000001.bin"),
-    "another tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"another"), "TOKENIZER_PATH="),
-    "3 documents in both splits": (lambda f: change(f, lambda m: m["disjoint"].update(shared=3)), "3 documents"),
-    "a stray training shard": (lambda f: write_shard(f / "fineweb_train_000002.bin", [1, 2]),
-                               "fineweb_train_000002.bin"),
-    "a stray validation shard": (lambda f: write_shard(f / "fineweb_val_000002.bin", [1, 2]), "fineweb_val_000002.bin"),
-    "a validation shard is missing": (lambda f: (f / "fineweb_val_000001.bin").unlink(), "fineweb_val_000001.bin"),
-    "a training shard is missing": (lambda f: (f / "fineweb_train_000001.bin").unlink(), "fineweb_train_000001.bin")}
+    "another size stated": (
+        lambda f: change(f, lambda m: m["shards"][0].update(bytes=10)),
+        "fineweb_train_000000.bin",
+    ),
+    "another val hash stated": (
+        lambda f: change(f, lambda m: m["shards"][2].update(sha256="0" * 64)),
+        "fineweb_val_000000.bin",
+    ),
+    "another validation text": (
+        lambda f: write_shard(
+            f / "fineweb_val_000001.bin", read_shard(f / "fineweb_val_000001.bin")[::-1]
+        ),
+        "fineweb_val_000001.bin",
+    ),
+    "a longer training shard": (
+        lambda f: write_shard(f / "fineweb_train_000001.bin", [1] * 99),
+        "fineweb_train_000001.bin",
+    ),
+    "another tokenizer": (
+        lambda f: (f / "tokenizer.model").write_bytes(b"another"),
+        "TOKENIZER_PATH=",
+    ),
+    "3 documents in both splits": (
+        lambda f: change(f, lambda m: m["disjoint"].update(shared=3)),
+        "3 documents",
+    ),
+    "a stray training shard": (
+        lambda f: write_shard(f / "fineweb_train_000002.bin", [1, 2]),
+        "fineweb_train_000002.bin",
+    ),
+    "a stray validation shard": (
+        lambda f: write_shard(f / "fineweb_val_000002.bin", [1, 2]),
+        "fineweb_val_000002.bin",
+    ),
+    "a validation shard is missing": (
+        lambda f: (f / "fineweb_val_000001.bin").unlink(),
+        "fineweb_val_000001.bin",
+    ),
+    "a training shard is missing": (
+        lambda f: (f / "fineweb_train_000001.bin").unlink(),
+        "fineweb_train_000001.bin",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -355,14 +524,29 @@ def test_data_that_differ_from_their_manifest_are_refused(dataset, damage):
     (folder, cfg), (inflict, complaint) = dataset, DAMAGE[damage]
     inflict(folder)
     message = refused(checked, cfg)
-    assert complaint in message and re.search("prepare_data.py|manifest.json|use the one that lies beside", message)
+    assert complaint in message and re.search(
+        "prepare_data.py|manifest.json|use the one that lies beside", message
+    )
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"null", b"3", b"{}", b"\xff\xfe\x00", b'{"shards": 3}', b'{"shards": [{"file": "x"}]}',
-    b'{"shards": [], "tokenizer": "x", "disjoint": null}',
-    b'{"shards": [], "tokenizer": {"sha256": "x"}, "disjoint": "no"}',
-    b'{"shards": [], "tokenizer": {"sha256": null}, "disjoint": null}'], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"3",
+        b"{}",
+        b"\xff\xfe\x00",
+        b'{"shards": 3}',
+        b'{"shards": [{"file": "x"}]}',
+        b'{"shards": [], "tokenizer": "x", "disjoint": null}',
+        b'{"shards": [], "tokenizer": {"sha256": "x"}, "disjoint": "no"}',
+        b'{"shards": [], "tokenizer": {"sha256": null}, "disjoint": null}',
+    ],
+    ids=str,
+)
 def test_an_unreadable_manifest_is_refused_and_not_ignored(dataset, content):
     (dataset[0] / "manifest.json").write_bytes(content)
     assert re.search("manifest.json|TOKENIZER_PATH", refused(checked, dataset[1]))
@@ -376,11 +560,19 @@ def test_scoring_alone_needs_no_training_shards(dataset):
 
 
 # ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("knobs, blamed", [
-    (dict(data_path="/nowhere"), "DATA_PATH=/nowhere: "),
-    (dict(tokenizer_path="/nowhere"), "TOKENIZER_PATH=/nowhere: "),
-    (dict(tokenizer_path=""), "TOKENIZER_PATH=: "), (dict(vocab_size=512), "VOCAB_SIZE=512: ")], ids=str)
-def test_bad_data_end_the_process_with_exit_2_and_one_line_on_stderr(tiny, knobs, blamed, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "knobs, blamed",
+    [
+        (dict(data_path="/nowhere"), "DATA_PATH=/nowhere: "),
+        (dict(tokenizer_path="/nowhere"), "TOKENIZER_PATH=/nowhere: "),
+        (dict(tokenizer_path=""), "TOKENIZER_PATH=: "),
+        (dict(vocab_size=512), "VOCAB_SIZE=512: "),
+    ],
+    ids=str,
+)
+def test_bad_data_end_the_process_with_exit_2_and_one_line_on_stderr(
+    tiny, knobs, blamed, monkeypatch, capfd
+):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     for name, value in environment(tiny(**knobs)).items():
         monkeypatch.setenv(name, value)
@@ -390,29 +582,43 @@ def test_bad_data_end_the_process_with_exit_2_and_one_line_on_stderr(tiny, knobs
 
 
 def test_a_folder_as_tokenizer_is_refused_and_does_not_abort_the_process(tiny, data):
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")],
-                          env=environment(tiny(tokenizer_path=str(data))), text=True, capture_output=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        env=environment(tiny(tokenizer_path=str(data))),
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: TOKENIZER_PATH={data}: ")
 
 
 # ── The challenge's own data, where there are any ─────────────────────────────────────────────────────────────────
 REAL = Path(os.environ.get("GOLF_DATA", "/none"))
-real = pytest.mark.skipif("GOLF_DATA" not in os.environ, reason="GOLF_DATA names no folder with the challenge's data")
+real = pytest.mark.skipif(
+    "GOLF_DATA" not in os.environ, reason="GOLF_DATA names no folder with the challenge's data"
+)
 
 
 @pytest.fixture
 def official() -> Config:
-    return Config(data_path=str(REAL / "fineweb_val_head"),
-                  tokenizer_path=str(REAL / "tokenizers" / "fineweb_1024_bpe.model"))
+    return Config(
+        data_path=str(REAL / "fineweb_val_head"),
+        tokenizer_path=str(REAL / "tokenizers" / "fineweb_1024_bpe.model"),
+    )
 
 
 @real
 def test_the_902_official_documents_have_2504867_bytes_each_counted_right(official):
-    table, tokens = ByteTable(official), Split(official, "val").take(0, Split(official, "val").tokens)
+    table, tokens = (
+        ByteTable(official),
+        Split(official, "val").take(0, Split(official, "val").tokens),
+    )
     documents = np.split(tokens, np.flatnonzero(tokens == BOS)[1:])
     texts = [table.sp.decode(d.tolist()).encode() for d in documents]
-    assert len(documents) == 902 and [table.count(d).sum() for d in documents] == [len(text) for text in texts]
+    assert len(documents) == 902 and [table.count(d).sum() for d in documents] == [
+        len(text) for text in texts
+    ]
     assert Validation(official, rank_of(1), Split(official, "val")).target_bytes.sum() == 2_504_867
 
 

@@ -4,6 +4,7 @@ Would have caught: exports that do not equal what was trained (#304, #975); the 
 blocks.8); artifacts over the cap that nobody noticed (#194, #975, #989) and sizes that were not those of the shipped
 files (#1835); a zstd file that its own reader could not open (#199); pickles, which run a stranger's code when loaded.
 """
+
 import ast
 import dataclasses
 import hashlib
@@ -24,9 +25,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import (COMPRESSORS, FORMAT_VERSION, FRAME, GPT, HEADER, LANE, MAGIC, MAX_RAW_BYTES, Config, Grid, Refusal,
-                       Run, code_size, entropy_code, entropy_decode, export, export_plan, group_sizes, main, pack, prune,
-                       seal, shipped, unpack, unseal, write_atomic)
+from train_gpt import (
+    COMPRESSORS,
+    FORMAT_VERSION,
+    FRAME,
+    GPT,
+    HEADER,
+    LANE,
+    MAGIC,
+    MAX_RAW_BYTES,
+    Config,
+    Grid,
+    Refusal,
+    Run,
+    code_size,
+    entropy_code,
+    entropy_decode,
+    export,
+    export_plan,
+    group_sizes,
+    main,
+    pack,
+    prune,
+    seal,
+    shipped,
+    unpack,
+    unseal,
+    write_atomic,
+)
 
 CHOICES = [name for name in COMPRESSORS if name != "none"]  # of the knob COMPRESSOR
 
@@ -34,12 +60,14 @@ CHOICES = [name for name in COMPRESSORS if name != "none"]  # of the knob COMPRE
 @pytest.fixture
 def product(tiny):
     """product(**knobs) -> (cfg, a state like a trained one, its plan)."""
+
     def make(**knobs):
         cfg = tiny(**knobs)
         torch.manual_seed(0)
         model = GPT(cfg)
         state = {n: p.detach() + 0.1 * torch.randn(p.shape) for n, p in model.named_parameters()}
         return cfg, state, export_plan(cfg, model)
+
     return make
 
 
@@ -52,13 +80,27 @@ def artifact(product, tmp_path):
 
 
 # ── pack and unpack ───────────────────────────────────────────────────────────────────────────────────────────────
-ALL_ON = dict(bigram_vocab_size=64, bigram_dim=16, ve_enabled=True, ve_dim=16, ve_layers="1,2", quant_bits_mlp=5,
-              quant_bits_bigram=8, quant_bits_embed=8)
-GRIDS = [dict(), dict(quant_clip="amax", quant_codes="asym", quant_scale_floor=False), dict(quant_clip="search5")]
+ALL_ON = dict(
+    bigram_vocab_size=64,
+    bigram_dim=16,
+    ve_enabled=True,
+    ve_dim=16,
+    ve_layers="1,2",
+    quant_bits_mlp=5,
+    quant_bits_bigram=8,
+    quant_bits_embed=8,
+)
+GRIDS = [
+    dict(),
+    dict(quant_clip="amax", quant_codes="asym", quant_scale_floor=False),
+    dict(quant_clip="search5"),
+]
 
 
 def test_an_artifact_is_always_compressed():
-    assert next(f for f in train_gpt.KNOBS if f.name == "compressor").metadata["choices"] == tuple(CHOICES)
+    assert next(f for f in train_gpt.KNOBS if f.name == "compressor").metadata["choices"] == tuple(
+        CHOICES
+    )
 
 
 @pytest.mark.parametrize("knobs", GRIDS, ids=str)
@@ -70,7 +112,9 @@ def test_what_is_read_back_is_exactly_what_was_shipped(product, tmp_path, compre
     found, weights = unpack(path)
     assert found == cfg.knobs("model", "eval") and weights.keys() == state.keys()
     for name, w in state.items():
-        assert weights[name].dtype == torch.float32 and torch.equal(weights[name], shipped(w, plan[name])), name
+        assert weights[name].dtype == torch.float32 and torch.equal(
+            weights[name], shipped(w, plan[name])
+        ), name
 
 
 @pytest.mark.parametrize("compressor", CHOICES)
@@ -95,18 +139,25 @@ def test_the_level_reaches_the_compressor_and_the_reader_needs_no_setting(produc
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("floor", [True, False])
 def test_requantising_the_shipped_weights_changes_nothing(bits, codes, floor):
-    w = torch.randn(64, 96, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 2, 64)[:, None]
+    w = (
+        torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-9, 2, 64)[:, None]
+    )
     once = Grid(bits, "amax", codes, floor).snap(w)
     assert torch.equal(Grid(bits, "amax", codes, floor).snap(once), once)
 
 
 @pytest.mark.parametrize("bits", [5, 6, 8])
-def test_requantising_with_a_quantile_clip_keeps_the_codes_and_moves_a_step_by_one_fp16_ulp_at_most(bits):
-    grid = Grid(bits, "quantile")  # interpolates between the two largest weights of a row, which snapping moves
+def test_requantising_with_a_quantile_clip_keeps_the_codes_and_moves_a_step_by_one_fp16_ulp_at_most(
+    bits,
+):
+    grid = Grid(
+        bits, "quantile"
+    )  # interpolates between the two largest weights of a row, which snapping moves
     codes, scale = grid.quantise(torch.randn(64, 512, generator=torch.Generator().manual_seed(1)))
     again, rescaled = grid.quantise(grid.dequantise(codes, scale))
     assert torch.equal(codes, again)
-    torch.testing.assert_close(rescaled, scale, rtol=2 ** -10, atol=0)
+    torch.testing.assert_close(rescaled, scale, rtol=2**-10, atol=0)
 
 
 # ── entropy coding ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -121,24 +172,43 @@ def order0_bytes(codes: torch.Tensor) -> float:
 
 
 @settings(max_examples=100, deadline=None)
-@given(shapes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4), seed=st.integers(0, 9999),
-       bits=st.integers(2, 8), zeros=st.sampled_from([0.0, 0.5, 0.99, 1.0]))
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=4),
+    seed=st.integers(0, 9999),
+    bits=st.integers(2, 8),
+    zeros=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+)
 def test_any_codes_come_back_bit_for_bit(shapes, seed, bits, zeros):
     g, tensors = np.random.default_rng(seed), {"float": torch.ones(2)}
     for i, shape in enumerate(shapes):
-        codes = g.integers(-2 ** (bits - 1), 2 ** (bits - 1), shape) * (g.random(shape) >= zeros) // g.integers(1, 9, (shape[0], 1))
-        tensors |= {f"{i}:codes": torch.from_numpy(codes.astype(np.int8)), f"{i}:scale": torch.ones(shape[0], 1).half()}
+        codes = (
+            g.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+            * (g.random(shape) >= zeros)
+            // g.integers(1, 9, (shape[0], 1))
+        )
+        tensors |= {
+            f"{i}:codes": torch.from_numpy(codes.astype(np.int8)),
+            f"{i}:scale": torch.ones(shape[0], 1).half(),
+        }
     parts = entropy_code(tensors)
     found = entropy_decode(parts)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], t) for name, t in tensors.items())
-    assert not any(name.endswith(":codes") for name in parts) and torch.equal(parts["float"], tensors["float"])
+    assert found.keys() == tensors.keys() and all(
+        torch.equal(found[name], t) for name, t in tensors.items()
+    )
+    assert not any(name.endswith(":codes") for name in parts) and torch.equal(
+        parts["float"], tensors["float"]
+    )
 
 
 def test_codes_without_structure_take_their_order_0_entropy():
     codes = gaussian(1000, 1200)
     parts = entropy_code({"w:codes": codes})
     assert 1 - 0.001 < 2 * len(parts[":stream"]) / order0_bytes(codes) < 1.003
-    assert len(seal({"w:codes": codes}, {}, "ans")) < 1.005 * order0_bytes(codes) < len(seal({"w:codes": codes}, {}, "zstd"))
+    assert (
+        len(seal({"w:codes": codes}, {}, "ans"))
+        < 1.005 * order0_bytes(codes)
+        < len(seal({"w:codes": codes}, {}, "zstd"))
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -153,23 +223,45 @@ def test_many_codes_take_finer_contexts_and_several_lanes():
     codes = gaussian(3000, 1500, spread * 8)
     coarse, parts = entropy_code({"w:codes": codes[:2000]}), entropy_code({"w:codes": codes})
     levels = [len(p["w:codes:rows"][:2000].unique()) for p in (coarse, parts)]
-    assert codes.numel() > 1 << 22 > codes[:2000].numel() and codes.numel() > 2 * LANE and levels[1] > 1.5 * levels[0]
+    assert (
+        codes.numel() > 1 << 22 > codes[:2000].numel()
+        and codes.numel() > 2 * LANE
+        and levels[1] > 1.5 * levels[0]
+    )
     assert torch.equal(entropy_decode(parts)["w:codes"], codes)
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda p: p.pop("w:codes:columns"), lambda p: p.pop(":frequency"), lambda p: p.update({":stream": p[":stream"][:-1]}),
-    lambda p: p.update({":stream": p[":stream"][:1]}), lambda p: p.update({":stream": p[":stream"][:0]}),
-    lambda p: p.update({":stream": torch.cat((p[":stream"], p[":stream"][:1]))}),
-    lambda p: p.update({":stream": p[":stream"][None]}), lambda p: p.update({":stream": p[":stream"].float()}),
-    lambda p: p.update({":stream": p[":stream"].flip(0)}), lambda p: p[":frequency"][:, :2].add_(1),
-    lambda p: p[":frequency"][:, 120].sub_(1 << 14), lambda p: p.update({":frequency": p[":frequency"][:255]}),
-    lambda p: p.update({":frequency": torch.zeros(0, dtype=torch.int16)}),
-    lambda p: p.update({"w:codes:rows": p["w:codes:rows"].float()}), lambda p: p.update({"w:codes:rows": p["w:codes:rows"].T}),
-    lambda p: p.update({"w:codes:rows": p["w:codes:rows"][:0]}), lambda p: p.update({"w:codes:rows": p["w:codes:rows"][:-1]}),
-    lambda p: p.update({"w:codes:rows": torch.zeros(1 << 15, 1, dtype=torch.int8),
-                        "w:codes:columns": torch.zeros(1, 1 << 15, dtype=torch.int8)}),
-    lambda p: p["w:codes:rows"].add_(1), lambda p: p.pop("w:codes:rows")], ids=itertools.count())
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda p: p.pop("w:codes:columns"),
+        lambda p: p.pop(":frequency"),
+        lambda p: p.update({":stream": p[":stream"][:-1]}),
+        lambda p: p.update({":stream": p[":stream"][:1]}),
+        lambda p: p.update({":stream": p[":stream"][:0]}),
+        lambda p: p.update({":stream": torch.cat((p[":stream"], p[":stream"][:1]))}),
+        lambda p: p.update({":stream": p[":stream"][None]}),
+        lambda p: p.update({":stream": p[":stream"].float()}),
+        lambda p: p.update({":stream": p[":stream"].flip(0)}),
+        lambda p: p[":frequency"][:, :2].add_(1),
+        lambda p: p[":frequency"][:, 120].sub_(1 << 14),
+        lambda p: p.update({":frequency": p[":frequency"][:255]}),
+        lambda p: p.update({":frequency": torch.zeros(0, dtype=torch.int16)}),
+        lambda p: p.update({"w:codes:rows": p["w:codes:rows"].float()}),
+        lambda p: p.update({"w:codes:rows": p["w:codes:rows"].T}),
+        lambda p: p.update({"w:codes:rows": p["w:codes:rows"][:0]}),
+        lambda p: p.update({"w:codes:rows": p["w:codes:rows"][:-1]}),
+        lambda p: p.update(
+            {
+                "w:codes:rows": torch.zeros(1 << 15, 1, dtype=torch.int8),
+                "w:codes:columns": torch.zeros(1, 1 << 15, dtype=torch.int8),
+            }
+        ),
+        lambda p: p["w:codes:rows"].add_(1),
+        lambda p: p.pop("w:codes:rows"),
+    ],
+    ids=itertools.count(),
+)
 def test_parts_that_nobody_coded_are_refused_in_little_memory(spoil, tmp_path):
     parts = entropy_code({"w:codes": gaussian(200, 200), "w:scale": torch.ones(200, 1).half()})
     spoil(parts)
@@ -185,33 +277,72 @@ def test_parts_that_nobody_coded_are_refused_in_little_memory(spoil, tmp_path):
 
 def test_zstd_frames_are_read_as_one_file_and_cost_next_to_nothing():
     """On trained weights they save 2 to 6 %, as fp16 tables and codes do not share their statistics (README)."""
-    raw = safetensors.torch.save({"w:codes": gaussian(1500, 600), "table": (0.05 * torch.randn(400, 500)).half()})
+    raw = safetensors.torch.save(
+        {"w:codes": gaussian(1500, 600), "table": (0.05 * torch.randn(400, 500)).half()}
+    )
     one, blob = zstandard.ZstdCompressor(level=22).compress(raw), COMPRESSORS["zstd"][0](raw, 22)
     assert len(raw) > 5 * FRAME and len(blob) < 1.005 * len(one)
     for file in (one, blob):  # older artifacts are one frame
-        assert COMPRESSORS["zstd"][1](file, len(raw)) == raw and COMPRESSORS["zstd"][1](file, 1000) == raw[:1000]
+        assert (
+            COMPRESSORS["zstd"][1](file, len(raw)) == raw
+            and COMPRESSORS["zstd"][1](file, 1000) == raw[:1000]
+        )
 
 
 @pytest.mark.parametrize("compressor", CHOICES)
 def test_the_codes_entropy_and_their_share_of_the_artifact_are_reported(product, compressor):
     cfg, state, plan = product(compressor=compressor, keep_float_max_numel=64)
-    codes = torch.cat([how.quantise(state[name])[0].flatten() for name, how in plan.items() if isinstance(how, Grid)])
+    codes = torch.cat(
+        [
+            how.quantise(state[name])[0].flatten()
+            for name, how in plan.items()
+            if isinstance(how, Grid)
+        ]
+    )
     total = len(pack(cfg, state, plan))
     found = code_size(cfg, state, plan, total)
-    floats = len(pack(cfg, {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}, plan))
-    assert found == dict(compressor=compressor, weights=len(codes), order0_bytes=pytest.approx(order0_bytes(codes), abs=1), stored_bytes=total - floats)
+    floats = len(
+        pack(cfg, {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}, plan)
+    )
+    assert found == dict(
+        compressor=compressor,
+        weights=len(codes),
+        order0_bytes=pytest.approx(order0_bytes(codes), abs=1),
+        stored_bytes=total - floats,
+    )
     assert code_size(cfg, {}, plan, total) == {}
 
 
 # ── the plan ──────────────────────────────────────────────────────────────────────────────────────────────────────
 SEEDS = {
-    "989": dict(num_layers=10, bigram_vocab_size=10240, quant_bits_mlp=5, quant_clip="amax", quant_codes="asym",
-                quant_scale_floor=False, keep_float_max_numel=8192,
-                fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k"),
+    "989": dict(
+        num_layers=10,
+        bigram_vocab_size=10240,
+        quant_bits_mlp=5,
+        quant_clip="amax",
+        quant_codes="asym",
+        quant_scale_floor=False,
+        keep_float_max_numel=8192,
+        fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k",
+    ),
     "194": dict(num_layers=11),
-    "975": dict(num_layers=11, bigram_vocab_size=2048, ve_enabled=True, quant_bits_bigram=8, quant_bits_embed=8,
-                quant_clip="search5"),
-    "145": dict(num_layers=9, mlp_mult=2.0, smear_gate=False, quant_bits_mlp=8, quant_bits_attn=8, quant_bits_embed=8)}
+    "975": dict(
+        num_layers=11,
+        bigram_vocab_size=2048,
+        ve_enabled=True,
+        quant_bits_bigram=8,
+        quant_bits_embed=8,
+        quant_clip="search5",
+    ),
+    "145": dict(
+        num_layers=9,
+        mlp_mult=2.0,
+        smear_gate=False,
+        quant_bits_mlp=8,
+        quant_bits_attn=8,
+        quant_bits_embed=8,
+    ),
+}
 
 
 def full_size_plan(seed: str) -> dict:
@@ -224,16 +355,35 @@ def full_size_plan(seed: str) -> dict:
 
 
 def kinds(plan: dict, part: str) -> set:
-    return {how for name, how in plan.items() if part in name and name.endswith(("weight", "embed", "tok_emb"))}
+    return {
+        how
+        for name, how in plan.items()
+        if part in name and name.endswith(("weight", "embed", "tok_emb"))
+    }
 
 
-@pytest.mark.parametrize("seed, part, expected", [
-    ("989", "tok_emb", {"fp16"}), ("989", "mlp.", {5}), ("989", "attn.c_q", {6}), ("989", "attn.c_v", {6}),
-    ("989", "blocks.8.attn.c_k", {"fp16"}), ("989", "blocks.9.attn.c_k", {6}), ("989", "bigram.", {6}),
-    ("194", "tok_emb", {"fp16"}), ("194", "blocks.", {6}),
-    ("975", "tok_emb", {8}), ("975", "value_embed.embed", {8}), ("975", "bigram.embed", {8}), ("975", "blocks.", {6}),
-    ("975", "bigram.proj", {"fp16"}), ("975", "value_embed.proj", {"fp16"}),
-    ("145", "tok_emb", {8}), ("145", "blocks.", {8})])
+@pytest.mark.parametrize(
+    "seed, part, expected",
+    [
+        ("989", "tok_emb", {"fp16"}),
+        ("989", "mlp.", {5}),
+        ("989", "attn.c_q", {6}),
+        ("989", "attn.c_v", {6}),
+        ("989", "blocks.8.attn.c_k", {"fp16"}),
+        ("989", "blocks.9.attn.c_k", {6}),
+        ("989", "bigram.", {6}),
+        ("194", "tok_emb", {"fp16"}),
+        ("194", "blocks.", {6}),
+        ("975", "tok_emb", {8}),
+        ("975", "value_embed.embed", {8}),
+        ("975", "bigram.embed", {8}),
+        ("975", "blocks.", {6}),
+        ("975", "bigram.proj", {"fp16"}),
+        ("975", "value_embed.proj", {"fp16"}),
+        ("145", "tok_emb", {8}),
+        ("145", "blocks.", {8}),
+    ],
+)
 def test_each_tensor_of_a_seed_is_shipped_as_in_the_seed(seed, part, expected):
     assert kinds(full_size_plan(seed), part) == expected
 
@@ -242,22 +392,32 @@ def test_each_tensor_of_a_seed_is_shipped_as_in_the_seed(seed, part, expected):
 def test_control_tensors_stay_fp32_and_every_matrix_is_planned(seed):
     plan = full_size_plan(seed)
     control = {name for name in plan if not name.endswith(("weight", "embed", "tok_emb"))}
-    assert {n.split(".")[-1] for n in control} >= {"q_gain", "resid_mix", "attn_scale", "mlp_scale", "skip_weights"}
+    assert {n.split(".")[-1] for n in control} >= {
+        "q_gain",
+        "resid_mix",
+        "attn_scale",
+        "mlp_scale",
+        "skip_weights",
+    }
     assert {name for name, how in plan.items() if how == "fp32"} == control
 
 
 def test_a_tensor_of_exactly_the_limit_stays_fp16_and_bits_16_means_fp16(product):
     kept = product(keep_float_max_numel=32 * 32)[2]  # c_q is 32 x 32
     assert kept["blocks.0.attn.c_q.weight"] == torch.float16
-    assert isinstance(product(keep_float_max_numel=32 * 32 - 1)[2]["blocks.0.attn.c_q.weight"], Grid)
+    assert isinstance(
+        product(keep_float_max_numel=32 * 32 - 1)[2]["blocks.0.attn.c_q.weight"], Grid
+    )
     assert product(quant_bits_mlp=16)[2]["blocks.0.mlp.fc.weight"] == torch.float16
 
 
 # ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────
 def assert_refused(path, tiny) -> str:
     """The one line with which scoring this file ends; anything else fails, and so does taking over 20 s."""
+
     def too_long(*_):
         pytest.fail(f"{path} keeps the reader busy for 20 s")
+
     previous = signal.signal(signal.SIGALRM, too_long)
     signal.alarm(20)
     try:
@@ -293,10 +453,17 @@ def test_a_flipped_bit_anywhere_is_refused(artifact):
             pytest.fail(f"byte {place} may be anything")
 
 
-@pytest.mark.parametrize("change, problem", [
-    (lambda d: b"PK\3\4" + d[4:], "GOLFGPT"), (lambda d: d[:8] + b"\1\0" + d[10:], "version 1"),
-    (lambda d: d[:10] + b"\5" + d[11:], "compressor 5"), (lambda d: d + b"!", "checksum"), (lambda d: b"", "GOLFGPT")],
-    ids=["magic", "version", "compressor", "tail", "empty"])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (lambda d: b"PK\3\4" + d[4:], "GOLFGPT"),
+        (lambda d: d[:8] + b"\1\0" + d[10:], "version 1"),
+        (lambda d: d[:10] + b"\5" + d[11:], "compressor 5"),
+        (lambda d: d + b"!", "checksum"),
+        (lambda d: b"", "GOLFGPT"),
+    ],
+    ids=["magic", "version", "compressor", "tail", "empty"],
+)
 def test_the_refusal_says_what_is_wrong(artifact, tiny, change, problem):
     artifact.write_bytes(change(artifact.read_bytes()))
     message = assert_refused(artifact, tiny)
@@ -309,27 +476,34 @@ def test_a_folder_or_a_missing_file_is_refused(artifact, tiny):
 
 
 # ── hostile files: the checksum is right ──────────────────────────────────────────────────────────────────────────
-def forge(path, raw: bytes, size: int | None = None, compressor: str = "zlib", blob: bytes | None = None):
+def forge(
+    path, raw: bytes, size: int | None = None, compressor: str = "zlib", blob: bytes | None = None
+):
     """Writes an artifact of this payload with a correct checksum, and perhaps a lie about its size."""
     blob = COMPRESSORS[compressor][0](raw, 1) if blob is None else blob
     number, size = list(COMPRESSORS).index(compressor), len(raw) if size is None else size
-    path.write_bytes(HEADER.pack(MAGIC, FORMAT_VERSION, number, size, hashlib.sha256(blob).digest()) + blob)
+    path.write_bytes(
+        HEADER.pack(MAGIC, FORMAT_VERSION, number, size, hashlib.sha256(blob).digest()) + blob
+    )
     return path
 
 
 def payload(artifact) -> tuple[dict, dict]:
     """(tensors, configuration) inside a good artifact."""
-    raw = COMPRESSORS["zstd"][1](artifact.read_bytes()[HEADER.size:], MAX_RAW_BYTES)
-    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+    raw = COMPRESSORS["zstd"][1](artifact.read_bytes()[HEADER.size :], MAX_RAW_BYTES)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     return safetensors.torch.load(raw), json.loads(header["__metadata__"]["facts"])
 
 
-COMPRESS_STREAM = {"zlib": lambda: zlib.compressobj(9), "zstd": lambda: zstandard.ZstdCompressor().compressobj(),
-                   "lzma": lambda: lzma.LZMACompressor(preset=0)}
+COMPRESS_STREAM = {
+    "zlib": lambda: zlib.compressobj(9),
+    "zstd": lambda: zstandard.ZstdCompressor().compressobj(),
+    "lzma": lambda: lzma.LZMACompressor(preset=0),
+}
 COMPRESS_STREAM["ans"] = COMPRESS_STREAM["zstd"]
 
 
-@pytest.mark.parametrize("claimed", [4096, MAX_RAW_BYTES + 1, 2 ** 63])
+@pytest.mark.parametrize("claimed", [4096, MAX_RAW_BYTES + 1, 2**63])
 @pytest.mark.parametrize("compressor", CHOICES)
 def test_a_decompression_bomb_is_refused_in_little_memory(artifact, tiny, compressor, claimed):
     stream, million = COMPRESS_STREAM[compressor](), bytes(1 << 20)
@@ -344,9 +518,11 @@ def test_a_decompression_bomb_is_refused_in_little_memory(artifact, tiny, compre
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("lie", [-1, 1, 10 ** 8])
+@pytest.mark.parametrize("lie", [-1, 1, 10**8])
 def test_a_wrong_size_is_refused(artifact, tiny, compressor, lie):
-    raw = safetensors.torch.save(*map(dict, [payload(artifact)[0], {"facts": json.dumps(payload(artifact)[1])}]))
+    raw = safetensors.torch.save(
+        *map(dict, [payload(artifact)[0], {"facts": json.dumps(payload(artifact)[1])}])
+    )
     assert main(tiny(eval_only=str(forge(artifact, raw, None, compressor))))["exit_code"] == 0
     assert_refused(forge(artifact, raw, len(raw) + lie, compressor), tiny)
 
@@ -355,11 +531,31 @@ def long_header(n: int) -> bytes:
     return n.to_bytes(8, "little")
 
 
-@pytest.mark.parametrize("raw", [
-    b"nothing at all", bytes(64), long_header(2) + b"{}", long_header(2 ** 63) + b"{}", long_header(99) + b"{}",
-    long_header(9) + b"not json!", long_header(20_000) + b"[" * 20_000, long_header(23) + b'{"__metadata__":{"a":1}}',
-    long_header(54) + b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}' + bytes(4)],
-    ids=["text", "zeros", "no config", "huge header", "cut header", "not json", "deep json", "metadata", "offsets"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"nothing at all",
+        bytes(64),
+        long_header(2) + b"{}",
+        long_header(2**63) + b"{}",
+        long_header(99) + b"{}",
+        long_header(9) + b"not json!",
+        long_header(20_000) + b"[" * 20_000,
+        long_header(23) + b'{"__metadata__":{"a":1}}',
+        long_header(54) + b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}' + bytes(4),
+    ],
+    ids=[
+        "text",
+        "zeros",
+        "no config",
+        "huge header",
+        "cut header",
+        "not json",
+        "deep json",
+        "metadata",
+        "offsets",
+    ],
+)
 def test_a_bad_safetensors_payload_is_refused(artifact, tiny, raw):
     assert_refused(forge(artifact, raw), tiny)
 
@@ -373,43 +569,96 @@ TENSORS = {
     "a scale has no codes": lambda t: t.update({"evil:scale": torch.zeros(3)}),
     "a tensor is there twice": lambda t: t.update({FC: torch.zeros(96, 32)}),
     "a shape is wrong": lambda t: t.update({SKIP: t[SKIP].T.contiguous()}),
-    "the codes have a wrong shape": lambda t: t.update({FC + ":codes": t[FC + ":codes"].T.contiguous()}),
-    "the codes are no integers": lambda t: t.update({FC + ":codes": t[FC + ":codes"].float() + 0.5}),
+    "the codes have a wrong shape": lambda t: t.update(
+        {FC + ":codes": t[FC + ":codes"].T.contiguous()}
+    ),
+    "the codes are no integers": lambda t: t.update(
+        {FC + ":codes": t[FC + ":codes"].float() + 0.5}
+    ),
     "a scale per column": lambda t: t.update({Q + ":scale": t[Q + ":scale"].T.contiguous()}),
-    "a scale per weight": lambda t: t.update({Q + ":scale": torch.ones(32, 32, dtype=torch.float16)}),
-    "a scale that blows the tensor up": lambda t: t.update({
-        FC + ":codes": torch.zeros(6_000, 1, dtype=torch.int8), FC + ":scale": torch.ones(1, 6_000).half()}),
+    "a scale per weight": lambda t: t.update(
+        {Q + ":scale": torch.ones(32, 32, dtype=torch.float16)}
+    ),
+    "a scale that blows the tensor up": lambda t: t.update(
+        {
+            FC + ":codes": torch.zeros(6_000, 1, dtype=torch.int8),
+            FC + ":scale": torch.ones(1, 6_000).half(),
+        }
+    ),
     "a weight is not a number": lambda t: t.update({SKIP: torch.full_like(t[SKIP], math.nan)}),
-    "a scale is infinite": lambda t: t.update({FC + ":scale": torch.full_like(t[FC + ":scale"], math.inf)})}
+    "a scale is infinite": lambda t: t.update(
+        {FC + ":scale": torch.full_like(t[FC + ":scale"], math.inf)}
+    ),
+}
 
 
 @pytest.mark.parametrize("change", TENSORS.values(), ids=TENSORS)
 def test_other_tensors_than_the_configuration_asks_for_are_refused(artifact, tiny, change):
     tensors, config = payload(artifact)
     change(tensors)
-    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"facts": json.dumps(config)})), tiny)
+    assert_refused(
+        forge(artifact, safetensors.torch.save(tensors, {"facts": json.dumps(config)})), tiny
+    )
 
 
 CONFIGS = [
-    dict(num_layers=3.0), dict(num_layers="3"), dict(num_layers=None), dict(num_layers=[3]), dict(num_layers=2),
-    dict(num_layers=0), dict(num_layers=-1), dict(num_layers=2 ** 40), dict(num_layers=1000), dict(model_dim=2 ** 40),
-    dict(model_dim=65536), dict(vocab_size=384.0), dict(vocab_size=385), dict(bigram_vocab_size=2 ** 40),
-    dict(train_seq_len=2 ** 40), dict(eval_seq_len=2 ** 40), dict(mlp_mult=1e300), dict(mlp_mult=math.nan),
-    dict(mlp_mult="3"), dict(ve_layers=5), dict(ve_enabled=True, ve_layers=None), dict(smear_gate="yes"),
-    dict(smear_gate=2), dict(mlp_act="gelu"), dict(mlp_act=["relu2"]), dict(init={}), dict(rope_dims=7),
-    dict(rope_base="x"), dict(logit_softcap=math.inf), dict(eval_stride=65), dict(eval_stride=1.5),
-    dict(ttt_mode="lora"), dict(surprise=1), dict(given=["MODEL_DIM"]), dict(data_path="/"), dict(seed=1)]
+    dict(num_layers=3.0),
+    dict(num_layers="3"),
+    dict(num_layers=None),
+    dict(num_layers=[3]),
+    dict(num_layers=2),
+    dict(num_layers=0),
+    dict(num_layers=-1),
+    dict(num_layers=2**40),
+    dict(num_layers=1000),
+    dict(model_dim=2**40),
+    dict(model_dim=65536),
+    dict(vocab_size=384.0),
+    dict(vocab_size=385),
+    dict(bigram_vocab_size=2**40),
+    dict(train_seq_len=2**40),
+    dict(eval_seq_len=2**40),
+    dict(mlp_mult=1e300),
+    dict(mlp_mult=math.nan),
+    dict(mlp_mult="3"),
+    dict(ve_layers=5),
+    dict(ve_enabled=True, ve_layers=None),
+    dict(smear_gate="yes"),
+    dict(smear_gate=2),
+    dict(mlp_act="gelu"),
+    dict(mlp_act=["relu2"]),
+    dict(init={}),
+    dict(rope_dims=7),
+    dict(rope_base="x"),
+    dict(logit_softcap=math.inf),
+    dict(eval_stride=65),
+    dict(eval_stride=1.5),
+    dict(ttt_mode="lora"),
+    dict(surprise=1),
+    dict(given=["MODEL_DIM"]),
+    dict(data_path="/"),
+    dict(seed=1),
+]
 
 
 @pytest.mark.parametrize("change", CONFIGS, ids=str)
 def test_a_hostile_configuration_is_refused(artifact, tiny, change):
     tensors, config = payload(artifact)
-    assert_refused(forge(artifact, safetensors.torch.save(tensors, {"facts": json.dumps({**config, **change})})), tiny)
+    assert_refused(
+        forge(
+            artifact, safetensors.torch.save(tensors, {"facts": json.dumps({**config, **change})})
+        ),
+        tiny,
+    )
 
 
-@pytest.mark.parametrize("config", ["", "null", "[]", "3", '"text"', "{}", "[[1, 2]]", '{"num_layers": 3}', "{" * 5000])
+@pytest.mark.parametrize(
+    "config", ["", "null", "[]", "3", '"text"', "{}", "[[1, 2]]", '{"num_layers": 3}', "{" * 5000]
+)
 def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
-    assert_refused(forge(artifact, safetensors.torch.save(payload(artifact)[0], {"facts": config})), tiny)
+    assert_refused(
+        forge(artifact, safetensors.torch.save(payload(artifact)[0], {"facts": config})), tiny
+    )
 
 
 # ── sizes by kind of tensor ───────────────────────────────────────────────────────────────────────────────────────
@@ -419,12 +668,22 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
     model = GPT(cfg)
     groups = group_sizes(cfg, model, state, plan)
     assert groups.keys() == {"mlp", "attn", "bigram", "embed", "control"}
-    kinds = {"attn": ("attn.c_q.", "attn.c_k.", "attn.c_v.", "attn.proj."), "mlp": (".mlp.",),
-             "bigram": ("bigram.embed", "bigram.proj", "value_embed.proj"), "embed": ("tok_emb", "value_embed.embed")}
-    members = {kind: {n for n in state if any(part in n for part in parts)} for kind, parts in kinds.items()}
+    kinds = {
+        "attn": ("attn.c_q.", "attn.c_k.", "attn.c_v.", "attn.proj."),
+        "mlp": (".mlp.",),
+        "bigram": ("bigram.embed", "bigram.proj", "value_embed.proj"),
+        "embed": ("tok_emb", "value_embed.embed"),
+    }
+    members = {
+        kind: {n for n in state if any(part in n for part in parts)}
+        for kind, parts in kinds.items()
+    }
     members["control"] = state.keys() - set().union(*members.values())
     for kind, names in members.items():
-        squares = sum(((shipped(state[n], plan[n]).double() - state[n].double()) ** 2).sum().item() for n in sorted(names))
+        squares = sum(
+            ((shipped(state[n], plan[n]).double() - state[n].double()) ** 2).sum().item()
+            for n in sorted(names)
+        )
         count = sum(state[n].numel() for n in names)
         assert (groups[kind]["tensors"], groups[kind]["params"]) == (len(names), count)
         assert groups[kind]["rms_error"] == pytest.approx(math.sqrt(squares / count), rel=1e-5)
@@ -432,15 +691,28 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
         stored = {}
         for n in names:
             codes, scale = plan[n].quantise(state[n]) if isinstance(plan[n], Grid) else (None, None)
-            stored |= {n + ":codes": codes, n + ":scale": scale} if codes is not None else {n: state[n].to(plan[n])}
+            stored |= (
+                {n + ":codes": codes, n + ":scale": scale}
+                if codes is not None
+                else {n: state[n].to(plan[n])}
+            )
         assert groups[kind]["bytes"] == len(seal(stored, facts, compressor, 1))
-    assert sum(g["tensors"] for g in groups.values()) == len(state) and groups["control"]["rms_error"] == 0
+    assert (
+        sum(g["tensors"] for g in groups.values()) == len(state)
+        and groups["control"]["rms_error"] == 0
+    )
     assert sum(g["params"] for g in groups.values()) == sum(p.numel() for p in model.parameters())
 
 
 def test_group_sizes_follow_the_bits_of_each_kind_and_are_in_the_result(product, tiny):
-    groups = {bits: group_sizes(cfg, GPT(cfg), *rest) for bits in (4, 6, 8, 16) for cfg, *rest in [product(quant_bits_mlp=bits)]}
-    sizes, errors = ([groups[bits]["mlp"][key] for bits in (4, 6, 8, 16)] for key in ("bytes", "rms_error"))
+    groups = {
+        bits: group_sizes(cfg, GPT(cfg), *rest)
+        for bits in (4, 6, 8, 16)
+        for cfg, *rest in [product(quant_bits_mlp=bits)]
+    }
+    sizes, errors = (
+        [groups[bits]["mlp"][key] for bits in (4, 6, 8, 16)] for key in ("bytes", "rms_error")
+    )
     assert sizes == sorted(set(sizes)) and errors == sorted(set(errors), reverse=True)
     assert len({json.dumps(g["attn"]) for g in groups.values()}) == 1
     report = main(tiny())
@@ -450,8 +722,12 @@ def test_group_sizes_follow_the_bits_of_each_kind_and_are_in_the_result(product,
 # ── one container ─────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_what_is_unsealed_is_exactly_what_was_sealed(tmp_path, compressor):
-    tensors = {"a": torch.randn(3, 5), "b": torch.arange(7, dtype=torch.int8), "c": torch.randn(4).bfloat16(),
-               "d": torch.randn(4, 6).half().T}
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.arange(7, dtype=torch.int8),
+        "c": torch.randn(4).bfloat16(),
+        "d": torch.randn(4, 6).half().T,
+    }
     facts = {"config": {"text": "\u00e4\n", "number": 0.1}, "list": [1, None, True]}
     path = tmp_path / "sealed"
     path.write_bytes(seal(tensors, facts, compressor))
@@ -463,7 +739,9 @@ def test_what_is_unsealed_is_exactly_what_was_sealed(tmp_path, compressor):
 # ── pruning ───────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("limit", [16, 512])  # at 16 there are large vectors too
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.9])
-def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_else(product, fraction, limit):
+def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_else(
+    product, fraction, limit
+):
     cfg, state, _ = product(prune_pct=fraction, keep_float_max_numel=limit, **ALL_ON)
     pruned, large = prune(cfg, state, fraction), set()
     for name, w in state.items():
@@ -489,11 +767,18 @@ def test_the_sizes_that_are_reported_are_those_of_the_files_on_disk(tiny):
     cfg = tiny()
     report = main(cfg)
     code, artifact = code_and_artifact(report)
-    assert (report["code_bytes"], report["artifact_bytes"], report["total_bytes"]) == (code, artifact, code + artifact)
+    assert (report["code_bytes"], report["artifact_bytes"], report["total_bytes"]) == (
+        code,
+        artifact,
+        code + artifact,
+    )
     log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
     rows = {line.split("  ")[0]: line.split()[-1] for line in log.splitlines() if line}
     assert rows["code as shipped"] == f"{code:,}" and rows["artifact"] == f"{artifact:,}"
-    assert rows["total"] == f"{code + artifact:,}" and rows["headroom"] == f"{16_000_000 - code - artifact:,}"
+    assert (
+        rows["total"] == f"{code + artifact:,}"
+        and rows["headroom"] == f"{16_000_000 - code - artifact:,}"
+    )
     assert f"{code + artifact:,} bytes in all, exit code 0" in log
 
 
@@ -503,27 +788,50 @@ def test_over_the_cap_all_is_saved_and_the_exit_code_is_3(tiny, below):
     assert main(tiny(cap_bytes=total))["exit_code"] == 0
     cfg = tiny(cap_bytes=total - below)
     report = main(cfg)
-    assert report["exit_code"] == 3 and not report["under_cap"] and sum(code_and_artifact(report)) == total
+    assert (
+        report["exit_code"] == 3
+        and not report["under_cap"]
+        and sum(code_and_artifact(report)) == total
+    )
     folder = train_gpt.Path(cfg.logs_dir) / cfg.run_id
-    assert unpack(folder / "artifact.bin") and json.loads((folder / "result.json").read_text())["exit_code"] == 3
+    assert (
+        unpack(folder / "artifact.bin")
+        and json.loads((folder / "result.json").read_text())["exit_code"] == 3
+    )
     log = (folder / "train.log").read_text()
     assert any(line.split() == ["OVER", "CAP", "BY", f"{below:,}"] for line in log.splitlines())
 
 
-@pytest.mark.parametrize("start, compressor", [(0.8, "zstd"), (0.75, "zlib"), (0.8, "lzma"), (0.8, "ans")])
-def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(product, tiny, start, compressor):
+@pytest.mark.parametrize(
+    "start, compressor", [(0.8, "zstd"), (0.75, "zlib"), (0.8, "lzma"), (0.8, "ans")]
+)
+def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
+    product, tiny, start, compressor
+):
     knobs = dict(prune_pct=start, keep_float_max_numel=64, compressor=compressor, compress_level=6)
     cfg, state, plan = product(**knobs)
     code, steps = len(train_gpt.SOURCE), int(round((0.9 - start) / 0.005))
+
     def size(coder, share: float) -> int:
         return code + len(pack(coder, prune(cfg, state, share), plan))
+
     ans = dataclasses.replace(cfg, compressor="ans", compress_level=-1)
     smaller = cfg if compressor == "ans" else min(cfg, ans, key=lambda coder: size(coder, start))
-    tries = [(cfg, start)] + [(ans, start)] * (compressor != "ans") + [(smaller, start + i * 0.005) for i in range(1, steps)]
+    tries = (
+        [(cfg, start)]
+        + [(ans, start)] * (compressor != "ans")
+        + [(smaller, start + i * 0.005) for i in range(1, steps)]
+    )
     sizes = [size(*what) for what in tries]
-    jumps = [small for small, next_one in zip(sizes, sizes[1:]) if next_one > small]  # more zeros can be a larger file
+    jumps = [
+        small for small, next_one in zip(sizes, sizes[1:]) if next_one > small
+    ]  # more zeros can be a larger file
     firsts = set()
-    for cap in sizes[:2] + [code + int(share * (min(sizes[:2]) - code)) for share in (0.99, 0.9, 0.8)] + jumps:
+    for cap in (
+        sizes[:2]
+        + [code + int(share * (min(sizes[:2]) - code)) for share in (0.99, 0.9, 0.8)]
+        + jumps
+    ):
         firsts.add(first := next(i for i, size in enumerate(sizes) if size <= cap))
         cfg = tiny(**knobs, fit_to_cap=True, cap_bytes=cap)
         blob, pruned, coder = export(cfg, Run(cfg), state, plan)
@@ -537,7 +845,11 @@ def test_fit_to_cap_fits_and_says_what_it_costs(tiny):
     total = main(tiny(compressor="ans", compress_level=-1))["total_bytes"]
     assert main(tiny(fit_to_cap=True, cap_bytes=total))["pruned"] == 0  # the other coder is enough
     report = main(tiny(fit_to_cap=True, cap_bytes=total - 1500))
-    assert report["exit_code"] == 0 and sum(code_and_artifact(report)) <= total - 1500 and report["pruned"] > 0
+    assert (
+        report["exit_code"] == 0
+        and sum(code_and_artifact(report)) <= total - 1500
+        and report["pruned"] > 0
+    )
     assert report["codes"]["compressor"] == "ans" and report["config"]["compressor"] == "zstd"
     bpb = {name: score["bpb"] for name, score in report["scores"].items()}
     assert report["fit_cost_bpb"] == bpb["quantised"] - bpb["unfitted"] != 0
@@ -545,7 +857,10 @@ def test_fit_to_cap_fits_and_says_what_it_costs(tiny):
 
 
 def test_fit_to_cap_prunes_nothing_where_it_fits_and_says_so_where_it_cannot(tiny):
-    fits, cannot = main(tiny(fit_to_cap=True)), main(tiny(fit_to_cap=True, cap_bytes=1000, prune_pct=0.8))
+    fits, cannot = (
+        main(tiny(fit_to_cap=True)),
+        main(tiny(fit_to_cap=True, cap_bytes=1000, prune_pct=0.8)),
+    )
     assert fits["exit_code"] == 0 and fits["pruned"] == 0 and fits["fit_cost_bpb"] is None
     assert cannot["exit_code"] == 3 and code_and_artifact(cannot)[1] == cannot["artifact_bytes"]
 
@@ -560,7 +875,9 @@ def test_writing_replaces_the_file_and_leaves_no_other(tmp_path):
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace"])
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_write_that_fails_leaves_what_was_there_and_no_part_of_the_new(tmp_path, monkeypatch, call, old):
+def test_a_write_that_fails_leaves_what_was_there_and_no_part_of_the_new(
+    tmp_path, monkeypatch, call, old
+):
     path = tmp_path / "a.bin"
     if old:
         path.write_bytes(old)
@@ -568,6 +885,7 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_part_of_the_new(tmp_pat
 
     def fail(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(call, fail)
     with pytest.raises(OSError, match="No space"):
         write_atomic(path, b"new" * 1000)
@@ -577,7 +895,19 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_part_of_the_new(tmp_pat
 def test_nothing_is_pickled():
     tree = ast.parse(train_gpt.SOURCE)
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))}
+    names = {
+        ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))
+    }
     names |= {alias.name for node in imports for alias in node.names}
-    assert not names & {"pickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save", "eval", "exec"}
+    assert not names & {
+        "pickle",
+        "dill",
+        "joblib",
+        "marshal",
+        "shelve",
+        "torch.load",
+        "torch.save",
+        "eval",
+        "exec",
+    }
     assert "safetensors.torch.load" in names

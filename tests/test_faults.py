@@ -3,6 +3,7 @@
 Would have caught: pods that take the run with them (#1728, #637, #204), evaluation that crashes after training (autoresearch#7),
 ranks that hang for ever (#975), a disk that is full at the last write, data that change under a run.
 """
+
 import dataclasses
 import itertools
 import json
@@ -34,7 +35,11 @@ STOPS_WITHIN = 40  # seconds after one rank is lost: 5 s for the others' word, a
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory) -> Config:
     """An uninterrupted run of EVERYTHING."""
-    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(tmp_path_factory.mktemp("reference") / "logs"))
+    paths = dict(
+        data_path=str(data),
+        tokenizer_path=str(data / "tokenizer.model"),
+        logs_dir=str(tmp_path_factory.mktemp("reference") / "logs"),
+    )
     cfg = Config(**TINY | paths | EVERYTHING | dict(run_id="reference"))
     assert codes(finish(cfg)) == [0]
     return cfg
@@ -49,7 +54,9 @@ def broken(reference, tmp_path) -> Config:
 def own_data(cfg: Config, tmp_path: Path) -> Config:
     """With a copy of the data that a test may spoil."""
     shutil.copytree(cfg.data_path, tmp_path / "data")
-    return dataclasses.replace(cfg, data_path=str(tmp_path / "data"), tokenizer_path=str(tmp_path / "data/tokenizer.model"))
+    return dataclasses.replace(
+        cfg, data_path=str(tmp_path / "data"), tokenizer_path=str(tmp_path / "data/tokenizer.model")
+    )
 
 
 # ── processes that die ────────────────────────────────────────────────────────────────────────────────────────────
@@ -64,6 +71,7 @@ def all_whole(path: Path) -> set[str]:
 @dataclass
 class SlowTo:
     """In a child: after each phase of the run it waits a little, so that random moments hit all of them alike."""
+
     seconds: float
 
     def __call__(self):
@@ -80,16 +88,26 @@ def slow_run(reference) -> float:
 
 
 @pytest.mark.parametrize("group", range(10))
-def test_after_kill_9_at_any_moment_the_run_goes_on_to_the_same_end(reference, slow_run, tmp_path, group):
+def test_after_kill_9_at_any_moment_the_run_goes_on_to_the_same_end(
+    reference, slow_run, tmp_path, group
+):
     """60 kills over start, training, averaging, export, compression and scoring; a run that ends before its kill is no trial."""
     moments, kills, runs = random.Random(group), 0, itertools.count()
-    cfg = one = dataclasses.replace(reference, logs_dir=str(tmp_path / "logs"), run_id="killed", resume=True, checkpoint_every=0.01)
+    cfg = one = dataclasses.replace(
+        reference,
+        logs_dir=str(tmp_path / "logs"),
+        run_id="killed",
+        resume=True,
+        checkpoint_every=0.01,
+    )
     while kills < 6:
         with launch(cfg, prepare=SlowTo(0.02)) as run:
             run.processes[0].join(moments.uniform(0.02, slow_run))
             run.processes[0].kill()
             run.processes[0].join()
-        assert all_whole(run.folder) <= {*CHECKPOINTS, "artifact.bin"} and not list(run.folder.glob("*.damaged"))
+        assert all_whole(run.folder) <= {*CHECKPOINTS, "artifact.bin"} and not list(
+            run.folder.glob("*.damaged")
+        )
         assert codes(run) in ([0], [-9])
         kills += codes(run) == [-9]
         if codes(run) == [0]:
@@ -101,17 +119,28 @@ def test_after_kill_9_at_any_moment_the_run_goes_on_to_the_same_end(reference, s
 
 @pytest.mark.parametrize("victim, world", [(1, 2), (2, 3), (0, 2)])
 @pytest.mark.parametrize("phase", ("train", "score quantised"))
-def test_when_one_rank_is_killed_the_others_name_it_and_stop(reference, broken, victim, world, phase):
+def test_when_one_rank_is_killed_the_others_name_it_and_stop(
+    reference, broken, victim, world, phase
+):
     cfg = dataclasses.replace(broken, checkpoint_every=0.01)
     with launch(cfg, world, DiesIn(phase, victim)) as run:
         began = time.monotonic()
         ends = run.wait(60)
         spent = time.monotonic() - began
     others = [rank for rank in range(world) if rank != victim]
-    assert ends[victim] == -9 and [ends[rank] for rank in others] == [6] * len(others) and spent < STOPS_WITHIN
+    assert (
+        ends[victim] == -9
+        and [ends[rank] for rank in others] == [6] * len(others)
+        and spent < STOPS_WITHIN
+    )
     for rank in others:
         line = run.stderr(rank).splitlines()[-1]
-        assert line.startswith("error: lost rank") and f"phase '{phase}'" in line and "RESUME=1" in line and "[exit 6" in line
+        assert (
+            line.startswith("error: lost rank")
+            and f"phase '{phase}'" in line
+            and "RESUME=1" in line
+            and "[exit 6" in line
+        )
         assert line.startswith(f"error: lost rank {victim} in phase")
     assert codes(finish(go_on(cfg))) == [0]
     assert_close_run(reference, cfg)
@@ -125,6 +154,7 @@ def assert_close_run(one: Config, other: Config) -> None:
 @dataclass
 class DiesIn:
     """In a child: this rank is killed in the middle of the phase."""
+
     phase: str
     rank: int
 
@@ -143,6 +173,7 @@ class DiesIn:
         def dying_fill(sheet, *rest):
             die(sheet.run, "score quantised")
             return fill(sheet, *rest)
+
         train_gpt.Trainer.step, train_gpt.Sheet.fill = dying_step, dying_fill
 
 
@@ -154,6 +185,7 @@ def at_step(step: int, act) -> None:
         if trainer.steps == step:
             act(trainer)
         report(trainer, k)
+
     train_gpt.Trainer.report = acting
 
 
@@ -161,15 +193,26 @@ def at_step(step: int, act) -> None:
 FULL = "No space left on device"
 
 
-@pytest.mark.parametrize("name, kept", [("checkpoint.bin", set()), ("artifact.bin", {"checkpoint.bin", "checkpoint.previous.bin"}),
-                                        ("result.json", {"artifact.bin", "checkpoint.bin", "checkpoint.previous.bin"})])
+@pytest.mark.parametrize(
+    "name, kept",
+    [
+        ("checkpoint.bin", set()),
+        ("artifact.bin", {"checkpoint.bin", "checkpoint.previous.bin"}),
+        ("result.json", {"artifact.bin", "checkpoint.bin", "checkpoint.previous.bin"}),
+    ],
+)
 def test_a_full_disk_is_one_line_and_costs_nothing_that_was_finished(reference, broken, name, kept):
     """/dev/full in the place where the file is written first."""
     cfg = go_on(broken)
     folder(cfg).mkdir(parents=True)
     (folder(cfg) / f"{name}.tmp").symlink_to("/dev/full")
     run = finish(cfg)
-    assert codes(run) == [7] and len(run.stderr().splitlines()) == 1 and FULL in run.stderr() and "RESUME=1" in run.stderr()
+    assert (
+        codes(run) == [7]
+        and len(run.stderr().splitlines()) == 1
+        and FULL in run.stderr()
+        and "RESUME=1" in run.stderr()
+    )
     assert all_whole(folder(cfg)) == kept and not (folder(cfg) / "result.json").exists()
     assert codes(finish(cfg)) == [0]  # the half-written file is gone, and there is room again
     assert_same_run(reference, broken)
@@ -181,17 +224,24 @@ def test_a_log_that_cannot_be_written_is_one_line(broken):
     folder(cfg).mkdir(parents=True)
     (folder(cfg) / "train.log").symlink_to("/dev/full")
     run = finish(cfg)
-    assert codes(run) == [7] and FULL in run.stderr().splitlines()[0] and "Traceback" not in run.stderr()
+    assert (
+        codes(run) == [7]
+        and FULL in run.stderr().splitlines()[0]
+        and "Traceback" not in run.stderr()
+    )
 
 
 @dataclass
 class FillsUp:
     """In a child: from this step on no file may grow."""
+
     step: int
 
     def __call__(self):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python cannot flush at its end would be another exit code
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # what Python cannot flush at its end would be another exit code
         at_step(self.step, lambda trainer: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
 
 
@@ -199,22 +249,32 @@ def test_a_disk_that_fills_up_while_training_leaves_the_last_checkpoint(referenc
     cfg = dataclasses.replace(broken, checkpoint_every=0.001)
     run = finish(cfg, prepare=FillsUp(7))
     assert codes(run) == [7] and "File too large" in run.stderr() and "RESUME=1" in run.stderr()
-    assert all_whole(folder(cfg)) and max(unseal(p)[0]["progress"]["steps"] for p in folder(cfg).glob("checkpoint*.bin")) in (5, 6)
+    assert all_whole(folder(cfg)) and max(
+        unseal(p)[0]["progress"]["steps"] for p in folder(cfg).glob("checkpoint*.bin")
+    ) in (5, 6)
     assert codes(finish(go_on(cfg))) == [0]
     assert_same_run(reference, broken)
 
 
 def test_a_log_folder_that_cannot_be_made_is_refused(broken, tmp_path):
     (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file", Path("/proc/logs")):  # root may write into a read-only folder, but not there
+    for place in (
+        tmp_path / "file",
+        Path("/proc/logs"),
+    ):  # root may write into a read-only folder, but not there
         run = finish(dataclasses.replace(broken, logs_dir=str(place)))
-        assert codes(run) == [2] and f"cannot create {place}/broken" in run.stderr() and len(run.stderr().splitlines()) == 1
+        assert (
+            codes(run) == [2]
+            and f"cannot create {place}/broken" in run.stderr()
+            and len(run.stderr().splitlines()) == 1
+        )
 
 
 # ── data that change under the run ────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class Spoils:
     """In a child: before this step something happens to the training shard."""
+
     how: str
     step: int = 5
 
@@ -235,20 +295,32 @@ class Spoils:
 
 
 @pytest.mark.parametrize("world", (1, 2))
-@pytest.mark.parametrize("how, message, code", [
-    ("deleted", "No such file or directory; prepare the data again", 2), ("cut", "has been cut since the run began", 2),
-    ("overwritten", "token id 65535, but VOCAB_SIZE=384", 2), ("unreadable", "Input/output error; mend that", 7)])
-def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(reference, broken, tmp_path, how, message, code, world):
+@pytest.mark.parametrize(
+    "how, message, code",
+    [
+        ("deleted", "No such file or directory; prepare the data again", 2),
+        ("cut", "has been cut since the run began", 2),
+        ("overwritten", "token id 65535, but VOCAB_SIZE=384", 2),
+        ("unreadable", "Input/output error; mend that", 7),
+    ],
+)
+def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(
+    reference, broken, tmp_path, how, message, code, world
+):
     cfg = own_data(broken, tmp_path)
     shard = tmp_path / "data/fineweb_train_000000.bin"
     good = shard.read_bytes()
     run = finish(cfg, world, Spoils(how))
     assert codes(run) == [code] * world
     said = [line for line in run.stderr().splitlines() if line.startswith("error: ")]
-    assert len(said) == (world if code == 7 else 1) and all(message in line and str(shard) in line for line in said)
+    assert len(said) == (world if code == 7 else 1) and all(
+        message in line and str(shard) in line for line in said
+    )
     saved = unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"]
     if world == 1:
-        assert saved in (5, 6, 7) and f"saved after {saved} steps" in run.log()  # rows are read two steps ahead
+        assert (
+            saved in (5, 6, 7) and f"saved after {saved} steps" in run.log()
+        )  # rows are read two steps ahead
     shard.unlink(missing_ok=True)
     shard.write_bytes(good)
     assert codes(finish(go_on(cfg))) == [0]
@@ -258,12 +330,16 @@ def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(ref
 @dataclass
 class CutForRank1:
     """In a child: from this step on rank 1 alone finds the shard shorter."""
+
     step: int
 
     def __call__(self):
         if os.environ["RANK"] == "1":
             read = train_gpt.read_numbers
-            at_step(self.step, lambda _: setattr(train_gpt, "read_numbers", lambda *place: read(*place)[:-1]))
+            at_step(
+                self.step,
+                lambda _: setattr(train_gpt, "read_numbers", lambda *place: read(*place)[:-1]),
+            )
 
 
 def test_what_one_rank_alone_refuses_is_told_by_that_rank(broken):
@@ -272,12 +348,21 @@ def test_what_one_rank_alone_refuses_is_told_by_that_rank(broken):
     assert "has been cut since the run began" in run.stderr(1) and "lost rank 1" in run.stderr(0)
 
 
-@pytest.mark.parametrize("tokens, message", [([], "0 tokens"), ([1], "1 tokens"), ([1, 2, 2], "0 bytes of text")])
-def test_an_empty_or_tiny_validation_split_is_refused_before_anything_is_trained(broken, tmp_path, tokens, message):
+@pytest.mark.parametrize(
+    "tokens, message", [([], "0 tokens"), ([1], "1 tokens"), ([1, 2, 2], "0 bytes of text")]
+)
+def test_an_empty_or_tiny_validation_split_is_refused_before_anything_is_trained(
+    broken, tmp_path, tokens, message
+):
     cfg = own_data(broken, tmp_path)
     write_shard(tmp_path / "data/fineweb_val_000000.bin", tokens)
     run = finish(cfg)
-    assert codes(run) == [2] and message in run.stderr() and len(run.stderr().splitlines()) == 1 and not events(cfg, "step")
+    assert (
+        codes(run) == [2]
+        and message in run.stderr()
+        and len(run.stderr().splitlines()) == 1
+        and not events(cfg, "step")
+    )
 
 
 def test_the_smallest_validation_split_is_scored(broken, tmp_path):
@@ -294,6 +379,7 @@ def test_the_smallest_validation_split_is_scored(broken, tmp_path):
 @dataclass
 class NotFinite:
     """In a child: in these steps one gradient, or the loss, is not finite (on one rank, if that is given)."""
+
     steps: tuple
     value: float = math.nan
     where: str = "blocks.1.mlp.fc.weight"
@@ -303,11 +389,20 @@ class NotFinite:
         step = train_gpt.Trainer.step
 
         def spoilt(trainer, batch, k):
-            hit = trainer.steps in self.steps and self.rank in (None, trainer.run.rank) and len(trainer.step_seconds) == trainer.steps > 0
+            hit = (
+                trainer.steps in self.steps
+                and self.rank in (None, trainer.run.rank)
+                and len(trainer.step_seconds) == trainer.steps > 0
+            )
             if hit and self.where == "loss":
-                forward, trainer.forward = trainer.forward, lambda *a: trainer.model(*a) * self.value
+                forward, trainer.forward = (
+                    trainer.forward,
+                    lambda *a: trainer.model(*a) * self.value,
+                )
             elif hit:
-                hook = dict(trainer.model.named_parameters())[self.where].register_hook(lambda g: g * self.value)
+                hook = dict(trainer.model.named_parameters())[self.where].register_hook(
+                    lambda g: g * self.value
+                )
             try:
                 step(trainer, batch, k)
             finally:
@@ -315,30 +410,48 @@ class NotFinite:
                     trainer.forward = forward
                 elif hit:
                     hook.remove()
+
         train_gpt.Trainer.step = spoilt
 
 
 @pytest.mark.parametrize("world", (1, 2))
-@pytest.mark.parametrize("value, where", [(math.nan, "blocks.1.mlp.fc.weight"), (math.inf, "tok_emb"), (math.nan, "loss")])
+@pytest.mark.parametrize(
+    "value, where",
+    [(math.nan, "blocks.1.mlp.fc.weight"), (math.inf, "tok_emb"), (math.nan, "loss")],
+)
 def test_nan_or_inf_stops_before_it_reaches_the_weights(broken, value, where, world):
     """One rank is enough. The message names step and tensor; the state before it is saved; NONFINITE=skip goes on from there."""
     fault = NotFinite((5,), value, where, rank=world - 1)
     run = finish(broken, world, fault)
     assert codes(run) == [5] * world
-    line, = [line for line in run.stderr().splitlines() if line.startswith("error: ")]  # of both ranks together
+    (line,) = [
+        line for line in run.stderr().splitlines() if line.startswith("error: ")
+    ]  # of both ranks together
     assert "step 5: not finite" in line and "NONFINITE=skip" in line and "[exit 5" in line
     assert where == "loss" or f"first gradient: {where}" in line
     facts, tensors = unseal(folder(broken) / CHECKPOINTS[0])
-    assert facts["progress"]["steps"] == 5 and all(w.isfinite().all() for w in tensors.values()) and "saved after 5 steps" in run.log()
-    assert codes(finish(dataclasses.replace(broken, resume=True, nonfinite="skip"), world, fault)) == [0] * world
+    assert (
+        facts["progress"]["steps"] == 5
+        and all(w.isfinite().all() for w in tensors.values())
+        and "saved after 5 steps" in run.log()
+    )
+    assert (
+        codes(finish(dataclasses.replace(broken, resume=True, nonfinite="skip"), world, fault))
+        == [0] * world
+    )
     result = json.loads((folder(broken) / "result.json").read_text())
     assert result["skipped"] == [5] and result["steps"] == 12 and math.isfinite(result["val_bpb"])
 
 
 def test_a_skipped_step_leaves_weights_moments_and_averages_alone(tiny):
     """Skipping the last of six steps gives what five steps give."""
-    knobs = BASE | dict(max_wallclock_seconds=0.0, warmdown_iters=0, ema_enabled=True, ema_decay=0.5)
-    five, six = tiny(**knobs | dict(iterations=5)), tiny(**knobs | dict(iterations=6, nonfinite="skip"))
+    knobs = BASE | dict(
+        max_wallclock_seconds=0.0, warmdown_iters=0, ema_enabled=True, ema_decay=0.5
+    )
+    five, six = (
+        tiny(**knobs | dict(iterations=5)),
+        tiny(**knobs | dict(iterations=6, nonfinite="skip")),
+    )
     assert codes(finish(five)) == [0] and codes(finish(six, prepare=NotFinite((5,)))) == [0]
     one, other = (unseal(folder(cfg) / CHECKPOINTS[0])[1] for cfg in (five, six))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -347,6 +460,7 @@ def test_a_skipped_step_leaves_weights_moments_and_averages_alone(tiny):
 @dataclass
 class BadWeights:
     """In a child: after this step a weight is not finite, although no gradient was."""
+
     step: int
 
     def __call__(self):
@@ -357,13 +471,18 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_log_says_so(broken)
     cfg = dataclasses.replace(broken, checkpoint_every=0.0)
     run = finish(cfg, prepare=BadWeights(3))
     assert codes(run) == [5] and "step 3: not finite" in run.stderr()
-    assert "not saved, as live/" in run.log() and "is not finite, after 3 steps" in run.log() and "saved after" not in run.log()
+    assert (
+        "not saved, as live/" in run.log()
+        and "is not finite, after 3 steps" in run.log()
+        and "saved after" not in run.log()
+    )
     assert unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"] == 0
 
 
 @dataclass
 class BadMoments:
     """In a child: after this step AdamW divides by infinity, which stops the embedding and shows in no loss."""
+
     step: int
 
     def __call__(self):
@@ -386,6 +505,7 @@ def test_a_run_of_nothing_but_nan_stops_although_steps_may_be_skipped(broken):
 @dataclass
 class JumpingClock:
     """In a child: the wall clock goes backwards and forwards, the monotonic one stands still for an hour, once."""
+
     step: int | None = None
 
     def __call__(self):
@@ -396,6 +516,7 @@ class JumpingClock:
         def jumping(trainer, k):
             report(trainer, k)
             late[0] += 3600.0 * (trainer.steps == self.step)
+
         train_gpt.time.perf_counter, train_gpt.Trainer.report = lambda: counter() + late[0], jumping
 
 
@@ -405,17 +526,27 @@ def test_a_wall_clock_that_jumps_changes_nothing(reference, broken):
 
 
 def test_a_machine_that_slept_ends_the_run_in_good_order(broken):
-    cfg = dataclasses.replace(broken, max_wallclock_seconds=600.0, iterations=10 ** 6)
+    cfg = dataclasses.replace(broken, max_wallclock_seconds=600.0, iterations=10**6)
     run = finish(cfg, prepare=JumpingClock(step=5))
     assert codes(run) == [0], run.stderr()
     result = json.loads((folder(cfg) / "result.json").read_text())
-    assert result["steps"] == 6 and result["train_seconds"] > 3600 and math.isfinite(result["val_bpb"])
+    assert (
+        result["steps"] == 6 and result["train_seconds"] > 3600 and math.isfinite(result["val_bpb"])
+    )
 
 
 class LittleMemory:
     """In a child: 400 MB more than it has now."""
+
     def __call__(self):
-        now = int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) * 1024
+        now = (
+            int(
+                next(
+                    line for line in open("/proc/self/status") if line.startswith("VmSize")
+                ).split()[1]
+            )
+            * 1024
+        )
         resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20),) * 2)
 
 
@@ -427,33 +558,48 @@ class LittleMemoryOnRank1:
 
 
 def test_out_of_memory_of_one_rank_is_told_by_that_rank(broken):
-    run = finish(dataclasses.replace(broken, train_batch_tokens=2 ** 18, grad_accum_steps=1, dist_timeout=20.0), 2, LittleMemoryOnRank1())
+    run = finish(
+        dataclasses.replace(
+            broken, train_batch_tokens=2**18, grad_accum_steps=1, dist_timeout=20.0
+        ),
+        2,
+        LittleMemoryOnRank1(),
+    )
     assert codes(run) == [6, 8], run.stderr()
     assert "out of memory in phase 'warm-up and compile'" in run.stderr(1)
 
 
 def test_out_of_memory_names_the_phase_and_the_knob(broken):
-    cfg = dataclasses.replace(broken, train_batch_tokens=2 ** 18, grad_accum_steps=1)
+    cfg = dataclasses.replace(broken, train_batch_tokens=2**18, grad_accum_steps=1)
     run = finish(cfg, prepare=LittleMemory())
     assert codes(run) == [8], run.stderr()
     line = run.stderr().splitlines()[-1]
-    assert "out of memory in phase 'warm-up and compile'" in line and "GRAD_ACCUM_STEPS" in line and "[exit 8" in line
+    assert (
+        "out of memory in phase 'warm-up and compile'" in line
+        and "GRAD_ACCUM_STEPS" in line
+        and "[exit 8" in line
+    )
 
 
 # ── ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class BitFlip:
     """In a child: one weight of this rank is another after this step."""
+
     rank: int
     step: int = 5
 
     def __call__(self):
-        at_step(self.step, lambda trainer: trainer.flat.weights[11].add_(1e-3 * (trainer.run.rank == self.rank)))
+        at_step(
+            self.step,
+            lambda trainer: trainer.flat.weights[11].add_(1e-3 * (trainer.run.rank == self.rank)),
+        )
 
 
 @dataclass
 class SaysWhetherItLeft:
     """In a child: as its last act it prints whether this rank is still in the process group."""
+
     fault: object = None
 
     def __call__(self):
@@ -463,38 +609,59 @@ class SaysWhetherItLeft:
             code = command_line(arguments)
             print(f"still in the group: {torch.distributed.is_initialized()}", flush=True)
             return code
+
         train_gpt.command_line = last_act
         if self.fault:
             self.fault()
 
 
-@pytest.mark.parametrize("fault, knobs, code", [
-    (None, {}, 0), (None, dict(cap_bytes=1), 3), (None, dict(train_seq_len=256, train_batch_tokens=256), 2),
-    (NotFinite((5,), math.nan, "loss"), {}, 5), (BitFlip(0), {}, 6)], ids=["good", "over the cap", "refused", "NaN", "drift"])
+@pytest.mark.parametrize(
+    "fault, knobs, code",
+    [
+        (None, {}, 0),
+        (None, dict(cap_bytes=1), 3),
+        (None, dict(train_seq_len=256, train_batch_tokens=256), 2),
+        (NotFinite((5,), math.nan, "loss"), {}, 5),
+        (BitFlip(0), {}, 6),
+    ],
+    ids=["good", "over the cap", "refused", "NaN", "drift"],
+)
 def test_every_rank_leaves_the_group_before_the_interpreter_ends(broken, fault, knobs, code):
     """Or gloo's threads may abort it, and a good run ends as Signal 6 (seen once, PyTorch #179291)."""
     run = finish(dataclasses.replace(broken, **knobs), 2, SaysWhetherItLeft(fault))
     assert codes(run) == [code] * 2, run.stderr()
-    assert [run.stdout(rank).splitlines()[-1] for rank in (0, 1)] == ["still in the group: False"] * 2
+    assert [run.stdout(rank).splitlines()[-1] for rank in (0, 1)] == [
+        "still in the group: False"
+    ] * 2
 
 
 class StoppedTooLate:
     """In a child: SIGTERM comes when all is done."""
+
     def __call__(self):
         destroy = train_gpt.dist.destroy_process_group
-        train_gpt.dist.destroy_process_group = lambda: (os.kill(os.getpid(), signal.SIGTERM), destroy())
+        train_gpt.dist.destroy_process_group = lambda: (
+            os.kill(os.getpid(), signal.SIGTERM),
+            destroy(),
+        )
 
 
 def test_a_signal_after_the_end_changes_nothing(broken):
     run = finish(broken, 2, StoppedTooLate())
-    assert codes(run) == [0, 0] and "error: " not in run.stderr() and "Traceback" not in run.stderr()
+    assert (
+        codes(run) == [0, 0] and "error: " not in run.stderr() and "Traceback" not in run.stderr()
+    )
 
 
 @pytest.mark.parametrize("rank", (0, 1))
 def test_ranks_that_drift_apart_are_noticed_before_the_next_checkpoint(reference, broken, rank):
     cfg = dataclasses.replace(broken, train_log_every=3, checkpoint_every=0.001)
     run = finish(cfg, 2, BitFlip(rank))
-    assert codes(run) == [6, 6] and "step 5: the ranks hold different weights" in run.stderr(0) and "RESUME=1" in run.stderr(0)
+    assert (
+        codes(run) == [6, 6]
+        and "step 5: the ranks hold different weights" in run.stderr(0)
+        and "RESUME=1" in run.stderr(0)
+    )
     for name in CHECKPOINTS:  # none was made of weights that differ
         assert unseal(folder(cfg) / name)[0]["progress"]["steps"] <= 5
 
@@ -510,4 +677,7 @@ def test_one_two_four_and_eight_ranks_train_alike(reference, tiny):
 
 def test_more_ranks_than_rows_are_refused_on_every_rank(tiny):
     run = finish(tiny(**BASE, train_seq_len=256), 3)
-    assert codes(run) == [2, 2, 2] and run.stderr().count("TRAIN_BATCH_TOKENS=512: fewer rows than 3 ranks") == 1
+    assert (
+        codes(run) == [2, 2, 2]
+        and run.stderr().count("TRAIN_BATCH_TOKENS=512: fewer rows than 3 ranks") == 1
+    )

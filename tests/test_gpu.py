@@ -6,6 +6,7 @@ Every body takes a device, so that on a CPU its half that needs no GPU runs in t
 on the clock (#145, #549), fake weights that are not the shipped ones (#194, #989), a kernel that is wrong once it is
 compiled, a division by a number that CUDA computes as a product (pytorch#191495), averages kept in bf16 (#989).
 """
+
 import dataclasses
 import functools
 import math
@@ -14,14 +15,35 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
-
-import train_gpt
 from conftest import TINY
 from test_optimiser import matrices, normal
 from test_views import ALL, Bench
-from train_gpt import (CLIP_QUANTILES, KERNELS, PACKAGES, Average, Config, Flat, Grid, Optimiser, Run, Split, Validation, attention,
-                       batches, build_model, document_windows, export_plan, pack, score, sdpa, unpack, windows)
+from torch._dynamo.utils import counters
+
+import train_gpt
+from train_gpt import (
+    CLIP_QUANTILES,
+    KERNELS,
+    PACKAGES,
+    Average,
+    Config,
+    Flat,
+    Grid,
+    Optimiser,
+    Run,
+    Split,
+    Validation,
+    attention,
+    batches,
+    build_model,
+    document_windows,
+    export_plan,
+    pack,
+    score,
+    sdpa,
+    unpack,
+    windows,
+)
 
 GPU = torch.cuda.is_available()  # conftest.py hides it unless GOLF_GPU=1
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU and GOLF_GPU=1 in the environment")
@@ -42,7 +64,9 @@ def fresh_compiler():
 
 def compile_on(device: str):
     """torch.compile as it is on a GPU; on a CPU without code generation, which takes minutes there."""
-    return torch.compile if device == "cuda" else functools.partial(torch.compile, backend="aot_eager")
+    return (
+        torch.compile if device == "cuda" else functools.partial(torch.compile, backend="aot_eager")
+    )
 
 
 def run_on(cfg: Config, device: str, dtype: torch.dtype | None = None) -> Run:
@@ -61,9 +85,25 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 # ── (a, g) a whole compiled run ───────────────────────────────────────────────────────────────────────────────────
 PHASES = dict(
-    iterations=24, warmup_steps=2, warmdown_iters=16, train_log_every=4, val_loss_every=8, doc_isolated_eval=True, compile="1",
-    qna_enabled=True, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5, swa_every=2, swa_start_kind="iter_frac",
-    swa_start_frac=0.5, ema_enabled=True, ema_decay=0.9, model_dim=128, num_layers=2)
+    iterations=24,
+    warmup_steps=2,
+    warmdown_iters=16,
+    train_log_every=4,
+    val_loss_every=8,
+    doc_isolated_eval=True,
+    compile="1",
+    qna_enabled=True,
+    qat_enabled=True,
+    qat_start_kind="iter_frac",
+    qat_start=0.5,
+    swa_every=2,
+    swa_start_kind="iter_frac",
+    swa_start_frac=0.5,
+    ema_enabled=True,
+    ema_decay=0.9,
+    model_dim=128,
+    num_layers=2,
+)
 ARMS = {"SWA": dict(swa_enabled=True, average="swa"), "SQWA": dict(sqwa_enabled=True)}
 
 
@@ -76,26 +116,43 @@ def average(request) -> str:
 def finished(request, average, data, tmp_path_factory) -> SimpleNamespace:
     """A run through every phase: its result, configuration and device, and what broke its graphs."""
     torch._dynamo.reset()
-    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(tmp_path_factory.mktemp("logs")))
+    paths = dict(
+        data_path=str(data),
+        tokenizer_path=str(data / "tokenizer.model"),
+        logs_dir=str(tmp_path_factory.mktemp("logs")),
+    )
     cfg = Config(**TINY | PHASES | ARMS[average] | paths, run_id="run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: request.param == "cuda")
         patch.setattr(torch, "compile", compile_on(request.param))
         report = train_gpt.main(cfg)
-    return SimpleNamespace(report=report, cfg=cfg, device=request.param, breaks=dict(counters["graph_break"]))
+    return SimpleNamespace(
+        report=report, cfg=cfg, device=request.param, breaks=dict(counters["graph_break"])
+    )
 
 
 def test_every_phase_flips_without_a_recompile_after_the_warm_up(finished, average):
-    r, names = finished.report, {"QNA", "QAT", "EMA", average, "WARMDOWN", "SMEAR_GATE", "DOC_ISOLATED_EVAL"}
+    r, names = (
+        finished.report,
+        {"QNA", "QAT", "EMA", average, "WARMDOWN", "SMEAR_GATE", "DOC_ISOLATED_EVAL"},
+    )
     assert r["exit_code"] == 0 and r["recompiles"] == 0 and not finished.breaks and r["compile"]
     assert r["toggles"].keys() == names and r["inactive"] == []
     first = {name: row["first_step"] for name, row in r["toggles"].items()}
-    assert (first["QNA"], first["EMA"], first["QAT"], first["WARMDOWN"]) == (0, 0, 12, 9) and 12 <= first[average] <= 14
+    assert (first["QNA"], first["EMA"], first["QAT"], first["WARMDOWN"]) == (
+        0,
+        0,
+        12,
+        9,
+    ) and 12 <= first[average] <= 14
     assert r["dtype"] == ("torch.bfloat16" if finished.device == "cuda" else "torch.float32")
 
 
 def test_what_was_scored_is_what_can_be_read_back(finished):
-    scores, cfg = finished.report["scores"], dataclasses.replace(finished.cfg, run_id="again", eval_only="", compile="0")
+    scores, cfg = (
+        finished.report["scores"],
+        dataclasses.replace(finished.cfg, run_id="again", eval_only="", compile="0"),
+    )
     assert {"live", "averaged", "quantised", "sliding", "documents"} <= scores.keys()
     knobs, state = unpack(Path(finished.report["artifact_path"]))
     run = run_on(cfg, "cpu")
@@ -103,7 +160,9 @@ def test_what_was_scored_is_what_can_be_read_back(finished):
     model.load_state_dict(state)
     ways = {"quantised": windows(0, val.n, 64, 0), "sliding": windows(0, val.n, 64, 16)}
     for name, where in (ways | {"documents": document_windows(val, 64, 16)}).items():
-        assert score(cfg, run, model, val, where).bpb == pytest.approx(scores[name]["bpb"], abs=5e-3), name
+        assert score(cfg, run, model, val, where).bpb == pytest.approx(
+            scores[name]["bpb"], abs=5e-3
+        ), name
     assert knobs["model_dim"] == 128 and finished.report["val_bpb"] == scores["documents"]["bpb"]
 
 
@@ -115,27 +174,49 @@ def test_peak_memory_is_reported(finished):
 
 
 # ── (b, i) quantisation ───────────────────────────────────────────────────────────────────────────────────────────
-GRIDS = [(bits, codes, floor) for bits in range(2, 9) for codes in ("sym", "asym") for floor in (False, True)]
+GRIDS = [
+    (bits, codes, floor)
+    for bits in range(2, 9)
+    for codes in ("sym", "asym")
+    for floor in (False, True)
+]
 
 
 @pytest.mark.parametrize("clip", CLIP_QUANTILES)
 def test_qat_sees_what_the_artifact_holds_bit_for_bit(tiny, tmp_path, device, clip, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     for bits, codes, floor in GRIDS:
-        cfg = tiny(**ALL, qat_enabled=True, keep_float_max_numel=0, quant_bits_mlp=bits, quant_bits_attn=bits, quant_clip=clip,
-                   quant_bits_bigram=bits, quant_bits_embed=bits, quant_codes=codes, quant_scale_floor=floor)
+        cfg = tiny(
+            **ALL,
+            qat_enabled=True,
+            keep_float_max_numel=0,
+            quant_bits_mlp=bits,
+            quant_bits_attn=bits,
+            quant_clip=clip,
+            quant_bits_bigram=bits,
+            quant_bits_embed=bits,
+            quant_codes=codes,
+            quant_scale_floor=floor,
+        )
         b = Bench(cfg)  # rows of very different size, some above 1
         seen, path = b.seen(qat=True), tmp_path / "artifact.bin"
         path.write_bytes(pack(cfg, b.latent, b.plan))
         _, state = unpack(path)
         grids = [name for name, how in b.plan.items() if isinstance(how, Grid)]
         assert len(grids) == 23 and seen[grids[0]].device.type == device
-        assert [name for name in grids if not torch.equal(seen[name].cpu(), state[name])] == [], (bits, codes, floor)
+        assert [name for name in grids if not torch.equal(seen[name].cpu(), state[name])] == [], (
+            bits,
+            codes,
+            floor,
+        )
 
 
 def telling_rows(top: int, columns: int) -> torch.Tensor:
     """Rows whose step is another fp16 number if |w| / top is computed as |w| * (1 / top), as CUDA does for a Python number."""
-    midpoints = torch.outer(2.0 ** torch.arange(-8, 2), 1 + (torch.arange(1024) + 0.5) / 1024).flatten() * top
+    midpoints = (
+        torch.outer(2.0 ** torch.arange(-8, 2), 1 + (torch.arange(1024) + 0.5) / 1024).flatten()
+        * top
+    )
     largest = torch.cat([midpoints, *(midpoints.nextafter(midpoints * sign) for sign in (0, 9))])
     telling = largest[(largest / top).half() != (largest * (1 / torch.tensor(float(top)))).half()]
     telling = telling[(telling > 1) & (telling < 4)][:8]
@@ -146,14 +227,28 @@ def telling_rows(top: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("floor", (False, True))
 @pytest.mark.parametrize("clip", CLIP_QUANTILES)
 def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, clip, floor):
-    cfg = tiny(**ALL, keep_float_max_numel=0, quant_clip=clip, quant_scale_floor=floor, quant_bits_mlp=5,
-               quant_bits_bigram=4, quant_bits_embed=8)
+    cfg = tiny(
+        **ALL,
+        keep_float_max_numel=0,
+        quant_clip=clip,
+        quant_scale_floor=floor,
+        quant_bits_mlp=5,
+        quant_bits_bigram=4,
+        quant_bits_embed=8,
+    )
     model = build_model(cfg, run_on(cfg, "cpu"), sdpa)
-    plan, state = export_plan(cfg, model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    plan, state = (
+        export_plan(cfg, model),
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+    )
     for i, (name, w) in enumerate(state.items()):
-        w += normal(*w.shape, seed=i) * torch.logspace(-2, 0.5, len(w))[:, None] if w.ndim == 2 else 0.1
+        w += (
+            normal(*w.shape, seed=i) * torch.logspace(-2, 0.5, len(w))[:, None]
+            if w.ndim == 2
+            else 0.1
+        )
         if isinstance(plan[name], Grid):
-            w[:8] = telling_rows(plan[name].top, w.shape[1])[:len(w)]
+            w[:8] = telling_rows(plan[name].top, w.shape[1])[: len(w)]
     moved = {name: w.to(device) for name, w in state.items()}
     for compressor in ("zstd", "ans"):
         cfg = dataclasses.replace(cfg, compressor=compressor)
@@ -181,7 +276,10 @@ def both_ways(attend, tensors: list[torch.Tensor], weight: torch.Tensor) -> list
 @pytest.mark.parametrize("name", [*KERNELS, *PACKAGES])
 def test_every_attention_kernel_that_works_agrees_with_the_formula(device, name, compiled):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tensors = [normal(2, 256, heads, 64, seed=i).to(device, dtype).requires_grad_() for i, heads in enumerate((8, 4, 4))]
+    tensors = [
+        normal(2, 256, heads, 64, seed=i).to(device, dtype).requires_grad_()
+        for i, heads in enumerate((8, 4, 4))
+    ]
     weight = normal(2, 256, 8, 64, seed=9).to(device)
     try:
         attend = attention(name)
@@ -190,14 +288,20 @@ def test_every_attention_kernel_that_works_agrees_with_the_formula(device, name,
         assert name != "sdpa"
         pytest.skip(f"{name} does not work here: {str(problem).splitlines()[0]}")
     attend = compile_on(device)(attend, fullgraph=True, dynamic=False) if compiled else attend
-    exact = both_ways(plain_attention, [t.detach().float().requires_grad_() for t in tensors], weight)
-    limit = 0.03 if device == "cuda" else 1e-5  # bf16 has 8 bits: products of rounded probabilities and values
+    exact = both_ways(
+        plain_attention, [t.detach().float().requires_grad_() for t in tensors], weight
+    )
+    limit = (
+        0.03 if device == "cuda" else 1e-5
+    )  # bf16 has 8 bits: products of rounded probabilities and values
     for what, found, expected in zip("yqkv", both_ways(attend, tensors, weight), exact):
         assert found.dtype == dtype and error(found, expected) < limit, what
 
 
 # ── (d) Muon ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def muon_reference(weights: list, gradients: list[list], lr: float, momentum: float, decay: float) -> list[torch.Tensor]:
+def muon_reference(
+    weights: list, gradients: list[list], lr: float, momentum: float, decay: float
+) -> list[torch.Tensor]:
     """Muon in fp64, a matrix at a time (K. Jordan 2024)."""
     found = []
     for i, w in enumerate(weights):
@@ -223,16 +327,22 @@ def test_muon_agrees_with_fp64(device, monkeypatch):
     other = {"b": train_gpt.param(torch.zeros(9), train_gpt.CONTROL)}  # AdamW takes no empty list
     flat = Flat((params := matrices(*shapes)) | other, run)
     before = [p.detach().cpu().clone() for p in params.values()]
-    gradients = [[normal(*shape, seed=100 * step + i) for i, shape in enumerate(shapes)] for step in range(3)]
+    gradients = [
+        [normal(*shape, seed=100 * step + i) for i, shape in enumerate(shapes)] for step in range(3)
+    ]
     optimiser = Optimiser(flat, Config(muon_wd=0.1), run)
     for step in gradients:
         for p, g in zip(params.values(), step):
             p.grad.copy_(g)
         with torch.no_grad():
             flat.gather(optimiser.muon(0.05, 0.9))
-    for p, w, exact in zip(params.values(), before, muon_reference(before, gradients, 0.05, 0.9, 0.1)):
+    for p, w, exact in zip(
+        params.values(), before, muon_reference(before, gradients, 0.05, 0.9, 0.1)
+    ):
         assert p.device.type == device and p.dtype == torch.float32
-        assert error(p.detach().cpu() - w, exact - w) < (0.05 if device == "cuda" else 1e-4)  # bf16: 2 to 3.5 % on a CPU
+        assert error(p.detach().cpu() - w, exact - w) < (
+            0.05 if device == "cuda" else 1e-4
+        )  # bf16: 2 to 3.5 % on a CPU
 
 
 # ── (e) scores ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,14 +358,18 @@ def sliding_bpb(cfg: Config, run: Run) -> float:
 
 def test_compiled_scores_equal_eager_ones(tiny, device, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_on(device))
-    eager, compiled = (sliding_bpb(cfg, run_on(cfg, device)) for cfg in (tiny(compile="0"), tiny(compile="1")))
+    eager, compiled = (
+        sliding_bpb(cfg, run_on(cfg, device)) for cfg in (tiny(compile="0"), tiny(compile="1"))
+    )
     assert compiled == pytest.approx(eager, abs=1e-3 if device == "cuda" else 1e-6)
 
 
 def test_fp32_scores_equal_those_of_a_cpu(tiny, device):
     assert torch.get_float32_matmul_precision() == "highest"  # no TF32
-    there, here = (sliding_bpb(cfg, run_on(cfg, where, torch.float32)) for cfg, where in (
-        (tiny(compile="0"), device), (tiny(compile="0"), "cpu")))
+    there, here = (
+        sliding_bpb(cfg, run_on(cfg, where, torch.float32))
+        for cfg, where in ((tiny(compile="0"), device), (tiny(compile="0"), "cpu"))
+    )
     assert there == pytest.approx(here, abs=1e-6)
 
 
@@ -272,31 +386,40 @@ def averages(cfg: Config, device: str) -> dict[str, dict[str, torch.Tensor]]:
                 p += 0.02 * normal(*p.shape, seed=100 * step + i).to(device)
             average.update(step % 2 == 1 and bool(average.sums))
     assert all(w.device.type == device for w in params.values())
-    return {name: {n: w.cpu() for n, w in state.items()} for name, state in average.results().items()}
+    return {
+        name: {n: w.cpu() for n, w in state.items()} for name, state in average.results().items()
+    }
 
 
 @pytest.mark.parametrize("kind", ("ema", "swa", "sqwa", "sqwa of ema"))
 def test_averages_equal_those_of_a_cpu(tiny, device, kind):
-    on = {f"{name}_enabled": name in kind.split(" of ") for name in ("ema", "swa", "sqwa")} 
+    on = {f"{name}_enabled": name in kind.split(" of ") for name in ("ema", "swa", "sqwa")}
     on |= dict(keep_float_max_numel=0, quant_bits_embed=8)
     there, here = (averages(tiny(**ALL, **on, ema_decay=0.6), where) for where in (device, "cpu"))
     assert there.keys() == here.keys() == {*kind.split(" of ")}
     for name, state in here.items():
         for n, w in state.items():
-            off = (there[name][n].cpu() - w.cpu()).abs() > 1e-6  # fused multiply-add moves the EMA by an ulp: a code may flip
+            off = (
+                there[name][n].cpu() - w.cpu()
+            ).abs() > 1e-6  # fused multiply-add moves the EMA by an ulp: a code may flip
             assert off.float().mean() < (1e-3 if kind == "sqwa of ema" else 1e-9), f"{name} {n}"
 
 
 # ── (h) the loader ────────────────────────────────────────────────────────────────────────────────────────────────
 def test_batches_come_from_pinned_memory_and_equal_those_of_a_cpu(tiny, device, monkeypatch):
     pinned, pin = [], torch.Tensor.pin_memory
+
     def spy(tensor: torch.Tensor, *arguments) -> torch.Tensor:
         pinned.append((copy := pin(tensor, *arguments)).is_pinned())
         return copy
+
     monkeypatch.setattr(torch.Tensor, "pin_memory", spy)
     cfg = tiny()
     split = Split(cfg, "train")
-    there, here = batches(cfg, run_on(cfg, device), split), batches(cfg, run_on(tiny(), "cpu"), split)
+    there, here = (
+        batches(cfg, run_on(cfg, device), split),
+        batches(cfg, run_on(tiny(), "cpu"), split),
+    )
     for _ in range(5):
         for a, b in zip(next(there), next(here)):
             assert a.device.type == device and torch.equal(a.cpu(), b)

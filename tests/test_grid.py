@@ -4,6 +4,7 @@ Would have caught: #975's three grids (fake-quant, noise and export each had the
 scale where the export ships fp16, a clip search that picks one clip for a whole stack instead of one per matrix,
 a scale that fp16 rounds to zero (0 / 0 in a zero row), and a floor that is missing, or there when it is off (#989).
 """
+
 import itertools
 
 import numpy as np
@@ -14,8 +15,12 @@ from hypothesis import strategies as st
 
 from train_gpt import CLIP_QUANTILES, Grid, row_quantile
 
-GRIDS = [Grid(*g) for g in itertools.product(range(2, 9), CLIP_QUANTILES, ("sym", "asym"), (False, True))]
-every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g.bits}{g.clip}-{g.codes}-{'floor' * g.floor}")
+GRIDS = [
+    Grid(*g) for g in itertools.product(range(2, 9), CLIP_QUANTILES, ("sym", "asym"), (False, True))
+]
+every_grid = pytest.mark.parametrize(
+    "grid", GRIDS, ids=lambda g: f"{g.bits}{g.clip}-{g.codes}-{'floor' * g.floor}"
+)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -32,8 +37,12 @@ def w() -> torch.Tensor:
 
 # ── the row quantile ──
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 4), columns=st.integers(1, 400), seed=st.integers(0, 999),
-       q=st.floats(0, 1) | st.sampled_from(sorted({q for qs in CLIP_QUANTILES.values() for q in qs})))
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 400),
+    seed=st.integers(0, 999),
+    q=st.floats(0, 1) | st.sampled_from(sorted({q for qs in CLIP_QUANTILES.values() for q in qs})),
+)
 def test_row_quantile_is_torch_quantile(rows, columns, q, seed):
     magnitude = normal(rows, columns, seed=seed).abs()
     exact = torch.quantile(magnitude.double(), q, -1, keepdim=True)
@@ -50,7 +59,12 @@ def test_row_quantile_of_a_stack_is_that_of_each_row():
 @every_grid
 def test_snap_is_what_a_reader_makes_of_the_shipped_bytes(grid, w):
     codes, scale = (part.numpy() for part in grid.quantise(w))
-    assert (codes.dtype, scale.dtype, codes.shape, scale.shape) == (np.int8, np.float16, (8, 192), (8, 1))
+    assert (codes.dtype, scale.dtype, codes.shape, scale.shape) == (
+        np.int8,
+        np.float16,
+        (8, 192),
+        (8, 1),
+    )
     assert np.array_equal(grid.snap(w).numpy(), codes.astype("f4") * scale.astype("f4"))
     assert torch.equal(grid.snap(w), grid.dequantise(*grid.quantise(w)))
 
@@ -71,7 +85,9 @@ def test_codes_stay_in_range(grid, w):
 def test_asym_uses_its_extra_code_where_the_clip_cuts():
     w = normal(4, 3000)
     w[:, 0] = -6.0
-    lowest = {codes: int(Grid(4, "search5", codes).quantise(w)[0].min()) for codes in ("sym", "asym")}
+    lowest = {
+        codes: int(Grid(4, "search5", codes).quantise(w)[0].min()) for codes in ("sym", "asym")
+    }
     assert lowest == {"sym": -7, "asym": -8}
 
 
@@ -95,8 +111,13 @@ def test_a_zero_row_gives_zeros_and_a_usable_step(grid, w):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("clip", CLIP_QUANTILES)
 def test_the_floor_binds_exactly_for_rows_below_one(bits, clip):
-    w = torch.tensor([0.01, 0.5, 0.999, 1.5, 40.0])[:, None] * torch.ones(5, 64)  # constant rows: the clip is the row
-    free, floored = Grid(bits, clip).scale(w).flatten(), Grid(bits, clip, floor=True).scale(w).flatten()
+    w = torch.tensor([0.01, 0.5, 0.999, 1.5, 40.0])[:, None] * torch.ones(
+        5, 64
+    )  # constant rows: the clip is the row
+    free, floored = (
+        Grid(bits, clip).scale(w).flatten(),
+        Grid(bits, clip, floor=True).scale(w).flatten(),
+    )
     assert torch.equal(floored[:3], torch.full((3,), 1 / (2 ** (bits - 1) - 1)).half().float())
     assert (free[:3] < floored[:3]).all() and torch.equal(free[3:], floored[3:])
 
@@ -120,7 +141,11 @@ def test_search_takes_the_best_clip_of_each_matrix(floor):
     for matrix, found in zip(stack.double().numpy(), grid.snap(stack).double().numpy()):
         errors = []
         for q in CLIP_QUANTILES["search5"]:
-            step = np.maximum(np.quantile(abs(matrix), q, -1, keepdims=True) / 7, floor / 7).astype("f2").astype("f8")
+            step = (
+                np.maximum(np.quantile(abs(matrix), q, -1, keepdims=True) / 7, floor / 7)
+                .astype("f2")
+                .astype("f8")
+            )
             errors.append(((np.clip(np.round(matrix / step), -7, 7) * step - matrix) ** 2).sum())
         assert ((found - matrix) ** 2).sum() == pytest.approx(min(errors), rel=1e-6)
         chosen.add(int(np.argmin(errors)))
@@ -143,8 +168,12 @@ def test_every_clip_is_idempotent_where_the_floor_sets_the_step(grid, w):
     assert_idempotent(grid, w[w.abs().amax(1) < 1])
 
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g.clip == "quantile" and not g.floor], ids=str)
-def test_quantile_is_idempotent_up_to_128_columns(grid, w):  # where its cut is below fp16's rounding
+@pytest.mark.parametrize(
+    "grid", [g for g in GRIDS if g.clip == "quantile" and not g.floor], ids=str
+)
+def test_quantile_is_idempotent_up_to_128_columns(
+    grid, w
+):  # where its cut is below fp16's rounding
     assert_idempotent(grid, w[:, :128])
 
 
@@ -165,20 +194,26 @@ def test_quantile_clip_is_the_int8_export_of_145_199_and_194(bits, w):
     c, w = 2 ** (bits - 1) - 1, w.numpy()
     clip = np.quantile(abs(w), 0.9999984, axis=1, keepdims=True)
     reference = rounded(np.clip(w, -clip, clip).astype("f4"), np.maximum(clip / c, 1 / c), -c, c)
-    assert np.array_equal(Grid(bits, "quantile", "sym", True).snap(torch.from_numpy(w)).numpy(), reference)
+    assert np.array_equal(
+        Grid(bits, "quantile", "sym", True).snap(torch.from_numpy(w)).numpy(), reference
+    )
 
 
 @pytest.mark.parametrize("bits", (5, 6))
 def test_amax_asym_without_floor_is_the_export_of_989(bits, w):
     c, w = 2 ** (bits - 1) - 1, w.numpy()
     step = np.maximum(abs(w).max(1, keepdims=True) / np.float32(c), np.finfo("f2").tiny)
-    assert np.array_equal(Grid(bits, "amax", "asym").snap(torch.from_numpy(w)).numpy(), rounded(w, step, -c - 1, c))
+    assert np.array_equal(
+        Grid(bits, "amax", "asym").snap(torch.from_numpy(w)).numpy(), rounded(w, step, -c - 1, c)
+    )
 
 
 def test_search5_is_the_export_of_975():
     w = (2 * normal(6, 2000)).numpy()
     w[2, 5] = 60
-    clips = [np.quantile(abs(w), q, axis=1, keepdims=True) for q in (0.999, 0.9995, 0.9999, 0.99999, 1)]
+    clips = [
+        np.quantile(abs(w), q, axis=1, keepdims=True) for q in (0.999, 0.9995, 0.9999, 0.99999, 1)
+    ]
     candidates = [rounded(w, np.maximum(clip / 31, 1 / 31), -31, 31) for clip in clips]
     best = min(candidates, key=lambda candidate: ((candidate - w) ** 2).mean())
     assert np.array_equal(Grid(6, "search5", "sym", True).snap(torch.from_numpy(w)).numpy(), best)

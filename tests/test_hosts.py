@@ -4,6 +4,7 @@ Would have caught: a rank that waits for a lost one for ever, or until TCP gives
 whose timeout does not count once the link is silent; torchrun's own agent hanging on a lost store (--rdzv-backend=c10d);
 a run that starts again from nothing, or that differs from an uninterrupted one, after a host has gone.
 """
+
 import json
 import socket
 import subprocess
@@ -19,7 +20,14 @@ from train_gpt import Config, main
 
 PATIENCE = 6  # DIST_TIMEOUT, seconds
 BOUND = 60  # from the cut until all processes have ended: PATIENCE, 6 s of last words, torchrun: 12 s; 16 s on a busy machine
-LONG = dict(iterations=100, train_log_every=1, warmdown_iters=50, checkpoint_every=0.05, dist_timeout=PATIENCE, eval_stride=0)
+LONG = dict(
+    iterations=100,
+    train_log_every=1,
+    warmdown_iters=50,
+    checkpoint_every=0.05,
+    dist_timeout=PATIENCE,
+    eval_stride=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +63,56 @@ def either(hosts):
 
 class Launch:
     """One torchrun per host, all of one run; what they print goes to a file per host."""
-    def __init__(self, hosts, cfg: Config, ranks: int = 1, only: int | None = None, backend: str = "static", **variables: str):
+
+    def __init__(
+        self,
+        hosts,
+        cfg: Config,
+        ranks: int = 1,
+        only: int | None = None,
+        backend: str = "static",
+        **variables: str,
+    ):
         self.hosts, self.cfg = hosts, cfg
         self.on = (0, 1) if only is None else (only,)
-        self.printed = {host: Path(cfg.logs_dir).with_name(f"{cfg.run_id}-host{host}.txt") for host in self.on}
+        self.printed = {
+            host: Path(cfg.logs_dir).with_name(f"{cfg.run_id}-host{host}.txt") for host in self.on
+        }
         variables |= {"GLOO_SOCKET_IFNAME": hosts.interface}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         master, self.agents = hosts.address[self.on[0]], {}
         for number, host in enumerate(self.on):
-            place = {"static": [f"--node_rank={number}", f"--master_addr={master}", f"--master_port={port}"],
-                     "c10d": ["--rdzv-backend=c10d", f"--rdzv-endpoint={master}:{port}", "--rdzv-id=test",
-                              f"--rdzv-conf=is_host={number == 0}", f"--local-addr={hosts.address[host]}"]}[backend]
-            torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.on)}", f"--nproc_per_node={ranks}"]
+            place = {
+                "static": [
+                    f"--node_rank={number}",
+                    f"--master_addr={master}",
+                    f"--master_port={port}",
+                ],
+                "c10d": [
+                    "--rdzv-backend=c10d",
+                    f"--rdzv-endpoint={master}:{port}",
+                    "--rdzv-id=test",
+                    f"--rdzv-conf=is_host={number == 0}",
+                    f"--local-addr={hosts.address[host]}",
+                ],
+            }[backend]
+            torchrun = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nnodes={len(self.on)}",
+                f"--nproc_per_node={ranks}",
+            ]
             with self.printed[host].open("a") as file:
-                self.agents[host] = hosts.run(host, [*torchrun, *place, str(ROOT / "train_gpt.py")], environment(cfg) | variables,
-                                              stdout=file, stderr=subprocess.STDOUT)
+                self.agents[host] = hosts.run(
+                    host,
+                    [*torchrun, *place, str(ROOT / "train_gpt.py")],
+                    environment(cfg) | variables,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
 
     def text(self, host: int) -> str:
         return self.printed[host].read_text()
@@ -81,7 +122,9 @@ class Launch:
         end, hosts = time.monotonic() + seconds, hosts or self.on
         while any(self.agents[host].poll() is None or self.hosts.processes(host) for host in hosts):
             if time.monotonic() > end:
-                pytest.fail(f"still at work after {seconds} s: {[self.hosts.processes(host) for host in hosts]}\n{self.story()}")
+                pytest.fail(
+                    f"still at work after {seconds} s: {[self.hosts.processes(host) for host in hosts]}\n{self.story()}"
+                )
             time.sleep(0.05)
         return [self.agents[host].returncode for host in hosts]
 
@@ -99,7 +142,9 @@ class Launch:
         """Waits until something has happened in the running run."""
         end = time.monotonic() + seconds
         while not happened():
-            if time.monotonic() > end or any(agent.poll() is not None for agent in self.agents.values()):
+            if time.monotonic() > end or any(
+                agent.poll() is not None for agent in self.agents.values()
+            ):
                 pytest.fail(f"has ended, or takes more than {seconds} s\n{self.story()}")
             time.sleep(0.01)
 
@@ -111,25 +156,45 @@ def folder(cfg: Config) -> Path:
 def losses(cfg: Config) -> dict[int, float]:
     """Step -> loss, as far as the run has come."""
     path = folder(cfg) / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    lines = (
+        [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if path.exists()
+        else []
+    )
     return {e["step"]: e["loss"] for e in map(json.loads, lines) if e["event"] == "step"}
 
 
 def assert_complete(cfg: Config, ranks: int, alone: Config) -> dict:
     """A run that ended well, with the losses and the score of the uninterrupted one on one rank. Returns result.json."""
     result, expected = (json.loads((folder(c) / "result.json").read_text()) for c in (cfg, alone))
-    assert (result["exit_code"], result["steps"], result["world_size"]) == (0, cfg.iterations, ranks)
+    assert (result["exit_code"], result["steps"], result["world_size"]) == (
+        0,
+        cfg.iterations,
+        ranks,
+    )
     found, wanted = losses(cfg), losses(alone)
-    assert list(found) == list(wanted) and list(found.values()) == pytest.approx(list(wanted.values()), rel=1e-4)
-    assert result["val_bpb"] == pytest.approx(expected["val_bpb"], rel=1e-3) and (folder(cfg) / "artifact.bin").exists()
+    assert list(found) == list(wanted) and list(found.values()) == pytest.approx(
+        list(wanted.values()), rel=1e-4
+    )
+    assert (
+        result["val_bpb"] == pytest.approx(expected["val_bpb"], rel=1e-3)
+        and (folder(cfg) / "artifact.bin").exists()
+    )
     return result
 
 
 def assert_lost(launch: Launch, host: int, other: int) -> None:
     """The rank on this host has said which one it lost, and in which phase, and no more than that."""
     said = launch.text(host)
-    assert said.count(f"lost rank {other} in phase 'train'") == said.count("[exit 6") == said.count("exitcode  : 6") == 1, said
-    assert "Exception in thread" not in said and f"RESUME=1 RUN_ID={launch.cfg.run_id}" in said, said
+    assert (
+        said.count(f"lost rank {other} in phase 'train'")
+        == said.count("[exit 6")
+        == said.count("exitcode  : 6")
+        == 1
+    ), said
+    assert "Exception in thread" not in said and f"RESUME=1 RUN_ID={launch.cfg.run_id}" in said, (
+        said
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +204,21 @@ def uninterrupted(data, tmp_path_factory):
 
     def train(cfg: Config) -> Config:
         if cfg.digest() not in done:
-            alone = Config(**cfg.knobs() | dict(logs_dir=str(tmp_path_factory.mktemp("alone")), run_id="alone"))
+            alone = Config(
+                **cfg.knobs() | dict(logs_dir=str(tmp_path_factory.mktemp("alone")), run_id="alone")
+            )
             main(alone)
             done[cfg.digest()] = alone
         return done[cfg.digest()]
+
     return train
 
 
-@pytest.mark.parametrize("ranks, backend", [(1, "c10d"), (2, "static")], ids=["1 rank each, c10d", "2 ranks each, static"])
+@pytest.mark.parametrize(
+    "ranks, backend",
+    [(1, "c10d"), (2, "static")],
+    ids=["1 rank each, c10d", "2 ranks each, static"],
+)
 def test_two_hosts_train_as_one_rank_does(either, tiny, uninterrupted, ranks, backend):
     cfg = tiny(iterations=20, train_log_every=1)
     launch = Launch(either, cfg, ranks, backend=backend)
@@ -171,19 +243,25 @@ def test_a_link_that_goes_down_ends_both_hosts_in_time(linked, tiny):
     assert cut_in_training(linked, tiny(**LONG), silently=False) == [1, 1]
 
 
-def test_a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_it_is_mended(linked, tiny, uninterrupted):
+def test_a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_it_is_mended(
+    linked, tiny, uninterrupted
+):
     cfg = tiny(**LONG)
     alone = uninterrupted(cfg)
     assert cut_in_training(linked, cfg, silently=True) == [1, 1]
     linked.mend()
     again = Launch(linked, cfg, RESUME="1")
     again.end_well()
-    first, = assert_complete(cfg, 2, alone)["resumed"]
+    (first,) = assert_complete(cfg, 2, alone)["resumed"]
     assert 0 < first < cfg.iterations
 
 
-@pytest.mark.parametrize("killed, only", [(1, None), (0, 1)], ids=["the other, back again", "rank 0's, gone for good"])
-def test_a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left(linked, tiny, uninterrupted, killed, only):
+@pytest.mark.parametrize(
+    "killed, only", [(1, None), (0, 1)], ids=["the other, back again", "rank 0's, gone for good"]
+)
+def test_a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left(
+    linked, tiny, uninterrupted, killed, only
+):
     cfg = tiny(**LONG)
     alone = uninterrupted(cfg)
     launch = Launch(linked, cfg, RESUME="1")
@@ -194,5 +272,5 @@ def test_a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_l
     assert not (folder(cfg) / "result.json").exists()
     again = Launch(linked, cfg, only=only, RESUME="1")
     again.end_well()
-    first, = assert_complete(cfg, len(again.on), alone)["resumed"]
+    (first,) = assert_complete(cfg, len(again.on), alone)["resumed"]
     assert 0 < first < cfg.iterations

@@ -4,6 +4,7 @@ Would have caught: #1851's SmearGate that leaks across documents, a score path t
 forward path serves both), NTK bases that depend on the length that is scored (#975), a bigram table whose last bucket
 is also a hash, an RMSNorm with bf16's epsilon, #199's toggles whose parameters nothing used, and any look-ahead.
 """
+
 import math
 import sys
 import time
@@ -14,20 +15,67 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from train_gpt import (ACTIVATIONS, BOS, GPT, BigramHash, Config, Refusal, Run, SmearGate, ValueEmbedding, attention,
-                       choose_attention, exclude_self, norm, rope_tables, rotate, sdpa)
+from train_gpt import (
+    ACTIVATIONS,
+    BOS,
+    GPT,
+    BigramHash,
+    Config,
+    Refusal,
+    Run,
+    SmearGate,
+    ValueEmbedding,
+    attention,
+    choose_attention,
+    exclude_self,
+    norm,
+    rope_tables,
+    rotate,
+    sdpa,
+)
 
-SMALL = dict(vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=24,
-             train_batch_tokens=48, eval_stride=8)
-ALL = dict(bigram_vocab_size=17, bigram_dim=8, ve_enabled=True, ve_dim=8, ve_layers="0,2", xsa_last_n=2, ln_scale=True,
-           rope_dims=4, rope_ntk_len=12, mlp_act="leaky_relu2", smear_pos="post_norm", smear_mask_bos=True)
+SMALL = dict(
+    vocab_size=64,
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    train_seq_len=24,
+    train_batch_tokens=48,
+    eval_stride=8,
+)
+ALL = dict(
+    bigram_vocab_size=17,
+    bigram_dim=8,
+    ve_enabled=True,
+    ve_dim=8,
+    ve_layers="0,2",
+    xsa_last_n=2,
+    ln_scale=True,
+    rope_dims=4,
+    rope_ntk_len=12,
+    mlp_act="leaky_relu2",
+    smear_pos="post_norm",
+    smear_mask_bos=True,
+)
 PLAIN = dict(smear_gate=False)
-TECHNIQUES = {"smear_gate": dict(smear_gate=True), "bigram": dict(bigram_vocab_size=17, bigram_dim=8),
-              "value_embedding": dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"), "xsa": dict(xsa_last_n=2),
-              "ln_scale": dict(ln_scale=True), "partial_rope": dict(rope_dims=4), "ntk": dict(rope_ntk_len=12),
-              "leaky_relu2": dict(mlp_act="leaky_relu2")}
-KEYS = {"smear_gate": {"smear.gate"}, "bigram": {"bigram.embed", "bigram.proj.weight", "bigram.scale"},
-        "value_embedding": {"value_embed." + name for name in ("embed", "proj.weight", "scale", "block_scales")}}
+TECHNIQUES = {
+    "smear_gate": dict(smear_gate=True),
+    "bigram": dict(bigram_vocab_size=17, bigram_dim=8),
+    "value_embedding": dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"),
+    "xsa": dict(xsa_last_n=2),
+    "ln_scale": dict(ln_scale=True),
+    "partial_rope": dict(rope_dims=4),
+    "ntk": dict(rope_ntk_len=12),
+    "leaky_relu2": dict(mlp_act="leaky_relu2"),
+}
+KEYS = {
+    "smear_gate": {"smear.gate"},
+    "bigram": {"bigram.embed", "bigram.proj.weight", "bigram.scale"},
+    "value_embedding": {
+        "value_embed." + name for name in ("embed", "proj.weight", "scale", "block_scales")
+    },
+}
 
 
 def config(**knobs) -> Config:
@@ -44,9 +92,13 @@ def make(cfg: Config, dtype: torch.dtype = torch.float32) -> GPT:
     return model
 
 
-def rows(cfg: Config, n: int = 2, length: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(
+    cfg: Config, n: int = 2, length: int = 24, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids and targets with document starts here and there."""
-    tokens = torch.randint(2, cfg.vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        2, cfg.vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(seed)
+    )
     tokens[:, [0, 7, 15]] = BOS
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -59,7 +111,9 @@ def rms(x):
 def spec_rotate(x, dims, base):
     """x (T, d): the pairs (x_k, x_{k + dims/2}) as complex numbers, turned by -t * base^(-2k / dims)."""
     half = dims // 2
-    angle = torch.arange(len(x))[:, None].double() * base ** (-2.0 * torch.arange(half).double() / dims)
+    angle = torch.arange(len(x))[:, None].double() * base ** (
+        -2.0 * torch.arange(half).double() / dims
+    )
     turned = torch.complex(x[:, :half], x[:, half:dims]) * torch.exp(-1j * angle)
     return torch.cat((turned.real, turned.imag, x[:, dims:]), 1)
 
@@ -74,9 +128,16 @@ def spec_attention(w, cfg, i, x, extra_v):
     v, heads = v + extra_v, []
     for head in range(cfg.num_heads):
         group = head // ratio
-        own_q = w[f"blocks.{i}.attn.q_gain"][head] * spec_rotate(rms(q[:, head * d:(head + 1) * d]), dims, base)
-        own_k, own_v = spec_rotate(rms(k[:, group * d:(group + 1) * d]), dims, base), v[:, group * d:(group + 1) * d]
-        scores = (own_q @ own_k.T / math.sqrt(d)).masked_fill(~torch.ones(length, length, dtype=bool).tril(), -math.inf)
+        own_q = w[f"blocks.{i}.attn.q_gain"][head] * spec_rotate(
+            rms(q[:, head * d : (head + 1) * d]), dims, base
+        )
+        own_k, own_v = (
+            spec_rotate(rms(k[:, group * d : (group + 1) * d]), dims, base),
+            v[:, group * d : (group + 1) * d],
+        )
+        scores = (own_q @ own_k.T / math.sqrt(d)).masked_fill(
+            ~torch.ones(length, length, dtype=bool).tril(), -math.inf
+        )
         y = scores.softmax(-1) @ own_v
         if i >= cfg.num_layers - cfg.xsa_last_n:
             unit = own_v / own_v.norm(dim=1, keepdim=True)
@@ -87,6 +148,7 @@ def spec_attention(w, cfg, i, x, extra_v):
 
 def spec_model(w, cfg, ids, targets):
     """(T,) token ids -> (T,) nats."""
+
     def smeared(x):
         g, previous = w["smear.gate"].sigmoid(), torch.cat((0 * x[:1], x[:-1]))
         if cfg.smear_mask_bos:
@@ -103,7 +165,12 @@ def spec_model(w, cfg, ids, targets):
     x = rms(x)
     if cfg.smear_gate and cfg.smear_pos == "post_norm":
         x = smeared(x)
-    x0, stack, encoders, hidden_slope = x, [], cfg.num_layers // 2, 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
+    x0, stack, encoders, hidden_slope = (
+        x,
+        [],
+        cfg.num_layers // 2,
+        0.5 if cfg.mlp_act == "leaky_relu2" else 0.0,
+    )
     with_value = [int(n) for n in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
     for i in range(cfg.num_layers):
         if i >= encoders and stack:
@@ -111,7 +178,11 @@ def spec_model(w, cfg, ids, targets):
         mix, scale = w[f"blocks.{i}.resid_mix"], (i + 1) ** -0.5 if cfg.ln_scale else 1.0
         x, extra_v = mix[0] * x + mix[1] * x0, 0.0
         if i in with_value:
-            table = w["value_embed.scale"] * w["value_embed.embed"][ids] @ w["value_embed.proj.weight"].T
+            table = (
+                w["value_embed.scale"]
+                * w["value_embed.embed"][ids]
+                @ w["value_embed.proj.weight"].T
+            )
             extra_v = w["value_embed.block_scales"][with_value.index(i)] * table
         x = x + w[f"blocks.{i}.attn_scale"] * spec_attention(w, cfg, i, scale * rms(x), extra_v)
         z = scale * rms(x) @ w[f"blocks.{i}.mlp.fc.weight"].T
@@ -123,12 +194,26 @@ def spec_model(w, cfg, ids, targets):
     return z.logsumexp(1) - z[torch.arange(len(ids)), targets]
 
 
-@pytest.mark.parametrize("knobs", [pytest.param(knobs, id=name) for name, knobs in {
-    "plain": PLAIN, "default": {}, "all": ALL, **{name: PLAIN | on for name, on in TECHNIQUES.items()},
-    "masked_pre_norm": dict(smear_mask_bos=True), "one_block": dict(num_layers=1), "even_depth": dict(num_layers=2),
-    "all_even_depth": dict(ALL, num_layers=4, ve_layers="3"), "odd_depth": dict(num_layers=5, num_kv_heads=1),
-    "long_rows": dict(ALL, eval_seq_len=40), "no_grouping": dict(num_kv_heads=4, xsa_last_n=3),
-    "numbers": dict(logit_softcap=2.0, rope_base=50.0, mlp_mult=1.5)}.items()])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        pytest.param(knobs, id=name)
+        for name, knobs in {
+            "plain": PLAIN,
+            "default": {},
+            "all": ALL,
+            **{name: PLAIN | on for name, on in TECHNIQUES.items()},
+            "masked_pre_norm": dict(smear_mask_bos=True),
+            "one_block": dict(num_layers=1),
+            "even_depth": dict(num_layers=2),
+            "all_even_depth": dict(ALL, num_layers=4, ve_layers="3"),
+            "odd_depth": dict(num_layers=5, num_kv_heads=1),
+            "long_rows": dict(ALL, eval_seq_len=40),
+            "no_grouping": dict(num_kv_heads=4, xsa_last_n=3),
+            "numbers": dict(logit_softcap=2.0, rope_base=50.0, mlp_mult=1.5),
+        }.items()
+    ],
+)
 def test_the_model_is_the_specification(knobs):
     cfg = config(**knobs)
     model, (ids, targets) = make(cfg), rows(cfg, length=cfg.window)
@@ -146,11 +231,16 @@ def test_gathered_positions_give_the_numbers_of_the_full_path(knobs):
     for positions in (torch.tensor([[3, 0, 23, 7], [22, 23, 5, 5]]), torch.tensor([[4], [9]])):
         gathered = model(ids, targets.gather(1, positions), positions)
         torch.testing.assert_close(gathered, full.gather(1, positions), rtol=1e-5, atol=1e-5)
-    assert torch.equal(model(ids, targets.flip(1), torch.arange(24).flip(0).expand(2, -1)), full.flip(1))
+    assert torch.equal(
+        model(ids, targets.flip(1), torch.arange(24).flip(0).expand(2, -1)), full.flip(1)
+    )
 
 
-@pytest.mark.parametrize("knobs", (PLAIN, ALL, dict(ALL, smear_pos="pre_norm", smear_mask_bos=False)),
-                         ids=("plain", "all", "pre_norm"))
+@pytest.mark.parametrize(
+    "knobs",
+    (PLAIN, ALL, dict(ALL, smear_pos="pre_norm", smear_mask_bos=False)),
+    ids=("plain", "all", "pre_norm"),
+)
 def test_a_token_changes_no_earlier_prediction(knobs):
     cfg = config(**knobs)
     model, (ids, targets) = make(cfg), rows(cfg, 1)
@@ -165,7 +255,9 @@ def test_a_token_changes_no_earlier_prediction(knobs):
 def test_a_shorter_row_gives_the_same_predictions():
     cfg = config(**ALL, eval_seq_len=40)
     model, (ids, targets) = make(cfg), rows(cfg, 2, 40)
-    torch.testing.assert_close(model(ids[:, :9], targets[:, :9]), model(ids, targets)[:, :9], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        model(ids[:, :9], targets[:, :9]), model(ids, targets)[:, :9], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_rows_of_a_batch_do_not_mix():
@@ -177,15 +269,26 @@ def test_rows_of_a_batch_do_not_mix():
 
 # ── off is absent, on is live ──
 def test_the_plain_model_has_no_tensor_of_a_technique():
-    block = {"resid_mix", "attn_scale", "mlp_scale", "attn.q_gain", "mlp.fc.weight", "mlp.proj.weight"} | {
-        f"attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "proj")}
-    expected = {"tok_emb", "skip_weights"} | {f"blocks.{i}.{name}" for i in range(3) for name in block}
+    block = {
+        "resid_mix",
+        "attn_scale",
+        "mlp_scale",
+        "attn.q_gain",
+        "mlp.fc.weight",
+        "mlp.proj.weight",
+    } | {f"attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "proj")}
+    expected = {"tok_emb", "skip_weights"} | {
+        f"blocks.{i}.{name}" for i in range(3) for name in block
+    }
     assert GPT(config(**PLAIN)).state_dict().keys() == expected
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_a_technique_adds_its_tensors_only_and_is_live(name):
-    off, on = make(config(**PLAIN)), make(config(**PLAIN, **TECHNIQUES[name]) if name != "smear_gate" else config())
+    off, on = (
+        make(config(**PLAIN)),
+        make(config(**PLAIN, **TECHNIQUES[name]) if name != "smear_gate" else config()),
+    )
     assert on.state_dict().keys() - off.state_dict().keys() == KEYS.get(name, set())
     assert off.state_dict().keys() <= on.state_dict().keys()
     on.load_state_dict(off.state_dict(), strict=False)
@@ -193,11 +296,28 @@ def test_a_technique_adds_its_tensors_only_and_is_live(name):
     assert ((on(ids, targets) - off(ids, targets)).abs() > 1e-4).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("knobs, expected", [
-    (dict(num_layers=9, mlp_mult=2, **PLAIN), 17_059_912), (dict(), 26_502_232),
-    (dict(num_layers=10, smear_pos="post_norm", bigram_vocab_size=10240), 25_517_137),
-    (dict(smear_pos="post_norm", bigram_vocab_size=2048, ve_enabled=True, xsa_last_n=4, ln_scale=True, rope_dims=16,
-          rope_ntk_len=1024, mlp_act="leaky_relu2"), 26_993_756)], ids=("145_199", "194", "989", "975"))
+@pytest.mark.parametrize(
+    "knobs, expected",
+    [
+        (dict(num_layers=9, mlp_mult=2, **PLAIN), 17_059_912),
+        (dict(), 26_502_232),
+        (dict(num_layers=10, smear_pos="post_norm", bigram_vocab_size=10240), 25_517_137),
+        (
+            dict(
+                smear_pos="post_norm",
+                bigram_vocab_size=2048,
+                ve_enabled=True,
+                xsa_last_n=4,
+                ln_scale=True,
+                rope_dims=16,
+                rope_ntk_len=1024,
+                mlp_act="leaky_relu2",
+            ),
+            26_993_756,
+        ),
+    ],
+    ids=("145_199", "194", "989", "975"),
+)
 def test_parameter_counts_are_those_of_the_seeds(knobs, expected):
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(Config(init="default", **knobs)).parameters()) == expected
@@ -220,7 +340,10 @@ def test_smear_blends_each_dimension_with_the_previous_token():
 @pytest.mark.parametrize("masked", (False, True))
 def test_smear_crosses_a_document_start_only_unmasked(smear_pos, masked):
     cfg = config(smear_pos=smear_pos, smear_mask_bos=masked)
-    model, (ids, targets) = GPT(cfg), rows(config(), 1)  # its zero projections let no other information through
+    model, (ids, targets) = (
+        GPT(cfg),
+        rows(config(), 1),
+    )  # its zero projections let no other information through
     other = ids.clone()
     other[0, 6] = 2 + (ids[0, 6] + 7) % 60  # the token before the document start at 7
     change = (model(ids, targets) - model(other, targets))[0]
@@ -248,7 +371,11 @@ def test_bigram_hash_of_the_seed_configuration():
         bigram.proj.weight.fill_(1)
         bigram.scale.fill_(1)
     # (36313 * 1023) ^ (27191 * 1) and (36313 * 5) ^ (27191 * 1023), modulo 10239
-    assert bigram(torch.zeros(1, 3, 16), ids)[0, :, 0].tolist() == [10239, 37141520 % 10239, 27964660 % 10239]
+    assert bigram(torch.zeros(1, 3, 16), ids)[0, :, 0].tolist() == [
+        10239,
+        37141520 % 10239,
+        27964660 % 10239,
+    ]
 
 
 def test_the_value_embedding_is_scaled_per_block():
@@ -279,13 +406,23 @@ def test_query_head_h_reads_kv_head_h_over_ratio():
 
 # ── ATTN_BACKEND ──
 def heads(grad: bool = True) -> list[torch.Tensor]:
-    return [torch.randn(2, 24, n, 8, generator=torch.Generator().manual_seed(n), requires_grad=grad) for n in (4, 2, 2)]
+    return [
+        torch.randn(2, 24, n, 8, generator=torch.Generator().manual_seed(n), requires_grad=grad)
+        for n in (4, 2, 2)
+    ]
 
 
 def machine(cuda: bool = False):
     """(run, its log) of one rank without a folder."""
     log = []
-    run = SimpleNamespace(cuda=cuda, compile=False, device=torch.device("cpu"), dtype=torch.float32, log=log.append, agree=lambda v: v)
+    run = SimpleNamespace(
+        cuda=cuda,
+        compile=False,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        log=log.append,
+        agree=lambda v: v,
+    )
     run.milliseconds = lambda work: Run.milliseconds(run, work)
     return run, log
 
@@ -294,8 +431,12 @@ def install(monkeypatch, module: str, function) -> None:
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=function))
 
 
-@pytest.mark.parametrize("name, remedy", [("fa3", "hopper"), ("fa2", "pip install flash-attn"), ("cudnn", "choose auto")])
-def test_a_backend_that_was_asked_for_and_does_not_work_is_refused_with_the_remedy(monkeypatch, name, remedy):
+@pytest.mark.parametrize(
+    "name, remedy", [("fa3", "hopper"), ("fa2", "pip install flash-attn"), ("cudnn", "choose auto")]
+)
+def test_a_backend_that_was_asked_for_and_does_not_work_is_refused_with_the_remedy(
+    monkeypatch, name, remedy
+):
     for module in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(Refusal, match=f"ATTN_BACKEND={name}.*{remedy}") as caught:
@@ -308,14 +449,18 @@ def test_a_flash_attention_package_is_used_as_sdpa(monkeypatch, extra):
     def flash_attn_func(q, k, v, causal=False):
         assert causal
         return (sdpa(q, k, v), "log-sum-exp") if extra else sdpa(q, k, v)
+
     install(monkeypatch, "flash_attn_interface", flash_attn_func)
-    assert torch.equal(choose_attention(config(attn_backend="fa3"), machine()[0])(*heads()), sdpa(*heads()))
+    assert torch.equal(
+        choose_attention(config(attn_backend="fa3"), machine()[0])(*heads()), sdpa(*heads())
+    )
 
 
 def test_auto_on_a_gpu_times_all_that_work_and_takes_the_fastest(monkeypatch):
     def slow(q, k, v, causal):
         time.sleep(0.2)
         return sdpa(q, k, v)
+
     install(monkeypatch, "flash_attn", slow)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     run, log = machine(cuda=True)
@@ -323,12 +468,16 @@ def test_auto_on_a_gpu_times_all_that_work_and_takes_the_fastest(monkeypatch):
     assert torch.equal(chosen(*heads()), sdpa(*heads()))
     failed, last = "\n".join(log[:-1]), log[-1]
     assert "ATTN_BACKEND=fa3" in failed and "ATTN_BACKEND=cudnn" in failed and "fa2" not in failed
-    assert all(f" {name} " in last for name in ("sdpa", "flash", "fa2")) and not last.startswith("attention: fa2")
+    assert all(f" {name} " in last for name in ("sdpa", "flash", "fa2")) and not last.startswith(
+        "attention: fa2"
+    )
 
 
 def test_on_a_cpu_auto_is_sdpa():
     run, log = machine()
-    assert torch.equal(choose_attention(config(), run)(*heads()), sdpa(*heads())) and log[0].startswith("attention: sdpa")
+    assert torch.equal(choose_attention(config(), run)(*heads()), sdpa(*heads())) and log[
+        0
+    ].startswith("attention: sdpa")
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flash"])
@@ -338,6 +487,7 @@ def test_a_kernel_that_was_chosen_is_in_the_compiled_graph_too(name):
     def keep(graph, inputs):
         graphs.append(graph)
         return graph
+
     expected = [torch.autograd.grad(sdpa(*(qkv := heads())).square().sum(), qkv)]
     torch._dynamo.reset()
     compiled = torch.compile(attention(name), fullgraph=True, backend=keep)
@@ -349,7 +499,9 @@ def test_a_kernel_that_was_chosen_is_in_the_compiled_graph_too(name):
 
 def test_activations():
     z = torch.tensor([-2.0, 0.0, 3.0])
-    assert ACTIVATIONS["relu2"](z).tolist() == [0, 0, 9] and ACTIVATIONS["leaky_relu2"](z).tolist() == [1, 0, 9]
+    assert ACTIVATIONS["relu2"](z).tolist() == [0, 0, 9] and ACTIVATIONS["leaky_relu2"](
+        z
+    ).tolist() == [1, 0, 9]
 
 
 @pytest.mark.parametrize("cap", (1.0, 30.0))
@@ -364,14 +516,16 @@ def test_the_softcap_bounds_every_logit(cap):
 
 def test_ln_scale_is_one_over_the_root_of_the_depth():
     scales = [block.ln_scale for block in GPT(config(num_layers=4, ln_scale=True)).blocks]
-    assert scales == pytest.approx([1, 2 ** -0.5, 3 ** -0.5, 0.5])
+    assert scales == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
     x = torch.randn(2, 32)
     torch.testing.assert_close(norm(x, 0.5), 0.5 * norm(x))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_norm_gives_unit_rms_to_an_embedding_of_the_initial_size(dtype):
-    y = norm((0.005 * torch.randn(4, 512)).to(dtype))  # bf16's own epsilon of 0.008 would flatten it
+    y = norm(
+        (0.005 * torch.randn(4, 512)).to(dtype)
+    )  # bf16's own epsilon of 0.008 would flatten it
     assert y.dtype == dtype
     torch.testing.assert_close(y.float().square().mean(-1).sqrt(), torch.ones(4), rtol=0.02, atol=0)
 
@@ -386,7 +540,9 @@ def test_ntk_base_of_975():
 
 
 def test_rope_tables_do_not_depend_on_the_scored_length():
-    (short, _), (long, _) = (rope_tables(config(rope_ntk_len=12, eval_seq_len=n), torch.float32) for n in (8, 96))
+    (short, _), (long, _) = (
+        rope_tables(config(rope_ntk_len=12, eval_seq_len=n), torch.float32) for n in (8, 96)
+    )
     assert len(short) == 24 and len(long) == 96 and torch.equal(short, long[:24])
 
 
@@ -414,7 +570,9 @@ def test_partial_rope_leaves_the_other_dimensions_alone():
 def test_initial_values(run):
     w = train_gpt.build_model(config(**ALL, vocab_size=64), run, sdpa).state_dict()
     for name, p in w.items():
-        kind = name.rpartition("blocks.")[2].partition(".")[2] if name.startswith("blocks.") else name
+        kind = (
+            name.rpartition("blocks.")[2].partition(".")[2] if name.startswith("blocks.") else name
+        )
         if kind in ("attn.proj.weight", "mlp.proj.weight", "smear.gate", "bigram.embed"):
             assert not p.any(), name
         elif kind in ("attn_scale", "mlp_scale", "skip_weights", "value_embed.block_scales"):
@@ -422,25 +580,34 @@ def test_initial_values(run):
         elif kind == "resid_mix":
             assert (p[0] == 1).all() and not p[1].any()
         elif kind in ("attn.q_gain", "bigram.scale", "value_embed.scale"):
-            assert (p == {"attn.q_gain": 1.5, "bigram.scale": 0.05, "value_embed.scale": 0.1}[kind]).all()
+            assert (
+                p == {"attn.q_gain": 1.5, "bigram.scale": 0.05, "value_embed.scale": 0.1}[kind]
+            ).all()
         elif kind in ("tok_emb", "value_embed.embed"):
-            assert p.std() == pytest.approx({"tok_emb": 0.005, "value_embed.embed": 0.01}[kind], rel=0.1)
+            assert p.std() == pytest.approx(
+                {"tok_emb": 0.005, "value_embed.embed": 0.01}[kind], rel=0.1
+            )
         else:  # matrices: orthonormal rows or columns
             gram = p @ p.T if p.shape[0] <= p.shape[1] else p.T @ p
             torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5, msg=name)
 
 
 def test_bigram_projection_gain():
-    weight = GPT(config(bigram_vocab_size=9, bigram_proj_gain=20 ** -0.5)).bigram.proj.weight
+    weight = GPT(config(bigram_vocab_size=9, bigram_proj_gain=20**-0.5)).bigram.proj.weight
     torch.testing.assert_close(weight @ weight.T, torch.eye(32) / 20, rtol=0, atol=1e-5)
 
 
 def test_default_init_is_that_of_a_torch_linear():
     model = GPT(config(init="default", model_dim=64))
     for block in model.blocks:
-        for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):  # U(+-1 / sqrt(columns))
+        for layer in (
+            block.attn.c_q,
+            block.attn.c_k,
+            block.attn.c_v,
+            block.mlp.fc,
+        ):  # U(+-1 / sqrt(columns))
             assert 0.95 / 8 < layer.weight.abs().max() <= 1 / 8
-            assert layer.weight.std().item() == pytest.approx(1 / 8 / 3 ** 0.5, rel=0.05)
+            assert layer.weight.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
         assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
 
 

@@ -4,6 +4,7 @@ Would have caught: a variable of the caller's shell that changes a black box (#1
 own source (#13), a file of bytes per token read as validation tokens, a failed run that stops the rest, a record that names
 folders of the machine it was made on, FlashAttention 2 published as 3.
 """
+
 import importlib.util
 import json
 import os
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import ROOT
 
 import bench as peers
-from conftest import ROOT
 from prepare_data import file_sha256
 from train_gpt import ByteTable, Config, sdpa
 
@@ -25,7 +26,9 @@ import glob, json, os, sys
 json.dump({"env": dict(os.environ), "files": os.listdir(".")}, open("../seen.json", "w"))
 print(os.environ["RUN_ID"], "starts")
 """
-FAKE_194 = REPORT + """
+FAKE_194 = (
+    REPORT
+    + """
 print("step:1/20000 train_loss:6.9 train_time:900ms step_avg:900.00ms")
 for step, ms in ((10, 6000), (20, 11000), (30, 16200)):
     print(f"step:{step}/20000 train_loss:3.5 train_time:{ms}ms step_avg:{ms / step:.2f}ms")
@@ -37,7 +40,10 @@ print("Total submission size int6+zstd22: 15000001 bytes")
 print("final_int6_zstd22_roundtrip val_loss:3.0 val_bpb:1.9 eval_time:19500ms")
 print("final_int6_zstd22_roundtrip_exact val_loss:3.00000000 val_bpb:1.87654321")
 """
-FAKE_1855 = REPORT + """
+)
+FAKE_1855 = (
+    REPORT
+    + """
 print("1/20000 train_loss: 9.0 train_time: 0.0m tok/s: 17921784")
 for step, seconds in ((10, 8), (20, 16), (30, 26), (40, 37)):
     print(f"{step}/20000 train_loss: 4.0 train_time: {seconds / 60:.1f}m tok/s: {step * 786432 / seconds:.0f}")
@@ -50,7 +56,10 @@ print("diagnostic pre-quantization post-ema val_loss:3.2 val_bpb:1.93000000 eval
 print("Total submission size quantized+brotli: 14000000 bytes")
 print("diagnostic quantized val_loss:3.2 val_bpb:1.94000000 eval_time:4500ms")
 """
-OURS = REPORT + """
+)
+OURS = (
+    REPORT
+    + """
 os.mkdir("run")
 scores = {"live": {"bpb": 1.91}, "quantised": {"bpb": 1.92}, "sliding": {"bpb": 1.89}}
 config = dict(num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, vocab_size=1024, mlp_mult=3.0, train_seq_len=2048,
@@ -61,25 +70,40 @@ with open("run/metrics.jsonl", "w") as file:
     for event in (dict(event="start"), dict(event="step", step_ms=510.0), dict(event="step", step_ms=490.0), dict(event="val")):
         print(json.dumps(event), file=file)
 """
+)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Shards with some 70,000 validation tokens, and the tokenizer, from Python's own help topics."""
     from pydoc_data.topics import topics
+
     folder = tmp_path_factory.mktemp("data")
     documents = [" ".join(text.split()) for _, text in sorted(topics.items())]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(folder / "tokenizer"), vocab_size=384, model_type="bpe", pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, byte_fallback=True, add_dummy_prefix=False, num_threads=1, minloglevel=2,
-        max_sentence_length=200_000)
+        sentence_iterator=iter(documents),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=384,
+        model_type="bpe",
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        num_threads=1,
+        minloglevel=2,
+        max_sentence_length=200_000,
+    )
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokens = np.concatenate([[1, *sp.encode(text)] for text in documents])
     assert len(tokens) > 2 * 70_000
     for split, part in {"train": tokens[70_000:], "val": tokens[:70_000]}.items():
         header = np.zeros(256, "<i4")
         header[:3] = 20240520, 1, len(part)
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + part.astype("<u2").tobytes())
+        (folder / f"fineweb_{split}_000000.bin").write_bytes(
+            header.tobytes() + part.astype("<u2").tobytes()
+        )
     return folder
 
 
@@ -87,25 +111,49 @@ def data(tmp_path_factory) -> Path:
 def bench(data, tmp_path, monkeypatch):
     """bench(*arguments, ours=..., NAME=source...) -> (exit code, report or None, folder of the runs), as on an H100."""
     monkeypatch.setattr(peers, "nominal", lambda: 989e12)
+
     def call(*arguments: str, ours: str = OURS, **scripts: str):
         for name, source in ({"ours": ours} | scripts).items():
             (tmp_path / f"{name}.py").write_text(source)
-        places = [f"--script={name}={tmp_path}/{name}.py:{name.removeprefix('pr')[:4]}" for name in scripts]
-        code = peers.main(["peers", *places, f"--ours={tmp_path}/ours.py", f"--data={data}", f"--out={tmp_path}/out",
-                           "--val-tokens=65536", "--seconds=20", *arguments])
+        places = [
+            f"--script={name}={tmp_path}/{name}.py:{name.removeprefix('pr')[:4]}"
+            for name in scripts
+        ]
+        code = peers.main(
+            [
+                "peers",
+                *places,
+                f"--ours={tmp_path}/ours.py",
+                f"--data={data}",
+                f"--out={tmp_path}/out",
+                "--val-tokens=65536",
+                "--seconds=20",
+                *arguments,
+            ]
+        )
         record = tmp_path / "out.json"
         return code, json.loads(record.read_text()) if record.exists() else None, tmp_path / "out"
+
     return call
 
 
 def test_every_figure_of_both_formats_and_of_ours(bench, capsys):
     code, record, _ = bench(pr194=FAKE_194.replace("pr194", "194"), pr1855=FAKE_1855)
     rows = {row["name"]: row for row in record["rows"]}
-    assert code == 0 and [*rows] == ["pr194", "pr1855", "ours_as_pr194", "ours_as_pr1855", "ours_best"]
+    assert code == 0 and [*rows] == [
+        "pr194",
+        "pr1855",
+        "ours_as_pr194",
+        "ours_as_pr1855",
+        "ours_best",
+    ]
     a, b, c = rows["pr194"], rows["pr1855"], rows["ours_as_pr194"]
     once = ("steps", "train_seconds", "peak_gib", "total_bytes", "eval_seconds")
     assert [a[name] for name in once] == [36, 20.0, 17.0, 15000001, 19.5]
-    assert (a["step_ms_median"], a["step_ms_last"]) == (510.0, 520.0)  # of the intervals 500 and 520; step 1 is none
+    assert (a["step_ms_median"], a["step_ms_last"]) == (
+        510.0,
+        520.0,
+    )  # of the intervals 500 and 520; step 1 is none
     assert a["bpb"] == {"live": 1.9012, "sliding": 1.87654321}
     assert [b[name] for name in once] == [40, 37.0, 41.0, 14000000, 4.5]
     assert (b["step_ms_median"], b["step_ms_last"]) == pytest.approx((1000.0, 1100.0), abs=0.01)
@@ -121,13 +169,20 @@ def test_every_figure_of_both_formats_and_of_ours(bench, capsys):
 
 def test_repeated_blocks_count_each_time_that_they_run():
     kind = peers.KINDS["1855"]
-    env = {name: value for text in (kind.shared, kind.theirs, "VOCAB_SIZE=1024 TRAIN_LOG_EVERY=10") for name, value in
-           peers.pairs_of(text).items()}
+    env = {
+        name: value
+        for text in (kind.shared, kind.theirs, "VOCAB_SIZE=1024 TRAIN_LOG_EVERY=10")
+        for name, value in peers.pairs_of(text).items()
+    }
     ends = "layer_loop:enabled step:20 frac:0.35\nstopping_early: wallclock_cap train_time: 1000ms step: 40/20000\n"
     found = peers.read_output(ends, peers.Peer("x", "", Path("x"), env, kind))
     assert found["blocks"] == 14  # half the steps run 11 blocks, half 17
-    deep = Config.from_env({name: env[name] for name in peers.pairs_of(kind.shared)} | {"NUM_LAYERS": "14"})
-    assert peers.rates(found, 1)["mflop_per_token"] == pytest.approx(peers.forward_flops(deep).trained / 1e6)
+    deep = Config.from_env(
+        {name: env[name] for name in peers.pairs_of(kind.shared)} | {"NUM_LAYERS": "14"}
+    )
+    assert peers.rates(found, 1)["mflop_per_token"] == pytest.approx(
+        peers.forward_flops(deep).trained / 1e6
+    )
     assert peers.rates(found, 1)["mfu"] is None  # no data sheet of this machine
 
 
@@ -138,20 +193,47 @@ def test_a_black_box_sees_an_empty_folder_and_nothing_of_the_caller(bench, monke
     code, _, out = bench("--env=MORE=1", "--env=pr194:QAT=0", "--env=SEED=7", pr194=FAKE_194)
     seen = json.loads((out / "pr194" / "seen.json").read_text())
     kind = peers.KINDS["194"]
-    expected = {"PATH", "HOME", "CUDA_VISIBLE_DEVICES", "MORE", "VOCAB_SIZE", "TOKENIZER_PATH", "DATA_PATH", "RUN_ID",
-                "MAX_WALLCLOCK_SECONDS", *kind.counts}
-    expected |= {name for text in (peers.COMMON, kind.shared, kind.theirs) for name in peers.pairs_of(text)}
+    expected = {
+        "PATH",
+        "HOME",
+        "CUDA_VISIBLE_DEVICES",
+        "MORE",
+        "VOCAB_SIZE",
+        "TOKENIZER_PATH",
+        "DATA_PATH",
+        "RUN_ID",
+        "MAX_WALLCLOCK_SECONDS",
+        *kind.counts,
+    }
+    expected |= {
+        name for text in (peers.COMMON, kind.shared, kind.theirs) for name in peers.pairs_of(text)
+    }
     machine = {name for name in os.environ if name.startswith("CUDA_") or name == "LD_LIBRARY_PATH"}
-    assert set(seen["env"]) - {"LC_CTYPE", "__CF_USER_TEXT_ENCODING"} == expected | machine and seen["files"] == []
-    assert (seen["env"]["QAT"], seen["env"]["SEED"], seen["env"]["WARMDOWN_ITERS"]) == ("0", "7", "12")
+    assert (
+        set(seen["env"]) - {"LC_CTYPE", "__CF_USER_TEXT_ENCODING"} == expected | machine
+        and seen["files"] == []
+    )
+    assert (seen["env"]["QAT"], seen["env"]["SEED"], seen["env"]["WARMDOWN_ITERS"]) == (
+        "0",
+        "7",
+        "12",
+    )
     ours = json.loads((out / "ours_as_pr194" / "seen.json").read_text())["env"]
     assert "QAT" not in ours and ours["SEED"] == "7" and code == 0
 
 
 def test_counts_of_steps_shrink_with_the_budget_and_are_published_ones_at_full_length():
-    assert peers.scaled(peers.KINDS["194"], 1) == {"WARMDOWN_ITERS": "3000", "MUON_MOMENTUM_WARMUP_STEPS": "1500"}
-    assert peers.scaled(peers.KINDS["194"], 1 / 48) == {"WARMDOWN_ITERS": "62", "MUON_MOMENTUM_WARMUP_STEPS": "31"}
-    assert float(peers.scaled(peers.KINDS["1855"], 1)["EMA_DECAY"]) == pytest.approx(0.9965, abs=2e-5)
+    assert peers.scaled(peers.KINDS["194"], 1) == {
+        "WARMDOWN_ITERS": "3000",
+        "MUON_MOMENTUM_WARMUP_STEPS": "1500",
+    }
+    assert peers.scaled(peers.KINDS["194"], 1 / 48) == {
+        "WARMDOWN_ITERS": "62",
+        "MUON_MOMENTUM_WARMUP_STEPS": "31",
+    }
+    assert float(peers.scaled(peers.KINDS["1855"], 1)["EMA_DECAY"]) == pytest.approx(
+        0.9965, abs=2e-5
+    )
     assert 0.5 <= float(peers.scaled(peers.KINDS["1855"], 1e-6)["EMA_DECAY"]) < 1
 
 
@@ -161,13 +243,43 @@ def test_our_script_takes_every_setting_and_as_194_is_194(bench):
     for name in ("ours_as_pr194", "ours_as_pr1855", "ours_best"):
         configs[name] = Config.from_env(json.loads((out / name / "seen.json").read_text())["env"])
     as_194 = configs["ours_as_pr194"]
-    wanted = dict(num_layers=11, mlp_mult=3.0, num_kv_heads=4, train_batch_tokens=524288, train_seq_len=2048, init="ortho",
-                  smear_gate=True, smear_pos="pre_norm", smear_beta2=0.99, bigram_vocab_size=0, matrix_lr=0.02, scalar_lr=0.02,
-                  tied_embed_lr=0.03, muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_wd=0.038, adam_wd=0.0,
-                  grad_clip_norm=0.3, quant_bits_mlp=6, quant_bits_attn=6, quant_bits_embed=16, quant_clip="quantile",
-                  quant_codes="sym", quant_scale_floor=True, keep_float_max_numel=65536, compressor="zstd", prune_pct=0.0,
-                  qat_enabled=True, qat_start_kind="always", qat_scope="linears", qat_grid="amax", ttt_mode="none",
-                  swa_enabled=False, ema_enabled=False, eval_stride=64)
+    wanted = dict(
+        num_layers=11,
+        mlp_mult=3.0,
+        num_kv_heads=4,
+        train_batch_tokens=524288,
+        train_seq_len=2048,
+        init="ortho",
+        smear_gate=True,
+        smear_pos="pre_norm",
+        smear_beta2=0.99,
+        bigram_vocab_size=0,
+        matrix_lr=0.02,
+        scalar_lr=0.02,
+        tied_embed_lr=0.03,
+        muon_momentum=0.99,
+        muon_momentum_warmup_start=0.92,
+        muon_wd=0.038,
+        adam_wd=0.0,
+        grad_clip_norm=0.3,
+        quant_bits_mlp=6,
+        quant_bits_attn=6,
+        quant_bits_embed=16,
+        quant_clip="quantile",
+        quant_codes="sym",
+        quant_scale_floor=True,
+        keep_float_max_numel=65536,
+        compressor="zstd",
+        prune_pct=0.0,
+        qat_enabled=True,
+        qat_start_kind="always",
+        qat_scope="linears",
+        qat_grid="amax",
+        ttt_mode="none",
+        swa_enabled=False,
+        ema_enabled=False,
+        eval_stride=64,
+    )
     assert {name: getattr(as_194, name) for name in wanted} == wanted
     assert configs["ours_as_pr1855"].mlp_act == "leaky_relu2"
 
@@ -175,29 +287,41 @@ def test_our_script_takes_every_setting_and_as_194_is_194(bench):
 def test_a_failed_black_box_is_a_row_and_the_rest_runs(bench, capsys):
     code, record, _ = bench(pr194="import module_that_is_not_there\n")
     row, *others = record["rows"]
-    assert code == 0 and row["exit_code"] == 1 and "No module named 'module_that_is_not_there'" in row["last_line"]
+    assert (
+        code == 0
+        and row["exit_code"] == 1
+        and "No module named 'module_that_is_not_there'" in row["last_line"]
+    )
     assert row["steps"] is None and row["bpb"] == {} and "mfu" not in row
     assert [other["exit_code"] for other in others] == [0, 0]
     assert "exit 1: ModuleNotFoundError" in capsys.readouterr().out
 
 
 def test_our_own_failure_is_a_row_too(bench):
-    code, record, _ = bench(pr194=FAKE_194, ours="print('error: no GPU [exit 2: bad configuration]'); raise SystemExit(2)")
+    code, record, _ = bench(
+        pr194=FAKE_194,
+        ours="print('error: no GPU [exit 2: bad configuration]'); raise SystemExit(2)",
+    )
     assert code == 0 and [row["exit_code"] for row in record["rows"]] == [0, 2, 2]
 
 
 def test_a_run_over_its_time_is_ended_with_its_children_and_keeps_what_it_printed(bench):
-    hang = FAKE_194[:FAKE_194.index('print("peak')] + """
+    hang = (
+        FAKE_194[: FAKE_194.index('print("peak')]
+        + """
 import subprocess, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print("child", child.pid)
 sys.stdout.flush()
 time.sleep(60)
 """
+    )
     began = time.perf_counter()
     _, record, out = bench("--timeout=3", "--only=pr194", pr194=hang)
     row = record["rows"][0]
-    assert time.perf_counter() - began < 30 and row["exit_code"] == "over 3 s" and row["steps"] == 36
+    assert (
+        time.perf_counter() - began < 30 and row["exit_code"] == "over 3 s" and row["steps"] == 36
+    )
     assert row["bpb"] == {"live": 1.9012} and row["peak_gib"] is None
     child = int((out / "pr194" / "stdout.txt").read_text().split("child ")[1])
     stat = Path(f"/proc/{child}/stat")
@@ -216,9 +340,15 @@ print("    log0('peak memory allocated: 99 MiB')")
 def test_bytes_per_token_lie_apart_and_are_those_of_the_text(bench, data):
     _, record, out = bench("--only=pr1855", pr1855=FAKE_1855)
     name = "fineweb_val_000000.bin"
-    assert sorted(p.name for p in (out / "data").iterdir()) == ["fineweb_train_000000.bin", name, "tokenizer.model"]
+    assert sorted(p.name for p in (out / "data").iterdir()) == [
+        "fineweb_train_000000.bin",
+        name,
+        "tokenizer.model",
+    ]
     tokens = np.fromfile(out / "data" / name, "<u2", offset=1024)
-    sizes = np.fromfile(out / "data_with_bytes" / "fineweb_val_bytes_000000.bin", "<u2", offset=1024)
+    sizes = np.fromfile(
+        out / "data_with_bytes" / "fineweb_val_bytes_000000.bin", "<u2", offset=1024
+    )
     assert len(tokens) == len(sizes) == 65537 and sizes[0] == 0
     assert (np.fromfile(out / "data_with_bytes" / name, "<u2", offset=1024) == tokens).all()
     sp = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
@@ -227,16 +357,25 @@ def test_bytes_per_token_lie_apart_and_are_those_of_the_text(bench, data):
         assert sizes[a:b].sum() == len(sp.decode(tokens[a:b].tolist()).encode())
     table = ByteTable(Config(tokenizer_path=str(data / "tokenizer.model"), vocab_size=384))
     assert record["setup"]["val_bytes"] == table.count(tokens).sum()
-    env = {row["name"]: json.loads((out / row["name"] / "seen.json").read_text())["env"] for row in record["rows"]}
+    env = {
+        row["name"]: json.loads((out / row["name"] / "seen.json").read_text())["env"]
+        for row in record["rows"]
+    }
     assert env["pr1855"]["DATA_PATH"] == "../../data_with_bytes"
 
 
 def test_a_dry_run_prints_every_command_and_makes_nothing(bench, capsys):
-    code, record, out = bench("--dry-run", "--gpus=8", "--val-tokens=524288", pr194=FAKE_194, pr1855=FAKE_1855)
+    code, record, out = bench(
+        "--dry-run", "--gpus=8", "--val-tokens=524288", pr194=FAKE_194, pr1855=FAKE_1855
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     assert code == 0 and record is None and not out.exists() and len(lines) == 5
     assert all(" && env -i " in line and "--nproc_per_node=8" in line for line in lines)
-    assert "MUON_WEIGHT_DECAY=0.038" in lines[0] and "CASEOPS_ENABLED=1" in lines[1] and "QAT_SCOPE=linears" in lines[2]
+    assert (
+        "MUON_WEIGHT_DECAY=0.038" in lines[0]
+        and "CASEOPS_ENABLED=1" in lines[1]
+        and "QAT_SCOPE=linears" in lines[2]
+    )
 
 
 def test_one_run_again_keeps_the_other_rows_of_the_same_setup(bench):
@@ -251,10 +390,20 @@ def test_one_run_again_keeps_the_other_rows_of_the_same_setup(bench):
 def test_the_record_says_what_ran_where(bench, tmp_path):
     _, record, _ = bench(pr194=FAKE_194)
     row, setup = record["rows"][0], record["setup"]
-    assert row["sha256"] == file_sha256(tmp_path / "pr194.py") and row["command"].endswith(" python ../train_gpt.py")
-    assert row["command"].startswith("cd ") and "TRAIN_BATCH_TOKENS=524288" in row["command"] and row["seconds"] > 0
+    assert row["sha256"] == file_sha256(tmp_path / "pr194.py") and row["command"].endswith(
+        " python ../train_gpt.py"
+    )
+    assert (
+        row["command"].startswith("cd ")
+        and "TRAIN_BATCH_TOKENS=524288" in row["command"]
+        and row["seconds"] > 0
+    )
     assert setup["torch"] == torch.__version__ and "CPU" in setup["device"] and setup["gpus"] == 1
-    assert setup["val_tokens"] == 65536 and record["packages"]["numpy"] and len(record["code_sha256"]) == 2
+    assert (
+        setup["val_tokens"] == 65536
+        and record["packages"]["numpy"]
+        and len(record["code_sha256"]) == 2
+    )
 
 
 def test_no_record_names_a_folder_of_this_machine(bench, tmp_path, monkeypatch):
@@ -272,27 +421,52 @@ def test_no_record_names_a_folder_of_this_machine(bench, tmp_path, monkeypatch):
 def test_folders_for_python_reach_the_named_run_and_a_stand_in_is_named(bench):
     pytest.importorskip("torch.nn.attention.varlen")
     with_fa = "import flash_attn_interface\n" + FAKE_1855
-    _, record, out = bench(f"--path={ROOT / 'tests'}", f"--path=pr1855:{peers.STAND_IN}", pr194=FAKE_194, pr1855=with_fa)
+    _, record, out = bench(
+        f"--path={ROOT / 'tests'}",
+        f"--path=pr1855:{peers.STAND_IN}",
+        pr194=FAKE_194,
+        pr1855=with_fa,
+    )
     rows = {row["name"]: row for row in record["rows"]}
-    found = {name: json.loads((out / name / "seen.json").read_text())["env"]["PYTHONPATH"].split(os.pathsep) for name in rows}
+    found = {
+        name: json.loads((out / name / "seen.json").read_text())["env"]["PYTHONPATH"].split(
+            os.pathsep
+        )
+        for name in rows
+    }
     stand_in, everywhere = str(ROOT / "tests" / "fa3_stand_in"), str(ROOT / "tests")
-    assert found.pop("pr1855") == [stand_in, everywhere] and set(map(tuple, found.values())) == {(everywhere,)}
-    assert [name for name, row in rows.items() if "FA2" in row["about"] and "FA3" in row["about"]] == ["pr1855"]
-    assert rows["pr1855"]["exit_code"] == 0 and "$OLDPWD/tests/fa3_stand_in" in rows["pr1855"]["command"]
+    assert found.pop("pr1855") == [stand_in, everywhere] and set(map(tuple, found.values())) == {
+        (everywhere,)
+    }
+    assert [
+        name for name, row in rows.items() if "FA2" in row["about"] and "FA3" in row["about"]
+    ] == ["pr1855"]
+    assert (
+        rows["pr1855"]["exit_code"] == 0
+        and "$OLDPWD/tests/fa3_stand_in" in rows["pr1855"]["command"]
+    )
 
 
 def test_show_prints_the_table_of_peers_and_says_what_each_run_is(bench, tmp_path, capsys):
-    _, record, _ = bench(f"--path=pr1855:{peers.STAND_IN}", pr194=FAKE_194, pr1855="raise SystemExit(3)")
+    _, record, _ = bench(
+        f"--path=pr1855:{peers.STAND_IN}", pr194=FAKE_194, pr1855="raise SystemExit(3)"
+    )
     capsys.readouterr()
     assert peers.main(["show", str(tmp_path / "out.json"), "--markdown"]) == 0
     text = capsys.readouterr().out
-    assert text.rstrip() == peers.table(record, markdown=True) and "STOOD IN FOR FA3" in text and "exit 3" in text
+    assert (
+        text.rstrip() == peers.table(record, markdown=True)
+        and "STOOD IN FOR FA3" in text
+        and "exit 3" in text
+    )
     assert "65,536 targets" in text and "1.8765" in text
 
 
 def test_the_stand_in_for_flash_attention_3_is_causal_attention_with_shared_heads():
     pytest.importorskip("torch.nn.attention.varlen")
-    spec = importlib.util.spec_from_file_location("stand_in", peers.STAND_IN / "flash_attn_interface.py")
+    spec = importlib.util.spec_from_file_location(
+        "stand_in", peers.STAND_IN / "flash_attn_interface.py"
+    )
     stand_in = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stand_in)
     q, k, v = (torch.randn(2, 16, heads, 8) for heads in (4, 2, 2))
@@ -301,11 +475,20 @@ def test_the_stand_in_for_flash_attention_3_is_causal_attention_with_shared_head
         stand_in.flash_attn_varlen_func(q[0], k[0], v[0], None, None, 16, 16)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--val-tokens=65000"], "multiple of 65536"), (["--val-tokens=131072"], "below the 70000"), (["--gpus=3"], "1, 2, 4 or 8"),
-    (["--script=x=nowhere.py:194"], "existing file"), (["--script=x=ours.py:13"], "194, 1855"), (["--env=oops"], "NAME=VALUE"),
-    (["--only=nothing"], "the runs are"), (["--tokenizer=nowhere.model"], "nowhere.model"),
-    (["--path=nowhere"], "give a FOLDER")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--val-tokens=65000"], "multiple of 65536"),
+        (["--val-tokens=131072"], "below the 70000"),
+        (["--gpus=3"], "1, 2, 4 or 8"),
+        (["--script=x=nowhere.py:194"], "existing file"),
+        (["--script=x=ours.py:13"], "194, 1855"),
+        (["--env=oops"], "NAME=VALUE"),
+        (["--only=nothing"], "the runs are"),
+        (["--tokenizer=nowhere.model"], "nowhere.model"),
+        (["--path=nowhere"], "give a FOLDER"),
+    ],
+)
 def test_a_mistake_is_one_line(bench, capsys, arguments, message):
     code, record, _ = bench(*arguments, pr194=FAKE_194)
     error = capsys.readouterr().err
@@ -318,7 +501,13 @@ COMMITTED = [path for path in [ROOT / "logs" / "bench" / "peers.json"] if path.e
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
 def test_the_committed_report_is_whole(path):
     report = json.loads(path.read_text())
-    assert {"setup", "date", "code_sha256", "packages"} <= report.keys() and peers.table(report, markdown=True)
+    assert {"setup", "date", "code_sha256", "packages"} <= report.keys() and peers.table(
+        report, markdown=True
+    )
     for row in report["rows"]:
-        assert len(row["sha256"]) == 64 and row["command"].startswith("cd logs/bench/") and row["about"]
+        assert (
+            len(row["sha256"]) == 64
+            and row["command"].startswith("cd logs/bench/")
+            and row["about"]
+        )
         assert row["exit_code"] == 0 or row["last_line"]

@@ -4,6 +4,7 @@ Would have caught: toggles that are requested and never act (#1681, #315, #199's
 deadlock (#975's SQWA, #199's USE_ZSTD); a run whose artifact dies with its scoring (autoresearch#7, #1728); "off" that
 is not the baseline (#769); results overwritten by the next run (#1048); refactors that change the numerics.
 """
+
 import itertools
 import json
 import math
@@ -24,8 +25,19 @@ import train_gpt
 from train_gpt import CODE_SHA256, Config, Refusal, Run, main, seal, unpack, unseal
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
-SMALL = dict(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_batch_tokens=256, iterations=4,
-             warmdown_iters=2, keep_float_max_numel=128, val_max_tokens=260, eval_stride=32, smear_gate=False)
+SMALL = dict(
+    num_layers=2,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    train_batch_tokens=256,
+    iterations=4,
+    warmdown_iters=2,
+    keep_float_max_numel=128,
+    val_max_tokens=260,
+    eval_stride=32,
+    smear_gate=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,11 @@ def folder(cfg: Config) -> Path:
 
 
 def events(cfg: Config, kind: str) -> list[dict]:
-    return [e for line in (folder(cfg) / "metrics.jsonl").open() if (e := json.loads(line))["event"] == kind]
+    return [
+        e
+        for line in (folder(cfg) / "metrics.jsonl").open()
+        if (e := json.loads(line))["event"] == kind
+    ]
 
 
 def losses(cfg: Config) -> list[float]:
@@ -54,11 +70,31 @@ GOLDEN_RUNS = {
     "bare": dict(smear_gate=False, init="default"),
     "default": dict(),
     "everything": dict(
-        smear_pos="post_norm", smear_mask_bos=True, bigram_vocab_size=64, bigram_dim=16, bigram_proj_opt="adam",
-        ve_enabled=True, ve_dim=16, ve_layers="1,2", xsa_last_n=2, ln_scale=True, rope_dims=4, rope_ntk_len=32,
-        mlp_act="leaky_relu2", qna_enabled=True, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5,
-        quant_bits_mlp=5, quant_bits_embed=8, adam_wd=0.04, ema_enabled=True, tied_embed_init_std=0.3,
-        logit_softcap=8.0)}
+        smear_pos="post_norm",
+        smear_mask_bos=True,
+        bigram_vocab_size=64,
+        bigram_dim=16,
+        bigram_proj_opt="adam",
+        ve_enabled=True,
+        ve_dim=16,
+        ve_layers="1,2",
+        xsa_last_n=2,
+        ln_scale=True,
+        rope_dims=4,
+        rope_ntk_len=32,
+        mlp_act="leaky_relu2",
+        qna_enabled=True,
+        qat_enabled=True,
+        qat_start_kind="iter_frac",
+        qat_start=0.5,
+        quant_bits_mlp=5,
+        quant_bits_embed=8,
+        adam_wd=0.04,
+        ema_enabled=True,
+        tied_embed_init_std=0.3,
+        logit_softcap=8.0,
+    ),
+}
 
 
 @pytest.fixture
@@ -66,7 +102,9 @@ def synthetic(data, tmp_path) -> Path:
     """Training tokens that are the same in every version of Python (the text of `data` is not)."""
     random, here = np.random.RandomState(0), tmp_path / "synthetic"
     here.mkdir()
-    tokens = 4 + (np.cumsum(random.randint(0, 7, 8000)) + random.randint(0, 40, 8000) ** 2 // 99) % 380
+    tokens = (
+        4 + (np.cumsum(random.randint(0, 7, 8000)) + random.randint(0, 40, 8000) ** 2 // 99) % 380
+    )
     tokens[::113] = 1
     write_shard(here / "fineweb_train_000000.bin", tokens)
     (here / "fineweb_val_000000.bin").symlink_to(data / "fineweb_val_000000.bin")
@@ -80,27 +118,41 @@ def test_golden_losses_of_ten_steps(tiny, synthetic, name):
     if os.environ.get("REGENERATE_GOLDEN") == "1":
         golden["losses"][name] = found
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
-    assert len(found) == 10 and found == pytest.approx(golden["losses"][name], rel=golden["relative_tolerance"])
+    assert len(found) == 10 and found == pytest.approx(
+        golden["losses"][name], rel=golden["relative_tolerance"]
+    )
 
 
 # ── every toggle, every pair ──────────────────────────────────────────────────────────────────────────────────────
 HALF = dict(swa_every=1, swa_start_kind="iter_frac", swa_start_frac=0.5)
 TOGGLES = {
-    "SMEAR_GATE": dict(smear_gate=True), "BIGRAM_VOCAB_SIZE": dict(bigram_vocab_size=64, bigram_dim=16),
-    "VE_ENABLED": dict(ve_enabled=True, ve_dim=16, ve_layers="0,1"), "XSA_LAST_N": dict(xsa_last_n=1),
-    "LN_SCALE": dict(ln_scale=True), "QAT": dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
-    "QNA": dict(qna_enabled=True), "SWA": dict(swa_enabled=True, **HALF), "EMA": dict(ema_enabled=True, ema_decay=0.5),
-    "SQWA": dict(sqwa_enabled=True, **HALF), "PRUNE_PCT": dict(prune_pct=0.3),
+    "SMEAR_GATE": dict(smear_gate=True),
+    "BIGRAM_VOCAB_SIZE": dict(bigram_vocab_size=64, bigram_dim=16),
+    "VE_ENABLED": dict(ve_enabled=True, ve_dim=16, ve_layers="0,1"),
+    "XSA_LAST_N": dict(xsa_last_n=1),
+    "LN_SCALE": dict(ln_scale=True),
+    "QAT": dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
+    "QNA": dict(qna_enabled=True),
+    "SWA": dict(swa_enabled=True, **HALF),
+    "EMA": dict(ema_enabled=True, ema_decay=0.5),
+    "SQWA": dict(sqwa_enabled=True, **HALF),
+    "PRUNE_PCT": dict(prune_pct=0.3),
     "DOC_ISOLATED_EVAL": dict(doc_isolated_eval=True),
-    "TTT_MODE": dict(ttt_mode="sgd", ttt_chunk_tokens=128, ttt_epochs=1, ttt_freeze_blocks=1)}
+    "TTT_MODE": dict(ttt_mode="sgd", ttt_chunk_tokens=128, ttt_epochs=1, ttt_freeze_blocks=1),
+}
 REFUSED = [("SWA", "EMA"), ("SWA", "SQWA")]
-COMBINATIONS = [names for names in [(), *itertools.combinations(TOGGLES, 1), *itertools.combinations(TOGGLES, 2)]
-                if names not in REFUSED]
+COMBINATIONS = [
+    names
+    for names in [(), *itertools.combinations(TOGGLES, 1), *itertools.combinations(TOGGLES, 2)]
+    if names not in REFUSED
+]
 
 
 def combination(names: tuple, data: Path, logs: Path) -> Config:
     """The small run on this data with these toggles on."""
-    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs))
+    paths = dict(
+        data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs)
+    )
     settings = {k: v for name in names for k, v in TOGGLES[name].items()}
     return Config(**TINY | SMALL | settings | paths, run_id="-".join(names) or "none")
 
@@ -113,12 +165,18 @@ def time_once(run: Run, work) -> float:
 
 
 def assert_all_acted(report: dict, names: tuple) -> None:
-    assert report["exit_code"] == 0 and report["inactive"] == [] and math.isfinite(report["val_bpb"])
-    assert {*names, "WARMDOWN"} == {name for name, row in report["toggles"].items() if row["active"]}
+    assert (
+        report["exit_code"] == 0 and report["inactive"] == [] and math.isfinite(report["val_bpb"])
+    )
+    assert {*names, "WARMDOWN"} == {
+        name for name, row in report["toggles"].items() if row["active"]
+    }
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids="-".join)
-def test_each_toggle_and_each_pair_trains_exports_reloads_scores_and_acts(documents, tmp_path, monkeypatch, names):
+def test_each_toggle_and_each_pair_trains_exports_reloads_scores_and_acts(
+    documents, tmp_path, monkeypatch, names
+):
     monkeypatch.setattr(Run, "milliseconds", time_once)
     cfg = combination(names, documents, tmp_path)
     report = main(cfg)
@@ -140,11 +198,16 @@ def run_combinations(data: Path, logs: Path) -> dict:
 
 
 def test_each_toggle_and_each_pair_does_the_same_on_two_ranks(documents, tmp_path, monkeypatch):
-    first, second = two_ranks(run_combinations, documents, tmp_path / "two", folder=tmp_path, seconds=240)
+    first, second = two_ranks(
+        run_combinations, documents, tmp_path / "two", folder=tmp_path, seconds=240
+    )
     monkeypatch.setattr(Run, "milliseconds", time_once)
     for names in COMBINATIONS:
         assert_all_acted(first[names], names)
-        assert first[names]["world_size"] == 2 and first[names]["scores"].keys() == second[names]["scores"].keys()
+        assert (
+            first[names]["world_size"] == 2
+            and first[names]["scores"].keys() == second[names]["scores"].keys()
+        )
         assert first[names]["val_bpb"] == second[names]["val_bpb"]
         if len(names) < 2:
             alone = main(combination(names, documents, tmp_path / "one"))
@@ -153,8 +216,14 @@ def test_each_toggle_and_each_pair_does_the_same_on_two_ranks(documents, tmp_pat
 
 @pytest.mark.parametrize("names", [("SWA",), ("EMA",), ("SQWA",), ("EMA", "SQWA")], ids="-".join)
 def test_the_average_is_what_is_exported_and_scored(tiny, names):
-    settings = {k: v for name in names for k, v in TOGGLES[name].items()} | dict(ema_decay=0.9, swa_start_frac=0.1)
-    report = main(tiny(**settings, warmdown_iters=0, keep_float_max_numel=10 ** 6 if names[-1] != "SQWA" else 512))
+    settings = {k: v for name in names for k, v in TOGGLES[name].items()} | dict(
+        ema_decay=0.9, swa_start_frac=0.1
+    )
+    report = main(
+        tiny(
+            **settings, warmdown_iters=0, keep_float_max_numel=10**6 if names[-1] != "SQWA" else 512
+        )
+    )
     assert abs(report["averaged_val_bpb"] - report["live_val_bpb"]) > 0.02
     assert report["quantised_val_bpb"] == pytest.approx(report["averaged_val_bpb"], abs=0.01)
 
@@ -174,7 +243,8 @@ NEVER = [
     ("WARMDOWN", dict(warmdown_iters=0, warmdown_frac=0.01)),
     ("PRUNE_PCT", dict(prune_pct=1e-9)),
     ("TTT_MODE", dict(ttt_mode="sgd", ttt_chunk_tokens=6400)),
-    ("DOC_ISOLATED_EVAL", dict(doc_isolated_eval=True, val_max_tokens=100))]
+    ("DOC_ISOLATED_EVAL", dict(doc_isolated_eval=True, val_max_tokens=100)),
+]
 
 
 @pytest.mark.parametrize("name, knobs", NEVER, ids=str)
@@ -188,7 +258,7 @@ def test_a_toggle_that_never_acts_is_named_and_exits_4(tiny, name, knobs):
 
 @pytest.mark.parametrize("toggle", ["qat_enabled", "qna_enabled"])
 def test_a_toggle_that_would_touch_no_tensor_is_refused_before_training(tiny, toggle):
-    knobs = {toggle: True, "keep_float_max_numel": 10 ** 6}
+    knobs = {toggle: True, "keep_float_max_numel": 10**6}
     with pytest.raises(Refusal, match=toggle[:3].upper()) as caught:
         main(tiny(**knobs))
     assert caught.value.code == 4
@@ -197,21 +267,48 @@ def test_a_toggle_that_would_touch_no_tensor_is_refused_before_training(tiny, to
 
 def test_off_is_the_same_whatever_the_other_knobs_of_the_techniques_say(tiny):
     off = dict(smear_gate=False, train_log_every=1)
-    idle = dict(smear_pos="post_norm", smear_mask_bos=True, smear_beta2=0.5, bigram_dim=64, bigram_proj_gain=0.5,
-                bigram_proj_opt="adam", quant_bits_bigram=4, ve_dim=64, ve_layers="0", qat_start_kind="lr_scale",
-                qat_start=0.9, qat_scope="linears", qat_grid="amax", qna_magnitude=2.0, qna_stop_scale=0.0,
-                qna_use_floor=False, swa_start_kind="always", swa_start_frac=0.9, swa_every=1, swa_dtype="bf16",
-                ema_decay=0.5, ttt_lr=0.5, ttt_epochs=9, ttt_chunk_tokens=99, ttt_freeze_blocks=0)
+    idle = dict(
+        smear_pos="post_norm",
+        smear_mask_bos=True,
+        smear_beta2=0.5,
+        bigram_dim=64,
+        bigram_proj_gain=0.5,
+        bigram_proj_opt="adam",
+        quant_bits_bigram=4,
+        ve_dim=64,
+        ve_layers="0",
+        qat_start_kind="lr_scale",
+        qat_start=0.9,
+        qat_scope="linears",
+        qat_grid="amax",
+        qna_magnitude=2.0,
+        qna_stop_scale=0.0,
+        qna_use_floor=False,
+        swa_start_kind="always",
+        swa_start_frac=0.9,
+        swa_every=1,
+        swa_dtype="bf16",
+        ema_decay=0.5,
+        ttt_lr=0.5,
+        ttt_epochs=9,
+        ttt_chunk_tokens=99,
+        ttt_freeze_blocks=0,
+    )
     plain, other = tiny(**off), tiny(**off, **idle)
     assert losses(plain) == losses(other)
-    first, second = (json.loads((folder(cfg) / "result.json").read_text()) for cfg in (plain, other))
-    assert first["val_bpb"] == second["val_bpb"] and first["toggles"].keys() == second["toggles"].keys() == {"WARMDOWN"}
+    first, second = (
+        json.loads((folder(cfg) / "result.json").read_text()) for cfg in (plain, other)
+    )
+    assert first["val_bpb"] == second["val_bpb"] and first["toggles"].keys() == second[
+        "toggles"
+    ].keys() == {"WARMDOWN"}
 
 
 # ── exit codes and signals ────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def command(monkeypatch, capfd):
     """command(cfg) -> (exit code, lines on stderr) of the command line in this process."""
+
     def call(cfg: Config) -> tuple[int, list[str]]:
         for name, value in environment(cfg).items():
             monkeypatch.setenv(name, value)
@@ -220,18 +317,33 @@ def command(monkeypatch, capfd):
             return train_gpt.command_line([]), capfd.readouterr().err.splitlines()
         finally:
             signal.signal(signal.SIGTERM, handler)
+
     return call
 
 
-HUGE = dict(matrix_lr=1e38, scalar_lr=1e38, tied_embed_lr=1e38, grad_clip_norm=0.0, warmdown_iters=0)
+HUGE = dict(
+    matrix_lr=1e38, scalar_lr=1e38, tied_embed_lr=1e38, grad_clip_norm=0.0, warmdown_iters=0
+)
 
 
-@pytest.mark.parametrize("knobs, step", [(HUGE, "step 1"), (HUGE | dict(train_log_every=100), "step 1"),
-                                         (HUGE | dict(iterations=1), "")], ids=["logged", "between logs", "last step"])
+@pytest.mark.parametrize(
+    "knobs, step",
+    [
+        (HUGE, "step 1"),
+        (HUGE | dict(train_log_every=100), "step 1"),
+        (HUGE | dict(iterations=1), ""),
+    ],
+    ids=["logged", "between logs", "last step"],
+)
 def test_a_loss_that_is_not_finite_exits_5_and_names_the_step(tiny, command, knobs, step):
     cfg = tiny(**knobs)
     code, stderr = command(cfg)
-    assert code == 5 and len(stderr) == 1 and step in stderr[0] and not (folder(cfg) / "result.json").exists()
+    assert (
+        code == 5
+        and len(stderr) == 1
+        and step in stderr[0]
+        and not (folder(cfg) / "result.json").exists()
+    )
     assert "stopped in phase" in (folder(cfg) / "train.log").read_text() and events(cfg, "stopped")
 
 
@@ -245,8 +357,14 @@ CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # as in the process 
 
 def start(cfg: Config) -> subprocess.Popen:
     """`python train_gpt.py` with this configuration in a fresh process (SIGINT as on a terminal)."""
-    return subprocess.Popen(SCRIPT, env=environment(cfg) | CPU, text=True, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        SCRIPT,
+        env=environment(cfg) | CPU,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(process: subprocess.Popen, happened, seconds: float = 60) -> None:
@@ -257,9 +375,11 @@ def wait_for(process: subprocess.Popen, happened, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name, code, word", [("SIGTERM", 143, "SIGTERM"), ("SIGINT", 130, "SIGINT")])
+@pytest.mark.parametrize(
+    "name, code, word", [("SIGTERM", 143, "SIGTERM"), ("SIGINT", 130, "SIGINT")]
+)
 def test_a_signal_ends_the_run_with_its_exit_code_and_one_line(tiny, name, code, word):
-    cfg = tiny(iterations=10 ** 6, train_log_every=1)
+    cfg = tiny(iterations=10**6, train_log_every=1)
     with start(cfg) as process:
         log = folder(cfg) / "train.log"
         try:
@@ -268,7 +388,12 @@ def test_a_signal_ends_the_run_with_its_exit_code_and_one_line(tiny, name, code,
             _, stderr = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == code and len(stderr.splitlines()) == 1 and word in stderr and f"[exit {code}" in stderr
+    assert (
+        process.returncode == code
+        and len(stderr.splitlines()) == 1
+        and word in stderr
+        and f"[exit {code}" in stderr
+    )
     assert "stopped in phase 'train'" in log.read_text().splitlines()[-1]
 
 
@@ -280,19 +405,42 @@ def test_a_run_id_is_never_overwritten(tiny):
         main(cfg)
     assert {path: path.read_bytes() for path in folder(cfg).iterdir()} == before
     assert {path.name for path in before} == {
-        "artifact.bin", "checkpoint.bin", "metrics.jsonl", "result.json", "train.log", "train_gpt.py"}
+        "artifact.bin",
+        "checkpoint.bin",
+        "metrics.jsonl",
+        "result.json",
+        "train.log",
+        "train_gpt.py",
+    }
 
 
 # ── the artifact outlives the run ─────────────────────────────────────────────────────────────────────────────────
-def test_eval_only_in_a_fresh_process_scores_identically_from_validation_tokens_alone(tiny, documents, tmp_path):
-    cfg = tiny(doc_isolated_eval=True, ttt_mode="sgd", ttt_chunk_tokens=128, qat_enabled=True, ema_enabled=True,
-               ema_decay=0.5, data_path=str(documents))
+def test_eval_only_in_a_fresh_process_scores_identically_from_validation_tokens_alone(
+    tiny, documents, tmp_path
+):
+    cfg = tiny(
+        doc_isolated_eval=True,
+        ttt_mode="sgd",
+        ttt_chunk_tokens=128,
+        qat_enabled=True,
+        ema_enabled=True,
+        ema_decay=0.5,
+        data_path=str(documents),
+    )
     trained, shards = main(cfg), tmp_path / "validation alone"
     shards.mkdir()
     (shards / "fineweb_val_000000.bin").symlink_to(documents / "fineweb_val_000000.bin")
-    env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ} | {
-        "EVAL_ONLY": str(folder(cfg) / "artifact.bin"), "DATA_PATH": str(shards), "TOKENIZER_PATH": cfg.tokenizer_path,
-        "LOGS_DIR": str(tmp_path / "fresh"), "RUN_ID": "a"} | CPU
+    env = (
+        {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        | {
+            "EVAL_ONLY": str(folder(cfg) / "artifact.bin"),
+            "DATA_PATH": str(shards),
+            "TOKENIZER_PATH": cfg.tokenizer_path,
+            "LOGS_DIR": str(tmp_path / "fresh"),
+            "RUN_ID": "a",
+        }
+        | CPU
+    )
     done = subprocess.run(SCRIPT, env=env, text=True, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     scored = json.loads((tmp_path / "fresh/a/result.json").read_text())
@@ -309,7 +457,9 @@ def test_eval_only_refuses_another_model_and_takes_other_scoring_knobs(tiny):
     path = str(folder(cfg) / "artifact.bin")
     with pytest.raises(Refusal, match="MODEL_DIM=64"):
         main(tiny(eval_only=path, model_dim=64, given=frozenset({"MODEL_DIM"})))
-    same = main(tiny(eval_only=path, model_dim=32, given=frozenset({"MODEL_DIM"}), num_layers=7))  # 7 is not "given"
+    same = main(
+        tiny(eval_only=path, model_dim=32, given=frozenset({"MODEL_DIM"}), num_layers=7)
+    )  # 7 is not "given"
     other = main(tiny(eval_only=path, eval_stride=8, given=frozenset({"EVAL_STRIDE"})))
     assert same["val_bpb"] == trained["val_bpb"] != other["val_bpb"]
     assert same["config"]["num_layers"] == 3 and other["config"]["eval_stride"] == 8
@@ -331,9 +481,13 @@ def test_a_run_killed_while_scoring_leaves_a_whole_artifact(tiny):
 # ── the training outlives the run: a checkpoint is exported and scored again ──────────────────────────────────────
 def again(cfg: Config, **settings: str) -> Config:
     """The configuration, from the environment, that exports and scores cfg's checkpoint with these settings."""
-    places = {name: getattr(cfg, name.lower()) for name in ("DATA_PATH", "TOKENIZER_PATH", "LOGS_DIR")}
+    places = {
+        name: getattr(cfg, name.lower()) for name in ("DATA_PATH", "TOKENIZER_PATH", "LOGS_DIR")
+    }
     run_id = f"{cfg.run_id}-{'-'.join(f'{n}={v}' for n, v in settings.items())}-again"
-    return Config.from_env({**places, "CHECKPOINT": str(folder(cfg) / "checkpoint.bin"), "RUN_ID": run_id, **settings})
+    return Config.from_env(
+        {**places, "CHECKPOINT": str(folder(cfg) / "checkpoint.bin"), "RUN_ID": run_id, **settings}
+    )
 
 
 def artifact(report: dict) -> bytes:
@@ -345,38 +499,83 @@ def outcome(report: dict, *also: str) -> dict:
     report = json.loads(json.dumps(report))
     for row in [*report["scores"].values(), *report["toggles"].values()]:
         row.pop("seconds", None), row.pop("cost_ms", None)
-    keys = ["scores", "toggles", "inactive", "exit_code", "val_bpb", "steps", "tokens_seen", "params", "average", "groups", "pruned",
-            "live_val_bpb", "averaged_val_bpb", "quantised_val_bpb", "quant_gap_bpb", "fit_cost_bpb", "total_bytes",
-            "trained_code_sha256", "config_sha256", *also]
+    keys = [
+        "scores",
+        "toggles",
+        "inactive",
+        "exit_code",
+        "val_bpb",
+        "steps",
+        "tokens_seen",
+        "params",
+        "average",
+        "groups",
+        "pruned",
+        "live_val_bpb",
+        "averaged_val_bpb",
+        "quantised_val_bpb",
+        "quant_gap_bpb",
+        "fit_cost_bpb",
+        "total_bytes",
+        "trained_code_sha256",
+        "config_sha256",
+        *also,
+    ]
     return {key: report[key] for key in keys}
 
 
-CLOCK = ("train_seconds", "step_ms_median", "recompiles")  # of the training: a re-export reports the recorded ones
+CLOCK = (
+    "train_seconds",
+    "step_ms_median",
+    "recompiles",
+)  # of the training: a re-export reports the recorded ones
 TABLES = dict(bigram_vocab_size=64, bigram_dim=16, quant_bits_embed=8)
 KEPT = {
-    "nothing": {}, "QAT": TOGGLES["QAT"], "QNA": TOGGLES["QNA"], "EMA": TOGGLES["EMA"], "SWA": TOGGLES["SWA"],
-    "SWA in bf16": TOGGLES["SWA"] | dict(swa_dtype="bf16"), "SWA, native": TOGGLES["SWA"] | TABLES | dict(swa_dtype="native"),
-    "SQWA": TOGGLES["SQWA"], "SQWA in bf16": TOGGLES["SQWA"] | dict(swa_dtype="bf16"),
-    "SQWA of the EMA, QAT": TOGGLES["SQWA"] | TOGGLES["EMA"] | TOGGLES["QAT"] | dict(swa_dtype="native"),
-    "SWA and EMA": TOGGLES["SWA"] | TOGGLES["EMA"] | dict(average="swa"), "no warm-down": dict(warmdown_iters=0),
-    "everything": {k: v for name in TOGGLES if name not in ("SWA", "SQWA") for k, v in TOGGLES[name].items()}}
+    "nothing": {},
+    "QAT": TOGGLES["QAT"],
+    "QNA": TOGGLES["QNA"],
+    "EMA": TOGGLES["EMA"],
+    "SWA": TOGGLES["SWA"],
+    "SWA in bf16": TOGGLES["SWA"] | dict(swa_dtype="bf16"),
+    "SWA, native": TOGGLES["SWA"] | TABLES | dict(swa_dtype="native"),
+    "SQWA": TOGGLES["SQWA"],
+    "SQWA in bf16": TOGGLES["SQWA"] | dict(swa_dtype="bf16"),
+    "SQWA of the EMA, QAT": TOGGLES["SQWA"]
+    | TOGGLES["EMA"]
+    | TOGGLES["QAT"]
+    | dict(swa_dtype="native"),
+    "SWA and EMA": TOGGLES["SWA"] | TOGGLES["EMA"] | dict(average="swa"),
+    "no warm-down": dict(warmdown_iters=0),
+    "everything": {
+        k: v for name in TOGGLES if name not in ("SWA", "SQWA") for k, v in TOGGLES[name].items()
+    },
+}
 
 
 def kept(name: str, data: Path, logs: Path) -> Config:
-    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs))
+    paths = dict(
+        data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs)
+    )
     return Config(**TINY | SMALL | KEPT[name] | paths, run_id=name)
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_checkpoint_exported_again_unchanged_gives_the_same_bytes_scores_and_clock(documents, tmp_path, name):
+def test_a_checkpoint_exported_again_unchanged_gives_the_same_bytes_scores_and_clock(
+    documents, tmp_path, name
+):
     cfg = kept(name, documents, tmp_path)
     first = main(cfg)
     second = main(again(cfg))
     assert artifact(first) == artifact(second) and first["artifact_path"] != second["artifact_path"]
     assert outcome(first, *CLOCK) == outcome(second, *CLOCK) and first["exit_code"] == 0
-    assert second["checkpoint"] == str(folder(cfg) / "checkpoint.bin") and first["checkpoint"] is None
+    assert (
+        second["checkpoint"] == str(folder(cfg) / "checkpoint.bin") and first["checkpoint"] is None
+    )
     assert "train" in first["seconds"] and "train" not in second["seconds"]
-    assert first["trained_code_sha256"] == CODE_SHA256 and not (Path(second["artifact_path"]).parent / "checkpoint.bin").exists()
+    assert (
+        first["trained_code_sha256"] == CODE_SHA256
+        and not (Path(second["artifact_path"]).parent / "checkpoint.bin").exists()
+    )
 
 
 def keep_and_export_again(names: list[str], data: Path, logs: Path) -> dict:
@@ -391,9 +590,13 @@ def keep_and_export_again(names: list[str], data: Path, logs: Path) -> dict:
     return found
 
 
-def test_a_checkpoint_exported_again_on_two_ranks_gives_the_same_and_one_rank_the_same_bytes(documents, tmp_path):
+def test_a_checkpoint_exported_again_on_two_ranks_gives_the_same_and_one_rank_the_same_bytes(
+    documents, tmp_path
+):
     names = ["QAT", "SQWA of the EMA, QAT", "SWA and EMA", "everything"]
-    ranks = two_ranks(keep_and_export_again, names, documents, tmp_path / "two", folder=tmp_path, seconds=120)
+    ranks = two_ranks(
+        keep_and_export_again, names, documents, tmp_path / "two", folder=tmp_path, seconds=120
+    )
     for found in ranks:
         for first, second, trained, exported in found.values():
             assert trained == exported and outcome(first, *CLOCK) == outcome(second, *CLOCK)
@@ -401,35 +604,73 @@ def test_a_checkpoint_exported_again_on_two_ranks_gives_the_same_and_one_rank_th
     for name in names:
         alone = main(again(kept(name, documents, tmp_path / "two"), STRICT="0"))
         assert alone["world_size"] == 1 and artifact(alone) == ranks[0][name][2]
-        assert alone["quantised_val_bpb"] == pytest.approx(ranks[0][name][0]["quantised_val_bpb"], rel=1e-6)
+        assert alone["quantised_val_bpb"] == pytest.approx(
+            ranks[0][name][0]["quantised_val_bpb"], rel=1e-6
+        )
 
 
-PLAIN = TOGGLES["SWA"] | TOGGLES["EMA"] | TABLES | dict(average="swa", strict=False, quant_clip="search5", quant_scale_floor=False)
+PLAIN = (
+    TOGGLES["SWA"]
+    | TOGGLES["EMA"]
+    | TABLES
+    | dict(average="swa", strict=False, quant_clip="search5", quant_scale_floor=False)
+)
 OTHER_SETTINGS = [
-    dict(quant_bits_mlp=5, quant_bits_embed=6), dict(quant_bits_attn=16), dict(quant_clip="amax"), dict(quant_codes="asym"),
-    dict(quant_scale_floor=True), dict(keep_float_max_numel=10 ** 6), dict(fp16_keep_name_patterns="mlp.fc"),
-    dict(prune_pct=0.3), dict(compressor="lzma"), dict(compressor="zlib", compress_level=9), dict(average="ema"),
-    dict(average="none"), dict(fit_to_cap=True, cap_bytes=len(train_gpt.SOURCE) + 13700), dict(cap_bytes=100_000),
-    dict(eval_stride=8), dict(eval_stride=0), dict(eval_seq_len=32), dict(val_max_tokens=130), dict(doc_isolated_eval=True),
-    TOGGLES["TTT_MODE"], dict(average="ema", quant_bits_mlp=4, prune_pct=0.1, eval_stride=16)]
+    dict(quant_bits_mlp=5, quant_bits_embed=6),
+    dict(quant_bits_attn=16),
+    dict(quant_clip="amax"),
+    dict(quant_codes="asym"),
+    dict(quant_scale_floor=True),
+    dict(keep_float_max_numel=10**6),
+    dict(fp16_keep_name_patterns="mlp.fc"),
+    dict(prune_pct=0.3),
+    dict(compressor="lzma"),
+    dict(compressor="zlib", compress_level=9),
+    dict(average="ema"),
+    dict(average="none"),
+    dict(fit_to_cap=True, cap_bytes=len(train_gpt.SOURCE) + 13700),
+    dict(cap_bytes=100_000),
+    dict(eval_stride=8),
+    dict(eval_stride=0),
+    dict(eval_seq_len=32),
+    dict(val_max_tokens=130),
+    dict(doc_isolated_eval=True),
+    TOGGLES["TTT_MODE"],
+    dict(average="ema", quant_bits_mlp=4, prune_pct=0.1, eval_stride=16),
+]
 
 
 @pytest.fixture(scope="module")
 def plain(documents, tmp_path_factory) -> tuple[Config, dict]:
     """A training without QAT that collects two averages: (cfg, report)."""
     paths = dict(data_path=str(documents), tokenizer_path=str(documents / "tokenizer.model"))
-    cfg = Config(**TINY | SMALL | PLAIN | paths, logs_dir=str(tmp_path_factory.mktemp("plain")), run_id="plain")
+    cfg = Config(
+        **TINY | SMALL | PLAIN | paths,
+        logs_dir=str(tmp_path_factory.mktemp("plain")),
+        run_id="plain",
+    )
     return cfg, main(cfg)
 
 
 @pytest.mark.parametrize("settings", OTHER_SETTINGS, ids=str)
-def test_other_export_and_scoring_settings_give_what_a_full_training_with_them_gives(plain, tmp_path, settings):
+def test_other_export_and_scoring_settings_give_what_a_full_training_with_them_gives(
+    plain, tmp_path, settings
+):
     cfg, before = plain
-    full = main(Config(**{f.name: getattr(cfg, f.name) for f in train_gpt.KNOBS} | settings | dict(logs_dir=str(tmp_path))))
+    full = main(
+        Config(
+            **{f.name: getattr(cfg, f.name) for f in train_gpt.KNOBS}
+            | settings
+            | dict(logs_dir=str(tmp_path))
+        )
+    )
     text = {name.upper(): str(int(v) if isinstance(v, bool) else v) for name, v in settings.items()}
     second = main(again(cfg, **text, STRICT="0"))
     assert artifact(second) == artifact(full) and outcome(second) == outcome(full)
-    assert outcome(second) != {**outcome(before), "config_sha256": second["config_sha256"]}  # they take effect
+    assert outcome(second) != {
+        **outcome(before),
+        "config_sha256": second["config_sha256"],
+    }  # they take effect
     for name in CLOCK:
         assert second[name] == before[name]
     assert {name: second["config"][name] for name in settings} == settings
@@ -442,49 +683,82 @@ def test_a_checkpoint_needs_no_setting_and_an_old_spelling_works_too(plain, tmp_
     assert main(again(cfg, STRICT="0", QUANT_BITS="5"))["config"]["quant_bits_attn"] == 5
 
 
-@pytest.mark.parametrize("name, value, trained", [
-    ("SEED", "7", "1337"), ("MATRIX_LR", "0.5", "0.02"), ("MODEL_DIM", "32", "16"), ("ITERATIONS", "9", "4"),
-    ("EMA_DECAY", "0.75", "0.5"), ("SWA_EVERY", "2", "1"), ("QAT_ENABLED", "1", "False"), ("QNA_ENABLED", "1", "False"),
-    ("TRAIN_BATCH_TOKENS", "512", "256"), ("TRAIN_SEQ_LEN", "32", "64"), ("SMEAR_GATE", "1", "False"),
-    ("BIGRAM_HASH_BUCKETS", "128", "64"), ("WEIGHT_DECAY", "0.25", "0.0")])
-def test_a_setting_that_the_training_contradicts_is_refused_with_both_values(plain, name, value, trained):
+@pytest.mark.parametrize(
+    "name, value, trained",
+    [
+        ("SEED", "7", "1337"),
+        ("MATRIX_LR", "0.5", "0.02"),
+        ("MODEL_DIM", "32", "16"),
+        ("ITERATIONS", "9", "4"),
+        ("EMA_DECAY", "0.75", "0.5"),
+        ("SWA_EVERY", "2", "1"),
+        ("QAT_ENABLED", "1", "False"),
+        ("QNA_ENABLED", "1", "False"),
+        ("TRAIN_BATCH_TOKENS", "512", "256"),
+        ("TRAIN_SEQ_LEN", "32", "64"),
+        ("SMEAR_GATE", "1", "False"),
+        ("BIGRAM_HASH_BUCKETS", "128", "64"),
+        ("WEIGHT_DECAY", "0.25", "0.0"),
+    ],
+)
+def test_a_setting_that_the_training_contradicts_is_refused_with_both_values(
+    plain, name, value, trained
+):
     with pytest.raises(Refusal) as caught:
         main(again(plain[0], **{name: value}))
     known = {"BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE", "WEIGHT_DECAY": "ADAM_WD"}.get(name, name)
     message = str(caught.value)
-    assert caught.value.code == 2 and message.startswith(f"{known}={'True' if trained == 'False' else value}: ")
+    assert caught.value.code == 2 and message.startswith(
+        f"{known}={'True' if trained == 'False' else value}: "
+    )
     assert "checkpoint.bin" in message and f"made with {trained};" in message
 
 
 def test_a_setting_that_the_training_had_is_accepted(plain):
-    assert main(again(plain[0], SEED="1337", MODEL_DIM="16", EMA_DECAY="0.50", STRICT="0"))["val_bpb"] == plain[1]["val_bpb"]
+    assert (
+        main(again(plain[0], SEED="1337", MODEL_DIM="16", EMA_DECAY="0.50", STRICT="0"))["val_bpb"]
+        == plain[1]["val_bpb"]
+    )
 
 
 @pytest.mark.parametrize("toggle", ["QAT", "QNA", "SQWA"])
 def test_the_grid_is_a_training_setting_where_training_used_it(documents, tmp_path, toggle):
     cfg = kept(toggle, documents, tmp_path)
     main(cfg)
-    for name, value, trained in [("QUANT_BITS_MLP", "5", "6"), ("QUANT_CLIP", "amax", "quantile"),
-                                 ("KEEP_FLOAT_MAX_NUMEL", "0", "128"), ("QUANT_SCALE_FLOOR", "0", "True")]:
+    for name, value, trained in [
+        ("QUANT_BITS_MLP", "5", "6"),
+        ("QUANT_CLIP", "amax", "quantile"),
+        ("KEEP_FLOAT_MAX_NUMEL", "0", "128"),
+        ("QUANT_SCALE_FLOOR", "0", "True"),
+    ]:
         with pytest.raises(Refusal) as caught:
             main(again(cfg, **{name: value}))
         shown = "False" if value == "0" and trained == "True" else value
-        assert str(caught.value).startswith(f"{name}={shown}: ") and f"made with {trained};" in str(caught.value)
-    assert main(again(cfg, QUANT_BITS_MLP="6", PRUNE_PCT="0.3", COMPRESSOR="zlib"))["exit_code"] == 0
+        assert str(caught.value).startswith(f"{name}={shown}: ") and f"made with {trained};" in str(
+            caught.value
+        )
+    assert (
+        main(again(cfg, QUANT_BITS_MLP="6", PRUNE_PCT="0.3", COMPRESSOR="zlib"))["exit_code"] == 0
+    )
 
 
 def truncated(data: bytes, share: float) -> bytes:
-    return data[:int(share * len(data))]
+    return data[: int(share * len(data))]
 
 
 def flipped(data: bytes, share: float) -> bytes:
     place = int(share * (len(data) - 1))
-    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1:]
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
 
 
-DAMAGE = {f"{change.__name__} at {share}": (lambda data, change=change, share=share: change(data, share))
-          for change, shares in ((truncated, (0.0, 0.001, 0.5, 0.9999)), (flipped, (0.0, 0.0001, 0.01, 0.5, 1.0)))
-          for share in shares} | {"with a tail": lambda data: data + b"!"}
+DAMAGE = {
+    f"{change.__name__} at {share}": (lambda data, change=change, share=share: change(data, share))
+    for change, shares in (
+        (truncated, (0.0, 0.001, 0.5, 0.9999)),
+        (flipped, (0.0, 0.0001, 0.01, 0.5, 1.0)),
+    )
+    for share in shares
+} | {"with a tail": lambda data: data + b"!"}
 
 
 @pytest.fixture
@@ -499,7 +773,9 @@ def checkpoint(tiny) -> tuple[dict, Path]:
 def refusal(found: tuple[int, list[str]]) -> str:
     """The one line with which the command line refuses."""
     code, stderr = found
-    assert code == 2 and len(stderr) == 1 and "Traceback" not in stderr[0] and "[exit 2" in stderr[0]
+    assert (
+        code == 2 and len(stderr) == 1 and "Traceback" not in stderr[0] and "[exit 2" in stderr[0]
+    )
     return stderr[0]
 
 
@@ -535,15 +811,22 @@ FORGED = {  # a right checksum around something that no training wrote
     "a ledger with another column": lambda facts, tensors: facts["activity"]["EMA"].update(evil=1),
     "no count": lambda facts, tensors: facts.pop("snapshots"),
     "live weights missing": lambda facts, tensors: tensors.pop("live/tok_emb"),
-    "live weights of another shape": lambda facts, tensors: tensors.update({"live/tok_emb": torch.zeros(3, 3)}),
+    "live weights of another shape": lambda facts, tensors: tensors.update(
+        {"live/tok_emb": torch.zeros(3, 3)}
+    ),
     "more live weights": lambda facts, tensors: tensors.update({"live/evil": torch.zeros(3)}),
     "an average's tensor missing": lambda facts, tensors: tensors.pop("ema/tok_emb"),
-    "an average's tensor of one number": lambda facts, tensors: tensors.update({"sum/tok_emb": torch.zeros(1)}),
-    "a sum that is not finite": lambda facts, tensors: tensors["sum/tok_emb"].fill_(math.inf)}
+    "an average's tensor of one number": lambda facts, tensors: tensors.update(
+        {"sum/tok_emb": torch.zeros(1)}
+    ),
+    "a sum that is not finite": lambda facts, tensors: tensors["sum/tok_emb"].fill_(math.inf),
+}
 
 
 @pytest.mark.parametrize("change", FORGED.values(), ids=FORGED)
-def test_a_checkpoint_that_no_training_wrote_is_refused_in_one_line(checkpoint, tiny, command, change):
+def test_a_checkpoint_that_no_training_wrote_is_refused_in_one_line(
+    checkpoint, tiny, command, change
+):
     settings, path = checkpoint
     facts, tensors = unseal(path)
     change(facts, tensors)
@@ -569,22 +852,37 @@ def test_a_checkpoint_and_an_artifact_together_are_refused_in_one_line(monkeypat
 
 
 # ── several averages are collected, one is shipped ────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("shipped, alone", [("none", {}), ("swa", TOGGLES["SWA"]), ("ema", TOGGLES["EMA"])], ids=str)
+@pytest.mark.parametrize(
+    "shipped, alone", [("none", {}), ("swa", TOGGLES["SWA"]), ("ema", TOGGLES["EMA"])], ids=str
+)
 def test_the_average_that_is_asked_for_is_shipped_while_all_are_collected(tiny, shipped, alone):
     both, single = tiny(**TOGGLES["SWA"], **TOGGLES["EMA"], average=shipped), tiny(**alone)
     report, reference = main(both), main(single)
     assert artifact(report) == artifact(reference) and report["val_bpb"] == reference["val_bpb"]
     assert report["average"] == reference["average"] == shipped
-    assert report["toggles"]["SWA"]["active"] and report["toggles"]["EMA"]["active"] and report["exit_code"] == 0
+    assert (
+        report["toggles"]["SWA"]["active"]
+        and report["toggles"]["EMA"]["active"]
+        and report["exit_code"] == 0
+    )
     assert (report["averaged_val_bpb"] is None) == (shipped == "none")
     log = (folder(both) / "train.log").read_text()
     for name in ("swa", "ema"):
         line = next(line for line in log.splitlines() if line.startswith(f"average: {name} "))
-        assert line.endswith("applied: yes" if name == shipped else f"applied: no (AVERAGE={shipped})")
+        assert line.endswith(
+            "applied: yes" if name == shipped else f"applied: no (AVERAGE={shipped})"
+        )
 
 
-@pytest.mark.parametrize("knobs, blamed", [(TOGGLES["SWA"] | TOGGLES["EMA"], "SWA_ENABLED"), (dict(average="ema"), "AVERAGE=ema"),
-                                           (TOGGLES["EMA"] | dict(average="swa"), "AVERAGE=swa")], ids=str)
+@pytest.mark.parametrize(
+    "knobs, blamed",
+    [
+        (TOGGLES["SWA"] | TOGGLES["EMA"], "SWA_ENABLED"),
+        (dict(average="ema"), "AVERAGE=ema"),
+        (TOGGLES["EMA"] | dict(average="swa"), "AVERAGE=swa"),
+    ],
+    ids=str,
+)
 def test_an_average_that_is_ambiguous_or_not_collected_is_refused(tiny, knobs, blamed):
     with pytest.raises(Refusal, match=blamed):
         tiny(**knobs)
@@ -595,32 +893,68 @@ def test_torchrun_on_two_ranks(tiny):
     cfg = tiny(ttt_mode="sgd", ttt_chunk_tokens=320)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = environment(cfg) | CPU
-    done = subprocess.run([*launcher, SCRIPT[1]], env=env, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [*launcher, SCRIPT[1]], env=env, text=True, capture_output=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads((folder(cfg) / "result.json").read_text())
-    assert result["world_size"] == 2 and result["exit_code"] == 0 and done.stdout.count("RESULT val_bpb") == 1
+    assert (
+        result["world_size"] == 2
+        and result["exit_code"] == 0
+        and done.stdout.count("RESULT val_bpb") == 1
+    )
 
 
-def test_a_compiled_run_equals_an_eager_one_and_does_not_recompile_when_qat_starts(tiny, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no pool of workers that outlives the test
+def test_a_compiled_run_equals_an_eager_one_and_does_not_recompile_when_qat_starts(
+    tiny, monkeypatch
+):
+    monkeypatch.setattr(
+        torch._inductor.config, "compile_threads", 1
+    )  # no pool of workers that outlives the test
     monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)  # compiles twice as fast
     torch._dynamo.reset()
-    knobs = dict(num_layers=1, num_kv_heads=4, mlp_mult=1.0, muon_backend_steps=2, train_log_every=1, eval_stride=0,
-                 smear_gate=False, qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5, warmup_steps=2,
-                 eval_batch_seqs=8)
+    knobs = dict(
+        num_layers=1,
+        num_kv_heads=4,
+        mlp_mult=1.0,
+        muon_backend_steps=2,
+        train_log_every=1,
+        eval_stride=0,
+        smear_gate=False,
+        qat_enabled=True,
+        qat_start_kind="iter_frac",
+        qat_start=0.5,
+        warmup_steps=2,
+        eval_batch_seqs=8,
+    )
     eager, compiled = tiny(**knobs), tiny(**knobs, compile="1")
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
-    report, reference = (json.loads((folder(cfg) / "result.json").read_text()) for cfg in (compiled, eager))
-    assert report["compile"] and report["recompiles"] == 0 and report["toggles"]["QAT"]["first_step"] == 3
+    report, reference = (
+        json.loads((folder(cfg) / "result.json").read_text()) for cfg in (compiled, eager)
+    )
+    assert (
+        report["compile"]
+        and report["recompiles"] == 0
+        and report["toggles"]["QAT"]["first_step"] == 3
+    )
     assert report["val_bpb"] == pytest.approx(reference["val_bpb"], rel=1e-3)
     torch._dynamo.reset()
 
 
 def test_eval_only_needs_no_training_setting(tiny):
-    made = tiny(train_seq_len=48, train_batch_tokens=480)  # 48 does not divide the default TRAIN_BATCH_TOKENS
+    made = tiny(
+        train_seq_len=48, train_batch_tokens=480
+    )  # 48 does not divide the default TRAIN_BATCH_TOKENS
     first = train_gpt.main(made)
-    again = train_gpt.main(train_gpt.Config(data_path=made.data_path, tokenizer_path=made.tokenizer_path, run_id="again",
-                                            logs_dir=made.logs_dir, eval_only=first["artifact_path"]))
+    again = train_gpt.main(
+        train_gpt.Config(
+            data_path=made.data_path,
+            tokenizer_path=made.tokenizer_path,
+            run_id="again",
+            logs_dir=made.logs_dir,
+            eval_only=first["artifact_path"],
+        )
+    )
     assert again["val_bpb"] == first["val_bpb"] and again["exit_code"] == 0
 
 

@@ -25,20 +25,49 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import prepare_data  # noqa: E402
+import prepare_data
 
-WORDS = "the golf of a small model is to say in few bits what it has read and no more than that".split()
-needs_golf_data = pytest.mark.skipif("GOLF_DATA" not in os.environ, reason="GOLF_DATA names no folder of real data")
+WORDS = [
+    "the",
+    "golf",
+    "of",
+    "a",
+    "small",
+    "model",
+    "is",
+    "to",
+    "say",
+    "in",
+    "few",
+    "bits",
+    "what",
+    "it",
+    "has",
+    "read",
+    "and",
+    "no",
+    "more",
+    "than",
+    "that",
+]
+needs_golf_data = pytest.mark.skipif(
+    "GOLF_DATA" not in os.environ, reason="GOLF_DATA names no folder of real data"
+)
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
     """Return distinct documents of some 60 words, with text beyond ASCII in each."""
     draw = np.random.default_rng(seed)
-    return [f"Text {seed}.{index}: naïve “日本” " + " ".join(draw.choice(WORDS, 60)) for index in range(count)]
+    return [
+        f"Text {seed}.{index}: naïve “日本” " + " ".join(draw.choice(WORDS, 60))
+        for index in range(count)
+    ]
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
+    )
     return path
 
 
@@ -75,7 +104,9 @@ def shard_tokens(folder: Path, split: str) -> np.ndarray:
 
 def decoded(folder: Path, split: str) -> list[str]:
     """Turn a split back into its documents."""
-    tokenizer = spm.SentencePieceProcessor(model_file=str(folder / manifest_of(folder)["tokenizer"]["file"]))
+    tokenizer = spm.SentencePieceProcessor(
+        model_file=str(folder / manifest_of(folder)["tokenizer"]["file"])
+    )
     tokens = shard_tokens(folder, split)
     starts = np.flatnonzero(tokens == 1)
     assert len(tokens) == 0 or starts[0] == 0
@@ -83,7 +114,10 @@ def decoded(folder: Path, split: str) -> list[str]:
 
 
 def tree_hash(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 @pytest.fixture(scope="session")
@@ -112,14 +146,32 @@ def test_official_validation_shard_is_rebuilt_token_for_token(tmp_path):
     data = Path(os.environ["GOLF_DATA"])
     source = data / "fineweb_val_head" / "docs.jsonl"
     tokenizer = data / "tokenizers" / "fineweb_1024_bpe.model"
-    assert run("text", source, "--out", tmp_path / "out", "--tokenizer", tokenizer, "--val-fraction", "1") == 0
-    official = np.fromfile(data / "fineweb_val_head" / "fineweb_val_000000.bin", dtype="<u2", offset=1024)
+    assert (
+        run(
+            "text",
+            source,
+            "--out",
+            tmp_path / "out",
+            "--tokenizer",
+            tokenizer,
+            "--val-fraction",
+            "1",
+        )
+        == 0
+    )
+    official = np.fromfile(
+        data / "fineweb_val_head" / "fineweb_val_000000.bin", dtype="<u2", offset=1024
+    )
     assert np.array_equal(shard_tokens(tmp_path / "out", "val"), official)
     texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     assert manifest_of(tmp_path / "out")["splits"] == {
         "train": {"documents": 0, "tokens": 0, "utf8_bytes": 0},
         # These texts are already as the tokenizer normalises them, so their own bytes are what must be counted.
-        "val": {"documents": len(texts), "tokens": len(official), "utf8_bytes": sum(len(t.encode()) for t in texts)},
+        "val": {
+            "documents": len(texts),
+            "tokens": len(official),
+            "utf8_bytes": sum(len(t.encode()) for t in texts),
+        },
     }
 
 
@@ -142,7 +194,11 @@ def test_trained_tokenizer_has_the_settings_of_the_official_one():
 
 def compress(path: Path, suffix: str) -> Path:
     packed = path.with_name(path.name + suffix)
-    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    pack = {
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+    }[suffix]
     whole = path.read_bytes()
     # Two members one after the other, as parallel compressors write them.
     packed.write_bytes(pack(whole[:700]) + pack(whole[700:]))
@@ -155,15 +211,22 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     jsonl = write_jsonl(tmp_path / "in.jsonl", documents)
     txt = tmp_path / "in.v1.txt"
     txt.write_text("\n \n\n".join(documents), encoding="utf-8")
-    files = [jsonl, txt] + [compress(path, suffix) for path in (jsonl, txt) for suffix in (".gz", ".xz", ".zst")]
+    files = [jsonl, txt] + [
+        compress(path, suffix) for path in (jsonl, txt) for suffix in (".gz", ".xz", ".zst")
+    ]
     for path in files:
         assert list(prepare_data.text_documents([path], "text")) == documents, path
     assert list(prepare_data.text_documents([txt, jsonl], "text")) == documents + documents
 
 
 def test_lines_longer_than_a_chunk_and_half_surrogates_are_read(tmp_path):
-    (tmp_path / "in.jsonl").write_text(json.dumps({"body": "long " * 600_000}) + '\n{"body": "a\\ud800b"}\n\n')
-    assert list(prepare_data.text_documents([tmp_path / "in.jsonl"], "body")) == ["long " * 600_000, "a?b"]
+    (tmp_path / "in.jsonl").write_text(
+        json.dumps({"body": "long " * 600_000}) + '\n{"body": "a\\ud800b"}\n\n'
+    )
+    assert list(prepare_data.text_documents([tmp_path / "in.jsonl"], "body")) == [
+        "long " * 600_000,
+        "a?b",
+    ]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
@@ -191,18 +254,30 @@ def test_parquet_without_pyarrow_names_the_install_command(tmp_path, capsys, mon
 
 def test_duplicates_are_dropped_and_splits_share_nothing(tmp_path, model):
     documents = make_documents(60)
-    variants = [documents[0].replace(" ", "\n  "), documents[1].replace("T", "Ｔ"), documents[2] + "\u200b "]
+    variants = [
+        documents[0].replace(" ", "\n  "),
+        documents[1].replace("T", "Ｔ"),
+        documents[2] + "\u200b ",
+    ]
     source = write_jsonl(tmp_path / "in.jsonl", documents[:30] + variants + documents)
     arguments = ("--tokenizer", model, "--val-fraction", "0.3", "--workers", "1")
     assert run("text", source, "--out", tmp_path / "out", *arguments) == 0
     train, val = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "val")
     assert not set(train) & set(val) and min(len(train), len(val)) > 5
     assert sorted(train + val) == sorted(documents)
-    assert [text for text in documents if text in set(train)] == train  # the order of the input is kept
+    assert [
+        text for text in documents if text in set(train)
+    ] == train  # the order of the input is kept
     manifest = manifest_of(tmp_path / "out")
     assert manifest["disjoint"]["shared"] == 0
-    assert manifest["disjoint"]["train_documents"] == manifest["splits"]["train"]["documents"] == len(train)
-    assert manifest["disjoint"]["val_documents"] == manifest["splits"]["val"]["documents"] == len(val)
+    assert (
+        manifest["disjoint"]["train_documents"]
+        == manifest["splits"]["train"]["documents"]
+        == len(train)
+    )
+    assert (
+        manifest["disjoint"]["val_documents"] == manifest["splits"]["val"]["documents"] == len(val)
+    )
 
 
 @given(st.floats(0, 1), st.lists(st.binary(min_size=16, max_size=16)), st.randoms())
@@ -224,7 +299,11 @@ def test_tokenizer_sees_no_validation_text():
     documents = make_documents(40)
     for recipe in (prepare_data.Recipe(val_fraction=0.3), prepare_data.Recipe(val_docs=12)):
         splitter = prepare_data.Splitter(recipe)
-        train = [text for text in documents if splitter.split_of(prepare_data.document_key(text)) == "train"]
+        train = [
+            text
+            for text in documents
+            if splitter.split_of(prepare_data.document_key(text)) == "train"
+        ]
         assert list(prepare_data.tokenizer_sample(documents + documents, recipe)) == train
         assert 20 < len(train) < 35
 
@@ -233,12 +312,27 @@ def test_val_docs_shard_size_name_and_limits(tmp_path, model):
     documents = make_documents(12)
     source = write_jsonl(tmp_path / "in.jsonl", documents)
     arguments = ("text", source, "--tokenizer", model, "--workers", "1", "--val-docs", "2")
-    assert run(*arguments, "--out", tmp_path / "a", "--shard-tokens", "500", "--name", "mine", "--max-docs", "10") == 0
+    assert (
+        run(
+            *arguments,
+            "--out",
+            tmp_path / "a",
+            "--shard-tokens",
+            "500",
+            "--name",
+            "mine",
+            "--max-docs",
+            "10",
+        )
+        == 0
+    )
     assert decoded(tmp_path / "a", "val") == documents[:2]
     assert decoded(tmp_path / "a", "train") == documents[2:10]
     train = [entry for entry in manifest_of(tmp_path / "a")["shards"] if entry["split"] == "train"]
     assert len(train) > 1 and {entry["tokens"] for entry in train[:-1]} == {500}
-    assert [entry["file"] for entry in train] == [f"mine_train_{index:06d}.bin" for index in range(len(train))]
+    assert [entry["file"] for entry in train] == [
+        f"mine_train_{index:06d}.bin" for index in range(len(train))
+    ]
     assert run(*arguments, "--out", tmp_path / "b", "--max-tokens", "700") == 0
     kept = len(decoded(tmp_path / "b", "train"))
     sizes = [len(tokens) for _, tokens, _ in prepare_data.encode_batch(model, documents)]
@@ -262,9 +356,17 @@ def test_shards_hold_the_stream_whatever_the_cuts(tmp_path_factory, sizes, shard
 
 
 def test_utf8_bytes_are_those_of_the_byte_table(model):
-    texts = [*make_documents(5), "two\n\nlines  ① ﬁ", "▁▁ ▅ \u200b emoji 🏌️ ẞ", " lead", "<s> </s> <unk>"]
+    texts = [
+        *make_documents(5),
+        "two\n\nlines  ① ﬁ",
+        "▁▁ ▅ \u200b emoji 🏌️ ẞ",
+        " lead",
+        "<s> </s> <unk>",
+    ]
     tokenizer = spm.SentencePieceProcessor(model_file=str(model))
-    for text, (_, tokens, utf8_bytes) in zip(texts, prepare_data.encode_batch(model, texts), strict=True):
+    for text, (_, tokens, utf8_bytes) in zip(
+        texts, prepare_data.encode_batch(model, texts), strict=True
+    ):
         # What the challenge counts: a piece's own bytes, plus one for its leading space unless a document opens.
         table = 0
         for before, token in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True):
@@ -349,7 +451,16 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, made, capsys):
 def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tmp_path, model):
     source = write_jsonl(tmp_path / "in.jsonl", make_documents(3000))
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    command = [sys.executable, ROOT / "prepare_data.py", "text", source, "--tokenizer", model, "--workers", "1"]
+    command = [
+        sys.executable,
+        ROOT / "prepare_data.py",
+        "text",
+        source,
+        "--tokenizer",
+        model,
+        "--workers",
+        "1",
+    ]
     command = [str(part) for part in (*command, "--shard-tokens", "2000", "--out", out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     while not (partial / "fineweb_train_000002.bin").exists():
@@ -370,13 +481,19 @@ def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tmp_path, model):
 BAD_INPUTS = {
     "in.csv": (b"text", "no known kind"),
     "in.parquet.gz": (b"", "no known kind"),
-    "in.jsonl": (b'{"text": "good"}\n{"text": 5}\n', r":2 is no JSON object with the text field 'text'.*--field"),
+    "in.jsonl": (
+        b'{"text": "good"}\n{"text": 5}\n',
+        r":2 is no JSON object with the text field 'text'.*--field",
+    ),
     "cut.jsonl": (b'{"text": "good"}\n{"text', ":2 is no JSON object"),
     "latin.txt": ("naïve".encode("latin-1"), "not UTF-8.*iconv"),
     "latin.jsonl": ('{"text": "naïve"}'.encode("latin-1"), ":1 is no JSON object"),
     "cut.txt.gz": (gzip.compress(os.urandom(4000))[:-400], "cannot be read to its end.*whole copy"),
     "cut.txt.xz": (lzma.compress(os.urandom(4000))[:-400], "cannot be read to its end.*whole copy"),
-    "cut.txt.zst": (zstandard.compress(b"word " * 50_000)[:-9], "cannot be read to its end.*whole copy"),
+    "cut.txt.zst": (
+        zstandard.compress(b"word " * 50_000)[:-9],
+        "cannot be read to its end.*whole copy",
+    ),
     "not.jsonl.zst": (b"plain", "cannot be read to its end"),
     "blank.txt": (b" \n\n \n", "no document"),
 }
@@ -387,7 +504,15 @@ def test_bad_input_is_refused_in_one_line(tmp_path, model, capsys, name):
     content, message = BAD_INPUTS[name]
     (tmp_path / name).write_bytes(content)
     line = refusal(
-        capsys, "text", tmp_path / name, "--out", tmp_path / "out", "--tokenizer", model, "--val-fraction", "1"
+        capsys,
+        "text",
+        tmp_path / name,
+        "--out",
+        tmp_path / "out",
+        "--tokenizer",
+        model,
+        "--val-fraction",
+        "1",
     )
     assert re.search(message, line) and (name in line or name == "blank.txt"), line
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".out.lock") == [name]
@@ -418,7 +543,9 @@ def test_bad_options_are_refused_in_one_line(tmp_path, capsys, arguments, messag
 def test_damage_is_named_when_the_tokenizer_reads_first(tmp_path, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", make_documents(20))
     source.write_text(source.read_text(encoding="utf-8") + "{", encoding="utf-8")
-    line = refusal(capsys, "text", source, "--out", tmp_path / "out", "--vocab-size", "320", "--val-docs", "1")
+    line = refusal(
+        capsys, "text", source, "--out", tmp_path / "out", "--vocab-size", "320", "--val-docs", "1"
+    )
     assert "in.jsonl:21 is no JSON object" in line
 
 
@@ -428,14 +555,18 @@ def test_a_tokenizer_with_other_ids_is_refused(tmp_path, capsys):
         model_type="bpe", byte_fallback=True, minloglevel=2, bos_id=2, eos_id=1,
     )  # fmt: skip
     source = write_jsonl(tmp_path / "in.jsonl", make_documents(2))
-    line = refusal(capsys, "text", source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "other.model")
+    line = refusal(
+        capsys, "text", source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "other.model"
+    )
     assert "BOS id 2" in line and "give another --tokenizer" in line
 
 
 def test_missing_arguments_are_refused_in_one_line(tmp_path, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", make_documents(2))
     assert "--out" in refusal(capsys, "text", source)
-    assert "absent.txt" in refusal(capsys, "text", tmp_path / "absent.txt", "--out", tmp_path / "out")
+    assert "absent.txt" in refusal(
+        capsys, "text", tmp_path / "absent.txt", "--out", tmp_path / "out"
+    )
     assert "command" in refusal(capsys).lower()
 
 
@@ -447,7 +578,9 @@ def test_an_unwritable_place_is_refused_in_one_line(tmp_path, made, capsys):
 def test_help_describes_every_option(capsys):
     for command in ("demo", "text", "fineweb"):
         assert run(command, "--help") == 0
-        options = re.findall(r"^ {2}--(\S+)(.*(?:\n {20,}.*)*)", capsys.readouterr().out, re.MULTILINE)
+        options = re.findall(
+            r"^ {2}--(\S+)(.*(?:\n {20,}.*)*)", capsys.readouterr().out, re.MULTILINE
+        )
         assert len(options) > 3
         assert all(re.search(r"\s{2,}[A-Z]", text) for _, text in options), options
 
@@ -461,8 +594,12 @@ def small_python(tmp_path, monkeypatch):
     package = tmp_path / "site" / "tinydocs"
     (package / "tests").mkdir(parents=True)
     (tmp_path / "site" / "tinydocs-1.0.dist-info").mkdir()
-    (tmp_path / "site" / "tinydocs-1.0.dist-info" / "METADATA").write_text("Name: tinydocs\nVersion: 1.0\n")
-    texts = [re.sub(r"(\S+ \S+ \S+) ", r"\1 the ", text) for text in make_documents(60)]  # as in English, little words
+    (tmp_path / "site" / "tinydocs-1.0.dist-info" / "METADATA").write_text(
+        "Name: tinydocs\nVersion: 1.0\n"
+    )
+    texts = [
+        re.sub(r"(\S+ \S+ \S+) ", r"\1 the ", text) for text in make_documents(60)
+    ]  # as in English, little words
     for index, text in enumerate(texts):
         source = f'"""{text}"""\nraise ImportError("imported")\n'
         source += f'def f():\n    """{text[:120]} and the end."""\nclass C:\n    "x = 1; y = 2"\n'
@@ -474,7 +611,9 @@ def small_python(tmp_path, monkeypatch):
     (package / "broken.py").write_text('"""' + "the of a " * 90 + '"""\nprint "old"\n')
     (package / "tests" / "test_m.py").write_text(f'"""UNWANTED {texts[0]}"""\n', encoding="utf-8")
     (tmp_path / "lib" / "site-packages").mkdir(parents=True)
-    (tmp_path / "lib" / "site-packages" / "other.py").write_text(f'"""UNWANTED {texts[0]}"""\n', encoding="utf-8")
+    (tmp_path / "lib" / "site-packages" / "other.py").write_text(
+        f'"""UNWANTED {texts[0]}"""\n', encoding="utf-8"
+    )
     (tmp_path / "lib" / "stdmod.py").write_text(f'"""Standard. {texts[0]}"""\n', encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
@@ -487,7 +626,9 @@ def small_python(tmp_path, monkeypatch):
 
 def test_demo_is_the_same_on_every_run(small_python, tmp_path):
     for name, workers in (("a", "1"), ("b", "2")):
-        assert run("demo", "--out", tmp_path / name, "--vocab-size", "320", "--workers", workers) == 0
+        assert (
+            run("demo", "--out", tmp_path / name, "--vocab-size", "320", "--workers", workers) == 0
+        )
     assert tree_hash(tmp_path / "a") == tree_hash(tmp_path / "b")
     train, val = decoded(tmp_path / "a", "train"), decoded(tmp_path / "a", "val")
     assert not set(train) & set(val) and 5 < len(val) < len(train)
@@ -496,7 +637,11 @@ def test_demo_is_the_same_on_every_run(small_python, tmp_path):
     expected += [f"Standard. {small_python[0]}", f"The topic. {small_python[1]}"]
     assert sorted(train + val) == sorted(expected)
     settings = manifest_of(tmp_path / "a")["settings"]
-    assert settings["command"] == "demo" and settings["tinydocs"] == "1.0" and settings["vocab_size"] == 320
+    assert (
+        settings["command"] == "demo"
+        and settings["tinydocs"] == "1.0"
+        and settings["vocab_size"] == 320
+    )
 
 
 def test_demo_names_a_package_that_is_missing(tmp_path, capsys, monkeypatch):
@@ -509,8 +654,12 @@ def test_demo_validation_is_capped(monkeypatch):
     documents = sorted(make_documents(400), key=prepare_data.document_key)
     monkeypatch.setattr(prepare_data, "DEMO_VAL_CHARACTERS", 1000)
     monkeypatch.setattr(prepare_data, "DEMO_VAL_FRACTION", 0.5)
-    splitter = prepare_data.Splitter(prepare_data.Recipe(val_fraction=prepare_data.demo_val_fraction(documents)))
-    val = [text for text in documents if splitter.split_of(prepare_data.document_key(text)) == "val"]
+    splitter = prepare_data.Splitter(
+        prepare_data.Recipe(val_fraction=prepare_data.demo_val_fraction(documents))
+    )
+    val = [
+        text for text in documents if splitter.split_of(prepare_data.document_key(text)) == "val"
+    ]
     assert sum(map(len, val)) >= 1000 > sum(map(len, val[:-1]))
 
 
@@ -519,7 +668,9 @@ def test_demo_finds_real_packages_without_importing_them():
         "import sys, prepare_data; files = prepare_data.demo_files(); "
         "print(len(files), sum('torch' in f.parts for f in files), 'torch' in sys.modules, 'sympy' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     total, of_torch, *imported = done.stdout.split()
     assert int(total) > 2000 and int(of_torch) > 500 and imported == ["False", "False"]
 
@@ -559,7 +710,9 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
         content = self.server.files.get(name)
         if content is None:
             self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if name != self.path else "RepoNotFound")
+            self.send_header(
+                "X-Error-Code", "EntryNotFound" if name != self.path else "RepoNotFound"
+            )
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -568,7 +721,9 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("X-Repo-Commit", "c" * 40)
         self.send_header("X-Linked-Size", str(len(content)))
-        if name.endswith((".bin", ".model")):  # large files are known by their sha256, others by git's hash
+        if name.endswith(
+            (".bin", ".model")
+        ):  # large files are known by their sha256, others by git's hash
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
         blob = b"blob %d\0" % len(content) + content
         self.send_header("ETag", f'"{hashlib.sha1(blob).hexdigest()}"')
@@ -605,7 +760,11 @@ def hub(model):
                 "tokenizer_name": "sp_bpe_1024",
                 "stats": {"files_train": 3, "files_val": 1},
             },
-            {"name": "fineweb10B_byte260", "tokenizer_name": "bytes", "stats": {"files_train": 3, "files_val": 1}},
+            {
+                "name": "fineweb10B_byte260",
+                "tokenizer_name": "bytes",
+                "stats": {"files_train": 3, "files_val": 1},
+            },
         ],
         "tokenizers": [
             {"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"},
@@ -621,16 +780,31 @@ def hub(model):
 def fetch(hub: StandInHub, out: Path, *options, code: int) -> str:
     """Run the fineweb command against the stand-in; return what it says: its one line where it refuses."""
     hub.downloads.clear()
-    command = [sys.executable, ROOT / "prepare_data.py", "fineweb", "--out", out, "--repo", "some/export", *options]
+    command = [
+        sys.executable,
+        ROOT / "prepare_data.py",
+        "fineweb",
+        "--out",
+        out,
+        "--repo",
+        "some/export",
+        *options,
+    ]
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     environment.update(
-        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HOME=str(out / "hf"), HF_HUB_DISABLE_XET="1"
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+        HF_HOME=str(out / "hf"),
+        HF_HUB_DISABLE_XET="1",
     )
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == code, done.stderr
     if code == 0:
         return done.stdout
-    lines = [line for line in done.stderr.splitlines() if line.startswith("prepare_data.py: error:")]
+    lines = [
+        line for line in done.stderr.splitlines() if line.startswith("prepare_data.py: error:")
+    ]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
 
@@ -695,7 +869,9 @@ def test_fineweb_refuses_what_is_no_shard_of_this_vocabulary(hub, tmp_path):
 
 def test_fineweb_refuses_wrong_options_and_changed_files(hub, tmp_path):
     assert "choose one of byte260, sp1024" in fetch(hub, tmp_path, "--variant", "sp9", code=2)
-    assert "named sp<size>" in fetch(hub, tmp_path, "--variant", "byte260", "--train-shards", "1", code=2)
+    assert "named sp<size>" in fetch(
+        hub, tmp_path, "--variant", "byte260", "--train-shards", "1", code=2
+    )
     assert "take 3" in fetch(hub, tmp_path, "--train-shards", "4", code=2)
     assert "check the network" in fetch(hub, tmp_path, "--prefix", "elsewhere", code=2)
     assert "download from a//b failed" in fetch(hub, tmp_path, "--repo", "a//b", code=2)
@@ -703,7 +879,9 @@ def test_fineweb_refuses_wrong_options_and_changed_files(hub, tmp_path):
     local.parent.mkdir(parents=True, exist_ok=True)
     local.write_bytes(b"mine")
     line = fetch(hub, tmp_path, "--train-shards", "0", code=2)
-    assert str(local) in line and "delete it and run again" in line and local.read_bytes() == b"mine"
+    assert (
+        str(local) in line and "delete it and run again" in line and local.read_bytes() == b"mine"
+    )
 
 
 def test_fineweb_damaged_listing_is_refused(hub, tmp_path):

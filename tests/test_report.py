@@ -3,26 +3,43 @@
 Would have caught: a figure that needs the network, a chart of runs that failed, an arm name that becomes markup, formula or
 table cell, and a mean that leaves out a seed or counts one twice.
 """
+
 import json
 import re
 import statistics
 from html.parser import HTMLParser
 
-import ablate
 import matplotlib
 import pytest
 from conftest import ROOT
 
-CAPTIONS = {"spread": "Final validation loss", "journey": "Validation loss (bits per byte) of the same runs",
-            "steps": "Validation loss (bits per byte) against training steps",
-            "seconds": "Validation loss (bits per byte) against training seconds", "gap": "Quantisation gap", "sizes": "Size by"}
+import ablate
+
+CAPTIONS = {
+    "spread": "Final validation loss",
+    "journey": "Validation loss (bits per byte) of the same runs",
+    "steps": "Validation loss (bits per byte) against training steps",
+    "seconds": "Validation loss (bits per byte) against training seconds",
+    "gap": "Quantisation gap",
+    "sizes": "Size by",
+}
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-HOSTILE = ["<script>alert(1)</script>", "\"' onload=alert(1) x='", "a|b", "</svg></style>", "&lt;b&gt;", "$\\frac$ {{ 7 * 7 }}",
-           "_hidden", "-->", "]]>"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "\"' onload=alert(1) x='",
+    "a|b",
+    "</svg></style>",
+    "&lt;b&gt;",
+    "$\\frac$ {{ 7 * 7 }}",
+    "_hidden",
+    "-->",
+    "]]>",
+]
 
 
 class Page(HTMLParser):
     """Tags, attributes and texts of a page; `problems` when the tags are not balanced."""
+
     def __init__(self, text: str):
         super().__init__()
         self.open, self.problems, self.elements, self.texts, self.figures = [], [], [], [], []
@@ -56,19 +73,46 @@ class Page(HTMLParser):
     @property
     def captions(self) -> set:
         """The names of the charts on the page."""
-        return {name for name, begin in CAPTIONS.items() for figure in self.figures if f"\n{begin}" in figure}
+        return {
+            name
+            for name, begin in CAPTIONS.items()
+            for figure in self.figures
+            if f"\n{begin}" in figure
+        }
 
 
 def finished(arm: str, seed: int = 0, **changes) -> dict:
     """A run with everything that a chart can show; the numbers depend on the seed alone."""
     bpb = 1.2 + 0.01 * seed
-    events = [{"event": "phase", "name": "QAT", "step": 10 * seed ** 2, "seconds": 1.0 * seed},
-              {"event": "val", "step": 50, "seconds": 5.0, "val_bpb": 1.5}, {"event": "step", "step": 50, "seconds": 5.0}]
+    events = [
+        {"event": "phase", "name": "QAT", "step": 10 * seed**2, "seconds": 1.0 * seed},
+        {"event": "val", "step": 50, "seconds": 5.0, "val_bpb": 1.5},
+        {"event": "step", "step": 50, "seconds": 5.0},
+    ]
     scores = {"live": bpb + 0.03, "averaged": bpb + 0.02, "quantised": bpb + 0.04, "sliding": bpb}
-    groups = {name: {"tensors": 4, "params": 9, "bytes": n} for name, n in (("mlp", 6_000_000), ("attention", 2_000_000))}
-    return dict(arm=arm, seed=seed, events=events, steps=100, train_seconds=10.0, live_val_bpb=bpb + 0.03, val_bpb=bpb,
-                scored="sliding", quant_gap_bpb=0.02 + 0.001 * seed, scores={s: {"bpb": v} for s, v in scores.items()},
-                groups=groups, code_bytes=100_000, total_bytes=8_100_000, cap_bytes=16_000_000) | changes
+    groups = {
+        name: {"tensors": 4, "params": 9, "bytes": n}
+        for name, n in (("mlp", 6_000_000), ("attention", 2_000_000))
+    }
+    return (
+        dict(
+            arm=arm,
+            seed=seed,
+            events=events,
+            steps=100,
+            train_seconds=10.0,
+            live_val_bpb=bpb + 0.03,
+            val_bpb=bpb,
+            scored="sliding",
+            quant_gap_bpb=0.02 + 0.001 * seed,
+            scores={s: {"bpb": v} for s, v in scores.items()},
+            groups=groups,
+            code_bytes=100_000,
+            total_bytes=8_100_000,
+            cap_bytes=16_000_000,
+        )
+        | changes
+    )
 
 
 def sample() -> list[dict]:
@@ -76,15 +120,25 @@ def sample() -> list[dict]:
 
 
 def page(runs, title="An ablation", notes=("a note",), tables=None) -> Page:
-    return Page(ablate.html_page(title, list(notes), tables or {"Results": (["arm", "bpb"], [["baseline", 1.2], ["QAT", None]])},
-                                 runs))
+    return Page(
+        ablate.html_page(
+            title,
+            list(notes),
+            tables or {"Results": (["arm", "bpb"], [["baseline", 1.2], ["QAT", None]])},
+            runs,
+        )
+    )
 
 
 def made_of(texts: list[str]) -> Page:
     """A page with these texts in every place that takes text from a file."""
-    runs = [finished(text) for text in texts] + [finished("QAT", scored=texts[0], groups={t: {"bytes": 9} for t in texts})]
+    runs = [finished(text) for text in texts] + [
+        finished("QAT", scored=texts[0], groups={t: {"bytes": 9} for t in texts})
+    ]
     runs += [{"arm": text, "seed": text, "failed": text} for text in texts]
-    runs[0]["events"] = [{"event": "phase", "name": text, "step": 1, "seconds": 1} for text in texts]
+    runs[0]["events"] = [
+        {"event": "phase", "name": text, "step": 1, "seconds": 1} for text in texts
+    ]
     return page(runs, texts[0], texts, {text: ([text], [[text]]) for text in texts})
 
 
@@ -98,14 +152,20 @@ def only(chart: ablate.Chart) -> matplotlib.axes.Axes:
 
 
 # ── The page ──────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("runs", [[], sample(), [{"arm": "x", "seed": 1, "failed": "exit 5"}]], ids=["none", "some", "failed"])
+@pytest.mark.parametrize(
+    "runs",
+    [[], sample(), [{"arm": "x", "seed": 1, "failed": "exit 5"}]],
+    ids=["none", "some", "failed"],
+)
 def test_the_page_is_well_formed(runs):
     assert page(runs).problems == []
 
 
 def test_the_walk_finds_what_is_not_balanced():
-    assert [bool(Page(text).problems) for text in ("<p><b></b></p>", "<p><b></p></b>", "<p>", "</p>", "<br>")] == [
-        False, True, True, True, False]
+    assert [
+        bool(Page(text).problems)
+        for text in ("<p><b></b></p>", "<p><b></p></b>", "<p>", "</p>", "<br>")
+    ] == [False, True, True, True, False]
 
 
 def test_the_page_names_its_encoding_and_has_title_and_notes():
@@ -118,8 +178,22 @@ def test_nothing_is_loaded_from_elsewhere():
     text = ablate.html_page("t", [], {}, sample())
     p = Page(text)
     assert re.findall(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)) == []
-    assert {tag for tag, _ in p.elements} & {"script", "link", "img", "iframe", "object", "embed", "image", "base"} == set()
-    targets = [v for _, attrs in p.elements for k, v in attrs.items() if k in ("src", "href", "xlink:href", "srcset", "data")]
+    assert {tag for tag, _ in p.elements} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "image",
+        "base",
+    } == set()
+    targets = [
+        v
+        for _, attrs in p.elements
+        for k, v in attrs.items()
+        if k in ("src", "href", "xlink:href", "srcset", "data")
+    ]
     assert targets and all(target.startswith("#") for target in targets)
     assert "@import" not in text and re.findall(r"url\((?!#)", text) == []
 
@@ -137,7 +211,9 @@ def test_an_id_stands_once_and_every_reference_has_one():
 
 def test_text_in_charts_stays_text():
     shown = page(sample()).figures
-    assert all("baseline\n" in figure for figure in shown) and any("bits per byte" in figure for figure in shown)
+    assert all("baseline\n" in figure for figure in shown) and any(
+        "bits per byte" in figure for figure in shown
+    )
 
 
 def test_settings_of_matplotlib_are_left_alone():
@@ -149,33 +225,55 @@ def test_settings_of_matplotlib_are_left_alone():
 
 
 def test_tables_show_their_cells_and_numbers_stand_right():
-    p = page([], tables={"Results": (["arm", "bpb"], [["baseline", "1.2345 ± 0.0010"], ["QAT 6", None], ["-", 1337]])})
+    p = page(
+        [],
+        tables={
+            "Results": (
+                ["arm", "bpb"],
+                [["baseline", "1.2345 ± 0.0010"], ["QAT 6", None], ["-", 1337]],
+            )
+        },
+    )
     assert {"Results", "arm", "bpb", "baseline", "1.2345 ± 0.0010", "QAT 6", "1337"} <= set(p.texts)
     assert p.texts.count("-") == 2  # one is None
-    assert [attrs.get("class") for tag, attrs in p.elements if tag == "td"] == [None, "n", None, None, None, "n"]
+    assert [attrs.get("class") for tag, attrs in p.elements if tag == "td"] == [
+        None,
+        "n",
+        None,
+        None,
+        None,
+        "n",
+    ]
 
 
 # ── Text from files ───────────────────────────────────────────────────────────────────────────────────────────────
 def test_hostile_text_adds_no_element_and_no_attribute(hostile):
     def kinds(p: Page) -> list:
         return sorted({(tag, name) for tag, attrs in p.elements for name in ("", *attrs)})
+
     friendly = made_of([f"text {i}" for i in range(len(HOSTILE))])
     assert kinds(hostile) == kinds(friendly) and hostile.problems == []
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_shown_as_it_is(hostile, text):
-    assert hostile.texts.count(text) >= 7  # note; caption, header and cell of its table; arm, seed and reason of a failure
+    assert (
+        hostile.texts.count(text) >= 7
+    )  # note; caption, header and cell of its table; arm, seed and reason of a failure
     assert [text in figure for figure in hostile.figures] == [True] * len(CAPTIONS)
 
 
 def test_hostile_text_is_escaped_in_the_source():
-    source = ablate.html_page(HOSTILE[0], HOSTILE, {}, [finished(HOSTILE[0]), {"arm": "x", "failed": HOSTILE[0]}])
+    source = ablate.html_page(
+        HOSTILE[0], HOSTILE, {}, [finished(HOSTILE[0]), {"arm": "x", "failed": HOSTILE[0]}]
+    )
     assert "<script" not in source and "alert(1)" in source
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the reader's font has it
-@pytest.mark.parametrize("text", ["\x1b[31mred\x00", "\ud800", "line\nbreak", "\ufffe", "", "名前", "x" * 500])
+@pytest.mark.parametrize(
+    "text", ["\x1b[31mred\x00", "\ud800", "line\nbreak", "\ufffe", "", "名前", "x" * 500]
+)
 def test_any_string_can_name_an_arm(text):
     p = page([finished(text), {"arm": text, "seed": 1, "failed": text}])
     assert p.problems == [] and p.captions == set(CAPTIONS) and p.text.encode()
@@ -193,13 +291,28 @@ def test_every_chart_is_there_when_its_data_are():
     assert p.captions == set(CAPTIONS) and len(p.figures) == len(CAPTIONS)
 
 
-@pytest.mark.parametrize("without, missing", [
-    (["val_bpb"], {"spread"}), (["scores", "val_bpb"], {"spread", "journey"}), (["quant_gap_bpb"], {"gap"}),
-    (["groups"], {"sizes"}), (["events", "steps"], {"steps"}), (["events", "train_seconds"], {"seconds"}),
-    (["events", "live_val_bpb"], {"steps", "seconds"})], ids=lambda value: ",".join(sorted(value)))
+@pytest.mark.parametrize(
+    "without, missing",
+    [
+        (["val_bpb"], {"spread"}),
+        (["scores", "val_bpb"], {"spread", "journey"}),
+        (["quant_gap_bpb"], {"gap"}),
+        (["groups"], {"sizes"}),
+        (["events", "steps"], {"steps"}),
+        (["events", "train_seconds"], {"seconds"}),
+        (["events", "live_val_bpb"], {"steps", "seconds"}),
+    ],
+    ids=lambda value: ",".join(sorted(value)),
+)
 @pytest.mark.parametrize("how", ["None", "gone"])
 def test_a_chart_is_absent_without_its_data(without, missing, how):
-    runs = [{k: None if k in without else v for k, v in finished("a").items() if how == "None" or k not in without}]
+    runs = [
+        {
+            k: None if k in without else v
+            for k, v in finished("a").items()
+            if how == "None" or k not in without
+        }
+    ]
     assert page(runs).captions == set(CAPTIONS) - missing
 
 
@@ -207,19 +320,32 @@ def test_a_chart_is_absent_without_its_data(without, missing, how):
 def test_one_bad_value_does_not_break_the_page(value):
     keys = sorted(set(finished("a")) - {"arm", "events", "groups", "scores"})
     p = page([finished("baseline"), *(finished(f"odd {key}") | {key: value} for key in keys)])
-    assert p.problems == [] and p.captions == set(CAPTIONS) and all(f"odd {key}" in p.text for key in keys)
-    assert [v for _, attrs in p.elements for v in attrs.values() if re.search(r"\b(nan|inf)\b", v or "")] == []
+    assert (
+        p.problems == []
+        and p.captions == set(CAPTIONS)
+        and all(f"odd {key}" in p.text for key in keys)
+    )
+    assert [
+        v for _, attrs in p.elements for v in attrs.values() if re.search(r"\b(nan|inf)\b", v or "")
+    ] == []
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), "1", [1], {"y": 1}], ids=repr)
 def test_what_is_no_finite_number_is_missing(value):
-    assert ablate.number({"x": value}, "x") is None and ablate.number({"x": {"y": 0}}, "x", "y") == 0
+    assert (
+        ablate.number({"x": value}, "x") is None and ablate.number({"x": {"y": 0}}, "x", "y") == 0
+    )
     assert ablate.number(value, "x", "y") is None
 
 
 def test_a_seed_without_a_number_is_not_counted():
-    chart = ablate.spread(ablate.group([finished("a"), finished("a", 2), finished("a", 1, val_bpb=float("nan"))]))
-    assert "n = 2 seeds" in chart.caption and only(chart).lines[0].get_xdata().tolist() == [1.2, 1.22]
+    chart = ablate.spread(
+        ablate.group([finished("a"), finished("a", 2), finished("a", 1, val_bpb=float("nan"))])
+    )
+    assert "n = 2 seeds" in chart.caption and only(chart).lines[0].get_xdata().tolist() == [
+        1.2,
+        1.22,
+    ]
 
 
 def test_a_run_that_only_has_a_name_is_in_no_chart():
@@ -248,9 +374,15 @@ def test_the_committed_demo_run_is_charted():
 # ── What they show ────────────────────────────────────────────────────────────────────────────────────────────────
 def test_captions_count_the_seeds():
     runs = [*sample(), finished("one")]
-    rows = [ablate.measured(ablate.group(some), lambda run: run["seed"]) for some in (runs, runs[:6], runs[6:])]
+    rows = [
+        ablate.measured(ablate.group(some), lambda run: run["seed"])
+        for some in (runs, runs[:6], runs[6:])
+    ]
     assert [ablate.seeds(some) for some in rows] == [
-        "n = 1 to 3 seeds per arm", "n = 3 seeds per arm", "n = 1 seed per arm"]
+        "n = 1 to 3 seeds per arm",
+        "n = 3 seeds per arm",
+        "n = 1 seed per arm",
+    ]
     assert all(" per arm" in figure for figure in page(runs).figures)
 
 
@@ -261,12 +393,20 @@ def test_twelve_arms_look_different():
 
 def test_a_curve_ends_with_the_live_weights():
     lines = only(ablate.curves(ablate.group(sample()), "step", "steps", "training steps")).lines
-    assert [line.get_xydata().tolist() for line in lines[:2]] == [[[50, 1.5], [100, 1.23]], [[50, 1.5], [100, 1.24]]]
+    assert [line.get_xydata().tolist() for line in lines[:2]] == [
+        [[50, 1.5], [100, 1.23]],
+        [[50, 1.5], [100, 1.24]],
+    ]
 
 
 def test_the_scale_of_a_curve_is_not_that_of_its_first_steps():
-    late = [{"event": "val", "step": step, "seconds": step, "val_bpb": bpb} for step, bpb in ((0, 4.1), (50, 1.3))]
-    chart = ablate.curves(ablate.group([finished("a", events=late)]), "step", "steps", "training steps")
+    late = [
+        {"event": "val", "step": step, "seconds": step, "val_bpb": bpb}
+        for step, bpb in ((0, 4.1), (50, 1.3))
+    ]
+    chart = ablate.curves(
+        ablate.group([finished("a", events=late)]), "step", "steps", "training steps"
+    )
     low, high = only(chart).get_ylim()
     assert 1.2 < low < 1.23 and 1.3 < high < 1.4
 
@@ -275,21 +415,38 @@ def test_phases_are_marked_at_their_median():
     chart = ablate.curves(ablate.group(sample()), "step", "steps", "training steps")
     marks = chart.figure.axes[1].collections
     assert [label.get_text() for label in chart.figure.axes[1].get_yticklabels()] == ["QAT"]
-    assert [mark.get_segments()[0][0][0] for mark in marks] == [10, 10]  # two arms, seeds at 0, 10 and 40
+    assert [mark.get_segments()[0][0][0] for mark in marks] == [
+        10,
+        10,
+    ]  # two arms, seeds at 0, 10 and 40
 
 
 def test_without_phases_there_is_no_strip():
-    chart = ablate.curves(ablate.group([finished("a", events=[])]), "step", "steps", "training steps")
+    chart = ablate.curves(
+        ablate.group([finished("a", events=[])]), "step", "steps", "training steps"
+    )
     assert len(chart.figure.axes) == 1 and "Below" not in chart.caption
 
 
 def test_the_journey_shows_the_mean_of_the_stages_that_were_scored():
-    runs = [finished("a", 0), finished("a", 2), finished("b", scores={"quantised": {"bpb": 1.3}, "averaged": None})]
+    runs = [
+        finished("a", 0),
+        finished("a", 2),
+        finished("b", scores={"quantised": {"bpb": 1.3}, "averaged": None}),
+    ]
     ax = only(ablate.journey(ablate.group(runs)))
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["live", "averaged", "quantised", "sliding"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [
+        "live",
+        "averaged",
+        "quantised",
+        "sliding",
+    ]
     assert ax.lines[2].get_xdata().tolist() == [0, 1, 2, 3]
     assert ax.lines[2].get_ydata().tolist() == pytest.approx([1.24, 1.23, 1.25, 1.21])
-    assert ax.lines[4].get_xydata().tolist() == [[2, 1.3], [3, 1.2]]  # the result stands in for its score
+    assert ax.lines[4].get_xydata().tolist() == [
+        [2, 1.3],
+        [3, 1.2],
+    ]  # the result stands in for its score
 
 
 def test_the_gap_is_a_dot_per_seed_and_a_bar_to_their_mean():
@@ -310,7 +467,9 @@ def test_the_bars_of_the_sizes_stack_up_to_groups_and_code():
     assert ax.lines[0].get_xdata().tolist() == pytest.approx([8.2, 1.1])
 
 
-@pytest.mark.parametrize("total, drawn", [(7_999_999, False), (8_000_000, True), (17_000_000, True)])
+@pytest.mark.parametrize(
+    "total, drawn", [(7_999_999, False), (8_000_000, True), (17_000_000, True)]
+)
 def test_the_cap_is_drawn_when_it_is_near(total, drawn):
     chart = ablate.sizes(ablate.group([finished("a", total_bytes=total)]))
     texts = [text.get_text() for text in chart.figure.legends[0].get_texts()]
@@ -322,7 +481,9 @@ def test_the_spread_is_mean_and_sample_deviation():
     segment = ax.containers[0].lines[2][0].get_segments()[0]
     values = [1.2, 1.21, 1.22]
     assert ax.lines[0].get_xdata().tolist() == pytest.approx(values)
-    assert segment[:, 0].tolist() == pytest.approx([1.21 - statistics.stdev(values), 1.21 + statistics.stdev(values)])
+    assert segment[:, 0].tolist() == pytest.approx(
+        [1.21 - statistics.stdev(values), 1.21 + statistics.stdev(values)]
+    )
 
 
 def test_one_seed_has_no_whiskers():
@@ -330,16 +491,22 @@ def test_one_seed_has_no_whiskers():
 
 
 def test_the_spread_says_when_arms_are_not_scored_alike():
-    alike, mixed = (ablate.spread(ablate.group([finished("a"), finished("b", scored=mode)])) for mode in ("sliding", "ttt"))
+    alike, mixed = (
+        ablate.spread(ablate.group([finished("a"), finished("b", scored=mode)]))
+        for mode in ("sliding", "ttt")
+    )
     assert "scored: sliding" in alike.caption and "not scored alike" in mixed.caption
     assert [[t.get_text() for t in only(chart).get_yticklabels()] for chart in (alike, mixed)] == [
-        ["a", "b"], ["a\n(scored: sliding)", "b\n(scored: ttt)"]]
+        ["a", "b"],
+        ["a\n(scored: sliding)", "b\n(scored: ttt)"],
+    ]
 
 
 # ── Markdown ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_markdown_table():
     assert ablate.markdown_table(["arm", "bpb"], [["baseline", 1.5], ["QAT", None]]) == (
-        "| arm | bpb |\n| --- | --- |\n| baseline | 1.5 |\n| QAT | - |")
+        "| arm | bpb |\n| --- | --- |\n| baseline | 1.5 |\n| QAT | - |"
+    )
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "a\nb\r\nc", "ends in \\", "\\|", "\\\\|"])

@@ -5,6 +5,7 @@ the budget (#1681, #48, #145's fixed step 6,000); the same WARMDOWN_ITERS decayi
 eight (#1107); step-time jitter switching QAT on and off (#1002); runs of 601 s and more against a cap of 600 s (#1908,
 #1956); noise and QAT on the same weights at once (#975).
 """
+
 import re
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from train_gpt import Config, Knobs, Schedule, budget_spent, timeline
 
-UNCAPPED = dict(iterations=10 ** 6)
+UNCAPPED = dict(iterations=10**6)
 SPEEDS = pytest.mark.parametrize("speed", [0.5, 1.0, 3.0])
 PLANNED = 0.09  # seconds per step at speed 1: 6,666 steps in 600 s
 
@@ -42,8 +43,12 @@ def seeds_scale(budget: float, warmdown: int, step: int, elapsed: float) -> floa
 
 # ── Learning rate and momentum ────────────────────────────────────────────────────────────────────────────────────
 @settings(deadline=None)
-@given(step=st.integers(1, 30_000), elapsed=st.floats(0.001, 900), warmdown=st.integers(0, 5000),
-       budget=st.floats(1, 900))
+@given(
+    step=st.integers(1, 30_000),
+    elapsed=st.floats(0.001, 900),
+    warmdown=st.integers(0, 5000),
+    budget=st.floats(1, 900),
+)
 def test_the_learning_rate_is_the_seeds_wallclock_aware_formula(step, elapsed, warmdown, budget):
     cfg = Config(max_wallclock_seconds=budget, warmdown_iters=warmdown, **UNCAPPED)
     expected = seeds_scale(budget, warmdown, step, elapsed)
@@ -51,24 +56,38 @@ def test_the_learning_rate_is_the_seeds_wallclock_aware_formula(step, elapsed, w
 
 
 def test_the_first_step_has_the_full_learning_rate_whatever_the_warmdown():
-    assert Schedule(Config(warmdown_iters=10 ** 6)).at(0, 0.0).lr_scale == 1.0
+    assert Schedule(Config(warmdown_iters=10**6)).at(0, 0.0).lr_scale == 1.0
     assert Schedule(Config(warmdown_frac=1.0)).at(0, 0.0).lr_scale == 1.0
 
 
 @settings(deadline=None)
-@given(step=st.integers(0, 20_000), elapsed=st.floats(0, 10_000), budget=st.floats(0, 900), frac=st.floats(0, 1),
-       warmdown=st.integers(0, 30_000), ramp=st.integers(0, 3000))
+@given(
+    step=st.integers(0, 20_000),
+    elapsed=st.floats(0, 10_000),
+    budget=st.floats(0, 900),
+    frac=st.floats(0, 1),
+    warmdown=st.integers(0, 30_000),
+    ramp=st.integers(0, 3000),
+)
 def test_every_output_is_bounded_for_any_clock(step, elapsed, budget, frac, warmdown, ramp):
-    cfg = Config(max_wallclock_seconds=budget, warmdown_frac=frac, warmdown_iters=warmdown,
-                 muon_momentum_warmup_steps=ramp)
+    cfg = Config(
+        max_wallclock_seconds=budget,
+        warmdown_frac=frac,
+        warmdown_iters=warmdown,
+        muon_momentum_warmup_steps=ramp,
+    )
     k = Schedule(cfg).at(step, elapsed)
     assert 0 <= k.lr_scale <= 1 and 0.92 - 1e-12 <= k.momentum <= 0.99 + 1e-12
     assert k == Schedule(cfg).at(step, elapsed)  # the same on every rank that is told the same time
 
 
-@pytest.mark.parametrize("step, momentum", [(0, 0.85), (125, 0.875), (250, 0.9), (500, 0.95), (19_999, 0.95)])
+@pytest.mark.parametrize(
+    "step, momentum", [(0, 0.85), (125, 0.875), (250, 0.9), (500, 0.95), (19_999, 0.95)]
+)
 def test_the_momentum_rises_linearly_and_then_stays(step, momentum):
-    cfg = Config(muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500)
+    cfg = Config(
+        muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=500
+    )
     assert Schedule(cfg).at(step, step * PLANNED).momentum == pytest.approx(momentum)
 
 
@@ -78,9 +97,18 @@ def test_without_a_ramp_the_momentum_is_the_final_one_from_the_start():
 
 # ── Speed: what a faster or slower machine does ───────────────────────────────────────────────────────────────────
 PHASES = {
-    "fractions of the run": dict(qat_start_kind="time_frac", qat_start=0.683, swa_start_kind="time_frac",
-                                 swa_start_frac=0.814, warmdown_iters=0, warmdown_frac=0.453),
-    "lr scale": dict(qat_start_kind="lr_scale", qat_start=0.7, swa_start_kind="lr_scale", swa_start_frac=0.4)}
+    "fractions of the run": dict(
+        qat_start_kind="time_frac",
+        qat_start=0.683,
+        swa_start_kind="time_frac",
+        swa_start_frac=0.814,
+        warmdown_iters=0,
+        warmdown_frac=0.453,
+    ),
+    "lr scale": dict(
+        qat_start_kind="lr_scale", qat_start=0.7, swa_start_kind="lr_scale", swa_start_frac=0.4
+    ),
+}
 
 
 @SPEEDS
@@ -88,7 +116,9 @@ PHASES = {
 def test_every_phase_fires_and_the_budget_holds_at_any_speed(kind, speed):
     cfg = Config(qat_enabled=True, swa_enabled=True, **PHASES[kind], **UNCAPPED)
     taken, total = drive(cfg, PLANNED / speed)
-    warmdown, qat, swa = (first(taken, on) for on in (lambda k: k.lr_scale < 1, lambda k: k.qat, lambda k: k.snapshot))
+    warmdown, qat, swa = (
+        first(taken, on) for on in (lambda k: k.lr_scale < 1, lambda k: k.qat, lambda k: k.snapshot)
+    )
     assert 0 < warmdown < qat < swa < len(taken)
     assert 600 - 2 * PLANNED / speed < total <= 600  # all of the budget, and no more
     assert taken[-1].lr_scale < 3 / 2500  # the decay ends at 0, not before and not above
@@ -96,21 +126,37 @@ def test_every_phase_fires_and_the_budget_holds_at_any_speed(kind, speed):
 
 @SPEEDS
 def test_fractions_of_the_run_begin_at_that_share_of_the_time_at_any_speed(speed):
-    cfg = Config(qat_enabled=True, swa_enabled=True, swa_every=1, **PHASES["fractions of the run"], **UNCAPPED)
+    cfg = Config(
+        qat_enabled=True,
+        swa_enabled=True,
+        swa_every=1,
+        **PHASES["fractions of the run"],
+        **UNCAPPED,
+    )
     taken, _ = drive(cfg, PLANNED / speed)
-    begins = [first(taken, on) / len(taken) for on in (lambda k: k.lr_scale < 1, lambda k: k.qat, lambda k: k.snapshot)]
+    begins = [
+        first(taken, on) / len(taken)
+        for on in (lambda k: k.lr_scale < 1, lambda k: k.qat, lambda k: k.snapshot)
+    ]
     assert begins == pytest.approx([1 - 0.453, 0.683, 0.814], abs=0.001)
 
 
 @SPEEDS
 def test_an_lr_scale_trigger_begins_where_the_specification_says(speed):
-    taken, _ = drive(Config(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, **UNCAPPED), PLANNED / speed)
-    assert first(taken, lambda k: k.qat) / len(taken) == pytest.approx(1 - 0.7 * 3000 / len(taken), abs=0.001)
+    taken, _ = drive(
+        Config(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, **UNCAPPED),
+        PLANNED / speed,
+    )
+    assert first(taken, lambda k: k.qat) / len(taken) == pytest.approx(
+        1 - 0.7 * 3000 / len(taken), abs=0.001
+    )
 
 
 def test_a_warmdown_longer_than_the_run_decays_from_the_second_step():
     taken, _ = drive(Config(), 1.0)  # 600 steps fit, WARMDOWN_ITERS=3000
-    assert taken[1].lr_scale == pytest.approx(599 / 3000) and taken[-1].lr_scale == pytest.approx(1 / 3000)
+    assert taken[1].lr_scale == pytest.approx(599 / 3000) and taken[-1].lr_scale == pytest.approx(
+        1 / 3000
+    )
 
 
 @pytest.mark.parametrize("slowdown", [1.06, 1.5, 3.0])
@@ -129,26 +175,52 @@ def test_the_budget_is_never_exceeded_at_a_steady_speed(seconds, budget):
 
 # ── The bound of ITERATIONS ───────────────────────────────────────────────────────────────────────────────────────
 def test_a_run_without_a_budget_depends_on_steps_alone():
-    cfg = Config(max_wallclock_seconds=0.0, iterations=1000, warmdown_iters=400, qat_enabled=True,
-                 qat_start_kind="time_frac", qat_start=0.25)
+    cfg = Config(
+        max_wallclock_seconds=0.0,
+        iterations=1000,
+        warmdown_iters=400,
+        qat_enabled=True,
+        qat_start_kind="time_frac",
+        qat_start=0.25,
+    )
     fast, slow = (drive(cfg, seconds)[0] for seconds in (1e-6, 1e6))
     assert fast == slow and len(fast) == 1000
-    assert [k.lr_scale for k in fast] == pytest.approx([min((1000 - step) / 400, 1) for step in range(1000)])
+    assert [k.lr_scale for k in fast] == pytest.approx(
+        [min((1000 - step) / 400, 1) for step in range(1000)]
+    )
     assert first(fast, lambda k: k.qat) == 250
 
 
 def test_a_warmdown_without_a_budget_may_cover_the_first_step_too():
-    assert Schedule(Config(max_wallclock_seconds=0.0, iterations=1000, warmdown_iters=2000)).at(0, 0.0).lr_scale == 0.5
+    assert (
+        Schedule(Config(max_wallclock_seconds=0.0, iterations=1000, warmdown_iters=2000))
+        .at(0, 0.0)
+        .lr_scale
+        == 0.5
+    )
 
 
 def test_iterations_that_end_before_the_budget_still_see_the_whole_schedule():
-    cfg = Config(iterations=1000, warmdown_iters=300, qat_enabled=True, qat_start_kind="time_frac", qat_start=0.5,
-                 swa_enabled=True, swa_start_kind="lr_scale", swa_start_frac=0.4, swa_every=10)
+    cfg = Config(
+        iterations=1000,
+        warmdown_iters=300,
+        qat_enabled=True,
+        qat_start_kind="time_frac",
+        qat_start=0.5,
+        swa_enabled=True,
+        swa_start_kind="lr_scale",
+        swa_start_frac=0.4,
+        swa_every=10,
+    )
     taken, total = drive(cfg, PLANNED)
     assert len(taken) == 1000 and total == pytest.approx(90)
-    assert first(taken, lambda k: k.lr_scale < 1) == 701 and taken[-1].lr_scale == pytest.approx(1 / 300)
+    assert first(taken, lambda k: k.lr_scale < 1) == 701 and taken[-1].lr_scale == pytest.approx(
+        1 / 300
+    )
     assert first(taken, lambda k: k.qat) == 500
-    assert first(taken, lambda k: k.snapshot) == 889  # scale < 0.4 from step 881 on; after step 889, 890 are done
+    assert (
+        first(taken, lambda k: k.snapshot) == 889
+    )  # scale < 0.4 from step 881 on; after step 889, 890 are done
 
 
 def test_the_budget_ends_a_run_that_iterations_would_continue():
@@ -157,12 +229,25 @@ def test_the_budget_ends_a_run_that_iterations_would_continue():
 
 
 # ── Triggers ──────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("kind, value, start", [
-    ("always", 0.0, 0), ("iter_frac", 0.30, 600), ("time_frac", 0.5, 1000), ("lr_scale", 0.7, 1301),
-    ("lr_scale", 1.0, 1001)])
+@pytest.mark.parametrize(
+    "kind, value, start",
+    [
+        ("always", 0.0, 0),
+        ("iter_frac", 0.30, 600),
+        ("time_frac", 0.5, 1000),
+        ("lr_scale", 0.7, 1301),
+        ("lr_scale", 1.0, 1001),
+    ],
+)
 def test_each_kind_of_trigger_starts_where_its_name_says(kind, value, start):
-    cfg = Config(iterations=2000, max_wallclock_seconds=0.0, warmdown_iters=1000, qat_enabled=True, qat_start_kind=kind,
-                 qat_start=value)
+    cfg = Config(
+        iterations=2000,
+        max_wallclock_seconds=0.0,
+        warmdown_iters=1000,
+        qat_enabled=True,
+        qat_start_kind=kind,
+        qat_start=value,
+    )
     assert first(drive(cfg, 1.0)[0], lambda k: k.qat) == start
 
 
@@ -172,10 +257,14 @@ def test_145s_fraction_of_iterations_is_its_step_6000():
 
 
 def test_a_trigger_that_fired_stays_on_when_a_stall_is_made_up_for():
-    cfg = Config(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, swa_enabled=True, swa_every=1)
+    cfg = Config(
+        qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, swa_enabled=True, swa_every=1
+    )
     stalled, caught_up = (10, 300.0), (4000, 310.0)
     fresh, latched = Schedule(cfg).at(*caught_up), Schedule(cfg)
-    assert not fresh.qat and not fresh.snapshot and fresh.lr_scale == 1.0  # by itself this moment starts nothing
+    assert (
+        not fresh.qat and not fresh.snapshot and fresh.lr_scale == 1.0
+    )  # by itself this moment starts nothing
     assert latched.at(*stalled).qat
     later = latched.at(*caught_up)
     assert later.qat and later.snapshot and later.lr_scale == 1.0
@@ -183,19 +272,39 @@ def test_a_trigger_that_fired_stays_on_when_a_stall_is_made_up_for():
 
 @pytest.mark.parametrize("toggle", ["qat_enabled", "swa_enabled", "sqwa_enabled", "qna_enabled"])
 def test_a_toggle_that_is_off_never_acts(toggle):
-    on = {"qat_enabled": dict(qat_start_kind="lr_scale", qat_start=1.0), "swa_enabled": dict(swa_start_kind="always"),
-          "sqwa_enabled": dict(swa_start_kind="always"), "qna_enabled": {}}[toggle]
-    acts = [any(k.qat or k.snapshot or k.qna for k in drive(Config(**{toggle: requested}, **on), 0.5)[0])
-            for requested in (False, True)]
+    on = {
+        "qat_enabled": dict(qat_start_kind="lr_scale", qat_start=1.0),
+        "swa_enabled": dict(swa_start_kind="always"),
+        "sqwa_enabled": dict(swa_start_kind="always"),
+        "qna_enabled": {},
+    }[toggle]
+    acts = [
+        any(
+            k.qat or k.snapshot or k.qna for k in drive(Config(**{toggle: requested}, **on), 0.5)[0]
+        )
+        for requested in (False, True)
+    ]
     assert acts == [False, True]
 
 
 @settings(deadline=None)
-@given(kind=st.sampled_from(["lr_scale", "iter_frac", "time_frac"]), start=st.floats(0, 1), stop=st.floats(0, 1),
-       seconds=st.floats(1, 20))
+@given(
+    kind=st.sampled_from(["lr_scale", "iter_frac", "time_frac"]),
+    start=st.floats(0, 1),
+    stop=st.floats(0, 1),
+    seconds=st.floats(1, 20),
+)
 def test_noise_and_qat_never_act_in_the_same_step(kind, start, stop, seconds):
-    cfg = Config(qna_enabled=True, qna_magnitude=2.0, qna_stop_scale=stop, qat_enabled=True, qat_start_kind=kind,
-                 qat_start=start, iterations=500, warmdown_frac=0.6)
+    cfg = Config(
+        qna_enabled=True,
+        qna_magnitude=2.0,
+        qna_stop_scale=stop,
+        qat_enabled=True,
+        qat_start_kind=kind,
+        qat_start=start,
+        iterations=500,
+        warmdown_frac=0.6,
+    )
     for k in drive(cfg, seconds)[0]:
         assert not (k.qat and k.qna)
         assert k.qna == (0 if k.qat or k.lr_scale < stop else 2.0 * k.lr_scale)
@@ -208,19 +317,33 @@ def snapshots(cfg: Config, seconds: float = 1.0) -> list[int]:
 
 
 def test_snapshots_are_taken_every_so_many_steps_once_the_trigger_fired():
-    cfg = Config(swa_enabled=True, swa_start_frac=0.4, swa_every=50, iterations=1000, warmdown_iters=500,
-                 max_wallclock_seconds=0.0)
+    cfg = Config(
+        swa_enabled=True,
+        swa_start_frac=0.4,
+        swa_every=50,
+        iterations=1000,
+        warmdown_iters=500,
+        max_wallclock_seconds=0.0,
+    )
     assert snapshots(cfg) == [850, 900, 950, 1000]
 
 
 def test_989s_control_takes_its_24_published_snapshots():
-    cfg = Config(swa_enabled=True, swa_start_frac=0.4, swa_every=50, iterations=6600, max_wallclock_seconds=0.0)
+    cfg = Config(
+        swa_enabled=True,
+        swa_start_frac=0.4,
+        swa_every=50,
+        iterations=6600,
+        max_wallclock_seconds=0.0,
+    )
     assert snapshots(cfg) == list(range(5450, 6601, 50)) and len(snapshots(cfg)) == 24
 
 
 def test_sqwa_uses_the_swa_trigger():
-    swa, sqwa = (Config(**{name: True}, swa_start_frac=0.2, iterations=5000)
-                 for name in ("swa_enabled", "sqwa_enabled"))
+    swa, sqwa = (
+        Config(**{name: True}, swa_start_frac=0.2, iterations=5000)
+        for name in ("swa_enabled", "sqwa_enabled")
+    )
     assert snapshots(swa, 0.1) == snapshots(sqwa, 0.1) != []
 
 
@@ -239,12 +362,19 @@ def test_the_timeline_says_what_a_run_at_that_speed_does(average, speed):
     taken, _ = drive(cfg, PLANNED / speed)
     text = timeline(cfg, PLANNED / speed)
     assert text.startswith(f"{len(taken)} steps of {PLANNED / speed * 1e3:.1f} ms")
-    acts = {"warmdown": lambda k: k.lr_scale < 1, "QNA": lambda k: k.qna > 0, "QAT": lambda k: k.qat,
-            average: lambda k: k.snapshot}
+    acts = {
+        "warmdown": lambda k: k.lr_scale < 1,
+        "QNA": lambda k: k.qna > 0,
+        "QAT": lambda k: k.qat,
+        average: lambda k: k.snapshot,
+    }
     starts = {name: first(taken, on) for name, on in acts.items()}
-    assert dict(re.findall(r"(\w+) from step (\d+)", text)) == {name: str(step) for name, step in starts.items()}
+    assert dict(re.findall(r"(\w+) from step (\d+)", text)) == {
+        name: str(step) for name, step in starts.items()
+    }
     assert [int(s) for s in re.findall(r"\((\d+) s\)", text)] == pytest.approx(
-        [starts[name] * PLANNED / speed for name in acts], abs=0.51)
+        [starts[name] * PLANNED / speed for name in acts], abs=0.51
+    )
 
 
 def test_the_timeline_is_silent_about_what_was_not_requested():
@@ -252,13 +382,22 @@ def test_the_timeline_is_silent_about_what_was_not_requested():
     assert "from" not in text and "NEVER" not in text
 
 
-@pytest.mark.parametrize("never, cfg", [
-    ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.0)),
-    ("QAT", dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5)),  # of 20,000 steps; 6,666 fit the budget
-    ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, warmdown_iters=0)),
-    ("SWA", dict(swa_enabled=True, swa_start_kind="iter_frac", swa_start_frac=0.5)),
-    ("SWA", dict(swa_enabled=True, swa_every=7000)), ("SQWA", dict(sqwa_enabled=True, warmdown_iters=0)),
-    ("QNA", dict(qna_enabled=True, qna_magnitude=0.0)), ("warmdown", dict(iterations=1))],
-    ids=str)
+@pytest.mark.parametrize(
+    "never, cfg",
+    [
+        ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.0)),
+        (
+            "QAT",
+            dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
+        ),  # of 20,000 steps; 6,666 fit the budget
+        ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, warmdown_iters=0)),
+        ("SWA", dict(swa_enabled=True, swa_start_kind="iter_frac", swa_start_frac=0.5)),
+        ("SWA", dict(swa_enabled=True, swa_every=7000)),
+        ("SQWA", dict(sqwa_enabled=True, warmdown_iters=0)),
+        ("QNA", dict(qna_enabled=True, qna_magnitude=0.0)),
+        ("warmdown", dict(iterations=1)),
+    ],
+    ids=str,
+)
 def test_the_timeline_says_never_for_a_phase_that_cannot_fire(never, cfg):
     assert f"{never} from NEVER" in timeline(Config(**cfg), PLANNED)

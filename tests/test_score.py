@@ -4,6 +4,7 @@ Would have caught: tail targets scored 16 to 32 times (#50, #989, #194, #975); d
 next documents and scored 21 % of their targets twice (#145, #199); a deadlock when a chunk's rows do not divide among
 the ranks (#975); test-time training that scores what it has already learned (#568, #677); a wrong denominator (#2071).
 """
+
 import math
 import os
 import time
@@ -20,20 +21,52 @@ from hypothesis import strategies as st
 from launch import free_port, serve
 
 import train_gpt
-from train_gpt import Refusal, Run, Score, Sheet, Split, Validation, build_model, document_windows, score, sdpa, windows
+from train_gpt import (
+    Refusal,
+    Run,
+    Score,
+    Sheet,
+    Split,
+    Validation,
+    build_model,
+    document_windows,
+    score,
+    sdpa,
+    windows,
+)
 
-SENTENCES = (17, 90, 260, 5, 140, 40, 330, 64, 200, 11, 450, 75, 30, 180, 120, 55)  # characters per document
+SENTENCES = (
+    17,
+    90,
+    260,
+    5,
+    140,
+    40,
+    330,
+    64,
+    200,
+    11,
+    450,
+    75,
+    30,
+    180,
+    120,
+    55,
+)  # characters per document
 
 
 def short_documents(data: Path, folder: Path) -> Path:
     """The training shard and tokenizer of `data` with a validation shard of many documents shorter than a window."""
     from pydoc_data.topics import topics
+
     text = " ".join(" ".join(topics[name].split()) for name in sorted(topics)[:8])
     sp = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
     cuts = np.cumsum((0, *SENTENCES))
     folder.mkdir()
-    write_shard(folder / "fineweb_val_000000.bin",
-                np.concatenate([[1, *sp.encode(text[a:b].strip())] for a, b in zip(cuts[:-1], cuts[1:])]))
+    write_shard(
+        folder / "fineweb_val_000000.bin",
+        np.concatenate([[1, *sp.encode(text[a:b].strip())] for a, b in zip(cuts[:-1], cuts[1:])]),
+    )
     for name in ("tokenizer.model", "fineweb_train_000000.bin"):
         (folder / name).symlink_to(data / name)
     return folder
@@ -45,15 +78,30 @@ def documents(data, tmp_path_factory) -> Path:
 
 
 MODES = {
-    "fixed": dict(eval_stride=0), "sliding": dict(eval_stride=16),
+    "fixed": dict(eval_stride=0),
+    "sliding": dict(eval_stride=16),
     "documents": dict(eval_stride=16, doc_isolated_eval=True),
-    "ttt": dict(eval_stride=16, ttt_mode="sgd", ttt_chunk_tokens=128, ttt_lr=0.5, ttt_epochs=2, ttt_freeze_blocks=1)}
+    "ttt": dict(
+        eval_stride=16,
+        ttt_mode="sgd",
+        ttt_chunk_tokens=128,
+        ttt_lr=0.5,
+        ttt_epochs=2,
+        ttt_freeze_blocks=1,
+    ),
+}
 
 
 @pytest.fixture
 def setting(tiny, documents):
     """setting(**knobs) -> a Config that scores the short documents, of a model in which context matters a lot."""
-    usual = dict(data_path=str(documents), val_max_tokens=700, bigram_vocab_size=64, bigram_dim=16, eval_batch_seqs=4)
+    usual = dict(
+        data_path=str(documents),
+        val_max_tokens=700,
+        bigram_vocab_size=64,
+        bigram_dim=16,
+        eval_batch_seqs=4,
+    )
     return lambda **knobs: tiny(**usual | knobs)
 
 
@@ -82,7 +130,7 @@ def nats_of(cfg, run, val, model, mode: str) -> tuple[torch.Tensor, Score]:
     with pytest.MonkeyPatch.context() as patch:
         total = Sheet.total
         patch.setattr(Sheet, "total", lambda sheet: (sheets.append(sheet), total(sheet))[1])
-        job = (train_gpt.test_time_train if mode == "ttt" else score)
+        job = train_gpt.test_time_train if mode == "ttt" else score
         found = job(cfg, run, model, val, rows_of(cfg, val, mode))
     return sheets[0].nats[:-1].clone(), found
 
@@ -92,21 +140,29 @@ def one_by_one(model, val, rows) -> torch.Tensor:
     nats = torch.full((val.n,), math.nan)
     with torch.no_grad():
         for start, end, first in rows.tolist():
-            ids, targets = val.tokens[start:end].long(), val.tokens[start + 1:end + 1].long()
-            nats[first:end] = model(ids[None], targets[None])[0, first - start:]
+            ids, targets = val.tokens[start:end].long(), val.tokens[start + 1 : end + 1].long()
+            nats[first:end] = model(ids[None], targets[None])[0, first - start :]
     return nats
 
 
 # ── windows ───────────────────────────────────────────────────────────────────────────────────────────────────────
-spans = dict(low=st.integers(0, 50), n=st.integers(0, 300), length=st.integers(1, 400), part=st.floats(0, 1))
+spans = dict(
+    low=st.integers(0, 50), n=st.integers(0, 300), length=st.integers(1, 400), part=st.floats(0, 1)
+)
 
 
 @settings(max_examples=400, deadline=None)
 @given(**spans)
-def test_windows_cover_each_target_once_within_the_length_and_never_read_past_it(low, n, length, part):
+def test_windows_cover_each_target_once_within_the_length_and_never_read_past_it(
+    low, n, length, part
+):
     rows, high = windows(low, low + n, length, int(part * length)), low + n
-    assert np.concatenate([np.arange(first, end) for _, end, first in rows] or [[]]).tolist() == list(range(low, high))
-    assert all(low <= start <= first < end <= min(start + length, high) for start, end, first in rows)
+    assert np.concatenate(
+        [np.arange(first, end) for _, end, first in rows] or [[]]
+    ).tolist() == list(range(low, high))
+    assert all(
+        low <= start <= first < end <= min(start + length, high) for start, end, first in rows
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -118,37 +174,69 @@ def test_every_sliding_window_but_the_first_has_full_context(low, n, length, par
 
 @settings(max_examples=200, deadline=None)
 @given(**spans)
-def test_stride_0_windows_are_disjoint_and_a_stride_of_the_length_scores_the_same_spans(low, n, length, part):
+def test_stride_0_windows_are_disjoint_and_a_stride_of_the_length_scores_the_same_spans(
+    low, n, length, part
+):
     fixed, sliding = (windows(low, low + n, length, stride) for stride in (0, length))
     assert (fixed[:, 0] == fixed[:, 2]).all() and (fixed[1:, 0] == fixed[:-1, 1]).all()
     assert fixed[:, 1:].tolist() == sliding[:, 1:].tolist()
 
 
 @settings(max_examples=300, deadline=None)
-@given(n=st.integers(1, 300), starts=st.sets(st.integers(0, 300), max_size=12), length=st.integers(1, 80),
-       part=st.floats(0, 1))
-def test_document_windows_cover_the_same_targets_and_never_cross_a_document_start(n, starts, length, part):
+@given(
+    n=st.integers(1, 300),
+    starts=st.sets(st.integers(0, 300), max_size=12),
+    length=st.integers(1, 80),
+    part=st.floats(0, 1),
+)
+def test_document_windows_cover_the_same_targets_and_never_cross_a_document_start(
+    n, starts, length, part
+):
     val = SimpleNamespace(n=n, doc_starts=np.array(sorted(s for s in starts if s <= n), dtype=int))
     rows = document_windows(val, length, int(part * length))
-    assert np.concatenate([np.arange(first, end) for _, end, first in rows]).tolist() == list(range(n))
-    for start, end, _ in rows:  # the window reads tokens [start, end); a document start may only be the first of them
+    assert np.concatenate([np.arange(first, end) for _, end, first in rows]).tolist() == list(
+        range(n)
+    )
+    for (
+        start,
+        end,
+        _,
+    ) in (
+        rows
+    ):  # the window reads tokens [start, end); a document start may only be the first of them
         assert not any(start < s < end for s in val.doc_starts)
 
 
 @settings(max_examples=200, deadline=None)
-@given(n=st.integers(1, 500), part=st.floats(0, 1), size=st.integers(1, 9), world=st.integers(1, 5),
-       compiled=st.booleans(), isolated=st.booleans())
-def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(n, part, size, world, compiled, isolated):
+@given(
+    n=st.integers(1, 500),
+    part=st.floats(0, 1),
+    size=st.integers(1, 9),
+    world=st.integers(1, 5),
+    compiled=st.booleans(),
+    isolated=st.booleans(),
+)
+def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(
+    n, part, size, world, compiled, isolated
+):
     stride = int(part * 64)
     val = SimpleNamespace(n=n, doc_starts=np.arange(0, n, 37))
     rows = document_windows(val, 64, stride) if isolated else windows(0, n, 64, stride)
-    cfg, dealt, shapes = SimpleNamespace(eval_batch_seqs=size, eval_stride=stride, window=64), [], set()
+    cfg, dealt, shapes = (
+        SimpleNamespace(eval_batch_seqs=size, eval_stride=stride, window=64),
+        [],
+        set(),
+    )
     for rank in range(world):
         run = SimpleNamespace(rank=rank, world=world, compile=compiled, device=torch.device("cpu"))
         for batch, tokens, slots in Sheet(cfg, run, val).batches(rows):
             real = batch[batch[:, 2] < batch[:, 1]]
-            assert (real[:, 1] - real[:, 0] <= tokens).all() and (real[:, 1] - real[:, 2] <= (slots or tokens)).all()
-            assert slots or (batch[:, 2] == batch[:, 0]).logical_or(batch[:, 2] == batch[:, 1]).all()  # None: all of the row
+            assert (real[:, 1] - real[:, 0] <= tokens).all() and (
+                real[:, 1] - real[:, 2] <= (slots or tokens)
+            ).all()
+            assert (
+                slots or (batch[:, 2] == batch[:, 0]).logical_or(batch[:, 2] == batch[:, 1]).all()
+            )  # None: all of the row
             assert len(batch) <= size
             shapes.add((len(batch), tokens, slots))
             dealt += real.tolist()
@@ -191,7 +279,9 @@ def test_a_model_of_uniform_logits_scores_log2_of_the_vocabulary_per_target(sett
     with torch.no_grad():
         model.tok_emb.zero_()
     found = nats_of(cfg, run, val, model, mode)[1]
-    assert found.bpb == pytest.approx(math.log2(384) * val.n / val.target_bytes.sum().item(), rel=1e-7)
+    assert found.bpb == pytest.approx(
+        math.log2(384) * val.n / val.target_bytes.sum().item(), rel=1e-7
+    )
     assert found.loss == pytest.approx(math.log(384), rel=1e-7)
 
 
@@ -200,7 +290,10 @@ def test_the_score_does_not_depend_on_the_batch_size(setting, mode):
     cfg = setting(**MODES[mode])
     run = Run(cfg)
     val, model = validation(cfg, run), lively_model(cfg, run)
-    sizes = [nats_of(setting(**MODES[mode], eval_batch_seqs=size), run, val, model, mode)[1].bpb for size in (1, 3, 64)]
+    sizes = [
+        nats_of(setting(**MODES[mode], eval_batch_seqs=size), run, val, model, mode)[1].bpb
+        for size in (1, 3, 64)
+    ]
     assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-6)
 
 
@@ -225,18 +318,22 @@ def test_changing_a_token_changes_no_target_before_it(setting, mode):
         changed = validation(cfg, run)
         changed.tokens[t] = 5 if val.tokens[t] != 5 else 6
         after = nats_of(cfg, run, changed, lively_model(cfg, run), mode)[0]
-        assert torch.equal(after[:t - 1], before[:t - 1])
-        assert after[t - 1] != before[t - 1] and not torch.equal(after[t:t + 8], before[t:t + 8])
+        assert torch.equal(after[: t - 1], before[: t - 1])
+        assert after[t - 1] != before[t - 1] and not torch.equal(
+            after[t : t + 8], before[t : t + 8]
+        )
 
 
 # ── test-time training ────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def learner(setting):
     """learner(**knobs) -> (cfg, run, validation, a fresh model) with test-time training on."""
+
     def make(**knobs):
         cfg = setting(**{**MODES["ttt"], **knobs})
         run = Run(cfg)
         return cfg, run, validation(cfg, run), lively_model(cfg, run)
+
     return make
 
 
@@ -244,7 +341,9 @@ def weights(model) -> dict:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("stride", [0, 16, 48])  # 48: windows that reach over the end of their chunk
+@pytest.mark.parametrize(
+    "stride", [0, 16, 48]
+)  # 48: windows that reach over the end of their chunk
 def test_test_time_training_equals_a_plain_loop_that_scores_then_learns(learner, stride):
     cfg, run, val, model = learner(eval_stride=stride)
     nats, _ = nats_of(cfg, run, val, model, "ttt")
@@ -255,11 +354,11 @@ def test_test_time_training_equals_a_plain_loop_that_scores_then_learns(learner,
     optimiser, chunks = torch.optim.SGD(params, lr=1.0, momentum=0.9), range(0, val.n, 128)
     for c in chunks:
         for row in rows[(c <= rows[:, 2]) & (rows[:, 2] < c + 128)]:
-            expected[row[2]:row[1]] = one_by_one(reference, val, row[None])[row[2]:row[1]]
+            expected[row[2] : row[1]] = one_by_one(reference, val, row[None])[row[2] : row[1]]
         optimiser.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * c / chunks[-1])) / 2
         for _ in range(2 if c != chunks[-1] else 0):
             optimiser.zero_grad()
-            x, y = (val.tokens[c + i:c + i + 128].long().view(2, 64) for i in (0, 1))
+            x, y = (val.tokens[c + i : c + i + 128].long().view(2, 64) for i in (0, 1))
             reference(x, y).mean().backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimiser.step()
@@ -282,7 +381,9 @@ def test_the_last_chunk_and_the_frozen_blocks_are_not_trained(learner):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if not name.startswith("blocks.0.")}
     cfg, run, other, model = learner(val_max_tokens=300)
-    other.tokens[257:] = 7  # token 256 is the last target of the second chunk, the last one that is learned
+    other.tokens[257:] = (
+        7  # token 256 is the last target of the second chunk, the last one that is learned
+    )
     nats_of(cfg, run, other, model, "ttt")
     assert all(torch.equal(after[name], w) for name, w in weights(model).items())
 
@@ -301,7 +402,9 @@ def test_a_chunk_of_part_windows_is_refused(setting):
 
 # ── ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def enter_rank(rank: int, job, port: int, folder: str, arguments: tuple) -> None:
-    place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    place = dict(
+        RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
     os.environ |= {name: str(value) for name, value in place.items()}
     torch.set_num_threads(1)
     torch.save(job(*arguments), f"{folder}/{rank}.pt")
@@ -313,11 +416,18 @@ def two_ranks(job, *arguments, folder: Path, seconds: float) -> list:
     port = free_port()
     serve()
     ranks = torch.multiprocessing.start_processes(
-        enter_rank, (job, port, str(folder), arguments), nprocs=2, join=False, start_method="forkserver")
+        enter_rank,
+        (job, port, str(folder), arguments),
+        nprocs=2,
+        join=False,
+        start_method="forkserver",
+    )
     end = time.monotonic() + seconds
     try:
         while not ranks.join(timeout=0.5):
-            assert time.monotonic() < end, f"deadlock? {job.__name__} on 2 ranks takes over {seconds:.0f} s"
+            assert time.monotonic() < end, (
+                f"deadlock? {job.__name__} on 2 ranks takes over {seconds:.0f} s"
+            )
     finally:
         for process in ranks.processes:
             process.kill()
@@ -330,18 +440,28 @@ def score_everything(settings: dict) -> dict:
     for name, cfg in settings.items():
         run = Run(cfg)
         model = lively_model(cfg, run)
-        found[name] = (nats_of(cfg, run, validation(cfg, run), model, name.split()[0])[1].bpb, weights(model))
+        found[name] = (
+            nats_of(cfg, run, validation(cfg, run), model, name.split()[0])[1].bpb,
+            weights(model),
+        )
     return found
 
 
 def test_two_ranks_score_and_learn_the_same_as_one(setting, tmp_path):
     def settings():
-        uneven = MODES["ttt"] | dict(ttt_chunk_tokens=320)  # 5 rows in batches of 4 and 1: one rank has none of the 1
+        uneven = MODES["ttt"] | dict(
+            ttt_chunk_tokens=320
+        )  # 5 rows in batches of 4 and 1: one rank has none of the 1
         return {mode: setting(**knobs) for mode, knobs in (MODES | {"ttt uneven": uneven}).items()}
+
     alone = score_everything(settings())
     first, second = two_ranks(score_everything, settings(), folder=tmp_path, seconds=100)
     for mode, (bpb, _) in alone.items():
-        assert first[mode][0] == second[mode][0] == pytest.approx(bpb, rel=1e-6 if "ttt" not in mode else 1e-4), mode
+        assert (
+            first[mode][0]
+            == second[mode][0]
+            == pytest.approx(bpb, rel=1e-6 if "ttt" not in mode else 1e-4)
+        ), mode
         for name, w in alone[mode][1].items():
             assert torch.equal(first[mode][1][name], second[mode][1][name]), (mode, name)
             torch.testing.assert_close(first[mode][1][name], w, rtol=1e-3, atol=1e-4)

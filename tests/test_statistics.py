@@ -3,6 +3,7 @@
 Would have caught: SWA judged without QAT alone, where four cells of two seeds show that it turns from a gain into a loss
 under QAT; records claimed from one run; runs of other code, data or machines averaged into one arm.
 """
+
 import copy
 import itertools
 import json
@@ -17,16 +18,29 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import ablate
-from ablate import (Comparison, check_alike, detectable, factorial, paired, record_rule, student, summary,
-                    verdict, welch)
+from ablate import (
+    Comparison,
+    check_alike,
+    detectable,
+    factorial,
+    paired,
+    record_rule,
+    student,
+    summary,
+    verdict,
+    welch,
+)
 from train_gpt import Refusal
 
 SEEDS = st.integers(0, 9)
 BPB = st.integers(900_000, 1_400_000).map(lambda n: n / 1e6)
 ARM = st.dictionaries(SEEDS, BPB, min_size=2, max_size=8)
 SWA_QAT = {  # (SWA, QAT): two seeds each, of one published record's ablation
-    (1, 0): {1: 1.14335055, 2: 1.14350233}, (1, 1): {1: 1.14429409, 2: 1.14506387},
-    (0, 0): {1: 1.14475420, 2: 1.14497254}, (0, 1): {1: 1.13968856, 2: 1.14009800}}
+    (1, 0): {1: 1.14335055, 2: 1.14350233},
+    (1, 1): {1: 1.14429409, 2: 1.14506387},
+    (0, 0): {1: 1.14475420, 2: 1.14497254},
+    (0, 1): {1: 1.13968856, 2: 1.14009800},
+}
 FACTORS = {"SWA": [0, 1], "QAT": [0, 1]}
 
 
@@ -55,7 +69,11 @@ def normal_arm(seed: int, n: int, mean: float = 1.1, sd: float = 0.001) -> dict[
 
 # ── One arm ───────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_summary_is_the_mean_and_the_sample_standard_deviation():
-    assert summary({7: 1.0, 3: 1.1, 5: 1.5}) == (3, pytest.approx(1.2), pytest.approx(math.sqrt(0.07)))
+    assert summary({7: 1.0, 3: 1.1, 5: 1.5}) == (
+        3,
+        pytest.approx(1.2),
+        pytest.approx(math.sqrt(0.07)),
+    )
 
 
 def test_one_run_has_no_standard_deviation():
@@ -88,8 +106,15 @@ def test_paired_is_scipys_ttest_rel_over_the_common_seeds(a, b):
             paired(a, b)
     elif np.ptp(y - x) > 1e-7:  # else scipy divides by rounding errors
         want, got = stats.ttest_rel(y, x), paired(a, b)
-        assert got[:8] == close(len(seeds), np.mean(y - x), np.std(y - x, ddof=1), want.statistic, want.df, want.pvalue,
-                                *want.confidence_interval(0.95))
+        assert got[:8] == close(
+            len(seeds),
+            np.mean(y - x),
+            np.std(y - x, ddof=1),
+            want.statistic,
+            want.df,
+            want.pvalue,
+            *want.confidence_interval(0.95),
+        )
     else:
         assert paired(a, b).sd == 0
 
@@ -104,8 +129,14 @@ def test_welch_is_scipys_ttest_ind_of_unequal_variance(a, b):
             warnings.simplefilter("ignore")  # scipy's, where one arm has no spread
             want = stats.ttest_ind(y, x, equal_var=False)
         assert got.n == (len(x), len(y))
-        assert got[1:8] == close(y.mean() - x.mean(), math.hypot(x.std(ddof=1), y.std(ddof=1)), want.statistic, want.df,
-                                 want.pvalue, *want.confidence_interval(0.95))
+        assert got[1:8] == close(
+            y.mean() - x.mean(),
+            math.hypot(x.std(ddof=1), y.std(ddof=1)),
+            want.statistic,
+            want.df,
+            want.pvalue,
+            *want.confidence_interval(0.95),
+        )
     else:
         assert welch(a, b).sd == 0
 
@@ -115,7 +146,9 @@ def test_a_pair_needs_two_common_seeds_and_the_refusal_names_all():
         paired({1: 1.1, 2: 1.2}, {3: 1.1, 2: 1.2})
 
 
-@pytest.mark.parametrize("a, b, runs", [(arm(1.1), arm(1.1, 1.2), "1 and 2"), (arm(1.1, 1.2, 1.3), arm(1.1), "3 and 1")])
+@pytest.mark.parametrize(
+    "a, b, runs", [(arm(1.1), arm(1.1, 1.2), "1 and 2"), (arm(1.1, 1.2, 1.3), arm(1.1), "3 and 1")]
+)
 def test_welch_needs_two_runs_of_each(a, b, runs):
     with pytest.raises(Refusal, match=f"{runs} runs"):
         welch(a, b)
@@ -124,7 +157,9 @@ def test_welch_needs_two_runs_of_each(a, b, runs):
 
 
 @pytest.mark.parametrize("compare", [paired, welch])
-@pytest.mark.parametrize("shift, t, p", [(-0.1, -math.inf, 0.0), (0.1, math.inf, 0.0), (0.0, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    "shift, t, p", [(-0.1, -math.inf, 0.0), (0.1, math.inf, 0.0), (0.0, 0.0, 1.0)]
+)
 def test_without_any_spread_p_is_zero_or_one_and_the_interval_a_point(compare, shift, t, p):
     got = compare(arm(1.1, 1.1, 1.1), arm(*[1.1 + shift] * 3))
     assert (got.sd, got.t, got.p) == (0, t, p)
@@ -142,7 +177,9 @@ def test_swapping_the_arms_turns_the_sign_and_nothing_else():
     a, b = normal_arm(1, 4), normal_arm(2, 4)
     for compare in (paired, welch):
         there, back = compare(a, b), compare(b, a)
-        assert (back.mean, back.t, back.low, back.high) == close(-there.mean, -there.t, -there.high, -there.low)
+        assert (back.mean, back.t, back.low, back.high) == close(
+            -there.mean, -there.t, -there.high, -there.low
+        )
         assert (back.sd, back.df, back.p) == close(there.sd, there.df, there.p)
 
 
@@ -154,14 +191,28 @@ def test_pairing_removes_the_noise_that_both_arms_share():
 
 # ── Factorials ────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_published_swa_and_qat_cancel_each_other():
-    swa_alone, swa_on_qat = paired(SWA_QAT[0, 0], SWA_QAT[1, 0]), paired(SWA_QAT[0, 1], SWA_QAT[1, 1])
-    qat_alone, qat_on_swa = paired(SWA_QAT[0, 0], SWA_QAT[0, 1]), paired(SWA_QAT[1, 0], SWA_QAT[1, 1])
-    simple = [round(1e3 * effect.mean, 2) for effect in (swa_alone, swa_on_qat, qat_alone, qat_on_swa)]
+    swa_alone, swa_on_qat = (
+        paired(SWA_QAT[0, 0], SWA_QAT[1, 0]),
+        paired(SWA_QAT[0, 1], SWA_QAT[1, 1]),
+    )
+    qat_alone, qat_on_swa = (
+        paired(SWA_QAT[0, 0], SWA_QAT[0, 1]),
+        paired(SWA_QAT[1, 0], SWA_QAT[1, 1]),
+    )
+    simple = [
+        round(1e3 * effect.mean, 2) for effect in (swa_alone, swa_on_qat, qat_alone, qat_on_swa)
+    ]
     assert simple == [-1.44, 4.79, -4.97, 1.25]
     swa, qat, both = factorial(SWA_QAT, FACTORS)
-    assert [row.term for row in (swa, qat, both)] == ["SWA 1 - 0", "QAT 1 - 0", "SWA 1 - 0 x QAT 1 - 0"]
+    assert [row.term for row in (swa, qat, both)] == [
+        "SWA 1 - 0",
+        "QAT 1 - 0",
+        "SWA 1 - 0 x QAT 1 - 0",
+    ]
     assert both.mean == pytest.approx(6.2e-3, abs=5e-5)
-    assert (swa.mean, qat.mean) == close((swa_alone.mean + swa_on_qat.mean) / 2, (qat_alone.mean + qat_on_swa.mean) / 2)
+    assert (swa.mean, qat.mean) == close(
+        (swa_alone.mean + swa_on_qat.mean) / 2, (qat_alone.mean + qat_on_swa.mean) / 2
+    )
     assert both.mean == pytest.approx(swa_on_qat.mean - swa_alone.mean, rel=1e-9)
     assert (both.n, both.df) == (2, 1) and both.low > 0 > swa_alone.mean
 
@@ -169,35 +220,58 @@ def test_published_swa_and_qat_cancel_each_other():
 def three_way(seed: int = 0) -> tuple[dict, dict]:
     """A 2 x 3 x 2 factorial of 4 seeds, and its factors."""
     factors = {"QAT": [0, 1], "LR": [0.01, 0.02, 0.04], "EMA": ["off", "on"]}
-    cells = {cell: normal_arm(seed + k, 4) for k, cell in enumerate(itertools.product(*factors.values()))}
+    cells = {
+        cell: normal_arm(seed + k, 4) for k, cell in enumerate(itertools.product(*factors.values()))
+    }
     return cells, factors
 
 
 def test_terms_of_a_factorial_with_three_levels():
     terms = [row.term for row in factorial(*three_way())]
-    assert terms == ["QAT 1 - 0", "LR 0.02 - 0.01", "LR 0.04 - 0.01", "EMA on - off",
-                     "QAT 1 - 0 x LR 0.02 - 0.01", "QAT 1 - 0 x LR 0.04 - 0.01", "QAT 1 - 0 x EMA on - off",
-                     "LR 0.02 - 0.01 x EMA on - off", "LR 0.04 - 0.01 x EMA on - off"]
+    assert terms == [
+        "QAT 1 - 0",
+        "LR 0.02 - 0.01",
+        "LR 0.04 - 0.01",
+        "EMA on - off",
+        "QAT 1 - 0 x LR 0.02 - 0.01",
+        "QAT 1 - 0 x LR 0.04 - 0.01",
+        "QAT 1 - 0 x EMA on - off",
+        "LR 0.02 - 0.01 x EMA on - off",
+        "LR 0.04 - 0.01 x EMA on - off",
+    ]
 
 
 def test_a_main_effect_is_scipys_paired_test_of_means_per_seed():
     cells, factors = three_way()
-    levels = [np.mean([array(cells[qat, lr, ema], range(4)) for qat in (0, 1) for ema in ("off", "on")], axis=0)
-              for lr in (0.01, 0.04)]
+    levels = [
+        np.mean(
+            [array(cells[qat, lr, ema], range(4)) for qat in (0, 1) for ema in ("off", "on")],
+            axis=0,
+        )
+        for lr in (0.01, 0.04)
+    ]
     row = next(row for row in factorial(cells, factors) if row.term == "LR 0.04 - 0.01")
     want = stats.ttest_rel(levels[1], levels[0])
-    assert (row.n, row.t, row.p, row.low, row.high) == close(4, want.statistic, want.pvalue, *want.confidence_interval())
+    assert (row.n, row.t, row.p, row.low, row.high) == close(
+        4, want.statistic, want.pvalue, *want.confidence_interval()
+    )
 
 
 def test_an_interaction_is_scipys_one_sample_test_of_differences_of_differences():
     cells, factors = three_way()
-    y = {(lr, ema): np.mean([array(cells[qat, lr, ema], range(4)) for qat in (0, 1)], axis=0)
-         for lr in (0.01, 0.04) for ema in ("off", "on")}
-    row = next(row for row in factorial(cells, factors) if row.term == "LR 0.04 - 0.01 x EMA on - off")
+    y = {
+        (lr, ema): np.mean([array(cells[qat, lr, ema], range(4)) for qat in (0, 1)], axis=0)
+        for lr in (0.01, 0.04)
+        for ema in ("off", "on")
+    }
+    row = next(
+        row for row in factorial(cells, factors) if row.term == "LR 0.04 - 0.01 x EMA on - off"
+    )
     contrast = (y[0.04, "on"] - y[0.01, "on"]) - (y[0.04, "off"] - y[0.01, "off"])
     want = stats.ttest_1samp(contrast, 0)
-    assert (row.mean, row.t, row.p, row.low, row.high) == close(contrast.mean(), want.statistic, want.pvalue,
-                                                                *want.confidence_interval())
+    assert (row.mean, row.t, row.p, row.low, row.high) == close(
+        contrast.mean(), want.statistic, want.pvalue, *want.confidence_interval()
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -210,12 +284,25 @@ def test_known_effects_come_back_and_seed_noise_cancels(effects, interaction):
         shift = qat * q + lr[rate] + ema * (e == "on") + interaction / 1e4 * q * (e == "on")
         cells[q, rate, e] = {seed: 1.1 + 0.01 * seed + shift for seed in range(4)}
     rows = {row.term: row for row in factorial(cells, factors)}
-    got = [rows[term].mean for term in ("QAT 1 - 0", "LR 0.02 - 0.01", "LR 0.04 - 0.01", "EMA on - off",
-                                        "QAT 1 - 0 x EMA on - off", "QAT 1 - 0 x LR 0.02 - 0.01")]
+    got = [
+        rows[term].mean
+        for term in (
+            "QAT 1 - 0",
+            "LR 0.02 - 0.01",
+            "LR 0.04 - 0.01",
+            "EMA on - off",
+            "QAT 1 - 0 x EMA on - off",
+            "QAT 1 - 0 x LR 0.02 - 0.01",
+        )
+    ]
     half = interaction / 2e4  # averaged over the other factor
-    assert got == pytest.approx([qat + half, low, high, ema + half, interaction / 1e4, 0], abs=1e-12)
+    assert got == pytest.approx(
+        [qat + half, low, high, ema + half, interaction / 1e4, 0], abs=1e-12
+    )
     assert all(row.sd == 0 and row.p == (0 if row.mean else 1) for row in rows.values())
-    assert rows["QAT 1 - 0 x LR 0.02 - 0.01"].mean == 0  # exactly, though its terms carry rounding errors
+    assert (
+        rows["QAT 1 - 0 x LR 0.02 - 0.01"].mean == 0
+    )  # exactly, though its terms carry rounding errors
 
 
 def test_a_factorial_uses_the_seeds_common_to_all_cells():
@@ -239,12 +326,17 @@ def test_a_missing_and_a_stray_cell_are_named():
 def test_one_factor_is_a_row_of_paired_tests():
     a, b, c = (normal_arm(k, 3) for k in range(3))
     rows = factorial({("x",): a, ("y",): b, ("z",): c}, {"ACT": ["x", "y", "z"]})
-    assert rows == [paired(a, b)._replace(term="ACT y - x"), paired(a, c)._replace(term="ACT z - x")]
+    assert rows == [
+        paired(a, b)._replace(term="ACT y - x"),
+        paired(a, c)._replace(term="ACT z - x"),
+    ]
 
 
 # ── The challenge's rule, and what can be shown ───────────────────────────────────────────────────────────────────
 def test_the_margin_is_0_005_nats_per_token():
-    assert record_rule(normal_arm(1, 3), normal_arm(2, 3), 1 / 2.436).margin == pytest.approx(0.00296, abs=5e-6)
+    assert record_rule(normal_arm(1, 3), normal_arm(2, 3), 1 / 2.436).margin == pytest.approx(
+        0.00296, abs=5e-6
+    )
 
 
 @pytest.mark.parametrize("gain", [0.0, 0.00296, 0.0045, 0.006])
@@ -252,8 +344,12 @@ def test_the_record_rule_is_scipys_one_sided_welch_test_above_the_margin(gain):
     new, old = normal_arm(5, 4, 1.1 - gain, 0.0005), normal_arm(6, 3, 1.1, 0.0008)
     got = record_rule(new, old, 0.41)
     x, y = array(new, new), array(old, old)
-    want = stats.ttest_ind(y - 0.005 / math.log(2) * 0.41, x, equal_var=False, alternative="greater")
-    assert (got.difference, got.t, got.df, got.p) == close(y.mean() - x.mean(), want.statistic, want.df, want.pvalue)
+    want = stats.ttest_ind(
+        y - 0.005 / math.log(2) * 0.41, x, equal_var=False, alternative="greater"
+    )
+    assert (got.difference, got.t, got.df, got.p) == close(
+        y.mean() - x.mean(), want.statistic, want.df, want.pvalue
+    )
     assert got.holds is bool(want.pvalue < 0.01)
 
 
@@ -263,10 +359,17 @@ def three_runs(mean: float, sd: float) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("beyond, holds", [(0.0021, False), (0.0022, True)])
-def test_a_record_of_3_runs_against_3_with_sd_0_0007_needs_2_1_thousandths_beyond_the_margin(beyond, holds):
+def test_a_record_of_3_runs_against_3_with_sd_0_0007_needs_2_1_thousandths_beyond_the_margin(
+    beyond, holds
+):
     assert stats.t.ppf(0.99, 4) == pytest.approx(3.75, abs=5e-3)
     margin = 0.005 / math.log(2) / 2.436
-    assert record_rule(three_runs(1.1 - margin - beyond, 0.0007), three_runs(1.1, 0.0007), 1 / 2.436).holds is holds
+    assert (
+        record_rule(
+            three_runs(1.1 - margin - beyond, 0.0007), three_runs(1.1, 0.0007), 1 / 2.436
+        ).holds
+        is holds
+    )
 
 
 @pytest.mark.parametrize("new, p, holds", [(1.09, 0, True), (1.0995, 1, False), (1.2, 1, False)])
@@ -289,7 +392,9 @@ def test_the_detectable_difference_is_half_the_interval():
 
 
 def test_known_t_quantiles():
-    assert [detectable(1, n) * math.sqrt(n) for n in (2, 3, 5)] == pytest.approx([12.706, 4.303, 2.776], abs=1e-3)
+    assert [detectable(1, n) * math.sqrt(n) for n in (2, 3, 5)] == pytest.approx(
+        [12.706, 4.303, 2.776], abs=1e-3
+    )
 
 
 def test_one_pair_shows_nothing():
@@ -299,22 +404,42 @@ def test_one_pair_shows_nothing():
 
 # ── Words ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def comparison(mean, low, high, **changes) -> Comparison:
-    return Comparison(n=5, mean=mean, sd=0.002, t=1.0, df=4, p=0.002, low=low, high=high)._replace(**changes)
+    return Comparison(n=5, mean=mean, sd=0.002, t=1.0, df=4, p=0.002, low=low, high=high)._replace(
+        **changes
+    )
 
 
-@pytest.mark.parametrize("given_, words", [
-    (comparison(-0.0123, -0.0146, -0.0100), "b is lower than a by 0.0123 BPB (95 % CI 0.0100 to 0.0146, p = 0.002, n = 5)"),
-    (comparison(0.0123, 0.0100, 0.0146), "b is higher than a by 0.0123 BPB (95 % CI 0.0100 to 0.0146, p = 0.002, n = 5)"),
-    (comparison(0.0123, 0.00002, 0.0246, p=0.04996, n=(3, 4)),
-     "b is higher than a by 0.01230 BPB (95 % CI 0.00002 to 0.02460, p = 0.05, n = 3 and 4)"),
-    (comparison(-0.0003, -0.0011, 0.0005, p=0.41),
-     "b is not distinguishable from a (difference -0.0003 BPB, 95 % CI -0.0011 to 0.0005 includes 0, p = 0.41, n = 5; 5 seeds "
-     "could show 0.0008)"),
-    (comparison(-0.5, -0.5, -0.5, p=0.0, sd=0.0, n=2),
-     "b is lower than a by 0.5000 BPB (95 % CI 0.5000 to 0.5000, p < 0.0001, n = 2, no spread between seeds)"),
-    (comparison(0.0, 0.0, 0.0, p=1.0, sd=0.0),
-     "b is not distinguishable from a (difference 0.0000 BPB, 95 % CI 0.0000 to 0.0000 includes 0, p = 1, n = 5; the scores are "
-     "the same)")])
+@pytest.mark.parametrize(
+    "given_, words",
+    [
+        (
+            comparison(-0.0123, -0.0146, -0.0100),
+            "b is lower than a by 0.0123 BPB (95 % CI 0.0100 to 0.0146, p = 0.002, n = 5)",
+        ),
+        (
+            comparison(0.0123, 0.0100, 0.0146),
+            "b is higher than a by 0.0123 BPB (95 % CI 0.0100 to 0.0146, p = 0.002, n = 5)",
+        ),
+        (
+            comparison(0.0123, 0.00002, 0.0246, p=0.04996, n=(3, 4)),
+            "b is higher than a by 0.01230 BPB (95 % CI 0.00002 to 0.02460, p = 0.05, n = 3 and 4)",
+        ),
+        (
+            comparison(-0.0003, -0.0011, 0.0005, p=0.41),
+            "b is not distinguishable from a (difference -0.0003 BPB, 95 % CI -0.0011 to 0.0005 includes 0, p = 0.41, n = 5; 5 seeds "
+            "could show 0.0008)",
+        ),
+        (
+            comparison(-0.5, -0.5, -0.5, p=0.0, sd=0.0, n=2),
+            "b is lower than a by 0.5000 BPB (95 % CI 0.5000 to 0.5000, p < 0.0001, n = 2, no spread between seeds)",
+        ),
+        (
+            comparison(0.0, 0.0, 0.0, p=1.0, sd=0.0),
+            "b is not distinguishable from a (difference 0.0000 BPB, 95 % CI 0.0000 to 0.0000 includes 0, p = 1, n = 5; the scores are "
+            "the same)",
+        ),
+    ],
+)
 def test_verdicts_word_for_word(given_, words):
     assert verdict(given_) == words
 
@@ -338,14 +463,18 @@ def test_a_verdict_claims_a_difference_exactly_where_p_is_below_5_percent(a, b, 
 def test_two_seeds_are_judged_by_their_wide_interval():
     swa = paired(SWA_QAT[0, 0], SWA_QAT[1, 0])
     assert verdict(swa, ("no SWA", "SWA")) == (
-        "SWA is lower than no SWA by 0.0014 BPB (95 % CI 0.0010 to 0.0019, p = 0.0147, n = 2)")
-    assert "not distinguishable" in verdict(paired(SWA_QAT[1, 0], SWA_QAT[1, 1]))  # +1.25 thousandths, df 1
+        "SWA is lower than no SWA by 0.0014 BPB (95 % CI 0.0010 to 0.0019, p = 0.0147, n = 2)"
+    )
+    assert "not distinguishable" in verdict(
+        paired(SWA_QAT[1, 0], SWA_QAT[1, 1])
+    )  # +1.25 thousandths, df 1
 
 
 def test_a_factorial_row_in_words():
     interaction = factorial(SWA_QAT, FACTORS)[-1]
     assert verdict(interaction, ("0", interaction.term)) == (
-        "SWA 1 - 0 x QAT 1 - 0 is higher than 0 by 0.0062 BPB (95 % CI 0.0035 to 0.0089, p = 0.0218, n = 2)")
+        "SWA 1 - 0 x QAT 1 - 0 is higher than 0 by 0.0062 BPB (95 % CI 0.0035 to 0.0089, p = 0.0218, n = 2)"
+    )
 
 
 # ── Runs that may be compared ─────────────────────────────────────────────────────────────────────────────────────
@@ -354,7 +483,12 @@ def two_runs() -> list[dict]:
     """Two runs of one arm, in the schema of a real result.json."""
     first = json.loads((ROOT / "logs/demo/result.json").read_text()) | {"name": "control-1"}
     second = copy.deepcopy(first) | {"name": "control-2", "seed": first["seed"] + 1, "val_bpb": 1.5}
-    second["config"] |= {"seed": second["seed"], "run_id": "elsewhere", "data_path": "other", "logs_dir": "other"}
+    second["config"] |= {
+        "seed": second["seed"],
+        "run_id": "elsewhere",
+        "data_path": "other",
+        "logs_dir": "other",
+    }
     return [first, second]
 
 
@@ -373,8 +507,24 @@ def set_at(run: dict, key: str, value) -> None:
 
 
 @pytest.mark.parametrize("config", [True, False])
-@pytest.mark.parametrize("key", ["code_sha256", "data.val_sha256", "data.tokenizer_sha256", "data.train_tokens", "val_tokens",
-                                 "val_bytes", "device", "world_size", "threads_per_rank", "dtype", "compile", "cuda", "torch"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "code_sha256",
+        "data.val_sha256",
+        "data.tokenizer_sha256",
+        "data.train_tokens",
+        "val_tokens",
+        "val_bytes",
+        "device",
+        "world_size",
+        "threads_per_rank",
+        "dtype",
+        "compile",
+        "cuda",
+        "torch",
+    ],
+)
 def test_other_code_data_or_machine_is_refused_by_key_values_and_names(two_runs, key, config):
     was = str(ablate.lookup(two_runs[1], key))
     set_at(two_runs[1], key, "changed")
@@ -385,7 +535,9 @@ def test_other_code_data_or_machine_is_refused_by_key_values_and_names(two_runs,
 
 def test_a_key_that_a_run_lacks_is_a_difference(two_runs):
     del two_runs[1]["data"]
-    with pytest.raises(Refusal, match=r"data.val_sha256 is .* in control-1 but \(absent\) in control-2"):
+    with pytest.raises(
+        Refusal, match=r"data.val_sha256 is .* in control-1 but \(absent\) in control-2"
+    ):
         check_alike(two_runs, config=False)
 
 
@@ -396,12 +548,16 @@ def test_other_settings_are_refused_within_an_arm_and_named(two_runs):
         check_alike(two_runs, config=True)
     message = str(refusal.value)
     assert "config_sha256" in message and "control-1" in message and "control-2" in message
-    assert "(MATRIX_LR=0.02 against 0.04, QAT_ENABLED=True against False)" in message  # and neither RUN_ID nor SEED
+    assert (
+        "(MATRIX_LR=0.02 against 0.04, QAT_ENABLED=True against False)" in message
+    )  # and neither RUN_ID nor SEED
     assert check_alike(two_runs, config=False) is None
 
 
 def test_one_seed_twice_is_refused_within_an_arm_only(two_runs):
     two_runs[1]["seed"] = two_runs[0]["seed"]
-    with pytest.raises(Refusal, match=f"control-1 and control-2 both have seed {two_runs[0]['seed']}"):
+    with pytest.raises(
+        Refusal, match=f"control-1 and control-2 both have seed {two_runs[0]['seed']}"
+    ):
         check_alike(two_runs, config=True)
     assert check_alike(two_runs, config=False) is None

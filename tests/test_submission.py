@@ -5,6 +5,7 @@ JSON (#505), folders that are not self-contained (#545), a third seed from anoth
 pruning inside one mean (#989), artifacts over the cap (#194, #975), evaluation of 688 s (#1972), a population standard
 deviation shown as the sample's (#989), scripts that do not import (#1437, #514).
 """
+
 import functools
 import hashlib
 import importlib.util
@@ -26,7 +27,13 @@ import train_gpt
 from ablate import build_submission, check_submission, render
 from train_gpt import Config, Refusal
 
-ABOUT = dict(author="A. Author", github_id="aauthor", name="Tiny QAT", blurb="Three tiny runs.", track="none: a test")
+ABOUT = dict(
+    author="A. Author",
+    github_id="aauthor",
+    name="Tiny QAT",
+    blurb="Three tiny runs.",
+    track="none: a test",
+)
 SEEDS = [1, 7, 1337]
 
 
@@ -35,8 +42,17 @@ def runs(data, tmp_path_factory) -> list[Path]:
     """Folders of three real runs, one per seed, out of order."""
     logs = tmp_path_factory.mktemp("logs")
     for seed in SEEDS:
-        cfg = Config(**TINY, data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs),
-                     run_id=f"seed{seed}", seed=seed, qat_enabled=True, ema_enabled=True, ema_decay=0.5)
+        cfg = Config(
+            **TINY,
+            data_path=str(data),
+            tokenizer_path=str(data / "tokenizer.model"),
+            logs_dir=str(logs),
+            run_id=f"seed{seed}",
+            seed=seed,
+            qat_enabled=True,
+            ema_enabled=True,
+            ema_decay=0.5,
+        )
         assert train_gpt.main(cfg)["exit_code"] == 0
     return [logs / f"seed{seed}" for seed in reversed(SEEDS)]
 
@@ -69,7 +85,9 @@ def read(path: Path) -> dict:
 
 
 def results_of(folder: Path) -> dict:
-    paths = [folder / f"result_seed{seed}.json" for seed in read(folder / "submission.json")["seeds"]]
+    paths = [
+        folder / f"result_seed{seed}.json" for seed in read(folder / "submission.json")["seeds"]
+    ]
     return {r["seed"]: r for r in map(read, paths)}
 
 
@@ -109,15 +127,20 @@ def ship(folder: Path, source: bytes) -> None:
     for seed in SEEDS:
         path = folder / f"result_seed{seed}.json"
         artifact = read(path)["artifact_bytes"]
-        for key, value in dict(code_bytes=len(source), total_bytes=len(source) + artifact,
-                               code_sha256=hashlib.sha256(source).hexdigest()).items():
+        for key, value in dict(
+            code_bytes=len(source),
+            total_bytes=len(source) + artifact,
+            code_sha256=hashlib.sha256(source).hexdigest(),
+        ).items():
             put(path, key, value)
     rebuild(folder)
 
 
 def assert_caught(folder: Path, *words: str) -> None:
     problems = check_submission(folder)
-    assert all(problem.isprintable() for problem in problems)  # one line each, no control characters
+    assert all(
+        problem.isprintable() for problem in problems
+    )  # one line each, no control characters
     assert any(all(word in problem for word in words) for problem in problems), problems
 
 
@@ -135,28 +158,65 @@ def test_a_built_folder_has_these_files(built, runs, data):
     for run in runs:
         seed = read(run / "result.json")["seed"]
         assert (built / f"train_seed{seed}.log").read_bytes() == (run / "train.log").read_bytes()
-        assert (built / f"result_seed{seed}.json").read_bytes() == (run / "result.json").read_bytes()
+        assert (built / f"result_seed{seed}.json").read_bytes() == (
+            run / "result.json"
+        ).read_bytes()
     assert list(built.parent.iterdir()) == [built]
 
 
 def test_submission_json_holds_the_figures_of_the_runs(built, runs):
-    s, results = read(built / "submission.json"), [read(run / "result.json") for run in reversed(runs)]
+    s, results = (
+        read(built / "submission.json"),
+        [read(run / "result.json") for run in reversed(runs)],
+    )
     bpb = [r["val_bpb"] for r in results]
     mean = sum(bpb) / 3
     assert s["val_bpb"] == pytest.approx(mean, rel=1e-12)
-    assert s["val_bpb_std"] == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in bpb) / 2), rel=1e-9)  # sample
+    assert s["val_bpb_std"] == pytest.approx(
+        math.sqrt(sum((x - mean) ** 2 for x in bpb) / 2), rel=1e-9
+    )  # sample
     assert s["val_loss_std"] == pytest.approx(statistics.stdev(r["val_loss"] for r in results))
-    assert s["bytes_total"] == max(r["total_bytes"] for r in results) == s["artifact_bytes_max"] + s["bytes_code"]
+    assert (
+        s["bytes_total"]
+        == max(r["total_bytes"] for r in results)
+        == s["artifact_bytes_max"] + s["bytes_code"]
+    )
     assert s["seeds"] == SEEDS and {k: s[k] for k in ABOUT} == ABOUT
     for r in results:
         row = s["seed_results"][str(r["seed"])]
-        assert [row[k] for k in ("val_bpb", "steps", "train_time_s", "eval_time_s", "artifact_bytes", "pre_quant_val_bpb")] == [
-            r[k] for k in ("val_bpb", "steps", "train_seconds", "eval_seconds", "artifact_bytes", "averaged_val_bpb")]
+        assert [
+            row[k]
+            for k in (
+                "val_bpb",
+                "steps",
+                "train_time_s",
+                "eval_time_s",
+                "artifact_bytes",
+                "pre_quant_val_bpb",
+            )
+        ] == [
+            r[k]
+            for k in (
+                "val_bpb",
+                "steps",
+                "train_seconds",
+                "eval_seconds",
+                "artifact_bytes",
+                "averaged_val_bpb",
+            )
+        ]
         assert row["step_avg_ms"] == pytest.approx(1000 * r["train_seconds"] / 6)
-    assert s["compliance"] == dict(train_under_600s=True, three_seeds=True, artifact_under_16mb=True, eval_under_600s=True,
-                                   score_first_ttt=None)
+    assert s["compliance"] == dict(
+        train_under_600s=True,
+        three_seeds=True,
+        artifact_under_16mb=True,
+        eval_under_600s=True,
+        score_first_ttt=None,
+    )
     assert set(s["technique_summary"].split(", ")) == {"QAT", "EMA", "WARMDOWN", "SMEAR_GATE"}
-    assert s["date"] == max(r["date"] for r in results) and s["code_sha256"] == train_gpt.CODE_SHA256
+    assert (
+        s["date"] == max(r["date"] for r in results) and s["code_sha256"] == train_gpt.CODE_SHA256
+    )
 
 
 def test_readme_is_the_rendering_of_the_results_and_shows_them(built):
@@ -165,10 +225,15 @@ def test_readme_is_the_rendering_of_the_results_and_shows_them(built):
     for r in results.values():
         row = next(line for line in readme.splitlines() if line.startswith(f"| {r['seed']} |"))
         cells = [c.strip() for c in row.strip("|").split("|")]
-        assert cells[1] == "6" and cells[4:8] == [f"{r[k]:.6f}" for k in (
-            "live_val_bpb", "averaged_val_bpb", "quantised_val_bpb", "val_bpb")]
+        assert cells[1] == "6" and cells[4:8] == [
+            f"{r[k]:.6f}"
+            for k in ("live_val_bpb", "averaged_val_bpb", "quantised_val_bpb", "val_bpb")
+        ]
         assert cells[9:] == [f"{r['total_bytes']:,}", f"{16_000_000 - r['total_bytes']:,}"]
-    assert f"# Tiny QAT: val_bpb {statistics.fmean(r['val_bpb'] for r in results.values()):.6f}" in readme
+    assert (
+        f"# Tiny QAT: val_bpb {statistics.fmean(r['val_bpb'] for r in results.values()):.6f}"
+        in readme
+    )
     assert "3 seeds, sample standard deviation" in readme and results[7]["device"] in readme
 
 
@@ -176,7 +241,12 @@ def test_the_run_command_gives_the_configuration_of_the_runs(built):
     readme, config = (built / "README.md").read_text(), results_of(built)[7]["config"]
     line = next(line for line in readme.splitlines() if "RUN_ID=" in line)
     settings = dict(re.findall(r"([A-Z0-9_]+)=(\S+)", line))
-    exported = dict(re.findall(r"([A-Z_]+)=(\S+)", next(line for line in readme.splitlines() if line.startswith("export"))))
+    exported = dict(
+        re.findall(
+            r"([A-Z_]+)=(\S+)",
+            next(line for line in readme.splitlines() if line.startswith("export")),
+        )
+    )
     cfg = Config.from_env(settings | exported | {"SEED": "7", "RUN_ID": "seed7"})
     assert cfg.digest() == Config(**config).digest() and cfg.seed == 7
     assert exported["TOKENIZER_PATH"] == "tokenizer.model" and "for seed in 1 7 1337; do" in readme
@@ -185,13 +255,21 @@ def test_the_run_command_gives_the_configuration_of_the_runs(built):
 def test_one_seed_has_no_standard_deviation(runs, tmp_path):
     folder = build_submission(runs[:1], tmp_path / "one", ABOUT)
     s = read(folder / "submission.json")
-    assert s["val_bpb_std"] is None and s["val_loss_std"] is None and not s["compliance"]["three_seeds"]
+    assert (
+        s["val_bpb_std"] is None
+        and s["val_loss_std"] is None
+        and not s["compliance"]["three_seeds"]
+    )
     assert "1 seed: no standard deviation" in (folder / "README.md").read_text()
     assert check_submission(folder) == []
 
 
 def test_the_official_tokenizer_is_not_shipped(runs, tmp_path, data, monkeypatch, trusting):
-    monkeypatch.setattr(ablate, "OFFICIAL_TOKENIZER", hashlib.sha256((data / "tokenizer.model").read_bytes()).hexdigest())
+    monkeypatch.setattr(
+        ablate,
+        "OFFICIAL_TOKENIZER",
+        hashlib.sha256((data / "tokenizer.model").read_bytes()).hexdigest(),
+    )
     folder = build_submission(runs, tmp_path / "out", ABOUT)
     assert not (folder / "tokenizer.model").exists() and check_submission(folder) == []
 
@@ -199,8 +277,10 @@ def test_the_official_tokenizer_is_not_shipped(runs, tmp_path, data, monkeypatch
 def test_prose_with_numbers_that_the_results_show_is_welcome(folder, trusting):
     s, path = read(folder / "submission.json"), folder / "README.md"
     r, more = results_of(folder)[7], s["seed_results"]["7"]
-    prose = (f"Mean {s['val_bpb']:.4f} (sd {s['val_bpb_std']:.5f}), seed 7 {more['val_bpb']:.3f}; {more['train_time_s']:.3f} s; "
-             f"decay 0.500, gap {r['quant_gap_bpb']:+.6f} or {r['quant_gap_bpb']:.3e}. On torch 2.13.1234.5, 3.14, 16,000.\n")
+    prose = (
+        f"Mean {s['val_bpb']:.4f} (sd {s['val_bpb_std']:.5f}), seed 7 {more['val_bpb']:.3f}; {more['train_time_s']:.3f} s; "
+        f"decay 0.500, gap {r['quant_gap_bpb']:+.6f} or {r['quant_gap_bpb']:.3e}. On torch 2.13.1234.5, 3.14, 16,000.\n"
+    )
     path.write_text(prose + path.read_text() + "\n## Why\n" + prose)
     assert check_submission(folder) == []
 
@@ -212,8 +292,17 @@ def test_readme_may_come_with_the_line_ends_of_windows(folder, trusting):
 
 
 def test_about_texts_that_are_not_required_have_a_default(runs, tmp_path, trusting):
-    s = read(build_submission(runs, tmp_path / "out", {k: ABOUT[k] for k in ("author", "github_id", "name")}) / "submission.json")
-    assert "QAT" in s["blurb"] and s["track"].startswith("none") and check_submission(tmp_path / "out") == []
+    s = read(
+        build_submission(
+            runs, tmp_path / "out", {k: ABOUT[k] for k in ("author", "github_id", "name")}
+        )
+        / "submission.json"
+    )
+    assert (
+        "QAT" in s["blurb"]
+        and s["track"].startswith("none")
+        and check_submission(tmp_path / "out") == []
+    )
 
 
 def test_the_leaderboard_track_needs_eight_h100(folder):
@@ -234,26 +323,51 @@ def edit(key: str, value):
 
 
 REFUSED_RUNS = {  # what is done to the folders of seeds 1337, 7, 1 -> words of the refusal
-    "no result": (lambda runs: (runs[1] / "result.json").unlink(), ["seed7/result.json", "No such file"]),
+    "no result": (
+        lambda runs: (runs[1] / "result.json").unlink(),
+        ["seed7/result.json", "No such file"],
+    ),
     "no log": (lambda runs: (runs[1] / "train.log").unlink(), ["seed7/train.log", "No such file"]),
-    "no source": (lambda runs: (runs[1] / "train_gpt.py").unlink(), ["seed7/train_gpt.py", "No such file"]),
-    "bad JSON": (lambda runs: (runs[1] / "result.json").write_text("{"), ["seed7/result.json", "JSON"]),
+    "no source": (
+        lambda runs: (runs[1] / "train_gpt.py").unlink(),
+        ["seed7/train_gpt.py", "No such file"],
+    ),
+    "bad JSON": (
+        lambda runs: (runs[1] / "result.json").write_text("{"),
+        ["seed7/result.json", "JSON"],
+    ),
     "wrong type": (edit("val_bpb", "1.0"), ["seed7/result.json.val_bpb", "'1.0'"]),
     "exit code": (edit("exit_code", 4), ["seed 7", "exit_code=4", "a toggle did nothing"]),
     "same seed": (edit("seed", 1337), ["seed7", "seed 1337", "one run per seed"]),
     "code": (edit("code_sha256", "0" * 64), ["code_sha256", train_gpt.CODE_SHA256, "0" * 64]),
     "config": (edit("config.matrix_lr", 0.5), ["MATRIX_LR", "0.02 with seed 1", "0.5 with seed 7"]),
     "config hash": (edit("config_sha256", "0" * 64), ["config_sha256", "0" * 64, "seed 7"]),
-    "validation data": (edit("data.val_sha256", {"v": "0"}), ["data.val_sha256", "'v': '0'", "fineweb_val_000000.bin"]),
+    "validation data": (
+        edit("data.val_sha256", {"v": "0"}),
+        ["data.val_sha256", "'v': '0'", "fineweb_val_000000.bin"],
+    ),
     "training data": (edit("data.train_tokens", 5), ["data.train_tokens", "5 with seed 7"]),
     "device": (edit("device", "abacus"), ["device", "'abacus' with seed 7", "with seed 1,"]),
     "ranks": (edit("world_size", 3), ["world_size", "1 with seed 1", "3 with seed 7"]),
     "torch": (edit("torch", "0.1"), ["torch", "'0.1' with seed 7"]),
-    "only scored": (edit("config.eval_only", "a.bin"), ["seed 7", "eval_only='a.bin'", "full training"]),
-    "exported again": (edit("checkpoint", "w.bin"), ["seed 7", "checkpoint='w.bin'", "full training"]),
-    "exported again by its config": (edit("config.checkpoint", "w.bin"), ["seed 7", "checkpoint='w.bin'"]),
+    "only scored": (
+        edit("config.eval_only", "a.bin"),
+        ["seed 7", "eval_only='a.bin'", "full training"],
+    ),
+    "exported again": (
+        edit("checkpoint", "w.bin"),
+        ["seed 7", "checkpoint='w.bin'", "full training"],
+    ),
+    "exported again by its config": (
+        edit("config.checkpoint", "w.bin"),
+        ["seed 7", "checkpoint='w.bin'"],
+    ),
     "no step": (edit("steps", 0), ["seed 7", "steps=0"]),
-    "other source": (lambda runs: (runs[1] / "train_gpt.py").write_text("1"), ["seed7/train_gpt.py", "sha256"])}
+    "other source": (
+        lambda runs: (runs[1] / "train_gpt.py").write_text("1"),
+        ["seed7/train_gpt.py", "sha256"],
+    ),
+}
 
 
 @pytest.mark.parametrize("spoil, words", REFUSED_RUNS.values(), ids=REFUSED_RUNS)
@@ -261,13 +375,21 @@ def test_the_builder_refuses(copied_runs, tmp_path, spoil, words):
     spoil(copied_runs)
     with pytest.raises(Refusal) as refusal:
         build_submission(copied_runs, tmp_path / "out" / "folder", ABOUT)
-    assert all(word in str(refusal.value) for word in words) and len(str(refusal.value).splitlines()) == 1, refusal.value
+    assert (
+        all(word in str(refusal.value) for word in words)
+        and len(str(refusal.value).splitlines()) == 1
+    ), refusal.value
     assert not (tmp_path / "out" / "folder").exists() and list((tmp_path / "out").glob("*")) == []
 
 
 def test_a_run_that_only_scored_is_refused_by_name(runs, tmp_path, data):
-    cfg = Config(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(tmp_path), run_id="score",
-                 eval_only=str(runs[0] / "artifact.bin"))
+    cfg = Config(
+        data_path=str(data),
+        tokenizer_path=str(data / "tokenizer.model"),
+        logs_dir=str(tmp_path),
+        run_id="score",
+        eval_only=str(runs[0] / "artifact.bin"),
+    )
     train_gpt.main(cfg)
     with pytest.raises(Refusal, match="eval_only=.*not a full training"):
         build_submission([tmp_path / "score"], tmp_path / "out", ABOUT)
@@ -291,7 +413,9 @@ def test_a_folder_with_something_in_it_is_refused_and_left_alone(runs, tmp_path)
     for out in (tmp_path, tmp_path / "mine"):
         with pytest.raises(Refusal, match="is not empty"):
             build_submission(runs, out, ABOUT)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine"] and (tmp_path / "mine").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"] and (
+        tmp_path / "mine"
+    ).read_text() == "x"
 
 
 def test_an_empty_folder_is_filled(runs, tmp_path):
@@ -311,10 +435,12 @@ def test_a_lost_or_changed_tokenizer_is_refused(copied_runs, tmp_path):
 
 def test_a_build_that_fails_half_way_leaves_nothing(runs, tmp_path, monkeypatch):
     copyfile = shutil.copyfile
+
     def fail_late(source, target, **options):
         if Path(source).name == "train.log":
             raise OSError(28, "No space left on device", str(target))
         return copyfile(source, target, **options)
+
     monkeypatch.setattr(shutil, "copyfile", fail_late)
     with pytest.raises(Refusal, match="No space left on device"):
         build_submission(runs, tmp_path / "out", ABOUT)
@@ -342,95 +468,248 @@ def linking(name: str, target: str):
     def spoil(f: Path) -> None:
         (f / name).unlink(missing_ok=True)
         (f / name).symlink_to(target)
+
     return spoil
 
 
 SEED7 = "result_seed7.json"
 CAUGHT = {  # what is done to a good folder -> words of one line about it
-    **{f"no {name}": (without(name), [name, "missing"]) for name in (
-        "README.md", "submission.json", "train_gpt.py", "requirements.txt", "train_seed7.log", SEED7)},
+    **{
+        f"no {name}": (without(name), [name, "missing"])
+        for name in (
+            "README.md",
+            "submission.json",
+            "train_gpt.py",
+            "requirements.txt",
+            "train_seed7.log",
+            SEED7,
+        )
+    },
     "no tokenizer": (without("tokenizer.model"), ["tokenizer.model", "No such file"]),
     "other tokenizer": (writing("tokenizer.model", "x"), ["tokenizer.model", "sha256"]),
-    "a log too many": (writing("train_seed8.log", "x"), ["train_seed8.log", "does not have its seed"]),
-    "a result too many": (writing("result_seed8.json", "{}"), ["result_seed8.json", "does not have its seed"]),
-    "a seed without files": (setting("submission.json", "seeds", [1, 7, 8, 1337]), ["train_seed8.log", "missing"]),
-    "a seed left out": (setting("submission.json", "seeds", [1, 7]), ["train_seed1337.log", "does not have its seed"]),
-    "a seed twice": (setting("submission.json", "seeds", [1, 7, 7, 1337]), ["submission.json.seeds", "[1, 7, 1337]"]),
-    "seeds as text": (setting("submission.json", "seeds", ["../1"]), ["submission.json.seeds", "'../1'"]),
+    "a log too many": (
+        writing("train_seed8.log", "x"),
+        ["train_seed8.log", "does not have its seed"],
+    ),
+    "a result too many": (
+        writing("result_seed8.json", "{}"),
+        ["result_seed8.json", "does not have its seed"],
+    ),
+    "a seed without files": (
+        setting("submission.json", "seeds", [1, 7, 8, 1337]),
+        ["train_seed8.log", "missing"],
+    ),
+    "a seed left out": (
+        setting("submission.json", "seeds", [1, 7]),
+        ["train_seed1337.log", "does not have its seed"],
+    ),
+    "a seed twice": (
+        setting("submission.json", "seeds", [1, 7, 7, 1337]),
+        ["submission.json.seeds", "[1, 7, 1337]"],
+    ),
+    "seeds as text": (
+        setting("submission.json", "seeds", ["../1"]),
+        ["submission.json.seeds", "'../1'"],
+    ),
     "no seeds": (setting("submission.json", "seeds", []), ["submission.json.seeds", "[]"]),
-    "seed results left out": (setting("submission.json", "seed_results", {}), ["submission.json.seed_results.1:", "missing"]),
+    "seed results left out": (
+        setting("submission.json", "seed_results", {}),
+        ["submission.json.seed_results.1:", "missing"],
+    ),
     "cut JSON": (writing("submission.json", '{"seeds"'), ["submission.json", "no good JSON"]),
     "a list": (writing("submission.json", "[]"), ["submission.json", "not an object"]),
-    "no UTF-8": (lambda f: (f / "submission.json").write_bytes(b"\xff\xfe"), ["submission.json", "no UTF-8"]),
-    "README is no UTF-8": (lambda f: (f / "README.md").write_bytes(b"\xff"), ["README.md", "no UTF-8"]),
+    "no UTF-8": (
+        lambda f: (f / "submission.json").write_bytes(b"\xff\xfe"),
+        ["submission.json", "no UTF-8"],
+    ),
+    "README is no UTF-8": (
+        lambda f: (f / "README.md").write_bytes(b"\xff"),
+        ["README.md", "no UTF-8"],
+    ),
     "cut result": (writing(SEED7, "{"), [SEED7, "no good JSON"]),
     "NaN": (lambda f: replace(f / SEED7, '"val_bpb": ', '"val_bpb": NaN, "x": '), [SEED7, "NaN"]),
     "minus infinity": (setting(SEED7, "val_bpb", -math.inf), [SEED7, "-Infinity"]),
-    "infinite": (lambda f: replace(f / SEED7, '"val_bpb": ', '"val_bpb": 1e999, "x": '), [SEED7, "1e999"]),
-    "thousands of digits": (lambda f: replace(f / SEED7, '"steps": ', '"steps": ' + "9" * 5000 + ', "x": '), [SEED7, "99999"]),
+    "infinite": (
+        lambda f: replace(f / SEED7, '"val_bpb": ', '"val_bpb": 1e999, "x": '),
+        [SEED7, "1e999"],
+    ),
+    "thousands of digits": (
+        lambda f: replace(f / SEED7, '"steps": ', '"steps": ' + "9" * 5000 + ', "x": '),
+        [SEED7, "99999"],
+    ),
     "deep": (writing(SEED7, "[" * 100_000 + "]" * 100_000), [SEED7, "no good JSON"]),
-    "rather deep": (setting(SEED7, "data.x", json.loads("[" * 30 + "]" * 30)), [SEED7, "nested too deeply"]),
-    "a key twice": (lambda f: replace(f / "submission.json", '"date"', '"val_bpb": 0.5, "date"'), ["submission.json", "twice"]),
+    "rather deep": (
+        setting(SEED7, "data.x", json.loads("[" * 30 + "]" * 30)),
+        [SEED7, "nested too deeply"],
+    ),
+    "a key twice": (
+        lambda f: replace(f / "submission.json", '"date"', '"val_bpb": 0.5, "date"'),
+        ["submission.json", "twice"],
+    ),
     "steps as text": (setting(SEED7, "steps", "6"), [f"{SEED7}.steps", "'6'"]),
-    "author as number": (setting("submission.json", "author", 3), ["submission.json.author", "3, not str"]),
-    "an author of two lines": (setting("submission.json", "author", "a\n\x1b[2J"), ["author", r"'a\n\x1b[2J'"]),
-    "a control character in a key": (setting("submission.json", "\x1b[2J", 1), [r"submission.json.\x1b[2J", "no log gives that"]),
+    "author as number": (
+        setting("submission.json", "author", 3),
+        ["submission.json.author", "3, not str"],
+    ),
+    "an author of two lines": (
+        setting("submission.json", "author", "a\n\x1b[2J"),
+        ["author", r"'a\n\x1b[2J'"],
+    ),
+    "a control character in a key": (
+        setting("submission.json", "\x1b[2J", 1),
+        [r"submission.json.\x1b[2J", "no log gives that"],
+    ),
     "half a character": (setting("submission.json", "name", "\ud800"), ["name", r"\ud800"]),
-    "a toggle without row": (setting(SEED7, "toggles.QAT", 1), [f"{SEED7}.toggles.QAT", "not an object"]),
-    "mean": (setting("submission.json", "val_bpb", 1.25), ["submission.json.val_bpb:", "1.25", "logs give"]),
-    "sd": (setting("submission.json", "val_bpb_std", 0.25), ["submission.json.val_bpb_std", "0.25", "logs give"]),
-    "a seed's figure": (setting("submission.json", "seed_results.7.val_bpb", 1.25), ["seed_results.7.val_bpb", "1.25"]),
-    "bytes": (setting("submission.json", "bytes_total", 12), ["submission.json.bytes_total", "12", "logs give"]),
-    "a verdict": (setting("submission.json", "compliance.train_under_600s", False), ["compliance.train_under_600s", "True"]),
-    "a verdict as number": (setting("submission.json", "compliance.train_under_600s", 1), ["train_under_600s", "True"]),
-    "hardware": (setting("submission.json", "hardware", "8xH100"), ["submission.json.hardware", "'8xH100'"]),
-    "a key of its own": (setting("submission.json", "p_value", 0.001), ["submission.json.p_value", "no log gives that"]),
-    "README's number": (lambda f: replace(f / "README.md", "| 7 | 6 |", "| 7 | 8 |"), ["README.md", "| 7 | 8 |", "| 7 | 6 |"]),
+    "a toggle without row": (
+        setting(SEED7, "toggles.QAT", 1),
+        [f"{SEED7}.toggles.QAT", "not an object"],
+    ),
+    "mean": (
+        setting("submission.json", "val_bpb", 1.25),
+        ["submission.json.val_bpb:", "1.25", "logs give"],
+    ),
+    "sd": (
+        setting("submission.json", "val_bpb_std", 0.25),
+        ["submission.json.val_bpb_std", "0.25", "logs give"],
+    ),
+    "a seed's figure": (
+        setting("submission.json", "seed_results.7.val_bpb", 1.25),
+        ["seed_results.7.val_bpb", "1.25"],
+    ),
+    "bytes": (
+        setting("submission.json", "bytes_total", 12),
+        ["submission.json.bytes_total", "12", "logs give"],
+    ),
+    "a verdict": (
+        setting("submission.json", "compliance.train_under_600s", False),
+        ["compliance.train_under_600s", "True"],
+    ),
+    "a verdict as number": (
+        setting("submission.json", "compliance.train_under_600s", 1),
+        ["train_under_600s", "True"],
+    ),
+    "hardware": (
+        setting("submission.json", "hardware", "8xH100"),
+        ["submission.json.hardware", "'8xH100'"],
+    ),
+    "a key of its own": (
+        setting("submission.json", "p_value", 0.001),
+        ["submission.json.p_value", "no log gives that"],
+    ),
+    "README's number": (
+        lambda f: replace(f / "README.md", "| 7 | 6 |", "| 7 | 8 |"),
+        ["README.md", "| 7 | 8 |", "| 7 | 6 |"],
+    ),
     "README without marks": (writing("README.md", "# Good\n"), ["README.md", "<!-- generated -->"]),
-    "README with two parts": (adding("<!-- generated -->\n<!-- end -->"), ["README.md", "one part"]),
-    "README's marks swapped": (writing("README.md", "<!-- end --><!-- generated -->"), ["README.md", "generated part"]),
+    "README with two parts": (
+        adding("<!-- generated -->\n<!-- end -->"),
+        ["README.md", "one part"],
+    ),
+    "README's marks swapped": (
+        writing("README.md", "<!-- end --><!-- generated -->"),
+        ["README.md", "generated part"],
+    ),
     "prose": (adding("We reach 0.987.\n"), ["README.md", "0.987"]),
-    "prose before": (lambda f: replace(f / "README.md", "<!-- gen", "BPB0.4321!\n<!-- gen"), ["README.md", "0.4321"]),
+    "prose before": (
+        lambda f: replace(f / "README.md", "<!-- gen", "BPB0.4321!\n<!-- gen"),
+        ["README.md", "0.4321"],
+    ),
     "prose behind a comma": (adding("6,.98765"), ["README.md", ".98765"]),
     "prose with an exponent": (adding("p = 1.234e-7"), ["README.md", "1.234e-7"]),
     "prose at the end of a sentence": (adding("It is 0.9871."), ["README.md", "0.9871"]),
-    "a log of other numbers": (lambda f: replace(f / "train_seed7.log", "RESULT val_bpb ", "RESULT val_bpb 1"),
-                               ["train_seed7.log", "final table", SEED7]),
-    "another seed's log": (lambda f: shutil.copy(f / "train_seed1.log", f / "train_seed7.log"),
-                           ["train_seed7.log", "final table"]),
+    "a log of other numbers": (
+        lambda f: replace(f / "train_seed7.log", "RESULT val_bpb ", "RESULT val_bpb 1"),
+        ["train_seed7.log", "final table", SEED7],
+    ),
+    "another seed's log": (
+        lambda f: shutil.copy(f / "train_seed1.log", f / "train_seed7.log"),
+        ["train_seed7.log", "final table"],
+    ),
     "an empty log": (writing("train_seed7.log", ""), ["train_seed7.log", "final table"]),
-    "another seed's result": (lambda f: shutil.copy(f / "result_seed1.json", f / SEED7), [SEED7, "seed is 1"]),
+    "another seed's result": (
+        lambda f: shutil.copy(f / "result_seed1.json", f / SEED7),
+        [SEED7, "seed is 1"],
+    ),
     "exit code": (setting(SEED7, "exit_code", 3), ["seed 7", "exit_code=3", "over the size cap"]),
     "code hash": (setting(SEED7, "code_sha256", "0" * 64), ["code_sha256", "0" * 64, "seed 7"]),
-    "config": (setting(SEED7, "config.prune_pct", 0.1), ["PRUNE_PCT", "0.0 with seed 1", "0.1 with seed 7"]),
+    "config": (
+        setting(SEED7, "config.prune_pct", 0.1),
+        ["PRUNE_PCT", "0.0 with seed 1", "0.1 with seed 7"],
+    ),
     "config hash": (setting(SEED7, "config_sha256", "0"), ["config_sha256", "'0'", "seed 7"]),
     "data": (setting(SEED7, "data.val_sha256", {}), ["data.val_sha256", "{}", "seed 7"]),
     "machine": (setting(SEED7, "device", "abacus"), ["device", "'abacus'", "seed 7"]),
     "only scored": (setting(SEED7, "config.eval_only", "x"), ["seed 7", "eval_only"]),
     "exported again": (setting(SEED7, "checkpoint", "x"), ["seed 7", "checkpoint"]),
-    "other script": (lambda f: replace(f / "train_gpt.py", "import", "import  "), ["train_gpt.py", "sha256"]),
+    "other script": (
+        lambda f: replace(f / "train_gpt.py", "import", "import  "),
+        ["train_gpt.py", "sha256"],
+    ),
     "forged bytes of code": (lambda f: forge(f, "code_bytes", 5), [SEED7, "code_bytes is 5"]),
-    "over the cap": (lambda f: forge(f, "artifact_bytes", 16_000_000, [7]), [SEED7, "over the cap of 16,000,000"]),
-    "training too long": (lambda f: forge(f, "train_seconds", 600.5, [7]), [SEED7, "train_seconds is 600.5"]),
-    "scoring too long": (lambda f: forge(f, "eval_seconds", 688.0, [7]), [SEED7, "eval_seconds is 688.0"]),
-    "an inactive toggle": (lambda f: forge(f, "toggles.QAT.active", False, [7]), [SEED7, "QAT", "did nothing"]),
-    "a bpb that the bytes do not give": (lambda f: forge(f, "val_bytes", 10 ** 6), [SEED7, "val_bpb", "do not give"]),
-    "a bpb of nothing": (lambda f: (forge(f, "val_bytes", 0), forge(f, "val_tokens", 0)), [SEED7, "val_bpb", "do not give"]),
-    "all hashes of the config forged": (lambda f: forge(f, "config_sha256", "0" * 64), [SEED7, "config_sha256", "train_gpt.py"]),
-    "settings left out": (lambda f: forge(f, "non_default", {}), [SEED7, "non_default", "train_gpt.py"]),
-    "a config that the script refuses": (lambda f: forge(f, "config.num_heads", 0), ["train_gpt.py", "NUM_HEADS=0"]),
+    "over the cap": (
+        lambda f: forge(f, "artifact_bytes", 16_000_000, [7]),
+        [SEED7, "over the cap of 16,000,000"],
+    ),
+    "training too long": (
+        lambda f: forge(f, "train_seconds", 600.5, [7]),
+        [SEED7, "train_seconds is 600.5"],
+    ),
+    "scoring too long": (
+        lambda f: forge(f, "eval_seconds", 688.0, [7]),
+        [SEED7, "eval_seconds is 688.0"],
+    ),
+    "an inactive toggle": (
+        lambda f: forge(f, "toggles.QAT.active", False, [7]),
+        [SEED7, "QAT", "did nothing"],
+    ),
+    "a bpb that the bytes do not give": (
+        lambda f: forge(f, "val_bytes", 10**6),
+        [SEED7, "val_bpb", "do not give"],
+    ),
+    "a bpb of nothing": (
+        lambda f: (forge(f, "val_bytes", 0), forge(f, "val_tokens", 0)),
+        [SEED7, "val_bpb", "do not give"],
+    ),
+    "all hashes of the config forged": (
+        lambda f: forge(f, "config_sha256", "0" * 64),
+        [SEED7, "config_sha256", "train_gpt.py"],
+    ),
+    "settings left out": (
+        lambda f: forge(f, "non_default", {}),
+        [SEED7, "non_default", "train_gpt.py"],
+    ),
+    "a config that the script refuses": (
+        lambda f: forge(f, "config.num_heads", 0),
+        ["train_gpt.py", "NUM_HEADS=0"],
+    ),
     "not Python": (lambda f: ship(f, b"def f(:\n"), ["train_gpt.py", "SyntaxError"]),
     "a zero byte": (lambda f: ship(f, b"x = '\0'\n"), ["train_gpt.py", "null bytes"]),
-    "a missing module": (lambda f: ship(f, b"import helper_of_mine\n"), ["train_gpt.py", "helper_of_mine"]),
+    "a missing module": (
+        lambda f: ship(f, b"import helper_of_mine\n"),
+        ["train_gpt.py", "helper_of_mine"],
+    ),
     "a script without the table": (lambda f: ship(f, b"x = 1\n"), ["train_gpt.py", "Config"]),
-    "leaves when imported": (lambda f: ship(f, b"import os; os._exit(0)\n"), ["train_gpt.py", "ended early"]),
-    "a README that is a folder": (lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()), ["README.md", "missing"]),
+    "leaves when imported": (
+        lambda f: ship(f, b"import os; os._exit(0)\n"),
+        ["train_gpt.py", "ended early"],
+    ),
+    "a README that is a folder": (
+        lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()),
+        ["README.md", "missing"],
+    ),
     "a link": (linking("README.md", "submission.json"), ["README.md", "a link"]),
     "a link out of the folder": (linking("notes.txt", "../notes.txt"), ["notes.txt", "a link"]),
     "a link to a folder": (linking("more", ".."), ["more", "a link"]),
     "a pipe": (lambda f: os.mkfifo(f / "pipe"), ["pipe", "a device"]),
-    "an absurd size": (lambda f: os.truncate(f / "train_seed7.log", 1 << 40), ["train_seed7.log", "1,099,511,627,776 bytes"]),
-    "an absurd number of files": (lambda f: [(f / f"{n}").touch() for n in range(300)], ["more than 200 files"])}
+    "an absurd size": (
+        lambda f: os.truncate(f / "train_seed7.log", 1 << 40),
+        ["train_seed7.log", "1,099,511,627,776 bytes"],
+    ),
+    "an absurd number of files": (
+        lambda f: [(f / f"{n}").touch() for n in range(300)],
+        ["more than 200 files"],
+    ),
+}
 
 
 @pytest.mark.parametrize("spoil, words", CAUGHT.values(), ids=CAUGHT)
@@ -451,6 +730,7 @@ def final_table(result): return "the table"
 @pytest.fixture
 def stub(folder):
     """stub(line) -> the good folder with a small script that starts with this line and fits in every other way."""
+
     def make(line: bytes) -> Path:
         for seed in SEEDS:
             put(folder / f"result_seed{seed}.json", "non_default", {})
@@ -458,6 +738,7 @@ def stub(folder):
         for seed in SEEDS:
             (folder / f"train_seed{seed}.log").write_text("log\nthe table\n")
         return folder
+
     return make
 
 
@@ -465,16 +746,25 @@ def test_the_stub_alone_is_good(stub):
     assert check_submission(stub(b"pass")) == []
 
 
-@pytest.mark.parametrize("line, words", [
-    (b"print('hello')", ["prints 'hello"]), (b"import sys; print('hello', file=sys.stderr)", ["prints 'hello"]),
-    (b"open('here', 'w').close()", ["writes files"]), (b"open('train_seed7.log', 'a').write('x')", ["writes files"]),
-    (b"import os; open(os.environ['HOME'] + '/x', 'w').close()", ["writes files"]),
-    (b"import time; time.sleep(99)", ["not imported within 2 s"]), (b"1 / 0", ["ZeroDivisionError"]),
-    (b"import sys; sys.exit('stop')", ["stop"]),
-    (b"import json; json.dumps = lambda answer: '{'", ["answers"]),
-    (b"import json; json.dumps = lambda answer: '[]'", ["final_table"]),
-    (b"import os; assert 'SECRET' not in os.environ and os.environ['CUDA_VISIBLE_DEVICES'] == '', 'leak'; 1 / 0",
-     ["ZeroDivisionError"])])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"print('hello')", ["prints 'hello"]),
+        (b"import sys; print('hello', file=sys.stderr)", ["prints 'hello"]),
+        (b"open('here', 'w').close()", ["writes files"]),
+        (b"open('train_seed7.log', 'a').write('x')", ["writes files"]),
+        (b"import os; open(os.environ['HOME'] + '/x', 'w').close()", ["writes files"]),
+        (b"import time; time.sleep(99)", ["not imported within 2 s"]),
+        (b"1 / 0", ["ZeroDivisionError"]),
+        (b"import sys; sys.exit('stop')", ["stop"]),
+        (b"import json; json.dumps = lambda answer: '{'", ["answers"]),
+        (b"import json; json.dumps = lambda answer: '[]'", ["final_table"]),
+        (
+            b"import os; assert 'SECRET' not in os.environ and os.environ['CUDA_VISIBLE_DEVICES'] == '', 'leak'; 1 / 0",
+            ["ZeroDivisionError"],
+        ),
+    ],
+)
 def test_the_import_of_the_script_must_have_no_side_effect(stub, monkeypatch, line, words):
     monkeypatch.setenv("SECRET", "1")
     monkeypatch.setattr(ablate, "IMPORT_SECONDS", 2)
@@ -501,7 +791,12 @@ def test_no_cached_code_takes_the_place_of_the_script(stub, tmp_path):
     folder, other = stub(b"pass"), tmp_path / "other.py"
     other.write_text("1 / 0")
     cached = importlib.util.cache_from_source(str(folder / "train_gpt.py"))
-    py_compile.compile(str(other), cached, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    py_compile.compile(
+        str(other),
+        cached,
+        doraise=True,
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
     assert check_submission(folder) == []
 
 
@@ -512,28 +807,69 @@ def test_what_the_script_imports_may_lie_beside_it(stub):
 
 
 def test_a_missing_folder_is_one_problem(tmp_path):
-    assert len(check_submission(tmp_path / "nothing")) == 1 and "nothing" in check_submission(tmp_path / "nothing")[0]
+    assert (
+        len(check_submission(tmp_path / "nothing")) == 1
+        and "nothing" in check_submission(tmp_path / "nothing")[0]
+    )
 
 
 def test_the_checker_changes_nothing(folder):
     def state():
         return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+
     before = state()
     assert check_submission(folder) == [] and state() == before
 
 
 def places(value, path=()) -> list[tuple]:
     """Paths of every value inside a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [place for key, part in inner for place in places(part, (*path, key))]
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [path] * bool(path) + [
+        place for key, part in inner for place in places(part, (*path, key))
+    ]
 
 
-@pytest.mark.parametrize("name, watched", ids=["submission.json", SEED7], argvalues=[("submission.json", ""), (SEED7, (
-    "exit_code val_bpb val_loss val_tokens val_bytes quantised_val_bpb live_val_bpb averaged_val_bpb steps train_seconds "
-    "eval_seconds artifact_bytes code_bytes total_bytes seed world_size device torch code_sha256 config_sha256"))])
-def test_no_value_in_a_file_is_changed_unseen_or_makes_the_checker_stumble(folder, trusting, name, watched):
+@pytest.mark.parametrize(
+    "name, watched",
+    ids=["submission.json", SEED7],
+    argvalues=[
+        ("submission.json", ""),
+        (
+            SEED7,
+            (
+                "exit_code val_bpb val_loss val_tokens val_bytes quantised_val_bpb live_val_bpb averaged_val_bpb steps train_seconds "
+                "eval_seconds artifact_bytes code_bytes total_bytes seed world_size device torch code_sha256 config_sha256"
+            ),
+        ),
+    ],
+)
+def test_no_value_in_a_file_is_changed_unseen_or_makes_the_checker_stumble(
+    folder, trusting, name, watched
+):
     good, dice, unseen = (folder / name).read_text(), random.Random(0), set()
-    odd = [None, False, -1, 0.5, 10 ** 17, 1e-300, "", "../../x", "a\nb", "\ud800", "<!-- end -->", [], [[]], {}, {"": None}]
+    odd = [
+        None,
+        False,
+        -1,
+        0.5,
+        10**17,
+        1e-300,
+        "",
+        "../../x",
+        "a\nb",
+        "\ud800",
+        "<!-- end -->",
+        [],
+        [[]],
+        {},
+        {"": None},
+    ]
     for place in places(json.loads(good)):
         whole = json.loads(good)
         *outer, last = place

@@ -5,6 +5,7 @@ re-traced, #145's recompile on the clock and its table outside of QAT, #989's te
 shipped as fp16 (and the reverse), #194's fake grid that was not the shipped one, and #975's noise 12 times below the
 real step.
 """
+
 import functools
 import math
 
@@ -13,29 +14,64 @@ import torch
 from torch._dynamo.utils import counters
 
 import train_gpt
-from train_gpt import (Flat, Grid, Knobs, Run, Split, Trainer, Validation, Views, batches, build_model, export_plan, pack,
-                       sdpa, unpack)
+from train_gpt import (
+    Flat,
+    Grid,
+    Knobs,
+    Run,
+    Split,
+    Trainer,
+    Validation,
+    Views,
+    batches,
+    build_model,
+    export_plan,
+    pack,
+    sdpa,
+    unpack,
+)
 
-ALL = dict(bigram_vocab_size=96, bigram_dim=16, ve_enabled=True, ve_dim=20, ve_layers="1,2", xsa_last_n=1,
-           ln_scale=True, rope_dims=4, rope_ntk_len=32, mlp_act="leaky_relu2", smear_pos="post_norm",
-           smear_mask_bos=True)
+ALL = dict(
+    bigram_vocab_size=96,
+    bigram_dim=16,
+    ve_enabled=True,
+    ve_dim=20,
+    ve_layers="1,2",
+    xsa_last_n=1,
+    ln_scale=True,
+    rope_dims=4,
+    rope_ntk_len=32,
+    mlp_act="leaky_relu2",
+    smear_pos="post_norm",
+    smear_mask_bos=True,
+)
 LATE_QAT = dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.5)
-BLOCK_LINEARS = {f"blocks.{i}.{name}.weight" for i in range(3)
-                 for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")}
+BLOCK_LINEARS = {
+    f"blocks.{i}.{name}.weight"
+    for i in range(3)
+    for name in ("attn.c_q", "attn.c_k", "attn.c_v", "attn.proj", "mlp.fc", "mlp.proj")
+}
 SMALL_LINEARS = {"bigram.proj.weight", "value_embed.proj.weight"}
 TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
 
 
 class Bench:
     """A model with rows of very different size (some above 1), its plan and its views."""
+
     def __init__(self, cfg):
         self.cfg, self.run = cfg, Run(cfg)
         self.model = build_model(cfg, self.run, sdpa)
-        self.params, generator = dict(self.model.named_parameters()), torch.Generator().manual_seed(0)
+        self.params, generator = (
+            dict(self.model.named_parameters()),
+            torch.Generator().manual_seed(0),
+        )
         with torch.no_grad():
             for p in self.params.values():
                 if p.ndim == 2:
-                    p.copy_(torch.randn(p.shape, generator=generator) * torch.logspace(-2, 0.5, len(p))[:, None])
+                    p.copy_(
+                        torch.randn(p.shape, generator=generator)
+                        * torch.logspace(-2, 0.5, len(p))[:, None]
+                    )
         self.plan = export_plan(cfg, self.model)
         self.views = Views(cfg, self.run, self.model, Flat(self.params, self.run), self.plan)
         self.latent = self.copy()
@@ -54,7 +90,11 @@ class Bench:
     def noise(self, width: float = 1.0, step: int = 0) -> dict[str, torch.Tensor]:
         """Seen minus latent of the tensors that QNA changes."""
         seen = self.seen(False, width, step)
-        return {name: w - self.latent[name] for name, w in seen.items() if not torch.equal(w, self.latent[name])}
+        return {
+            name: w - self.latent[name]
+            for name, w in seen.items()
+            if not torch.equal(w, self.latent[name])
+        }
 
 
 @pytest.fixture
@@ -65,6 +105,7 @@ def bench(tiny):
 @pytest.fixture
 def trainer(tiny):
     """trainer(**knobs) -> (Trainer before its first step, its first batch)"""
+
     def make(**knobs):
         cfg = tiny(**knobs)
         run, split = Run(cfg), Split(cfg, "train")
@@ -72,7 +113,10 @@ def trainer(tiny):
         loader = batches(cfg, run, split)
         batch = next(loader)
         loader.close()
-        return Trainer(cfg, run, model, export_plan(cfg, model), split, Validation(cfg, run, Split(cfg, "val"))), batch
+        return Trainer(
+            cfg, run, model, export_plan(cfg, model), split, Validation(cfg, run, Split(cfg, "val"))
+        ), batch
+
     return make
 
 
@@ -81,19 +125,53 @@ def changed(bench, seen) -> set[str]:
 
 
 # ── QAT: which tensors ──
-@pytest.mark.parametrize("knobs, expected", [pytest.param(knobs, expected, id=name) for name, knobs, expected in [
-    ("exported", dict(), BLOCK_LINEARS | {"bigram.embed", "value_embed.proj.weight"}),  # bigram.proj: 512 weights, fp16
-    ("tables_too", dict(quant_bits_embed=8), BLOCK_LINEARS | TABLES | {"value_embed.proj.weight"}),
-    ("everything", dict(keep_float_max_numel=0, quant_bits_embed=8), BLOCK_LINEARS | TABLES | SMALL_LINEARS),
-    ("large", dict(keep_float_max_numel=2000), {n for n in BLOCK_LINEARS if "mlp" in n}),
-    ("attention_fp16", dict(quant_bits_attn=16),
-     {n for n in BLOCK_LINEARS if "mlp" in n} | {"bigram.embed", "value_embed.proj.weight"}),
-    ("kept_by_name", dict(fp16_keep_name_patterns="blocks.2.attn.c_k, mlp.fc,bigram"),
-     {n for n in BLOCK_LINEARS if "mlp.fc" not in n} - {"blocks.2.attn.c_k.weight"} | {"value_embed.proj.weight"}),
-    ("linears", dict(qat_scope="linears", quant_bits_embed=8), BLOCK_LINEARS | SMALL_LINEARS),  # no tables
-    ("linears_attention", dict(qat_scope="linears", quant_bits_mlp=16),
-     {n for n in BLOCK_LINEARS if "attn" in n} | SMALL_LINEARS),
-    ("small_linears", dict(qat_scope="small_linears"), SMALL_LINEARS)]])
+@pytest.mark.parametrize(
+    "knobs, expected",
+    [
+        pytest.param(knobs, expected, id=name)
+        for name, knobs, expected in [
+            (
+                "exported",
+                dict(),
+                BLOCK_LINEARS | {"bigram.embed", "value_embed.proj.weight"},
+            ),  # bigram.proj: 512 weights, fp16
+            (
+                "tables_too",
+                dict(quant_bits_embed=8),
+                BLOCK_LINEARS | TABLES | {"value_embed.proj.weight"},
+            ),
+            (
+                "everything",
+                dict(keep_float_max_numel=0, quant_bits_embed=8),
+                BLOCK_LINEARS | TABLES | SMALL_LINEARS,
+            ),
+            ("large", dict(keep_float_max_numel=2000), {n for n in BLOCK_LINEARS if "mlp" in n}),
+            (
+                "attention_fp16",
+                dict(quant_bits_attn=16),
+                {n for n in BLOCK_LINEARS if "mlp" in n}
+                | {"bigram.embed", "value_embed.proj.weight"},
+            ),
+            (
+                "kept_by_name",
+                dict(fp16_keep_name_patterns="blocks.2.attn.c_k, mlp.fc,bigram"),
+                {n for n in BLOCK_LINEARS if "mlp.fc" not in n} - {"blocks.2.attn.c_k.weight"}
+                | {"value_embed.proj.weight"},
+            ),
+            (
+                "linears",
+                dict(qat_scope="linears", quant_bits_embed=8),
+                BLOCK_LINEARS | SMALL_LINEARS,
+            ),  # no tables
+            (
+                "linears_attention",
+                dict(qat_scope="linears", quant_bits_mlp=16),
+                {n for n in BLOCK_LINEARS if "attn" in n} | SMALL_LINEARS,
+            ),
+            ("small_linears", dict(qat_scope="small_linears"), SMALL_LINEARS),
+        ]
+    ],
+)
 def test_qat_covers_its_scope(bench, knobs, expected):
     b = bench(**{**ALL, "num_kv_heads": 4, "qat_enabled": True, **knobs})
     exported = {name for name, how in b.plan.items() if isinstance(how, Grid)}
@@ -110,23 +188,49 @@ def test_qat_covers_its_scope(bench, knobs, expected):
 @pytest.mark.parametrize("codes", ("sym", "asym"))
 @pytest.mark.parametrize("floor", (False, True))
 def test_forward_sees_what_the_artifact_will_hold(bench, tmp_path, bits, clip, codes, floor):
-    grid = dict(quant_bits_attn=bits, quant_bits_mlp=bits, quant_bits_bigram=bits, quant_bits_embed=8, quant_clip=clip,
-                quant_codes=codes, quant_scale_floor=floor)
+    grid = dict(
+        quant_bits_attn=bits,
+        quant_bits_mlp=bits,
+        quant_bits_bigram=bits,
+        quant_bits_embed=8,
+        quant_clip=clip,
+        quant_codes=codes,
+        quant_scale_floor=floor,
+    )
     b = bench(**ALL, **grid, qat_enabled=True, keep_float_max_numel=0)
     (tmp_path / "a").write_bytes(pack(b.cfg, b.latent, b.plan))
-    shipped, seen, quantised = unpack(tmp_path / "a")[1], b.seen(qat=True), BLOCK_LINEARS | SMALL_LINEARS | TABLES
+    shipped, seen, quantised = (
+        unpack(tmp_path / "a")[1],
+        b.seen(qat=True),
+        BLOCK_LINEARS | SMALL_LINEARS | TABLES,
+    )
     assert changed(b, seen) == quantised and shipped.keys() == seen.keys()
     for name in shipped:
         assert torch.equal(seen[name], shipped[name] if name in quantised else b.latent[name]), name
 
 
 def test_different_bits_per_kind_reach_their_tensors(bench):
-    b = bench(**ALL, qat_enabled=True, quant_bits_mlp=3, quant_bits_attn=4, quant_bits_bigram=5, quant_bits_embed=8,
-              quant_clip="amax", quant_scale_floor=False, keep_float_max_numel=0)
+    b = bench(
+        **ALL,
+        qat_enabled=True,
+        quant_bits_mlp=3,
+        quant_bits_attn=4,
+        quant_bits_bigram=5,
+        quant_bits_embed=8,
+        quant_clip="amax",
+        quant_scale_floor=False,
+        keep_float_max_numel=0,
+    )
     seen = b.seen(qat=True)
-    for name, bits in {"blocks.1.mlp.fc.weight": 3, "blocks.1.attn.c_q.weight": 4, "bigram.embed": 5,
-                       "bigram.proj.weight": 5, "value_embed.proj.weight": 5, "value_embed.embed": 8,
-                       "tok_emb": 8}.items():
+    for name, bits in {
+        "blocks.1.mlp.fc.weight": 3,
+        "blocks.1.attn.c_q.weight": 4,
+        "bigram.embed": 5,
+        "bigram.proj.weight": 5,
+        "value_embed.proj.weight": 5,
+        "value_embed.embed": 8,
+        "tok_emb": 8,
+    }.items():
         assert torch.equal(seen[name], Grid(bits).snap(b.latent[name])), name
 
 
@@ -140,13 +244,21 @@ def test_qat_grid_amax_changes_the_clip_only(bench):
 # ── QAT: gradients ──
 @pytest.mark.parametrize("phase", (dict(qat=True), dict(qna=1.0)), ids=str)
 def test_the_gradient_is_that_of_the_seen_weights(trainer, phase):
-    t, (ids, targets) = trainer(**ALL, **LATE_QAT, qna_enabled=True, keep_float_max_numel=0, quant_bits_embed=8,
-                                grad_clip_norm=0.0)
+    t, (ids, targets) = trainer(
+        **ALL,
+        **LATE_QAT,
+        qna_enabled=True,
+        keep_float_max_numel=0,
+        quant_bits_embed=8,
+        grad_clip_norm=0.0,
+    )
     before = {name: p.detach().clone() for name, p in t.model.named_parameters()}
     latent = t.views.enter(phase.get("qat", False), phase.get("qna", 0.0), 0)
     seen = {name: p.detach().clone().requires_grad_() for name, p in t.model.named_parameters()}
     t.views.leave(latent)
-    by_hand = torch.autograd.grad(torch.func.functional_call(t.model, seen, (ids, targets)).mean(), list(seen.values()))
+    by_hand = torch.autograd.grad(
+        torch.func.functional_call(t.model, seen, (ids, targets)).mean(), list(seen.values())
+    )
     t.optimiser.step = lambda k: None
     t.step((ids, targets), Knobs(1.0, 0.9, **phase))
     for (name, p), gradient in zip(t.model.named_parameters(), by_hand):
@@ -162,15 +274,21 @@ def test_noise_is_uniform_within_half_a_step_of_the_exported_grid(bench, floor):
     noise = b.noise()
     assert noise.keys() == grids.keys()
     for name, n in noise.items():
-        assert (n.abs() <= 0.5 * grids[name].scale(b.latent[name]) + 1e-6 * b.latent[name].abs() + 1e-7).all(), name
-    steps = torch.cat([(n / grids[name].scale(b.latent[name])).flatten() for name, n in noise.items()])
+        assert (
+            n.abs() <= 0.5 * grids[name].scale(b.latent[name]) + 1e-6 * b.latent[name].abs() + 1e-7
+        ).all(), name
+    steps = torch.cat(
+        [(n / grids[name].scale(b.latent[name])).flatten() for name, n in noise.items()]
+    )
     assert abs(steps.mean()) < 4 / math.sqrt(12 * len(steps))
     assert steps.std() == pytest.approx(1 / math.sqrt(12), rel=0.02) and steps.abs().max() > 0.49
 
 
 def test_noise_without_the_floor_uses_the_step_of_the_row(bench):
     name = "blocks.0.attn.c_q.weight"
-    with_floor, without = (bench(qna_enabled=True, qna_use_floor=on).noise()[name] for on in (True, False))
+    with_floor, without = (
+        bench(qna_enabled=True, qna_use_floor=on).noise()[name] for on in (True, False)
+    )
     ratio = (without / with_floor).nanmedian(dim=1).values
     w = bench().latent[name].abs().amax(1)
     torch.testing.assert_close(ratio, w.clamp_max(1), rtol=0.03, atol=0)
@@ -184,7 +302,9 @@ def test_noise_scales_with_its_width(bench):
 
 
 def test_noise_follows_the_learning_rate_until_its_stop(tiny):
-    cfg = tiny(qna_enabled=True, qna_magnitude=2.0, qna_stop_scale=0.3, iterations=20, warmdown_iters=10)
+    cfg = tiny(
+        qna_enabled=True, qna_magnitude=2.0, qna_stop_scale=0.3, iterations=20, warmdown_iters=10
+    )
     widths = [train_gpt.Schedule(cfg).at(step, 0.0).qna for step in range(20)]
     assert widths == pytest.approx([2.0] * 11 + [2 * s / 10 for s in range(9, 2, -1)] + [0, 0])
 
@@ -211,20 +331,27 @@ def test_off_is_absent(bench):
     versions = {name: (p.data_ptr(), p._version) for name, p in b.params.items()}
     assert b.views.stacks == {} and b.views.enter(False, 0.0, 0) == [] and not b.run.activity
     b.views.leave([])
-    assert versions == {name: (p.data_ptr(), p._version) for name, p in b.params.items()}  # never written
+    assert versions == {
+        name: (p.data_ptr(), p._version) for name, p in b.params.items()
+    }  # never written
 
 
 class NoViews:
     """A build without QAT and QNA."""
+
     def __init__(self, *_):
         self.stacks = {}
+
     def enter(self, *_):
         return None
+
     def leave(self, _):
         pass
 
 
-@pytest.mark.parametrize("knobs", (dict(), dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.0)), ids=str)
+@pytest.mark.parametrize(
+    "knobs", (dict(), dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.0)), ids=str
+)
 def test_before_it_starts_training_is_that_of_a_build_without_it(trainer, monkeypatch, knobs):
     t, _ = trainer(**knobs)
     t.train()
@@ -247,14 +374,18 @@ def test_turning_qat_on_changes_the_training(trainer):
         assert [on for _, on in seen] == [step >= first for step in range(8)]
     off, late, always = losses
     assert late[:5] == off[:5] and all(a != b for a, b in zip(late[5:], off[5:]))
-    assert all(a != b for a, b in zip(always[1:], off[1:]))  # at step 0 the projections are zero on any grid
+    assert all(
+        a != b for a, b in zip(always[1:], off[1:])
+    )  # at step 0 the projections are zero on any grid
 
 
 # ── torch.compile ──
 PHASES = (Knobs(1.0, 0.9), Knobs(1.0, 0.9, qna=0.7), Knobs(1.0, 0.9, qat=True), Knobs(1.0, 0.9))
 
 
-def test_compiled_equals_eager_after_every_phase_flip_and_never_compiles_again(trainer, monkeypatch):
+def test_compiled_equals_eager_after_every_phase_flip_and_never_compiles_again(
+    trainer, monkeypatch
+):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     knobs = dict(**ALL, **LATE_QAT, qna_enabled=True, quant_bits_mlp=3, quant_bits_attn=3)
@@ -268,7 +399,10 @@ def test_compiled_equals_eager_after_every_phase_flip_and_never_compiles_again(t
                     p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     losses, graphs = {}, []
     for t in (eager, compiled):
-        t.optimiser.step, losses[t] = lambda k: None, []  # no learning: phase after phase on the same weights
+        t.optimiser.step, losses[t] = (
+            lambda k: None,
+            [],
+        )  # no learning: phase after phase on the same weights
         for k in PHASES:
             t.step(batch, k)
             losses[t].append(t.loss)
@@ -281,7 +415,11 @@ def test_compiled_equals_eager_after_every_phase_flip_and_never_compiles_again(t
     assert none == again and abs(noisy - none) > 1e-3 and abs(snapped - none) > 1e-3
     for (name, p), q in zip(compiled.model.named_parameters(), eager.model.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-3, msg=name)
-    assert {name: len(a.steps) for name, a in compiled.run.activity.items()} == {"QNA": 5, "QAT": 1, "WARMDOWN": 3}
+    assert {name: len(a.steps) for name, a in compiled.run.activity.items()} == {
+        "QNA": 5,
+        "QAT": 1,
+        "WARMDOWN": 3,
+    }
     assert graphs[4:] == graphs[4:5] * 4 and compiled.recompiles == 0
     assert not counters["recompiles"] and not counters["graph_break"]
     torch._dynamo.reset()
