@@ -52,13 +52,13 @@ from train_gpt import (
     Average,
     Config,
     Grid,
-    Knobs,
+    StepPlan,
     Refusal,
     Run,
     Split,
     Trainer,
     Validation,
-    Views,
+    WeightViews,
     refuse,
     text_table,
 )
@@ -243,9 +243,9 @@ class Bench:
             (1 if quick else 8 if run.cuda else 2) * cfg.eval_batch_seqs * run.world
         )  # to score: a few batches
 
-    def agree(self, value):
+    def broadcast(self, value):
         """Rank 0's value on all ranks, which then make equally many calls; in work of rank 0 alone just the value."""
-        return self.run.agree(value) if self.together else value
+        return self.run.broadcast(value) if self.together else value
 
     def time(
         self,
@@ -270,11 +270,12 @@ class Bench:
             self.first = sum(sample(work, 1) for work in works)
             spent = [sample(work, 1) for work in works]
             calls = [
-                self.agree(math.ceil(min(max(0.005 / s, 1), 2000))) if block else 1 for s in spent
+                self.broadcast(math.ceil(min(max(0.005 / s, 1), 2000))) if block else 1
+                for s in spent
             ]
         samples, deadline = [], timer() + limit * len(works)
         while len(samples) < (3 if warm else 1) or (
-            len(samples) < most and self.agree(float(timer() < deadline))
+            len(samples) < most and self.broadcast(float(timer() < deadline))
         ):
             samples.append([sample(work, n) for work, n in zip(works, calls)])
         return np.array(samples).T
@@ -288,7 +289,7 @@ class Bench:
                 22 if self.quick else 32 if on_gpu else 28,
             )
         )
-        size = self.agree(size)  # all ranks measure, or none
+        size = self.broadcast(size)  # all ranks measure, or none
         if (size, on_gpu) not in self.speeds:
             a, b = (
                 torch.ones(size // 8, device=self.run.device if on_gpu else "cpu") for _ in range(2)
@@ -470,7 +471,7 @@ def training_step(b: Bench, trainer: Trainer) -> None:
             laps.append(timer())
         return [sum(np.diff(laps)[0::2]), sum(np.diff(laps)[1::2])]
 
-    k = Knobs(
+    k = StepPlan(
         1.0,
         cfg.muon_momentum,
         qat=cfg.qat_enabled,
@@ -623,7 +624,7 @@ def techniques(b: Bench, trainer: Trainer) -> None:
         qat_start=0.5,
         strict=False,
     )
-    views, width = Views(both, run, model, flat, plan), cfg.qna_magnitude or 1.0
+    views, width = WeightViews(both, run, model, flat, plan), cfg.qna_magnitude or 1.0
     grids = views.qat_grids(
         model, {name: how for name, how in plan.items() if isinstance(how, Grid)}
     )
@@ -742,9 +743,9 @@ def exporting(b: Bench, trainer: Trainer) -> None:
             note=f"{weights:,} weights; order-0 entropy of their codes {entropy:,} bytes",
         )
     path.write_bytes(
-        train_gpt.pack(dataclasses.replace(cfg, compressor="zstd"), state, plan, level=1)
+        train_gpt.encode_artifact(dataclasses.replace(cfg, compressor="zstd"), state, plan, level=1)
     )
-    facts, parts = train_gpt.unseal(path)
+    facts, parts = train_gpt.read_container(path)
     raw, slow = sum(t.nbytes for t in parts.values()), dict(most=3, limit=3, warm=False)
 
     def one_frame(level: int) -> bytes:
@@ -753,7 +754,7 @@ def exporting(b: Bench, trainer: Trainer) -> None:
     for name in [name for name in COMPRESSORS if name != "none"]:
         level, twin, blobs = COMPRESSORS[name][2], name == "zstd", {}
         works = [
-            lambda: blobs.update(fast=train_gpt.seal(parts, facts, name)),
+            lambda: blobs.update(fast=train_gpt.encode_container(parts, facts, name)),
             lambda: blobs.update(twin=one_frame(level)),
         ]
         seconds, rate, sizes = (
@@ -775,7 +776,7 @@ def exporting(b: Bench, trainer: Trainer) -> None:
         b.add(
             "export",
             f"decompress, {name}",
-            b.time(lambda: train_gpt.unseal(path), limit=1),
+            b.time(lambda: train_gpt.read_container(path), limit=1),
             floor,
             rate,
             note=f"{sizes[0]} -> {raw:,} bytes",
@@ -783,14 +784,14 @@ def exporting(b: Bench, trainer: Trainer) -> None:
     b.add(
         "export",
         "pack (quantise, compress)",
-        b.time(lambda: path.write_bytes(train_gpt.pack(cfg, state, plan)), **slow),
+        b.time(lambda: path.write_bytes(train_gpt.encode_artifact(cfg, state, plan)), **slow),
         note=f"COMPRESSOR={cfg.compressor}, as shipped",
     )
     numel, size = sum(w.numel() for w in state.values()), path.stat().st_size
     b.add(
         "export",
         "load (unpack)",
-        b.time(lambda: train_gpt.unpack(path), limit=1),
+        b.time(lambda: train_gpt.read_artifact(path), limit=1),
         b.floor(nbytes=size + 4 * numel, host=True),
     )
 
@@ -861,7 +862,7 @@ def measure(cfg: Config, quick: bool) -> dict:
         for part in (exporting, preparation) if run.rank == 0 else ():
             run.log(f"{part.__name__} ...")
             part(b, trainer)
-        run.agree(None)
+        run.broadcast(None)
     return facts(wanted, run, quick) | dict(
         rows=sorted(b.rows, key=lambda row: GROUPS.index(row["group"]))
     )

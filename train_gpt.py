@@ -781,7 +781,7 @@ class Run:
             0,
         )
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S-") + f"{cfg.digest()[:8]}-s{cfg.seed}"
-        self.dir, problem = Path(cfg.logs_dir) / self.agree(name), ""
+        self.dir, problem = Path(cfg.logs_dir) / self.broadcast(name), ""
         if self.rank == 0:
             try:
                 self.dir.mkdir(parents=True, exist_ok=cfg.resume)
@@ -791,13 +791,13 @@ class Run:
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process at a time
             except OSError as error:
                 problem = f"RUN_ID={name}: cannot create {self.dir}, or another process is at work there ({error.strerror})"
-        refuse(problem := self.agree(problem), problem)
+        refuse(problem := self.broadcast(problem), problem)
         refuse(
             not self.dir.is_dir(),
             f"LOGS_DIR={cfg.logs_dir}: rank {self.rank} does not see it; use a disk that all share",
         )
 
-    def agree(self, value):  # Rank 0's value, on every rank
+    def broadcast(self, value):  # Rank 0's value, on every rank
         number = isinstance(
             value, float
         )  # the clock of every step: as a tensor in a third of the time
@@ -1190,7 +1190,7 @@ class Grid(NamedTuple):
     def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
         return codes.to(torch.float32, copy=True).mul_(scale)
 
-    def snap(self, w: Tensor) -> Tensor:
+    def fake_quantise(self, w: Tensor) -> Tensor:
         return self.dequantise(*self.quantise(w))  # the exported round trip, bit for bit
 
 
@@ -1202,7 +1202,7 @@ class Role(NamedTuple):
     bits: str | None = None  # None: fp32
 
 
-def param(tensor: Tensor, role: Role) -> nn.Parameter:
+def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
     """A parameter that carries its policy. (copy.deepcopy would drop it: never deepcopy the model.)"""
     p = nn.Parameter(tensor)
     p.role = role
@@ -1240,7 +1240,7 @@ class Linear(nn.Module):
         self, columns: int, rows: int, role: Role, init: Callable[[Tensor], Tensor] = nn.init.zeros_
     ):
         super().__init__()
-        self.weight = param(init(torch.empty(rows, columns)), role)
+        self.weight = parameter(init(torch.empty(rows, columns)), role)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -1250,7 +1250,7 @@ def absent(x, *context):
     return x  # A technique that is off: no parameters, no arithmetic
 
 
-def norm(x: Tensor, scale: float = 1.0) -> Tensor:
+def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
     """RMSNorm without weights. LN_SCALE (#975): times 1 / sqrt(block + 1), so deep blocks add less to the stream."""
     y = F.rms_norm(x, (x.shape[-1],))
     return y if scale == 1.0 else y * scale
@@ -1262,7 +1262,7 @@ class SmearGate(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.gate, self.mask_bos = (
-            param(torch.zeros(cfg.model_dim), Role("smear")),
+            parameter(torch.zeros(cfg.model_dim), Role("smear")),
             cfg.smear_mask_bos,
         )
 
@@ -1278,11 +1278,11 @@ class BigramHash(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.embed = param(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
+        self.embed = parameter(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
         role = Role({"muon": "muon", "adam": "scalar"}[cfg.bigram_proj_opt], "quant_bits_bigram")
         self.proj, self.scale = (
             Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init]),
-            param(torch.tensor(0.05), CONTROL),
+            parameter(torch.tensor(0.05), CONTROL),
         )
         self.proj.weight.data *= cfg.bigram_proj_gain
 
@@ -1302,11 +1302,11 @@ class ValueEmbedding(nn.Module):
             [int(s) for s in cfg.ve_layers.split(",")],
             cfg.model_dim // cfg.num_heads * cfg.num_kv_heads,
         )
-        self.embed = param(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
+        self.embed = parameter(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
         self.proj = Linear(cfg.ve_dim, kv_dim, Role("scalar", "quant_bits_bigram"), INITS["ortho"])
         self.scale, self.block_scales = (
-            param(torch.tensor(0.1), CONTROL),
-            param(torch.ones(len(self.blocks)), CONTROL),
+            parameter(torch.tensor(0.1), CONTROL),
+            parameter(torch.ones(len(self.blocks)), CONTROL),
         )
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
@@ -1322,7 +1322,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 
-def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos, sin (longest row, 1, pairs). NTK: the base grows with the TRAINING row, for all scoring rows (#975: with each row)."""
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
     stretch = (
@@ -1335,7 +1335,7 @@ def rope_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding on the first 2 * pairs dimensions of x (B, T, heads, d), in halves (not interleaved)."""
     pairs, c, s = cos.shape[-1], cos[: x.shape[1]], sin[: x.shape[1]]
     a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
@@ -1352,7 +1352,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> T
     return y.transpose(1, 2)
 
 
-def attention(name: str) -> Callable:
+def attention_function(name: str) -> Callable:
     """As sdpa, by the name of an ATTN_BACKEND. ImportError, or RuntimeError when it is called, where it does not work."""
     if name in KERNELS:
         return partial(sdpa, kernel=KERNELS[name])
@@ -1383,7 +1383,7 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
     )
     for name in names:
         try:
-            attend = found[name] = attention(name)
+            attend = found[name] = attention_function(name)
             attend = (
                 torch.compile(attend, dynamic=False, fullgraph=True)
                 if run.cuda and run.compile
@@ -1395,7 +1395,7 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
             refuse(len(names) == 1, problem)
             run.log(problem)
     best, timed = (
-        run.agree(min(cost, key=cost.get)),
+        run.broadcast(min(cost, key=cost.get)),
         ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()),
     )
     run.log(
@@ -1420,15 +1420,15 @@ class Attention(nn.Module):
             Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init) for _ in range(2)
         )
         self.proj = Linear(d, d, ATTN_ROLE)
-        self.q_gain = param(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
+        self.q_gain = parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
         self.xsa = exclude_self if index >= cfg.num_layers - cfg.xsa_last_n else absent
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
         v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
         q, k, v = (z.unflatten(2, (-1, self.head_dim)) for z in (self.c_q(x), self.c_k(x), v))
         q, k = (
-            rotate(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None],
-            rotate(norm(k), cos, sin),
+            apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None],
+            apply_rotary(rms_norm(k), cos, sin),
         )
         return self.proj(self.xsa(self.attend(q, k, v), v).flatten(2))
 
@@ -1457,16 +1457,18 @@ class Block(nn.Module):
             torch.ones(cfg.model_dim),
         )
         self.attn, self.mlp = Attention(cfg, index, attend), MLP(cfg)
-        self.resid_mix = param(torch.stack((one, 0 * one)), CONTROL)
-        self.attn_scale, self.mlp_scale = param(one, CONTROL), param(one.clone(), CONTROL)
+        self.resid_mix = parameter(torch.stack((one, 0 * one)), CONTROL)
+        self.attn_scale, self.mlp_scale = parameter(one, CONTROL), parameter(one.clone(), CONTROL)
 
     def forward(
         self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None
     ) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x, self.ln_scale), cos, sin, extra_v)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x, self.ln_scale))
+        x = x + self.attn_scale.to(x.dtype) * self.attn(
+            rms_norm(x, self.ln_scale), cos, sin, extra_v
+        )
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.ln_scale))
 
 
 class GPT(nn.Module):
@@ -1475,20 +1477,20 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Callable = sdpa):
         super().__init__()
         self.dtype, self.softcap, self.encoders = dtype, cfg.logit_softcap, cfg.num_layers // 2
-        self.tok_emb = param(
+        self.tok_emb = parameter(
             cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim), EMBED_ROLE
         )
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
-        self.skip_weights = param(torch.ones(self.encoders, cfg.model_dim), CONTROL)
+        self.skip_weights = parameter(torch.ones(self.encoders, cfg.model_dim), CONTROL)
         # created last, so that a toggle leaves the other initial weights as they are
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else absent
         self.smear = SmearGate(cfg) if cfg.smear_gate else absent
-        self.entry = [self.smear, lambda x, ids: norm(x)][
+        self.entry = [self.smear, lambda x, ids: rms_norm(x)][
             :: 1 if cfg.smear_pos == "pre_norm" else -1
         ]
         self.value_embed = ValueEmbedding(cfg) if cfg.ve_enabled else None
         self.cos, self.sin = (
-            nn.Buffer(table, persistent=False) for table in rope_tables(cfg, dtype)
+            nn.Buffer(table, persistent=False) for table in rotary_tables(cfg, dtype)
         )
 
     def hidden(
@@ -1507,7 +1509,7 @@ class GPT(nn.Module):
             x = block(x, x0, self.cos, self.sin, extra_v.get(i))
             if i < self.encoders:
                 skips.append(x)
-        return norm(x)
+        return rms_norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
         """ids (B, T), targets (B, S) -> nats (B, S) fp32, with logits only at positions (B, S); None: everywhere, S = T."""
@@ -1527,7 +1529,7 @@ def build_model(cfg: Config, run: Run, attend: Callable) -> GPT:
 
 
 # ── 6 SCHEDULE ────────────────────────────────────────────────────────────────────────────────────────────────────
-class Knobs(NamedTuple):  # What one step does
+class StepPlan(NamedTuple):  # What one step does
     lr_scale: float
     momentum: float
     qat: bool = False
@@ -1541,7 +1543,7 @@ class Schedule:
     def __init__(self, cfg: Config):
         self.cfg, self.fired = cfg, set()
 
-    def at(self, step: int, elapsed: float) -> Knobs:
+    def at(self, step: int, elapsed: float) -> StepPlan:
         c, remaining = self.cfg, float(self.cfg.iterations - step)
         if (
             c.max_wallclock_seconds and step
@@ -1572,7 +1574,7 @@ class Schedule:
             min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
         )
         noisy = c.qna_enabled and "qat" not in self.fired and scale >= c.qna_stop_scale
-        return Knobs(
+        return StepPlan(
             scale,
             (1 - ramp) * c.muon_momentum_warmup_start + ramp * c.muon_momentum,
             "qat" in self.fired,
@@ -1616,7 +1618,7 @@ def timeline(cfg: Config, step_seconds: float) -> str:
 
 
 # ── 7 OPTIMISER ───────────────────────────────────────────────────────────────────────────────────────────────────
-class Flat:
+class FlatParameters:
     """Parameters as views of one fp32 buffer and every .grad as a view of another: one all-reduce, one norm, no copies. Alike
     Muon matrices form a bank, an equal share per rank (filled up with zeros); last in the gradients: the loss, a stop flag."""
 
@@ -1714,7 +1716,7 @@ class Flat:
         return sums.flatten().tolist()
 
 
-def orthogonalise(g: Tensor, steps: int) -> Tensor:
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
     """Newton-Schulz towards the nearest semi-orthogonal matrix, for a stack (n, rows, columns) at once (Muon, 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
@@ -1731,7 +1733,7 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
 class Optimiser:
     """Muon for matrices (K. Jordan 2024): each rank updates its share of each bank. AdamW for the rest, a slice per group."""
 
-    def __init__(self, flat: Flat, cfg: Config, run: Run):
+    def __init__(self, flat: FlatParameters, cfg: Config, run: Run):
         self.flat, self.cfg, self.first, self.second = (
             flat,
             cfg,
@@ -1742,8 +1744,8 @@ class Optimiser:
             for b in (flat.weights, flat.gradients, self.first)
         )
         self.banks = [*zip(flat.shares(flat.weights), *own)]
-        self.orthogonalise = (
-            torch.compile(orthogonalise, dynamic=False) if run.compile else orthogonalise
+        self.newton_schulz = (
+            torch.compile(newton_schulz, dynamic=False) if run.compile else newton_schulz
         )
         rates, groups, states = (
             {
@@ -1768,7 +1770,7 @@ class Optimiser:
         )
         self.adamw.state.update(states)
 
-    def step(self, k: Knobs) -> None:
+    def step(self, k: StepPlan) -> None:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * k.lr_scale
         self.adamw.step()
@@ -1778,7 +1780,7 @@ class Optimiser:
         """Updates this rank's share of each bank; yields the bank, (ranks, entries), when that is done."""
         for bank, weights, gradient, buffer in self.banks:
             buffer.mul_(momentum).add_(gradient)
-            update = self.orthogonalise(
+            update = self.newton_schulz(
                 torch.add(gradient, buffer, alpha=momentum), self.cfg.muon_backend_steps
             )
             scale = lr * math.sqrt(max(1, update.shape[-2] / update.shape[-1]))
@@ -1787,11 +1789,11 @@ class Optimiser:
 
 
 # ── 8 VIEWS: the weights that the forward pass sees ───────────────────────────────────────────────────────────────
-class Views:
+class WeightViews:
     """For a step the chosen weights become what the forward pass shall see, then the latent ones return and take its gradient: a
     straight-through estimator outside the compiled graph. QAT (#989): the exported round trip. QNA (#975): uniform noise."""
 
-    def __init__(self, cfg: Config, run: Run, model: GPT, flat: Flat, plan: dict):
+    def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
         self.cfg = cfg
         grids = {name: grid for name, grid in plan.items() if isinstance(grid, Grid)}
         noise = {
@@ -1840,7 +1842,7 @@ class Views:
         latent = [(w, w.clone()) for _, w in stacks]
         for i, (grid, w) in enumerate(stacks):
             if qat:
-                w.copy_(grid.snap(w))
+                w.copy_(grid.fake_quantise(w))
             else:
                 noise = torch.Generator(w.device).manual_seed(
                     (self.cfg.seed * 1_000_003 + step) * 1009 + i
@@ -1861,7 +1863,7 @@ class Views:
 class Average:
     """SWA, EMA and SQWA (the mean of quantised-dequantised snapshots, of the EMA where that is on; #975)."""
 
-    def __init__(self, cfg: Config, run: Run, model: GPT, flat: Flat, plan: dict):
+    def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
         self.cfg, self.flat, self.plan, self.count, self.live = (
             cfg,
             flat,
@@ -1897,9 +1899,9 @@ class Average:
             self.buffer.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
         if snapshot:
             for name, w in (self.ema if self.ema and self.cfg.sqwa_enabled else self.live).items():
-                self.sums[name] += (shipped(w, self.plan[name]) if self.cfg.sqwa_enabled else w).to(
-                    self.sums[name].dtype
-                )
+                self.sums[name] += (
+                    as_shipped(w, self.plan[name]) if self.cfg.sqwa_enabled else w
+                ).to(self.sums[name].dtype)
             self.count += 1
         return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
 
@@ -1946,7 +1948,7 @@ class Trainer:
             cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows
         )
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-        self.flat = Flat(dict(model.named_parameters()), run)
+        self.flat = FlatParameters(dict(model.named_parameters()), run)
         self.bytes_per_token = val.target_bytes.double().mean().item()
         self.data = [
             *(path.name for path in split.paths),
@@ -1963,7 +1965,8 @@ class Trainer:
         self.run.activity.clear()
         self.schedule, self.optimiser = Schedule(self.cfg), Optimiser(self.flat, self.cfg, self.run)
         self.views, self.average = (
-            part(self.cfg, self.run, self.model, self.flat, self.plan) for part in (Views, Average)
+            part(self.cfg, self.run, self.model, self.flat, self.plan)
+            for part in (WeightViews, Average)
         )
         if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
             self.run.activity["WARMDOWN"] = Activity(
@@ -2058,7 +2061,7 @@ class Trainer:
                 f"{self.cfg.sources[0]}: incomplete ({type(error).__name__} {error}); train again"
             ) from None
 
-    def step(self, batch: tuple[Tensor, Tensor], k: Knobs) -> None:
+    def step(self, batch: tuple[Tensor, Tensor], k: StepPlan) -> None:
         """One optimiser step. What is not finite never reaches the weights: the step is left out, or is the last one."""
         cfg, gradients, share = (
             self.cfg,
@@ -2103,8 +2106,8 @@ class Trainer:
         cfg, weights, seconds = self.cfg, self.flat.weights.clone(), []
         averaging, loader = cfg.swa_enabled or cfg.sqwa_enabled, batches(cfg, self.run, self.split)
         variants = [
-            Knobs(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
-            Knobs(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled),
+            StepPlan(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
+            StepPlan(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled),
         ]
         for n in range(cfg.warmup_steps):
             began = time.perf_counter()
@@ -2127,7 +2130,7 @@ class Trainer:
         """Steps, from the beginning or from what was saved, until the budget or ITERATIONS is used up."""
         cfg, run = self.cfg, self.run
         with run.phase("warm-up and compile"):
-            run.log("schedule (warm-up speed): " + timeline(cfg, run.agree(self.warm_up())))
+            run.log("schedule (warm-up speed): " + timeline(cfg, run.broadcast(self.warm_up())))
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
             self.resumed.append(self.steps)
@@ -2146,7 +2149,7 @@ class Trainer:
                     self.step(next(loader), k)
                     before, self.elapsed = (
                         self.elapsed,
-                        run.agree(time.perf_counter() - self.started),
+                        run.broadcast(time.perf_counter() - self.started),
                     )
                     self.step_seconds.append(self.elapsed - before)
                     self.report(k)
@@ -2169,7 +2172,7 @@ class Trainer:
             loader.close()
             if run.cuda:
                 torch.cuda.synchronize()
-            self.elapsed = run.agree(time.perf_counter() - self.started)
+            self.elapsed = run.broadcast(time.perf_counter() - self.started)
             self.recompiles += compiled["unique_graphs"] - graphs
             run.log(
                 f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}"
@@ -2178,7 +2181,7 @@ class Trainer:
         if run.stop:
             run.signalled(run.stop, None)
 
-    def report(self, k: Knobs) -> None:
+    def report(self, k: StepPlan) -> None:
         """Log line, re-printed schedule, validation, comparison of the ranks, checkpoint: whatever is due after this step."""
         cfg, run, step = self.cfg, self.run, self.steps
         if "WARMDOWN" in run.activity:
@@ -2223,7 +2226,7 @@ class Trainer:
             live = self.score_weights()
             size = (
                 len(SOURCE)
-                + len(pack(cfg, dict(self.model.named_parameters()), self.plan, level=1))
+                + len(encode_artifact(cfg, dict(self.model.named_parameters()), self.plan, level=1))
                 if run.rank == 0
                 else 0
             )
@@ -2290,7 +2293,7 @@ COMPRESSORS["ans"] = COMPRESSORS[
 ]  # for all but the codes, which entropy_code has coded before
 
 
-def contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarray]:
+def code_contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarray]:
     """Name -> shape of each matrix of codes; context of every code, then of what fills the last lane: spread of row + column."""
     spreads = {
         name.removesuffix(":rows"): (rows, parts[name.removesuffix("rows") + "columns"])
@@ -2311,7 +2314,7 @@ def contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarra
     )
 
 
-def entropy_code(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def ans_encode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """All `:codes`, int8 (rows, columns), as one stream of a range asymmetric numeral system (Duda 2013, arXiv:1311.2540) in
     interleaved lanes. Context: mean |code| of the row, plus of the column against the matrix, in half or quarter octaves."""
     codes = {name: t.cpu() for name, t in sorted(tensors.items()) if name.endswith(":codes")}
@@ -2332,7 +2335,7 @@ def entropy_code(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not codes:
         return parts
     context, symbols = (
-        contexts(parts)[1],
+        code_contexts(parts)[1],
         np.concatenate([t.numpy().ravel() for t in codes.values()]) + np.uint8(128),
     )
     keys = context.astype(np.uint16) << 8 | np.append(
@@ -2365,10 +2368,10 @@ def entropy_code(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def entropy_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def ans_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """What entropy_code was given. ValueError, LookupError or RuntimeError on anything that it would not have returned."""
     (shapes, context), frequency, stream, total = (
-        contexts(parts),
+        code_contexts(parts),
         parts[":frequency"],
         parts[":stream"],
         1 << RANS_BITS,
@@ -2431,10 +2434,10 @@ def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
     return plan
 
 
-def shipped(
+def as_shipped(
     w: Tensor, how: Grid | torch.dtype
 ) -> Tensor:  # The fp32 weights that a reader of the artifact gets for w
-    return how.snap(w) if isinstance(how, Grid) else w.to(how).float()
+    return how.fake_quantise(w) if isinstance(how, Grid) else w.to(how).float()
 
 
 def prune(cfg: Config, state: State, fraction: float) -> State:
@@ -2450,9 +2453,11 @@ def prune(cfg: Config, state: State, fraction: float) -> State:
     }
 
 
-def seal(tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1) -> bytes:
+def encode_container(
+    tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1
+) -> bytes:
     """The container of artifacts and checkpoints: HEADER | compress(safetensors, with the facts as JSON). No pickle."""
-    tensors = entropy_code(tensors) if compressor == "ans" else tensors
+    tensors = ans_encode(tensors) if compressor == "ans" else tensors
     raw = safetensors.torch.save(
         {n: t.detach().contiguous().cpu() for n, t in tensors.items()}, {"facts": json.dumps(facts)}
     )
@@ -2470,7 +2475,7 @@ def seal(tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = 
     )
 
 
-def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """(facts, tensors). Refusal on anything that seal would not have written."""
 
     def check(fine: bool, problem: str) -> None:
@@ -2500,7 +2505,7 @@ def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
             safetensors.torch.load(raw),
             json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]]),
         )
-        tensors = entropy_decode(tensors) if ":stream" in tensors else tensors
+        tensors = ans_decode(tensors) if ":stream" in tensors else tensors
         for n, t in tensors.items():
             check(t.isfinite().all(), f"tensor {n} is not finite")
         return dict(json.loads(header["__metadata__"]["facts"])), tensors
@@ -2525,7 +2530,10 @@ def unseal(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def write_checkpoint(
     folder: Path, tensors: dict[str, Tensor], facts: dict
 ) -> list[str]:  # Names of what is not finite
-    blob, (newest, previous) = seal(tensors, facts, "none"), (folder / name for name in CHECKPOINTS)
+    blob, (newest, previous) = (
+        encode_container(tensors, facts, "none"),
+        (folder / name for name in CHECKPOINTS),
+    )
     bad = [
         name for name, w in tensors.items() if not w.isfinite().all()
     ]  # no reader would take it: the one before stays
@@ -2541,7 +2549,7 @@ def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
     saved, damaged = None, []
     for path in [path for path in (run.dir / name for name in CHECKPOINTS) if path.exists()]:
         try:
-            saved = saved or unseal(path)
+            saved = saved or read_container(path)
         except Refusal as error:
             if error.code != 2:
                 raise  # told to stop, or a failing disk
@@ -2556,7 +2564,7 @@ def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
         f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID",
     )
     progress = saved and saved[0]["progress"]
-    refuse(run.agree(progress) != progress, "RESUME=1: the ranks read different checkpoints")
+    refuse(run.broadcast(progress) != progress, "RESUME=1: the ranks read different checkpoints")
     if run.rank == 0:
         for path in damaged:
             path.replace(path.with_suffix(".damaged"))
@@ -2565,7 +2573,7 @@ def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
     return saved
 
 
-def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
+def encode_artifact(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
     """The artifact: codes, scales and floats as planned, with the knobs that a reader needs."""
     parts = {}
     for name, w in state.items():
@@ -2575,7 +2583,7 @@ def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> byt
             if isinstance(how, Grid)
             else {name: w.to(how)}
         )
-    return seal(
+    return encode_container(
         parts,
         cfg.knobs("model", "eval"),
         cfg.compressor,
@@ -2583,10 +2591,10 @@ def pack(cfg: Config, state: State, plan: dict, level: int | None = None) -> byt
     )
 
 
-def unpack(
+def read_artifact(
     path: Path,
 ) -> tuple[dict, State]:  # (knobs, fp32 weights) of an artifact; Refusal as in unseal
-    (knobs, tensors), state = unseal(path), {}
+    (knobs, tensors), state = read_container(path), {}
     for name, t in tensors.items():
         base, _, part = name.partition(":")
         codes, scale = (
@@ -2620,7 +2628,7 @@ def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict[str, in
         * torch.special.entr((codes + 128).bincount().double() / len(codes)).sum().item()
         / math.log(2)
     )
-    stored = total - len(pack(cfg, rest, plan))
+    stored = total - len(encode_artifact(cfg, rest, plan))
     return (
         dict(
             compressor=cfg.compressor,
@@ -2633,7 +2641,7 @@ def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict[str, in
     )
 
 
-def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
+def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
     """Per kind of tensor: how many, parameters, bytes compressed alone (fast), root mean square of the rounding error."""
     kind_of = {
         name: (p.role.bits or "control").removeprefix("quant_bits_")
@@ -2644,14 +2652,14 @@ def group_sizes(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, 
         for kind in dict.fromkeys(kind_of.values())
     }
     error = {
-        kind: torch.cat([(shipped(w, plan[n]) - w).flatten() for n, w in part.items()])
+        kind: torch.cat([(as_shipped(w, plan[n]) - w).flatten() for n, w in part.items()])
         for kind, part in kinds.items()
     }
     return {
         kind: dict(
             tensors=len(part),
             params=len(error[kind]),
-            bytes=len(pack(cfg, part, plan, 1)),
+            bytes=len(encode_artifact(cfg, part, plan, 1)),
             rms_error=error[kind].square().mean(dtype=torch.float64).sqrt().item(),
         )
         for kind, part in kinds.items()
@@ -2682,8 +2690,8 @@ def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, floa
     more = [(None, n) for n in range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5))]
     for coder, steps in [(cfg, 0), *[(ans, 0)] * (cfg.compressor != "ans"), *more]:
         coder, fraction = coder or smaller, cfg.prune_pct + steps * 0.005
-        blob = pack(coder, prune(cfg, state, fraction), plan) if run.rank == 0 else b""
-        total = run.agree(len(blob)) + len(SOURCE)
+        blob = encode_artifact(coder, prune(cfg, state, fraction), plan) if run.rank == 0 else b""
+        total = run.broadcast(len(blob)) + len(SOURCE)
         run.log(f"export: {coder.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
         if total <= cfg.cap_bytes or not cfg.fit_to_cap:
             return blob, fraction, coder
@@ -2719,7 +2727,7 @@ def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
     return np.concatenate([windows(a, b, length, stride) for a, b in zip(edges[:-1], edges[1:])])
 
 
-class Sheet:
+class ScoreSheet:
     """Nats of every validation target, written exactly once by some rank."""
 
     def __init__(self, cfg: Config, run: Run, val: Validation):
@@ -2756,7 +2764,7 @@ class Sheet:
                     yield batch, t, s or None
 
     @torch.no_grad()
-    def fill(self, forward: Callable, rows: np.ndarray) -> Sheet:
+    def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
         tokens, device = self.val.tokens, self.run.device
         for batch, length, slots in self.batches(rows):
             start, end, first = batch.split(1, dim=1)
@@ -2786,7 +2794,7 @@ def score(
     cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None
 ) -> Score:
     return (
-        Sheet(cfg, run, val)
+        ScoreSheet(cfg, run, val)
         .fill(forward, windows(0, val.n, cfg.window, 0) if rows is None else rows)
         .total()
     )
@@ -2800,10 +2808,10 @@ def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np
         if p not in {*model.blocks[: cfg.ttt_freeze_blocks].parameters()}
     }
     flat, optimiser = (
-        Flat(params, run),
+        FlatParameters(params, run),
         torch.optim.SGD(params.values(), lr=cfg.ttt_lr, momentum=0.9),
     )
-    sheet, chunk = Sheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
+    sheet, chunk = ScoreSheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
     for c in range(last := int(chunk[-1])):
         sheet.fill(model, rows[chunk == c])
         tokens = val.tokens[c * cfg.ttt_chunk_tokens : (c + 1) * cfg.ttt_chunk_tokens + 1].long()
@@ -2831,7 +2839,9 @@ MODEL_TOGGLES = (
 )  # off: 0
 
 
-def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable) -> None:
+def prove_toggles(
+    cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable
+) -> None:
     """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
     rows, length, steps = (
         min(max(val.n // cfg.train_seq_len, 1), 4),
@@ -2887,7 +2897,7 @@ def prove(cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Call
     if trainer.pruned:
         off, on = (
             {
-                name: shipped(w, trainer.plan[name])
+                name: as_shipped(w, trainer.plan[name])
                 for name, w in prune(cfg, trainer.final, share).items()
             }
             for share in (0.0, trainer.pruned)
@@ -3066,7 +3076,7 @@ def final_table(r: dict) -> str:
 
 
 # ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def produce(
+def train_and_export(
     cfg: Config,
     run: Run,
     splits: dict[str, Split],
@@ -3115,14 +3125,16 @@ def produce(
         if run.rank == 0:
             write_atomic(run.dir / "artifact.bin", blob)
         sizes = run.rank == 0 and (
-            group_sizes(cfg, model, trainer.final, plan),
+            sizes_by_kind(cfg, model, trainer.final, plan),
             code_size(coder, prune(cfg, trainer.final, trainer.pruned), plan, len(blob)),
         )
-        trainer.groups, trainer.codes = run.agree(sizes)  # and nobody reads before it is written
+        trainer.groups, trainer.codes = run.broadcast(
+            sizes
+        )  # and nobody reads before it is written
     return trainer
 
 
-def inherit(cfg: Config, knobs: dict, state: State) -> Config:
+def inherit_settings(cfg: Config, knobs: dict, state: State) -> Config:
     """The knobs that a file holds, and the environment's where those may differ. Refusal unless all fit these very tensors."""
     (source,), trained = cfg.sources, not cfg.eval_only
     scopes = ("seed", *COMPARED) if trained else ("model", "eval")
@@ -3178,7 +3190,7 @@ def score_all(
             trainer and trainer.pruned > cfg.prune_pct,
             lambda: trainer.score_weights(  # without what FIT_TO_CAP pruned
                 {
-                    n: shipped(w, trainer.plan[n])
+                    n: as_shipped(w, trainer.plan[n])
                     for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
                 }
             ),
@@ -3219,14 +3231,14 @@ def main(cfg: Config) -> dict:
         )
         path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
         saved = (
-            unseal(Path(cfg.checkpoint))
+            read_container(Path(cfg.checkpoint))
             if cfg.checkpoint
             else last_checkpoint(run)
             if cfg.resume
             else None
         )
         made = (
-            unpack(path)
+            read_artifact(path)
             if cfg.eval_only
             else saved
             and (
@@ -3234,7 +3246,7 @@ def main(cfg: Config) -> dict:
                 {n[5:]: w for n, w in saved[1].items() if n.startswith("live/")},
             )
         )
-        cfg = inherit(cfg, *made) if made else dataclasses.replace(cfg, inherited=True)
+        cfg = inherit_settings(cfg, *made) if made else dataclasses.replace(cfg, inherited=True)
         run.log(
             "settings: "
             + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults")
@@ -3249,13 +3261,13 @@ def main(cfg: Config) -> dict:
             val, data = Validation(cfg, run, splits["val"]), check_data(cfg, splits)
         run.log("data: " + ", ".join(f"{key} {value}" for key, value in data.items()))
         attend = choose_attention(cfg, run)
-        trainer = None if cfg.eval_only else produce(cfg, run, splits, val, attend, saved)
+        trainer = None if cfg.eval_only else train_and_export(cfg, run, splits, val, attend, saved)
         with run.phase("read back"):
-            _, state = unpack(path)
+            _, state = read_artifact(path)
         scores = score_all(cfg, run, state, val, attend, trainer)
         if trainer:
             with run.phase("prove toggles"):
-                prove(cfg, run, trainer, val, attend)
+                prove_toggles(cfg, run, trainer, val, attend)
         report = result(cfg, run, scores, data, path, trainer)
         run.log(final_table(report))
         run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
@@ -3264,7 +3276,7 @@ def main(cfg: Config) -> dict:
             (run.dir / CHECKPOINTS[1]).unlink(missing_ok=True)
         run.phase_name, report = (
             "stop",
-            run.agree(report),
+            run.broadcast(report),
         )  # all exit alike, and a signal comes too late
         return report
     except BaseException as error:

@@ -287,7 +287,7 @@ def artifact_file(compressor: str) -> bytes:
     cfg, state = product(compressor=compressor)
     with torch.device("meta"):
         plan = train_gpt.export_plan(cfg, train_gpt.GPT(cfg))
-    return train_gpt.pack(cfg, state, plan)
+    return train_gpt.encode_artifact(cfg, state, plan)
 
 
 @functools.cache
@@ -326,8 +326,8 @@ def safetensors_of(header: bytes, body: bytes) -> bytes:
 
 def as_artifact(path: Path) -> None:
     """As main() does with EVAL_ONLY."""
-    knobs, state = train_gpt.unpack(path)
-    cfg = train_gpt.inherit(train_gpt.Config(eval_only=str(path)), knobs, state)
+    knobs, state = train_gpt.read_artifact(path)
+    cfg = train_gpt.inherit_settings(train_gpt.Config(eval_only=str(path)), knobs, state)
     for name, w in state.items():
         promise(
             w.dtype == torch.float32 and bool(w.isfinite().all()),
@@ -342,9 +342,11 @@ def as_artifact(path: Path) -> None:
 
 def as_checkpoint(path: Path) -> None:
     """As main() does with CHECKPOINT."""
-    facts, tensors = train_gpt.unseal(path)
+    facts, tensors = train_gpt.read_container(path)
     live = {name[5:]: w for name, w in tensors.items() if name.startswith("live/")}
-    cfg = train_gpt.inherit(train_gpt.Config(checkpoint=str(path)), facts.get("config", {}), live)
+    cfg = train_gpt.inherit_settings(
+        train_gpt.Config(checkpoint=str(path)), facts.get("config", {}), live
+    )
     promise(
         all(str(value).isprintable() for value in cfg.knobs().values()),
         "a setting commands the terminal",
@@ -870,7 +872,7 @@ def seeds(target: str) -> list[bytes]:
         + {
             "container": lambda: (
                 [artifact_file(name) for name in compressed]
-                + [train_gpt.seal(*reversed(good("checkpoint")), "none")]
+                + [train_gpt.encode_container(*reversed(good("checkpoint")), "none")]
             ),
             "artifact": lambda: [
                 b"\0" + raw,

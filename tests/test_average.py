@@ -14,7 +14,17 @@ from conftest import TINY
 from test_optimiser import ALL, make_trainer, normal, on_ranks
 
 import train_gpt
-from train_gpt import Average, Flat, Knobs, Run, build_model, export_plan, sdpa, shipped, unpack
+from train_gpt import (
+    Average,
+    FlatParameters,
+    StepPlan,
+    Run,
+    build_model,
+    export_plan,
+    sdpa,
+    as_shipped,
+    read_artifact,
+)
 
 TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
 KINDS = {
@@ -35,7 +45,9 @@ class Bench:
         with torch.no_grad():
             for i, p in enumerate(self.params.values()):
                 p.copy_(normal(*p.shape, seed=1000 + i))
-        self.average = Average(cfg, self.run, model, Flat(self.params, self.run), self.plan)
+        self.average = Average(
+            cfg, self.run, model, FlatParameters(self.params, self.run), self.plan
+        )
 
     def move(self, step: int, by: float = 0.3) -> dict[str, np.ndarray]:
         """New weights around the old ones, in fp64."""
@@ -96,7 +108,10 @@ def test_sqwa_is_the_mean_of_what_the_artifact_would_have_held(bench, ema):
         }
         source, snapshot = recurrence if ema else b.params, step % 4 == 3
         taken += [
-            {name: shipped(w.detach(), b.plan[name]).double().numpy() for name, w in source.items()}
+            {
+                name: as_shipped(w.detach(), b.plan[name]).double().numpy()
+                for name, w in source.items()
+            }
         ] * snapshot
         assert b.average.update(snapshot) == ["EMA"] * ema + ["SQWA"] * snapshot
     assert len(taken) == 3 and b.error("sqwa", mean(taken)) < 3e-7
@@ -140,12 +155,12 @@ def test_latent_weights_are_averaged_while_qat_is_on(tiny, kind):
     names, params = zip(*trainer.model.named_parameters())
     ema = [p.detach().clone() for p in params]
     for step in range(4):
-        trainer.step(next(loader), Knobs(1.0, 0.9, qat=True, snapshot=kind != "ema"))
+        trainer.step(next(loader), StepPlan(1.0, 0.9, qat=True, snapshot=kind != "ema"))
         live = [p.detach().clone() for p in params]
         torch._foreach_lerp_(ema, live, 1 - 0.6)
         source = dict(zip(names, [w.clone() for w in ema] if "ema" in kind else live))
         latent.append(
-            {n: shipped(w, trainer.plan[n]) for n, w in source.items()}
+            {n: as_shipped(w, trainer.plan[n]) for n, w in source.items()}
             if "sqwa" in kind
             else source
         )
@@ -155,7 +170,7 @@ def test_latent_weights_are_averaged_while_qat_is_on(tiny, kind):
         expected = latent[-1][name] if kind == "ema" else sum(state[name] for state in latent) / 4
         torch.testing.assert_close(w, expected, rtol=1e-5, atol=1e-6, msg=name)
     on_grid = [
-        torch.equal(p, shipped(p, trainer.plan[n]))
+        torch.equal(p, as_shipped(p, trainer.plan[n]))
         for n, p in zip(names, params)
         if n.endswith("fc.weight")
     ]
@@ -191,7 +206,7 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
     else:
         taken = [ema if "ema" in kind else live for live, ema, snapshot in states if snapshot]
         taken = (
-            [[shipped(w, plan[n]) for n, w in zip(names, state)] for state in taken]
+            [[as_shipped(w, plan[n]) for n, w in zip(names, state)] for state in taken]
             if "sqwa" in kind
             else taken
         )
@@ -201,10 +216,10 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
             3,
         )  # lr scale 0.75, 0.5, 0.25
         assert len(taken) == 3
-    state = unpack(train_gpt.Path(report["artifact_path"]))[1]
+    state = read_artifact(train_gpt.Path(report["artifact_path"]))[1]
     for name, w, live in zip(names, weights, states[-1][0]):
-        assert torch.equal(state[name], shipped(w, plan[name])), name
-        assert not torch.equal(state[name], shipped(live, plan[name])) or not live.any(), name
+        assert torch.equal(state[name], as_shipped(w, plan[name])), name
+        assert not torch.equal(state[name], as_shipped(live, plan[name])) or not live.any(), name
     toggle = report["toggles"][cfg.shipped_average.upper()]
     assert (
         report["exit_code"] == 0

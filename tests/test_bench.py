@@ -22,7 +22,16 @@ from torch import nn
 
 import bench
 import train_gpt
-from train_gpt import COMPRESSORS, Average, Config, Flat, Grid, Split, document_windows, windows
+from train_gpt import (
+    COMPRESSORS,
+    Average,
+    Config,
+    FlatParameters,
+    Grid,
+    Split,
+    document_windows,
+    windows,
+)
 
 REFERENCE = Config()  # seed #194's model and batch
 COMMITTED = [
@@ -186,10 +195,10 @@ def test_batches_equal_synchronous_reads(tiny, rank, world):
 def reductions(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, list, list]:
     """(norm, plain norm, gradients, plain gradients) after the mean over the ranks and the clip."""
     params = {
-        f"w{i}": train_gpt.param(torch.zeros(shape), train_gpt.CONTROL)
+        f"w{i}": train_gpt.parameter(torch.zeros(shape), train_gpt.CONTROL)
         for i, shape in enumerate([(40, 8), (9,), (30, 5)])
     }
-    flat = Flat(params, SimpleNamespace(world=world, rank=rank, device="cpu"))
+    flat = FlatParameters(params, SimpleNamespace(world=world, rank=rank, device="cpu"))
     for i, p in enumerate(params.values()):
         p.grad.copy_(normal(*p.shape, seed=10 * rank + i))
     copies = [nn.Parameter(torch.zeros_like(p)) for p in params.values()]
@@ -247,7 +256,7 @@ def test_the_floor_of_a_step_adds_up_to_that_of_the_reference():
         cuda=True,
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
-        agree=lambda value: value,
+        broadcast=lambda value: value,
     )
     b = bench.Bench(REFERENCE, run, quick=False)
     b.flop_rate, b.bandwidth = 790e12, lambda size, host: 4.3e12  # of one H200, measured

@@ -39,18 +39,18 @@ from train_gpt import (
     Refusal,
     Run,
     code_size,
-    entropy_code,
-    entropy_decode,
+    ans_encode,
+    ans_decode,
     export,
     export_plan,
-    group_sizes,
+    sizes_by_kind,
     main,
-    pack,
+    encode_artifact,
     prune,
-    seal,
-    shipped,
-    unpack,
-    unseal,
+    encode_container,
+    as_shipped,
+    read_artifact,
+    read_container,
     write_atomic,
 )
 
@@ -75,7 +75,7 @@ def product(tiny):
 def artifact(product, tmp_path):
     """A good artifact of the tiny configuration on disk."""
     path = tmp_path / "artifact.bin"
-    path.write_bytes(pack(*product()))
+    path.write_bytes(encode_artifact(*product()))
     return path
 
 
@@ -108,19 +108,21 @@ def test_an_artifact_is_always_compressed():
 def test_what_is_read_back_is_exactly_what_was_shipped(product, tmp_path, compressor, knobs):
     cfg, state, plan = product(compressor=compressor, **ALL_ON, **knobs)
     path = tmp_path / "a.bin"
-    path.write_bytes(pack(cfg, state, plan))
-    found, weights = unpack(path)
+    path.write_bytes(encode_artifact(cfg, state, plan))
+    found, weights = read_artifact(path)
     assert found == cfg.knobs("model", "eval") and weights.keys() == state.keys()
     for name, w in state.items():
         assert weights[name].dtype == torch.float32 and torch.equal(
-            weights[name], shipped(w, plan[name])
+            weights[name], as_shipped(w, plan[name])
         ), name
 
 
 @pytest.mark.parametrize("compressor", CHOICES)
 def test_the_same_weights_give_the_same_bytes_whatever_their_order(product, compressor):
     cfg, state, plan = product(compressor=compressor)
-    assert pack(cfg, state, plan) == pack(cfg, dict(reversed(state.items())), plan)
+    assert encode_artifact(cfg, state, plan) == encode_artifact(
+        cfg, dict(reversed(state.items())), plan
+    )
 
 
 @pytest.mark.parametrize("level", [1, 9])
@@ -128,10 +130,10 @@ def test_the_level_reaches_the_compressor_and_the_reader_needs_no_setting(produc
     sizes = {}
     for compressor in CHOICES:
         cfg, state, plan = product(compressor=compressor, compress_level=level)
-        (tmp_path / compressor).write_bytes(blob := pack(cfg, state, plan))
-        assert blob == pack(product(compressor=compressor)[0], state, plan, level)
+        (tmp_path / compressor).write_bytes(blob := encode_artifact(cfg, state, plan))
+        assert blob == encode_artifact(product(compressor=compressor)[0], state, plan, level)
         sizes[compressor] = len(blob)
-        assert unpack(tmp_path / compressor)[1].keys() == state.keys()
+        assert read_artifact(tmp_path / compressor)[1].keys() == state.keys()
     assert len(set(sizes.values())) == len(CHOICES) == 4
 
 
@@ -143,8 +145,8 @@ def test_requantising_the_shipped_weights_changes_nothing(bits, codes, floor):
         torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
         * torch.logspace(-9, 2, 64)[:, None]
     )
-    once = Grid(bits, "amax", codes, floor).snap(w)
-    assert torch.equal(Grid(bits, "amax", codes, floor).snap(once), once)
+    once = Grid(bits, "amax", codes, floor).fake_quantise(w)
+    assert torch.equal(Grid(bits, "amax", codes, floor).fake_quantise(once), once)
 
 
 @pytest.mark.parametrize("bits", [5, 6, 8])
@@ -190,8 +192,8 @@ def test_any_codes_come_back_bit_for_bit(shapes, seed, bits, zeros):
             f"{i}:codes": torch.from_numpy(codes.astype(np.int8)),
             f"{i}:scale": torch.ones(shape[0], 1).half(),
         }
-    parts = entropy_code(tensors)
-    found = entropy_decode(parts)
+    parts = ans_encode(tensors)
+    found = ans_decode(parts)
     assert found.keys() == tensors.keys() and all(
         torch.equal(found[name], t) for name, t in tensors.items()
     )
@@ -202,12 +204,12 @@ def test_any_codes_come_back_bit_for_bit(shapes, seed, bits, zeros):
 
 def test_codes_without_structure_take_their_order_0_entropy():
     codes = gaussian(1000, 1200)
-    parts = entropy_code({"w:codes": codes})
+    parts = ans_encode({"w:codes": codes})
     assert 1 - 0.001 < 2 * len(parts[":stream"]) / order0_bytes(codes) < 1.003
     assert (
-        len(seal({"w:codes": codes}, {}, "ans"))
+        len(encode_container({"w:codes": codes}, {}, "ans"))
         < 1.005 * order0_bytes(codes)
-        < len(seal({"w:codes": codes}, {}, "zstd"))
+        < len(encode_container({"w:codes": codes}, {}, "zstd"))
     )
 
 
@@ -215,20 +217,20 @@ def test_codes_without_structure_take_their_order_0_entropy():
 def test_rows_and_columns_of_unlike_spread_take_less_than_their_order_0_entropy(axis):
     spread = torch.logspace(-1, 1, 600)
     codes = gaussian(600, 600, spread[:, None] if axis == 0 else spread[None])
-    assert len(seal({"w:codes": codes}, {}, "ans")) < 0.85 * order0_bytes(codes)
+    assert len(encode_container({"w:codes": codes}, {}, "ans")) < 0.85 * order0_bytes(codes)
 
 
 def test_many_codes_take_finer_contexts_and_several_lanes():
     spread = torch.logspace(-0.5, 0.5, 3000)[:, None]
     codes = gaussian(3000, 1500, spread * 8)
-    coarse, parts = entropy_code({"w:codes": codes[:2000]}), entropy_code({"w:codes": codes})
+    coarse, parts = ans_encode({"w:codes": codes[:2000]}), ans_encode({"w:codes": codes})
     levels = [len(p["w:codes:rows"][:2000].unique()) for p in (coarse, parts)]
     assert (
         codes.numel() > 1 << 22 > codes[:2000].numel()
         and codes.numel() > 2 * LANE
         and levels[1] > 1.5 * levels[0]
     )
-    assert torch.equal(entropy_decode(parts)["w:codes"], codes)
+    assert torch.equal(ans_decode(parts)["w:codes"], codes)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +265,13 @@ def test_many_codes_take_finer_contexts_and_several_lanes():
     ids=itertools.count(),
 )
 def test_parts_that_nobody_coded_are_refused_in_little_memory(spoil, tmp_path):
-    parts = entropy_code({"w:codes": gaussian(200, 200), "w:scale": torch.ones(200, 1).half()})
+    parts = ans_encode({"w:codes": gaussian(200, 200), "w:scale": torch.ones(200, 1).half()})
     spoil(parts)
-    (tmp_path / "a.bin").write_bytes(seal(parts, {}, "zstd"))
+    (tmp_path / "a.bin").write_bytes(encode_container(parts, {}, "zstd"))
     tracemalloc.start()
     try:
         with pytest.raises(Refusal, match="a.bin"):
-            unpack(tmp_path / "a.bin")
+            read_artifact(tmp_path / "a.bin")
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
@@ -299,10 +301,12 @@ def test_the_codes_entropy_and_their_share_of_the_artifact_are_reported(product,
             if isinstance(how, Grid)
         ]
     )
-    total = len(pack(cfg, state, plan))
+    total = len(encode_artifact(cfg, state, plan))
     found = code_size(cfg, state, plan, total)
     floats = len(
-        pack(cfg, {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}, plan)
+        encode_artifact(
+            cfg, {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}, plan
+        )
     )
     assert found == dict(
         compressor=compressor,
@@ -439,7 +443,7 @@ def test_a_file_cut_anywhere_is_refused(artifact):
     for length in [*range(HEADER.size + 2), *range(0, len(data), 97), len(data) - 1]:
         artifact.write_bytes(data[:length])
         with pytest.raises(Refusal, match="artifact.bin"):
-            unpack(artifact)
+            read_artifact(artifact)
 
 
 def test_a_flipped_bit_anywhere_is_refused(artifact):
@@ -449,7 +453,7 @@ def test_a_flipped_bit_anywhere_is_refused(artifact):
         damaged[place] ^= 1 << place % 8
         artifact.write_bytes(damaged)
         with pytest.raises(Refusal, match="artifact.bin"):
-            unpack(artifact)
+            read_artifact(artifact)
             pytest.fail(f"byte {place} may be anything")
 
 
@@ -666,7 +670,7 @@ def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
 def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(product, compressor):
     cfg, state, plan = product(**ALL_ON, compressor=compressor, quant_clip="amax")
     model = GPT(cfg)
-    groups = group_sizes(cfg, model, state, plan)
+    groups = sizes_by_kind(cfg, model, state, plan)
     assert groups.keys() == {"mlp", "attn", "bigram", "embed", "control"}
     kinds = {
         "attn": ("attn.c_q.", "attn.c_k.", "attn.c_v.", "attn.proj."),
@@ -681,7 +685,7 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
     members["control"] = state.keys() - set().union(*members.values())
     for kind, names in members.items():
         squares = sum(
-            ((shipped(state[n], plan[n]).double() - state[n].double()) ** 2).sum().item()
+            ((as_shipped(state[n], plan[n]).double() - state[n].double()) ** 2).sum().item()
             for n in sorted(names)
         )
         count = sum(state[n].numel() for n in names)
@@ -696,7 +700,7 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
                 if codes is not None
                 else {n: state[n].to(plan[n])}
             )
-        assert groups[kind]["bytes"] == len(seal(stored, facts, compressor, 1))
+        assert groups[kind]["bytes"] == len(encode_container(stored, facts, compressor, 1))
     assert (
         sum(g["tensors"] for g in groups.values()) == len(state)
         and groups["control"]["rms_error"] == 0
@@ -706,7 +710,7 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
 
 def test_group_sizes_follow_the_bits_of_each_kind_and_are_in_the_result(product, tiny):
     groups = {
-        bits: group_sizes(cfg, GPT(cfg), *rest)
+        bits: sizes_by_kind(cfg, GPT(cfg), *rest)
         for bits in (4, 6, 8, 16)
         for cfg, *rest in [product(quant_bits_mlp=bits)]
     }
@@ -730,8 +734,8 @@ def test_what_is_unsealed_is_exactly_what_was_sealed(tmp_path, compressor):
     }
     facts = {"config": {"text": "\u00e4\n", "number": 0.1}, "list": [1, None, True]}
     path = tmp_path / "sealed"
-    path.write_bytes(seal(tensors, facts, compressor))
-    found, read = unseal(path)
+    path.write_bytes(encode_container(tensors, facts, compressor))
+    found, read = read_container(path)
     assert found == facts and read.keys() == tensors.keys()
     assert all(read[n].dtype == t.dtype and torch.equal(read[n], t) for n, t in tensors.items())
 
@@ -795,7 +799,7 @@ def test_over_the_cap_all_is_saved_and_the_exit_code_is_3(tiny, below):
     )
     folder = train_gpt.Path(cfg.logs_dir) / cfg.run_id
     assert (
-        unpack(folder / "artifact.bin")
+        read_artifact(folder / "artifact.bin")
         and json.loads((folder / "result.json").read_text())["exit_code"] == 3
     )
     log = (folder / "train.log").read_text()
@@ -813,7 +817,7 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
     code, steps = len(train_gpt.SOURCE), int(round((0.9 - start) / 0.005))
 
     def size(coder, share: float) -> int:
-        return code + len(pack(coder, prune(cfg, state, share), plan))
+        return code + len(encode_artifact(coder, prune(cfg, state, share), plan))
 
     ans = dataclasses.replace(cfg, compressor="ans", compress_level=-1)
     smaller = cfg if compressor == "ans" else min(cfg, ans, key=lambda coder: size(coder, start))

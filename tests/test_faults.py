@@ -26,7 +26,7 @@ from test_pipeline import events, folder
 from test_resume import BASE, MODES, assert_same_run, go_on
 
 import train_gpt
-from train_gpt import CHECKPOINTS, Config, unseal
+from train_gpt import CHECKPOINTS, Config, read_container
 
 EVERYTHING = BASE | MODES["late QAT, SQWA of EMA"] | dict(strict=False)
 STOPS_WITHIN = 40  # seconds after one rank is lost: 5 s for the others' word, and a busy machine
@@ -64,7 +64,7 @@ def all_whole(path: Path) -> set[str]:
     """The .bin files of a run's folder; each must load."""
     names = {p.name for p in path.glob("*.bin")} if path.exists() else set()
     for name in names:
-        unseal(path / name)
+        read_container(path / name)
     return names
 
 
@@ -159,7 +159,7 @@ class DiesIn:
     rank: int
 
     def __call__(self):
-        step, fill = train_gpt.Trainer.step, train_gpt.Sheet.fill
+        step, fill = train_gpt.Trainer.step, train_gpt.ScoreSheet.fill
 
         def die(run, where):
             if run.rank == self.rank and run.phase_name == where == self.phase:
@@ -174,7 +174,7 @@ class DiesIn:
             die(sheet.run, "score quantised")
             return fill(sheet, *rest)
 
-        train_gpt.Trainer.step, train_gpt.Sheet.fill = dying_step, dying_fill
+        train_gpt.Trainer.step, train_gpt.ScoreSheet.fill = dying_step, dying_fill
 
 
 def at_step(step: int, act) -> None:
@@ -250,7 +250,7 @@ def test_a_disk_that_fills_up_while_training_leaves_the_last_checkpoint(referenc
     run = finish(cfg, prepare=FillsUp(7))
     assert codes(run) == [7] and "File too large" in run.stderr() and "RESUME=1" in run.stderr()
     assert all_whole(folder(cfg)) and max(
-        unseal(p)[0]["progress"]["steps"] for p in folder(cfg).glob("checkpoint*.bin")
+        read_container(p)[0]["progress"]["steps"] for p in folder(cfg).glob("checkpoint*.bin")
     ) in (5, 6)
     assert codes(finish(go_on(cfg))) == [0]
     assert_same_run(reference, broken)
@@ -316,7 +316,7 @@ def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(
     assert len(said) == (world if code == 7 else 1) and all(
         message in line and str(shard) in line for line in said
     )
-    saved = unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"]
+    saved = read_container(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"]
     if world == 1:
         assert (
             saved in (5, 6, 7) and f"saved after {saved} steps" in run.log()
@@ -429,7 +429,7 @@ def test_nan_or_inf_stops_before_it_reaches_the_weights(broken, value, where, wo
     ]  # of both ranks together
     assert "step 5: not finite" in line and "NONFINITE=skip" in line and "[exit 5" in line
     assert where == "loss" or f"first gradient: {where}" in line
-    facts, tensors = unseal(folder(broken) / CHECKPOINTS[0])
+    facts, tensors = read_container(folder(broken) / CHECKPOINTS[0])
     assert (
         facts["progress"]["steps"] == 5
         and all(w.isfinite().all() for w in tensors.values())
@@ -453,7 +453,7 @@ def test_a_skipped_step_leaves_weights_moments_and_averages_alone(tiny):
         tiny(**knobs | dict(iterations=6, nonfinite="skip")),
     )
     assert codes(finish(five)) == [0] and codes(finish(six, prepare=NotFinite((5,)))) == [0]
-    one, other = (unseal(folder(cfg) / CHECKPOINTS[0])[1] for cfg in (five, six))
+    one, other = (read_container(folder(cfg) / CHECKPOINTS[0])[1] for cfg in (five, six))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -476,7 +476,7 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_log_says_so(broken)
         and "is not finite, after 3 steps" in run.log()
         and "saved after" not in run.log()
     )
-    assert unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"] == 0
+    assert read_container(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["steps"] == 0
 
 
 @dataclass
@@ -663,7 +663,7 @@ def test_ranks_that_drift_apart_are_noticed_before_the_next_checkpoint(reference
         and "RESUME=1" in run.stderr(0)
     )
     for name in CHECKPOINTS:  # none was made of weights that differ
-        assert unseal(folder(cfg) / name)[0]["progress"]["steps"] <= 5
+        assert read_container(folder(cfg) / name)[0]["progress"]["steps"] <= 5
 
 
 def test_one_two_four_and_eight_ranks_train_alike(reference, tiny):

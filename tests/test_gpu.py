@@ -27,21 +27,21 @@ from train_gpt import (
     PACKAGES,
     Average,
     Config,
-    Flat,
+    FlatParameters,
     Grid,
     Optimiser,
     Run,
     Split,
     Validation,
-    attention,
+    attention_function,
     batches,
     build_model,
     document_windows,
     export_plan,
-    pack,
+    encode_artifact,
     score,
     sdpa,
-    unpack,
+    read_artifact,
     windows,
 )
 
@@ -154,7 +154,7 @@ def test_what_was_scored_is_what_can_be_read_back(finished):
         dataclasses.replace(finished.cfg, run_id="again", eval_only="", compile="0"),
     )
     assert {"live", "averaged", "quantised", "sliding", "documents"} <= scores.keys()
-    knobs, state = unpack(Path(finished.report["artifact_path"]))
+    knobs, state = read_artifact(Path(finished.report["artifact_path"]))
     run = run_on(cfg, "cpu")
     model, val = build_model(cfg, run, sdpa), Validation(cfg, run, Split(cfg, "val"))
     model.load_state_dict(state)
@@ -200,8 +200,8 @@ def test_qat_sees_what_the_artifact_holds_bit_for_bit(tiny, tmp_path, device, cl
         )
         b = Bench(cfg)  # rows of very different size, some above 1
         seen, path = b.seen(qat=True), tmp_path / "artifact.bin"
-        path.write_bytes(pack(cfg, b.latent, b.plan))
-        _, state = unpack(path)
+        path.write_bytes(encode_artifact(cfg, b.latent, b.plan))
+        _, state = read_artifact(path)
         grids = [name for name, how in b.plan.items() if isinstance(how, Grid)]
         assert len(grids) == 23 and seen[grids[0]].device.type == device
         assert [name for name in grids if not torch.equal(seen[name].cpu(), state[name])] == [], (
@@ -252,7 +252,7 @@ def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, 
     moved = {name: w.to(device) for name, w in state.items()}
     for compressor in ("zstd", "ans"):
         cfg = dataclasses.replace(cfg, compressor=compressor)
-        assert pack(cfg, state, plan) == pack(cfg, moved, plan), compressor
+        assert encode_artifact(cfg, state, plan) == encode_artifact(cfg, moved, plan), compressor
     pruned, there = (train_gpt.prune(cfg, weights, 0.1) for weights in (state, moved))
     assert all(torch.equal(w, there[name].cpu()) for name, w in pruned.items())
 
@@ -282,7 +282,7 @@ def test_every_attention_kernel_that_works_agrees_with_the_formula(device, name,
     ]
     weight = normal(2, 256, 8, 64, seed=9).to(device)
     try:
-        attend = attention(name)
+        attend = attention_function(name)
         both_ways(attend, tensors, weight)
     except (ImportError, RuntimeError) as problem:
         assert name != "sdpa"
@@ -324,8 +324,10 @@ def test_muon_agrees_with_fp64(device, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_on(device))
     shapes = [(128, 128)] * 4 + [(64, 128)] * 2 + [(384, 128)] * 2 + [(128, 384)] * 2
     run = SimpleNamespace(world=1, rank=0, device=torch.device(device), compile=True)
-    other = {"b": train_gpt.param(torch.zeros(9), train_gpt.CONTROL)}  # AdamW takes no empty list
-    flat = Flat((params := matrices(*shapes)) | other, run)
+    other = {
+        "b": train_gpt.parameter(torch.zeros(9), train_gpt.CONTROL)
+    }  # AdamW takes no empty list
+    flat = FlatParameters((params := matrices(*shapes)) | other, run)
     before = [p.detach().cpu().clone() for p in params.values()]
     gradients = [
         [normal(*shape, seed=100 * step + i) for i, shape in enumerate(shapes)] for step in range(3)
@@ -379,7 +381,7 @@ def averages(cfg: Config, device: str) -> dict[str, dict[str, torch.Tensor]]:
     run = run_on(cfg, device)
     model = build_model(cfg, run, sdpa)
     params = dict(model.named_parameters())
-    average = Average(cfg, run, model, Flat(params, run), export_plan(cfg, model))
+    average = Average(cfg, run, model, FlatParameters(params, run), export_plan(cfg, model))
     with torch.no_grad():
         for step in range(6):
             for i, p in enumerate(params.values()):

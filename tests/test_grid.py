@@ -65,8 +65,8 @@ def test_snap_is_what_a_reader_makes_of_the_shipped_bytes(grid, w):
         (8, 192),
         (8, 1),
     )
-    assert np.array_equal(grid.snap(w).numpy(), codes.astype("f4") * scale.astype("f4"))
-    assert torch.equal(grid.snap(w), grid.dequantise(*grid.quantise(w)))
+    assert np.array_equal(grid.fake_quantise(w).numpy(), codes.astype("f4") * scale.astype("f4"))
+    assert torch.equal(grid.fake_quantise(w), grid.dequantise(*grid.quantise(w)))
 
 
 @every_grid
@@ -93,7 +93,7 @@ def test_asym_uses_its_extra_code_where_the_clip_cuts():
 
 @every_grid
 def test_no_weight_inside_the_clip_moves_more_than_half_a_step_and_others_go_to_the_edge(grid, w):
-    snapped, scale = grid.snap(w), grid.scale(w)
+    snapped, scale = grid.fake_quantise(w), grid.scale(w)
     low, high = -(grid.top + (grid.codes == "asym")) * scale, grid.top * scale
     inside = (w >= low) & (w <= high)
     assert ((snapped - w).abs() <= scale / 2 + 1e-6 * w.abs())[inside].all()
@@ -105,7 +105,7 @@ def test_no_weight_inside_the_clip_moves_more_than_half_a_step_and_others_go_to_
 @every_grid
 def test_a_zero_row_gives_zeros_and_a_usable_step(grid, w):
     codes, scale = grid.quantise(w)
-    assert not codes[5].any() and not grid.snap(w)[5].any() and 0 < scale[5] < 1.1
+    assert not codes[5].any() and not grid.fake_quantise(w)[5].any() and 0 < scale[5] < 1.1
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -128,7 +128,9 @@ def test_a_stack_gives_what_each_matrix_gives(grid, w):
     stack = torch.stack((w, w.flip(0) * 3, w.roll(1, 1) * 0.1))
     for together, one_by_one in zip(grid.quantise(stack), zip(*map(grid.quantise, stack))):
         assert torch.equal(together, torch.stack(one_by_one))
-    assert torch.equal(grid.snap(stack), torch.stack([grid.snap(m) for m in stack]))
+    assert torch.equal(
+        grid.fake_quantise(stack), torch.stack([grid.fake_quantise(m) for m in stack])
+    )
 
 
 @pytest.mark.parametrize("floor", (False, True))
@@ -138,7 +140,7 @@ def test_search_takes_the_best_clip_of_each_matrix(floor):
     stack[2, :, 0] = 40.0
     stack[3] = stack[3].sign()
     grid, chosen = Grid(4, "search5", "sym", floor), set()
-    for matrix, found in zip(stack.double().numpy(), grid.snap(stack).double().numpy()):
+    for matrix, found in zip(stack.double().numpy(), grid.fake_quantise(stack).double().numpy()):
         errors = []
         for q in CLIP_QUANTILES["search5"]:
             step = (
@@ -154,8 +156,8 @@ def test_search_takes_the_best_clip_of_each_matrix(floor):
 
 # ── doing it twice: the same again where nothing is clipped (otherwise the second pass may cut a little more) ──
 def assert_idempotent(grid: Grid, w: torch.Tensor) -> None:
-    once = grid.snap(w)
-    assert once.any() and not torch.equal(once, w) and torch.equal(grid.snap(once), once)
+    once = grid.fake_quantise(w)
+    assert once.any() and not torch.equal(once, w) and torch.equal(grid.fake_quantise(once), once)
 
 
 @pytest.mark.parametrize("grid", [g for g in GRIDS if g.clip == "amax"], ids=str)
@@ -195,7 +197,7 @@ def test_quantile_clip_is_the_int8_export_of_145_199_and_194(bits, w):
     clip = np.quantile(abs(w), 0.9999984, axis=1, keepdims=True)
     reference = rounded(np.clip(w, -clip, clip).astype("f4"), np.maximum(clip / c, 1 / c), -c, c)
     assert np.array_equal(
-        Grid(bits, "quantile", "sym", True).snap(torch.from_numpy(w)).numpy(), reference
+        Grid(bits, "quantile", "sym", True).fake_quantise(torch.from_numpy(w)).numpy(), reference
     )
 
 
@@ -204,7 +206,8 @@ def test_amax_asym_without_floor_is_the_export_of_989(bits, w):
     c, w = 2 ** (bits - 1) - 1, w.numpy()
     step = np.maximum(abs(w).max(1, keepdims=True) / np.float32(c), np.finfo("f2").tiny)
     assert np.array_equal(
-        Grid(bits, "amax", "asym").snap(torch.from_numpy(w)).numpy(), rounded(w, step, -c - 1, c)
+        Grid(bits, "amax", "asym").fake_quantise(torch.from_numpy(w)).numpy(),
+        rounded(w, step, -c - 1, c),
     )
 
 
@@ -216,4 +219,6 @@ def test_search5_is_the_export_of_975():
     ]
     candidates = [rounded(w, np.maximum(clip / 31, 1 / 31), -31, 31) for clip in clips]
     best = min(candidates, key=lambda candidate: ((candidate - w) ** 2).mean())
-    assert np.array_equal(Grid(6, "search5", "sym", True).snap(torch.from_numpy(w)).numpy(), best)
+    assert np.array_equal(
+        Grid(6, "search5", "sym", True).fake_quantise(torch.from_numpy(w)).numpy(), best
+    )

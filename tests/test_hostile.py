@@ -32,7 +32,16 @@ import ablate
 import prepare_data
 import train_gpt
 from ablate import check_submission, matrix, read_study
-from train_gpt import Config, Refusal, Split, check_data, inherit, seal, unpack, unseal
+from train_gpt import (
+    Config,
+    Refusal,
+    Split,
+    check_data,
+    inherit_settings,
+    encode_container,
+    read_artifact,
+    read_container,
+)
 
 CASES = sorted((Path(__file__).parent / "fuzz_cases").glob("*-*"))
 ESCAPES = ["\x1b[2J\x1b]0;title\x07", "\ud800", "a\nb", "a\rb", "\u202egnp", "\x00", "\x9b31m"]
@@ -196,14 +205,14 @@ def test_any_container_comes_back_as_it_was_and_with_any_bit_flipped_is_refused(
         name: (torch.arange(math.prod(shape)) % 7 - 3).reshape(shape).to(dtype)
         for name, (shape, dtype) in shapes.items()
     }
-    blob = seal(tensors, facts, compressor, 1)
+    blob = encode_container(tensors, facts, compressor, 1)
     path.write_bytes(blob)
-    found, back = unseal(path)
+    found, back = read_container(path)
     assert found == facts and back.keys() == tensors.keys()
     assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype for n, t in tensors.items())
     at, bit = data.draw(st.integers(0, len(blob) - 1)), data.draw(st.integers(0, 7))
     path.write_bytes(blob[:at] + bytes([blob[at] ^ 1 << bit]) + blob[at + 1 :])
-    assert "file.bin" in refusal(unseal, path)
+    assert "file.bin" in refusal(read_container, path)
 
 
 def forged(path: Path, tensors: dict, facts: dict | str | None = None) -> Path:
@@ -219,7 +228,7 @@ def forged(path: Path, tensors: dict, facts: dict | str | None = None) -> Path:
 
 def scored(path: Path) -> Config:
     """What main() does with EVAL_ONLY before it reads data."""
-    return inherit(Config(eval_only=str(path)), *unpack(path))
+    return inherit_settings(Config(eval_only=str(path)), *read_artifact(path))
 
 
 TENSOR = {
@@ -239,7 +248,7 @@ TENSOR = {
 
 @pytest.mark.parametrize("tensors", TENSOR.values(), ids=TENSOR)
 def test_tensors_that_no_export_writes_are_refused(tmp_path, tensors):
-    assert "a.bin" in refusal(unpack, forged(tmp_path / "a.bin", tensors, {}))
+    assert "a.bin" in refusal(read_artifact, forged(tmp_path / "a.bin", tensors, {}))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +286,7 @@ def test_settings_in_an_artifact_that_break_terminal_or_model_are_refused(tmp_pa
     ],
     ids=["pipe", "folder", "device", "loop", "terabyte"],
 )
-@pytest.mark.parametrize("reader", [unseal, unpack])
+@pytest.mark.parametrize("reader", [read_container, read_artifact])
 def test_what_is_no_plain_file_of_a_sane_size_is_refused_unread(tmp_path, reader, make):
     make(tmp_path / "a.bin")
     assert "a.bin" in refusal(reader, tmp_path / "a.bin")
@@ -301,9 +310,9 @@ def test_an_xz_stream_cannot_ask_for_gigabytes(tmp_path):
         for n in (20, 28)
     )
     (tmp_path / "a.bin").write_bytes(sealed(small, "lzma", len(raw)))
-    assert unseal(tmp_path / "a.bin")[1]["w"].tolist() == [1] * 4
+    assert read_container(tmp_path / "a.bin")[1]["w"].tolist() == [1] * 4
     (tmp_path / "a.bin").write_bytes(sealed(large, "lzma", len(raw)))
-    assert "LZMAError" in refusal(unseal, tmp_path / "a.bin")
+    assert "LZMAError" in refusal(read_container, tmp_path / "a.bin")
 
 
 def test_few_bytes_cannot_stand_for_more_weights_than_a_run_could_ship(tmp_path):
@@ -315,7 +324,7 @@ def test_few_bytes_cannot_stand_for_more_weights_than_a_run_could_ship(tmp_path)
         sealed(train_gpt.COMPRESSORS["zstd"][0](raw, 1), "zstd", len(raw))
     )
     assert (tmp_path / "a.bin").stat().st_size < 1 << 20
-    assert "a.bin" in refusal(unpack, tmp_path / "a.bin")
+    assert "a.bin" in refusal(read_artifact, tmp_path / "a.bin")
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +339,7 @@ def trained(data, tmp_path_factory) -> tuple[dict, dict, dict]:
     )
     logs = tmp_path_factory.mktemp("trained")
     train_gpt.main(Config(**knobs, logs_dir=str(logs), run_id="run"))
-    return knobs, *unseal(logs / "run" / "checkpoint.bin")
+    return knobs, *read_container(logs / "run" / "checkpoint.bin")
 
 
 @pytest.mark.parametrize(
@@ -351,7 +360,7 @@ def test_facts_of_a_checkpoint_that_no_run_wrote_are_refused_before_anything_is_
 ):
     knobs, facts, tensors = trained
     change(facts := json.loads(json.dumps(facts)))
-    (tmp_path / "c.bin").write_bytes(seal(tensors, facts, "none"))
+    (tmp_path / "c.bin").write_bytes(encode_container(tensors, facts, "none"))
     cfg = Config(
         **knobs, logs_dir=str(tmp_path), run_id="again", checkpoint=str(tmp_path / "c.bin")
     )

@@ -25,12 +25,12 @@ from train_gpt import (
     Run,
     SmearGate,
     ValueEmbedding,
-    attention,
+    attention_function,
     choose_attention,
     exclude_self,
-    norm,
-    rope_tables,
-    rotate,
+    rms_norm,
+    rotary_tables,
+    apply_rotary,
     sdpa,
 )
 
@@ -421,7 +421,7 @@ def machine(cuda: bool = False):
         device=torch.device("cpu"),
         dtype=torch.float32,
         log=log.append,
-        agree=lambda v: v,
+        broadcast=lambda v: v,
     )
     run.milliseconds = lambda work: Run.milliseconds(run, work)
     return run, log
@@ -490,7 +490,7 @@ def test_a_kernel_that_was_chosen_is_in_the_compiled_graph_too(name):
 
     expected = [torch.autograd.grad(sdpa(*(qkv := heads())).square().sum(), qkv)]
     torch._dynamo.reset()
-    compiled = torch.compile(attention(name), fullgraph=True, backend=keep)
+    compiled = torch.compile(attention_function(name), fullgraph=True, backend=keep)
     found = torch.autograd.grad(compiled(*(qkv := heads())).square().sum(), qkv)
     torch._dynamo.reset()
     torch.testing.assert_close(found, expected[0])
@@ -518,12 +518,12 @@ def test_ln_scale_is_one_over_the_root_of_the_depth():
     scales = [block.ln_scale for block in GPT(config(num_layers=4, ln_scale=True)).blocks]
     assert scales == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
     x = torch.randn(2, 32)
-    torch.testing.assert_close(norm(x, 0.5), 0.5 * norm(x))
+    torch.testing.assert_close(rms_norm(x, 0.5), 0.5 * rms_norm(x))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_norm_gives_unit_rms_to_an_embedding_of_the_initial_size(dtype):
-    y = norm(
+    y = rms_norm(
         (0.005 * torch.randn(4, 512)).to(dtype)
     )  # bf16's own epsilon of 0.008 would flatten it
     assert y.dtype == dtype
@@ -533,7 +533,7 @@ def test_norm_gives_unit_rms_to_an_embedding_of_the_initial_size(dtype):
 # ── rotary embedding ──
 def test_ntk_base_of_975():
     cfg = Config(rope_dims=16, rope_ntk_len=1024, train_seq_len=2048)
-    cos, sin = rope_tables(cfg, torch.float32)
+    cos, sin = rotary_tables(cfg, torch.float32)
     angle = torch.atan2(sin[1, 0], cos[1, 0]).double()  # at position 1: base^(-2k / 16)
     assert len(angle) == 8 and angle[0] == pytest.approx(1.0)
     assert angle[1].item() ** -8 == pytest.approx(22082, abs=1) == 10000 * 2 ** (16 / 14)
@@ -541,7 +541,7 @@ def test_ntk_base_of_975():
 
 def test_rope_tables_do_not_depend_on_the_scored_length():
     (short, _), (long, _) = (
-        rope_tables(config(rope_ntk_len=12, eval_seq_len=n), torch.float32) for n in (8, 96)
+        rotary_tables(config(rope_ntk_len=12, eval_seq_len=n), torch.float32) for n in (8, 96)
     )
     assert len(short) == 24 and len(long) == 96 and torch.equal(short, long[:24])
 
@@ -549,8 +549,8 @@ def test_rope_tables_do_not_depend_on_the_scored_length():
 @pytest.mark.parametrize("dims", (0, 4, 2))
 def test_rotated_products_depend_on_the_distance_alone(dims):
     cfg = config(rope_dims=dims)
-    cos, sin = rope_tables(cfg, torch.float32)
-    q, k = (rotate(torch.randn(8).expand(1, 24, 1, 8), cos, sin)[0, :, 0] for _ in range(2))
+    cos, sin = rotary_tables(cfg, torch.float32)
+    q, k = (apply_rotary(torch.randn(8).expand(1, 24, 1, 8), cos, sin)[0, :, 0] for _ in range(2))
     products = q @ k.T
     for distance in range(1, 23):
         diagonal = products.diagonal(-distance)
@@ -560,7 +560,7 @@ def test_rotated_products_depend_on_the_distance_alone(dims):
 
 def test_partial_rope_leaves_the_other_dimensions_alone():
     x = torch.randn(2, 24, 4, 8)
-    y = rotate(x, *rope_tables(config(rope_dims=4), torch.float32))
+    y = apply_rotary(x, *rotary_tables(config(rope_dims=4), torch.float32))
     assert torch.equal(y[..., 4:], x[..., 4:]) and torch.equal(y[:, 0], x[:, 0])
     assert (y[:, 1:, :, :4] != x[:, 1:, :, :4]).all()
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))

@@ -19,8 +19,8 @@ from launch import serve
 
 import train_gpt
 from train_gpt import (
-    Flat,
-    Knobs,
+    FlatParameters,
+    StepPlan,
     Optimiser,
     Run,
     Schedule,
@@ -29,7 +29,7 @@ from train_gpt import (
     Validation,
     build_model,
     export_plan,
-    orthogonalise,
+    newton_schulz,
     sdpa,
 )
 
@@ -56,7 +56,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def matrices(*shapes: tuple) -> dict[str, torch.nn.Parameter]:
     return {
-        f"w{i}": train_gpt.param(normal(*shape, seed=i), train_gpt.MLP_ROLE)
+        f"w{i}": train_gpt.parameter(normal(*shape, seed=i), train_gpt.MLP_ROLE)
         for i, shape in enumerate(shapes)
     }
 
@@ -98,13 +98,13 @@ SHAPES = [(8, 24)] + [(16, 8)] * 4 + [(16, 16)] * 5  # neither 2 nor 3 divides e
 
 def other_parameter() -> dict[str, torch.nn.Parameter]:
     """AdamW takes no empty list."""
-    return {"b": train_gpt.param(torch.zeros(9), train_gpt.CONTROL)}
+    return {"b": train_gpt.parameter(torch.zeros(9), train_gpt.CONTROL)}
 
 
 def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
     """Three Muon steps on gradients that are the same on every rank."""
     run = SimpleNamespace(world=world, rank=rank, device="cpu", compile=False)
-    flat = Flat((params := matrices(*SHAPES)) | other_parameter(), run)
+    flat = FlatParameters((params := matrices(*SHAPES)) | other_parameter(), run)
     optimiser = Optimiser(flat, train_gpt.Config(muon_wd=0.1), run)
     for step in range(3):
         for i, p in enumerate(params.values()):
@@ -124,7 +124,7 @@ def own_gradient(rank: int) -> torch.Tensor:
 
 def everything(rank: int, world: int, cfg) -> dict:
     """What the tests below compare between the ranks, and between worlds."""
-    flat = Flat(other_parameter(), SimpleNamespace(world=world, rank=rank, device="cpu"))
+    flat = FlatParameters(other_parameter(), SimpleNamespace(world=world, rank=rank, device="cpu"))
     flat.gradients.copy_(own_gradient(rank))
     stats, losses = flat.reduce(clip=0.5), []
     trainer = make_trainer(dataclasses.replace(cfg, run_id=f"{world}-ranks"))
@@ -216,7 +216,7 @@ def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_pr
     cfg = tiny(**ALL, bigram_proj_opt=bigram_proj_opt, adam_wd=0.01)
     model = build_model(cfg, Run(cfg), sdpa)
     flat, names = (
-        Flat(dict(model.named_parameters()), ALONE),
+        FlatParameters(dict(model.named_parameters()), ALONE),
         {id(p): name for name, p in model.named_parameters()},
     )
     optimiser, muon = (
@@ -260,7 +260,7 @@ def test_a_parameter_of_no_group_is_an_error(tiny):
     model = build_model(cfg, Run(cfg), sdpa)
     model.blocks[0].attn_scale.role = train_gpt.Role("nobody")
     with pytest.raises(KeyError, match="nobody"):
-        Optimiser(Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
+        Optimiser(FlatParameters(dict(model.named_parameters()), ALONE), cfg, ALONE)
 
 
 @pytest.mark.parametrize("init", ("ortho", "default"))
@@ -271,7 +271,7 @@ def test_every_parameter_learns_within_two_steps(tiny, init):
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     loader = train_gpt.batches(trainer.cfg, trainer.run, trainer.split)
     for _ in range(2):
-        trainer.step(next(loader), Knobs(1.0, 0.9))
+        trainer.step(next(loader), StepPlan(1.0, 0.9))
     loader.close()
     assert [
         name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])
@@ -287,7 +287,7 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
     batch = next(loader := train_gpt.batches(trainer.cfg, trainer.run, trainer.split))
     loader.close()
     for _ in range(2):  # the second step must start from zero
-        trainer.step(batch, Knobs(1.0, 0.9))
+        trainer.step(batch, StepPlan(1.0, 0.9))
     loss, flat = trainer.model(*batch).mean(), trainer.flat.gradients
     for p, gradient in zip(params, torch.autograd.grad(loss, params)):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7)
@@ -306,9 +306,10 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
 @pytest.mark.parametrize("clip", (0.0, 0.01, 0.3, 1e9))
 def test_the_clip_is_that_of_torch(clip):
     params, copies = (
-        [train_gpt.param(torch.zeros(n), train_gpt.CONTROL) for n in (3, 5, 1)] for _ in range(2)
+        [train_gpt.parameter(torch.zeros(n), train_gpt.CONTROL) for n in (3, 5, 1)]
+        for _ in range(2)
     )
-    flat = Flat(dict(zip("abc", params)), ALONE)
+    flat = FlatParameters(dict(zip("abc", params)), ALONE)
     flat.gradients[-2] = 7.0
     for i, (p, copy) in enumerate(zip(params, copies)):
         p.grad.copy_(normal(*p.shape, seed=i))
@@ -325,7 +326,7 @@ def test_the_flat_buffers_hold_every_tensor_once_aligned_and_in_equal_chunks(tin
     cfg = tiny(**ALL | dict(model_dim=36, mlp_mult=1.3, num_heads=2, num_kv_heads=1, rope_dims=6))
     model = build_model(cfg, Run(cfg), sdpa)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    flat = Flat(
+    flat = FlatParameters(
         dict(model.named_parameters()), SimpleNamespace(world=world, rank=world - 1, device="cpu")
     )
     owner = torch.zeros(len(flat.weights), dtype=torch.int64)
@@ -377,11 +378,11 @@ def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
     """Decay first and decoupled, then the scaled update, at the learning rate and momentum of the step."""
     cfg = tiny(**ALL, muon_wd=0.5, matrix_lr=0.1)
     model = build_model(cfg, Run(cfg), sdpa)
-    optimiser = Optimiser(flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
+    optimiser = Optimiser(flat := FlatParameters(dict(model.named_parameters()), ALONE), cfg, ALONE)
     matrices = {name: p for name, p in model.named_parameters() if p.role.optimiser == "muon"}
     expected = {name: p.detach().double() for name, p in matrices.items()}
     buffers = dict.fromkeys(matrices, 0.0)
-    for step, k in enumerate([Knobs(1.0, 0.5), Knobs(0.7, 0.8), Knobs(0.4, 0.95)]):
+    for step, k in enumerate([StepPlan(1.0, 0.5), StepPlan(0.7, 0.8), StepPlan(0.4, 0.95)]):
         flat.gradients.copy_(normal(len(flat.gradients), seed=step))
         for name, p in matrices.items():
             g, lr = p.grad.double(), 0.1 * k.lr_scale
@@ -402,7 +403,9 @@ def test_muon_agrees_with_torch(shape):
     """torch.optim.Muon works in bf16: 3 significant digits, five matrix steps; 2 % of the update."""
     (ours,), theirs = matrices(shape).values(), torch.nn.Parameter(normal(*shape))
     optimiser = Optimiser(
-        flat := Flat({"w": ours} | other_parameter(), ALONE), train_gpt.Config(muon_wd=0.1), ALONE
+        flat := FlatParameters({"w": ours} | other_parameter(), ALONE),
+        train_gpt.Config(muon_wd=0.1),
+        ALONE,
     )
     other = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.1)
     for step in range(4):
@@ -418,9 +421,9 @@ def test_muon_agrees_with_torch(shape):
 def test_a_batch_of_matrices_is_orthogonalised_one_by_one():
     stack = normal(7, 12, 20) * torch.logspace(-6, 3, 7)[:, None, None]
     for g in (stack, stack.mT):
-        together = orthogonalise(g, 5)
+        together = newton_schulz(g, 5)
         for one, matrix in zip(together, g):
-            torch.testing.assert_close(one, orthogonalise(matrix[None], 5)[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(one, newton_schulz(matrix[None], 5)[0], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(
                 one.double(), spec_orthogonalise(matrix), rtol=1e-3, atol=1e-3
             )
@@ -430,13 +433,13 @@ def test_a_batch_of_matrices_is_orthogonalised_one_by_one():
 def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_directions(shape):
     u, _, v = torch.linalg.svd(normal(*shape), full_matrices=False)
     values = torch.logspace(0, -1.5, len(v))
-    turned = u.T @ orthogonalise((u * values @ v)[None], 5)[0] @ v.T
+    turned = u.T @ newton_schulz((u * values @ v)[None], 5)[0] @ v.T
     assert turned.diagonal().min() > 0.65 and turned.diagonal().max() < 1.25
     assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
 
 
 def test_a_zero_gradient_moves_nothing():
-    assert not orthogonalise(torch.zeros(2, 4, 6), 5).any()
+    assert not newton_schulz(torch.zeros(2, 4, 6), 5).any()
 
 
 def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
@@ -462,7 +465,7 @@ def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
 def test_adamw_is_that_of_torch_on_separate_tensors(tiny):
     cfg = tiny(**ALL, adam_wd=0.3, beta1=0.8, beta2=0.9, adam_eps=1e-6)
     model = build_model(cfg, Run(cfg), sdpa)
-    optimiser = Optimiser(flat := Flat(dict(model.named_parameters()), ALONE), cfg, ALONE)
+    optimiser = Optimiser(flat := FlatParameters(dict(model.named_parameters()), ALONE), cfg, ALONE)
     rates = {
         "embed": dict(lr=0.03, betas=(0.8, 0.9)),
         "scalar": dict(lr=0.02, betas=(0.8, 0.9)),
@@ -491,7 +494,7 @@ def test_adamw_is_that_of_torch_on_separate_tensors(tiny):
             copy.grad = p.grad.clone()
             other.param_groups[0]["lr"] = rates[p.role.optimiser]["lr"] * scale
             other.step()
-        optimiser.step(Knobs(scale, 0.9))
+        optimiser.step(StepPlan(scale, 0.9))
     assert len(pairs) > 20
     for name, p, copy, _ in pairs:
         torch.testing.assert_close(p, copy, rtol=1e-5, atol=1e-6, msg=name)

@@ -22,7 +22,16 @@ from conftest import ROOT, TINY, environment, write_shard
 from test_score import short_documents, two_ranks
 
 import train_gpt
-from train_gpt import CODE_SHA256, Config, Refusal, Run, main, seal, unpack, unseal
+from train_gpt import (
+    CODE_SHA256,
+    Config,
+    Refusal,
+    Run,
+    main,
+    encode_container,
+    read_artifact,
+    read_container,
+)
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 SMALL = dict(
@@ -181,7 +190,7 @@ def test_each_toggle_and_each_pair_trains_exports_reloads_scores_and_acts(
     cfg = combination(names, documents, tmp_path)
     report = main(cfg)
     assert_all_acted(report, names)
-    assert unpack(folder(cfg) / "artifact.bin")[0] == cfg.knobs("model", "eval")
+    assert read_artifact(folder(cfg) / "artifact.bin")[0] == cfg.knobs("model", "eval")
 
 
 @pytest.mark.parametrize("names", REFUSED, ids="-".join)
@@ -828,17 +837,17 @@ def test_a_checkpoint_that_no_training_wrote_is_refused_in_one_line(
     checkpoint, tiny, command, change
 ):
     settings, path = checkpoint
-    facts, tensors = unseal(path)
+    facts, tensors = read_container(path)
     change(facts, tensors)
-    path.write_bytes(seal(tensors, facts, "none"))
+    path.write_bytes(encode_container(tensors, facts, "none"))
     assert str(path) in refusal(command(tiny(**settings, checkpoint=str(path))))
 
 
 def test_facts_of_a_checkpoint_reach_nothing_but_the_clock(checkpoint, tiny):
     settings, path = checkpoint
-    facts, tensors = unseal(path)
+    facts, tensors = read_container(path)
     facts["progress"].update(cfg=None, model=None)
-    path.write_bytes(seal(tensors, facts, "none"))
+    path.write_bytes(encode_container(tensors, facts, "none"))
     assert main(tiny(**settings, checkpoint=str(path)))["exit_code"] == 0
 
 

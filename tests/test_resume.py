@@ -17,7 +17,7 @@ from launch import codes, finish, launch
 from test_pipeline import events, flipped, folder, truncated
 
 import train_gpt
-from train_gpt import CHECKPOINTS, Config, Refusal, main, unseal
+from train_gpt import CHECKPOINTS, Config, Refusal, main, read_container
 
 BASE = dict(
     iterations=12,
@@ -101,7 +101,7 @@ def logged(cfg: Config) -> list[dict]:
 
 def state(cfg: Config) -> tuple[dict, dict]:
     """(facts, tensors) of checkpoint.bin, without times and what depends on them."""
-    facts, tensors = unseal(folder(cfg) / CHECKPOINTS[0])
+    facts, tensors = read_container(folder(cfg) / CHECKPOINTS[0])
     facts["progress"] = {
         k: v
         for k, v in facts["progress"].items()
@@ -156,7 +156,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, mode, worl
     assert codes(finish(whole, world)) == [0] * world
     assert codes(finish(broken, world, StopAfter(5))) == [143] * world
     assert (
-        unseal(folder(broken) / CHECKPOINTS[0])[0]["progress"]["steps"] == 6
+        read_container(folder(broken) / CHECKPOINTS[0])[0]["progress"]["steps"] == 6
     )  # the step under way was finished
     assert codes(finish(go_on(broken), world, StopAfter(9))) == [143] * world
     assert codes(finish(go_on(broken), world)) == [0] * world
@@ -242,11 +242,11 @@ def test_a_run_within_a_real_budget_spends_no_more_than_it(tiny):
         first.until(lambda: "acts from" in first.log())  # the warm-down has begun
         first.processes[0].terminate()
         assert first.wait() == [143]
-    spent = unseal(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["elapsed"]
+    spent = read_container(folder(cfg) / CHECKPOINTS[0])[0]["progress"]["elapsed"]
     assert 0.9 < spent < 2.0 and codes(finish(go_on(cfg))) == [0]
     result = json.loads((folder(cfg) / "result.json").read_text())
     assert spent < result["train_seconds"] <= 2.0 + 0.1 and len(result["resumed"]) == 1
-    assert unseal(folder(cfg) / CHECKPOINTS[0])[0]["activity"]["WARMDOWN"]["effect"] < -0.8
+    assert read_container(folder(cfg) / CHECKPOINTS[0])[0]["activity"]["WARMDOWN"]["effect"] < -0.8
 
 
 # ── which checkpoint ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,7 +269,9 @@ def stopped(data, tmp_path_factory) -> tuple[Config, Config]:
     )
     assert codes(finish(whole)) == [0] and codes(finish(broken, prepare=StopAfter(5))) == [143]
     assert codes(finish(go_on(broken), prepare=StopAfter(11))) == [143]
-    assert [unseal(folder(broken) / name)[0]["progress"]["steps"] for name in CHECKPOINTS] == [
+    assert [
+        read_container(folder(broken) / name)[0]["progress"]["steps"] for name in CHECKPOINTS
+    ] == [
         12,
         6,
     ]
@@ -306,12 +308,12 @@ def test_what_is_no_damage_leaves_the_checkpoints_as_they_are(copy, monkeypatch,
         folder(copy) / CHECKPOINTS[0],
         {path.name: path.read_bytes() for path in folder(copy).glob("*.bin")},
     )
-    unseal, data = train_gpt.unseal, newest.read_bytes()
+    read_container, data = train_gpt.read_container, newest.read_bytes()
     if code == 143:
         monkeypatch.setattr(
             train_gpt,
-            "unseal",
-            lambda path: (os.kill(os.getpid(), signal.SIGTERM), unseal(path))[1],
+            "read_container",
+            lambda path: (os.kill(os.getpid(), signal.SIGTERM), read_container(path))[1],
         )
     else:
         newest.unlink()
@@ -484,7 +486,7 @@ def test_checkpoints_come_at_their_interval_and_never_more_than_two(tiny):
 
 def unseal_or_none(path) -> tuple[int, float] | None:
     try:
-        progress = unseal(path)[0]["progress"]
+        progress = read_container(path)[0]["progress"]
     except Refusal:  # between the two renamings there is none
         return None
     return progress["steps"], progress["elapsed"]

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import Config, Knobs, Schedule, budget_spent, timeline
+from train_gpt import Config, StepPlan, Schedule, budget_spent, timeline
 
 UNCAPPED = dict(iterations=10**6)
 SPEEDS = pytest.mark.parametrize("speed", [0.5, 1.0, 3.0])
 PLANNED = 0.09  # seconds per step at speed 1: 6,666 steps in 600 s
 
 
-def drive(cfg: Config, seconds) -> tuple[list[Knobs], float]:
+def drive(cfg: Config, seconds) -> tuple[list[StepPlan], float]:
     """The training loop on a simulated clock (seconds per step, or seconds(knobs)): every step's knobs, and the end."""
     schedule, taken, elapsed = Schedule(cfg), [], 0.0
     while len(taken) < cfg.iterations and not budget_spent(cfg, len(taken), elapsed):
@@ -29,7 +29,7 @@ def drive(cfg: Config, seconds) -> tuple[list[Knobs], float]:
     return taken, elapsed
 
 
-def first(taken: list[Knobs], wanted) -> int:
+def first(taken: list[StepPlan], wanted) -> int:
     """The first step whose knobs are wanted."""
     return next(step for step, k in enumerate(taken) if wanted(k))
 

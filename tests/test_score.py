@@ -25,7 +25,7 @@ from train_gpt import (
     Refusal,
     Run,
     Score,
-    Sheet,
+    ScoreSheet,
     Split,
     Validation,
     build_model,
@@ -128,8 +128,8 @@ def nats_of(cfg, run, val, model, mode: str) -> tuple[torch.Tensor, Score]:
     """(nats of every target, Score), by the functions that the pipeline calls. Test-time training changes the model."""
     sheets = []
     with pytest.MonkeyPatch.context() as patch:
-        total = Sheet.total
-        patch.setattr(Sheet, "total", lambda sheet: (sheets.append(sheet), total(sheet))[1])
+        total = ScoreSheet.total
+        patch.setattr(ScoreSheet, "total", lambda sheet: (sheets.append(sheet), total(sheet))[1])
         job = train_gpt.test_time_train if mode == "ttt" else score
         found = job(cfg, run, model, val, rows_of(cfg, val, mode))
     return sheets[0].nats[:-1].clone(), found
@@ -229,7 +229,7 @@ def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(
     )
     for rank in range(world):
         run = SimpleNamespace(rank=rank, world=world, compile=compiled, device=torch.device("cpu"))
-        for batch, tokens, slots in Sheet(cfg, run, val).batches(rows):
+        for batch, tokens, slots in ScoreSheet(cfg, run, val).batches(rows):
             real = batch[batch[:, 2] < batch[:, 1]]
             assert (real[:, 1] - real[:, 0] <= tokens).all() and (
                 real[:, 1] - real[:, 2] <= (slots or tokens)

@@ -15,20 +15,20 @@ from torch._dynamo.utils import counters
 
 import train_gpt
 from train_gpt import (
-    Flat,
+    FlatParameters,
     Grid,
-    Knobs,
+    StepPlan,
     Run,
     Split,
     Trainer,
     Validation,
-    Views,
+    WeightViews,
     batches,
     build_model,
     export_plan,
-    pack,
+    encode_artifact,
     sdpa,
-    unpack,
+    read_artifact,
 )
 
 ALL = dict(
@@ -73,7 +73,9 @@ class Bench:
                         * torch.logspace(-2, 0.5, len(p))[:, None]
                     )
         self.plan = export_plan(cfg, self.model)
-        self.views = Views(cfg, self.run, self.model, Flat(self.params, self.run), self.plan)
+        self.views = WeightViews(
+            cfg, self.run, self.model, FlatParameters(self.params, self.run), self.plan
+        )
         self.latent = self.copy()
 
     def copy(self) -> dict[str, torch.Tensor]:
@@ -198,9 +200,9 @@ def test_forward_sees_what_the_artifact_will_hold(bench, tmp_path, bits, clip, c
         quant_scale_floor=floor,
     )
     b = bench(**ALL, **grid, qat_enabled=True, keep_float_max_numel=0)
-    (tmp_path / "a").write_bytes(pack(b.cfg, b.latent, b.plan))
+    (tmp_path / "a").write_bytes(encode_artifact(b.cfg, b.latent, b.plan))
     shipped, seen, quantised = (
-        unpack(tmp_path / "a")[1],
+        read_artifact(tmp_path / "a")[1],
         b.seen(qat=True),
         BLOCK_LINEARS | SMALL_LINEARS | TABLES,
     )
@@ -231,13 +233,13 @@ def test_different_bits_per_kind_reach_their_tensors(bench):
         "value_embed.embed": 8,
         "tok_emb": 8,
     }.items():
-        assert torch.equal(seen[name], Grid(bits).snap(b.latent[name])), name
+        assert torch.equal(seen[name], Grid(bits).fake_quantise(b.latent[name])), name
 
 
 def test_qat_grid_amax_changes_the_clip_only(bench):
     b = bench(qat_enabled=True, qat_grid="amax", quant_clip="search5")
     name, seen = "blocks.0.mlp.fc.weight", b.seen(qat=True)
-    assert torch.equal(seen[name], Grid(6, "amax", "sym", True).snap(b.latent[name]))
+    assert torch.equal(seen[name], Grid(6, "amax", "sym", True).fake_quantise(b.latent[name]))
     assert b.plan[name] == Grid(6, "search5", "sym", True)
 
 
@@ -260,7 +262,7 @@ def test_the_gradient_is_that_of_the_seen_weights(trainer, phase):
         torch.func.functional_call(t.model, seen, (ids, targets)).mean(), list(seen.values())
     )
     t.optimiser.step = lambda k: None
-    t.step((ids, targets), Knobs(1.0, 0.9, **phase))
+    t.step((ids, targets), StepPlan(1.0, 0.9, **phase))
     for (name, p), gradient in zip(t.model.named_parameters(), by_hand):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
         assert torch.equal(p, before[name]), name
@@ -355,7 +357,7 @@ class NoViews:
 def test_before_it_starts_training_is_that_of_a_build_without_it(trainer, monkeypatch, knobs):
     t, _ = trainer(**knobs)
     t.train()
-    monkeypatch.setattr(train_gpt, "Views", NoViews)
+    monkeypatch.setattr(train_gpt, "WeightViews", NoViews)
     plain, _ = trainer()
     plain.train()
     assert t.loss == plain.loss
@@ -380,7 +382,12 @@ def test_turning_qat_on_changes_the_training(trainer):
 
 
 # ── torch.compile ──
-PHASES = (Knobs(1.0, 0.9), Knobs(1.0, 0.9, qna=0.7), Knobs(1.0, 0.9, qat=True), Knobs(1.0, 0.9))
+PHASES = (
+    StepPlan(1.0, 0.9),
+    StepPlan(1.0, 0.9, qna=0.7),
+    StepPlan(1.0, 0.9, qat=True),
+    StepPlan(1.0, 0.9),
+)
 
 
 def test_compiled_equals_eager_after_every_phase_flip_and_never_compiles_again(
