@@ -1914,6 +1914,55 @@ class Average:
 
 
 # ── 10 TRAIN ──────────────────────────────────────────────────────────────────────────────────────────────────────
+CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
+
+
+def write_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], facts: dict
+) -> list[str]:  # Names of what is not finite
+    blob, (newest, previous) = (
+        encode_container(tensors, facts, "none"),
+        (folder / name for name in CHECKPOINTS),
+    )
+    bad = [
+        name for name, w in tensors.items() if not w.isfinite().all()
+    ]  # no reader would take it: the one before stays
+    if newest.exists() and not bad:
+        newest.replace(previous)
+    if not bad:
+        write_atomic(newest, blob)
+    return bad
+
+
+def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
+    """The newest whole checkpoint of this run; None when it has none yet. Refusal when all that it has are damaged."""
+    saved, damaged = None, []
+    for path in [path for path in (run.dir / name for name in CHECKPOINTS) if path.exists()]:
+        try:
+            saved = saved or read_container(path)
+        except Refusal as error:
+            if error.code != 2:
+                raise  # told to stop, or a failing disk
+            run.log(f"WARNING: {error}: the one before it is used")
+            damaged.append(path)
+    refuse(
+        damaged and not saved,
+        f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again",
+    )
+    refuse(
+        saved and saved[0].get("progress", {}).get("code_sha256") != CODE_SHA256,
+        f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID",
+    )
+    progress = saved and saved[0]["progress"]
+    refuse(run.broadcast(progress) != progress, "RESUME=1: the ranks read different checkpoints")
+    if run.rank == 0:
+        for path in damaged:
+            path.replace(path.with_suffix(".damaged"))
+        kept = min(run.jsonl.tell(), saved[0]["metrics_bytes"]) if saved else 0
+        os.truncate(run.dir / "metrics.jsonl", kept)  # what was lost comes again
+    return saved
+
+
 class Trainer:
     """Model, optimiser, views and averages, driven by the schedule."""
 
@@ -2248,7 +2297,6 @@ class Trainer:
 
 # ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
 MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 3
-CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
 HEADER = struct.Struct(
     "<8sHHQ32s"
 )  # magic, version, compressor, bytes before compression, sha256 of what follows
@@ -2525,52 +2573,6 @@ def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
         safetensors.SafetensorError,
     ) as error:
         check(False, f"unreadable ({type(error).__name__})")
-
-
-def write_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], facts: dict
-) -> list[str]:  # Names of what is not finite
-    blob, (newest, previous) = (
-        encode_container(tensors, facts, "none"),
-        (folder / name for name in CHECKPOINTS),
-    )
-    bad = [
-        name for name, w in tensors.items() if not w.isfinite().all()
-    ]  # no reader would take it: the one before stays
-    if newest.exists() and not bad:
-        newest.replace(previous)
-    if not bad:
-        write_atomic(newest, blob)
-    return bad
-
-
-def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
-    """The newest whole checkpoint of this run; None when it has none yet. Refusal when all that it has are damaged."""
-    saved, damaged = None, []
-    for path in [path for path in (run.dir / name for name in CHECKPOINTS) if path.exists()]:
-        try:
-            saved = saved or read_container(path)
-        except Refusal as error:
-            if error.code != 2:
-                raise  # told to stop, or a failing disk
-            run.log(f"WARNING: {error}: the one before it is used")
-            damaged.append(path)
-    refuse(
-        damaged and not saved,
-        f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again",
-    )
-    refuse(
-        saved and saved[0].get("progress", {}).get("code_sha256") != CODE_SHA256,
-        f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID",
-    )
-    progress = saved and saved[0]["progress"]
-    refuse(run.broadcast(progress) != progress, "RESUME=1: the ranks read different checkpoints")
-    if run.rank == 0:
-        for path in damaged:
-            path.replace(path.with_suffix(".damaged"))
-        kept = min(run.jsonl.tell(), saved[0]["metrics_bytes"]) if saved else 0
-        os.truncate(run.dir / "metrics.jsonl", kept)  # what was lost comes again
-    return saved
 
 
 def encode_artifact(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
