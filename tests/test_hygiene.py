@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tokenize
@@ -26,8 +27,11 @@ from conftest import ROOT, TINY
 import train_gpt
 from train_gpt import KNOBS, Config, main
 
-SCRIPTS = sorted(ROOT.glob("*.py"))
-TREES = {path.name: ast.parse(path.read_text()) for path in SCRIPTS}
+SCRIPTS = [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "ablation").glob("*.py"))]
+TREES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in SCRIPTS
+}
 EACH = pytest.mark.parametrize("script", TREES)
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -36,35 +40,132 @@ def nodes(script: str, *kinds) -> list[ast.AST]:
     return [node for node in ast.walk(TREES[script]) if isinstance(node, kinds)]
 
 
-# ── The scripts as text ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Readable: the limits, and what does not keep them yet ─────────────────────────────────────────────────────────
+FUNCTION_LINES = 50
+PARAMETERS = 6  # besides self
+MEDIAN_LINE = 60  # characters of a line that is not blank
+BLANK_LINES = 0.10
+MAIN_LINES = 40  # of train_gpt.py: the data flow on one screen
+
+# Files that are still being rewritten. A file leaves its list when it is clean, and the lists then go.
+DENSE = {
+    "ablate.py",
+    "bench.py",
+    "prepare_data.py",
+    "train_gpt.py",
+}
+UNCHECKED = DENSE | {
+    "studies/banded_scoring.py",
+    "tests/conftest.py",
+    "tests/fa3_stand_in/flash_attn_interface.py",
+    "tests/fuzz_readers.py",
+    "tests/hosts.py",
+    "tests/launch.py",
+    "tests/readme_tables.py",
+    "tests/soak.py",
+    "tests/test_ablate.py",
+    "tests/test_average.py",
+    "tests/test_bench.py",
+    "tests/test_config.py",
+    "tests/test_data.py",
+    "tests/test_dependencies.py",
+    "tests/test_export.py",
+    "tests/test_faults.py",
+    "tests/test_gpu.py",
+    "tests/test_grid.py",
+    "tests/test_hostile.py",
+    "tests/test_hosts.py",
+    "tests/test_hygiene.py",
+    "tests/test_model.py",
+    "tests/test_optimiser.py",
+    "tests/test_peers.py",
+    "tests/test_pipeline.py",
+    "tests/test_prepare_data.py",
+    "tests/test_readme.py",
+    "tests/test_report.py",
+    "tests/test_resume.py",
+    "tests/test_schedule.py",
+    "tests/test_score.py",
+    "tests/test_statistics.py",
+    "tests/test_submission.py",
+    "tests/test_views.py",
+}
+
+
+def ruff(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "ruff", *arguments, "."],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
+
+
+def test_the_formatter_would_change_nothing():
+    done = ruff("format", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_linter_finds_nothing():
+    done = ruff("check", "--no-cache", "--output-format=json")
+    found = [
+        f"{Path(problem['filename']).relative_to(ROOT).as_posix()}: {problem['code']}"
+        for problem in json.loads(done.stdout)
+    ]
+    assert [line for line in found if line.split(":")[0] not in UNCHECKED] == []
+
+
 def test_the_scripts_are_found():
     assert {"train_gpt.py", "prepare_data.py"} <= TREES.keys()
 
 
-@EACH
-def test_no_line_is_longer_than_130_characters(script):
-    assert [
-        n for n, line in enumerate((ROOT / script).read_text().splitlines(), 1) if len(line) > 130
-    ] == []
+def lines_of(function: ast.FunctionDef) -> int:
+    return function.end_lineno - function.lineno + 1
+
+
+def parameters_of(function: ast.FunctionDef) -> int:
+    """Without self and cls."""
+    a = function.args
+    names = [p.arg for p in a.posonlyargs + a.args + a.kwonlyargs]
+    names += [p.arg for p in (a.vararg, a.kwarg) if p is not None]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def unreadable(script: str) -> list[str]:
+    """What of the limits above this script does not keep."""
+    lines = (ROOT / script).read_text(encoding="utf-8").splitlines()
+    written = [len(line) for line in lines if line.strip()]
+    median = statistics.median(written)
+    blank = 1 - len(written) / len(lines)
+    problems = []
+    for function in nodes(script, *FUNCTION):
+        if lines_of(function) > FUNCTION_LINES:
+            problems.append(f"{function.name}: {lines_of(function)} lines")
+        if parameters_of(function) > PARAMETERS:
+            problems.append(f"{function.name}: {parameters_of(function)} parameters")
+    if median > MEDIAN_LINE:
+        problems.append(f"median line: {median} characters")
+    if blank < BLANK_LINES:
+        problems.append(f"blank lines: {blank:.1%}")
+    return problems
 
 
 @EACH
-def test_no_function_is_longer_than_110_lines(script):
-    assert [f.name for f in nodes(script, *FUNCTION) if f.end_lineno - f.lineno >= 110] == []
+def test_every_script_is_laid_out_to_be_read(script):
+    problems = unreadable(script)
+    if problems and script in DENSE:
+        pytest.skip("; ".join(problems))
+    assert problems == []
 
 
-@EACH
-def test_no_signature_has_more_than_8_parameters(script):
-    def parameters(f) -> int:
-        a = f.args
-        names = [p.arg for p in a.posonlyargs + a.args + a.kwonlyargs] + [
-            p.arg for p in (a.vararg, a.kwarg) if p
-        ]
-        return len([name for name in names if name not in ("self", "cls")])
-
-    assert [f.name for f in nodes(script, *FUNCTION) if parameters(f) > 8] == []
+def test_main_fits_on_one_screen():
+    (main,) = [f for f in nodes("train_gpt.py", *FUNCTION) if f.name == "main"]
+    if "train_gpt.py" in DENSE and lines_of(main) > MAIN_LINES:
+        pytest.skip(f"main: {lines_of(main)} lines")
+    assert lines_of(main) <= MAIN_LINES
 
 
+# ── The scripts as text ───────────────────────────────────────────────────────────────────────────────────────────
 def newer_f_strings(source: str) -> list[int]:
     """Lines with f-strings that Python reads only since 3.12 (before, the parser itself refuses them)."""
     quotes, lines = [], []
