@@ -1,8 +1,33 @@
-"""Train a small GPT under a wallclock budget, ship it in 16,000,000 bytes, and score what was shipped.
+"""Train a small GPT under a wallclock budget, ship it in 16,000,000 bytes, score what was shipped.
 
-    tokens -> train -> average -> quantise -> pack -> artifact on disk -> read back -> score (bits per byte)
-Launch: `make train`, or `KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py`; --help lists the knobs.
-A run leaves LOGS_DIR/RUN_ID/: train.log, metrics.jsonl, result.json, train_gpt.py (as run), checkpoint.bin, artifact.bin."""
+    shards -> batches -> training steps      (QAT and QNA change what the forward pass sees)
+           -> averages: SWA, EMA, SQWA       (or the live weights)
+           -> prune, quantise, compress      -> artifact.bin, on disk
+           -> read back                      -> windows over the validation tokens
+           -> nats of every target, once     -> bits per byte
+           -> toggles measured on and off    -> result.json, the table at the end of the log
+
+Launch:  make train, or KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py
+Help:    python train_gpt.py --help lists every knob.
+Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint.bin, artifact.bin and
+         train_gpt.py as it was run.
+
+Sections, in the order in which the data flow; each knows only those above it:
+
+    1 Config       every knob once; old spellings; refusals
+    2 Run          ranks, log, clock, phases, stop signals
+    3 Data         shards, batches, bytes per token
+    4 Grid         the one definition of quantisation
+    5 Model        its parts, the techniques, one forward pass
+    6 Schedule     what a step does, from the step and the clock alone
+    7 Optimiser    flat buffers, Muon, AdamW
+    8 Views and averages   QAT, QNA; SWA, EMA, SQWA
+    9 Train        one step, warm-up, the loop, checkpoints
+    10 Artifact    codes, coders, container, cap
+    11 Score       windows, the sheet of nats, test-time training
+    12 Report      proof that toggles acted, result, tables
+    13 Main        the data flow
+"""
 
 from __future__ import annotations
 
@@ -2830,7 +2855,13 @@ def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np
     return sheet.fill(model, rows[chunk == last]).total()
 
 
-# ── 13 REPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 12 Report ─────────────────────────────────────────────────────────────────────────────────────
+# In: what was trained and what was scored. Out: result.json, the last table of the log, the code.
+# Promise: each toggle that was asked for is measured with and without; one that did nothing is
+# named, and fails the run.
+
+
+# A knob that switches a part of the model on; its value 0 is "off".
 MODEL_TOGGLES = (
     "SMEAR_GATE",
     "BIGRAM_VOCAB_SIZE",
@@ -2838,157 +2869,262 @@ MODEL_TOGGLES = (
     "XSA_LAST_N",
     "LN_SCALE",
     "ROPE_NTK_LEN",
-)  # off: 0
+)
+
+# A way of scoring that is switched on by a knob: the knob -> the name of its score.
+SCORING_TOGGLES = {"DOC_ISOLATED_EVAL": "documents", "TTT_MODE": "ttt"}
+
+# What a run that only scores has no figures for.
+TRAINING_FIGURES = (
+    "steps",
+    "tokens_seen",
+    "train_seconds",
+    "step_ms_median",
+    "params",
+    "live_val_bpb",
+    "averaged_val_bpb",
+    "quant_gap_bpb",
+)
+
+# The environment variables that change the speed of a run.
+SPEED_VARIABLES = ("NCCL_", "OMP_", "GOMP_", "TORCH_")
+
+# The contest's limit on the seconds that scoring may take.
+SCORE_SECONDS = 600
+
+
+@dataclass
+class Trained:
+    """What training hands to scoring and to the report. Weights are fp32, by parameter name."""
+
+    trainer: Trainer
+    live: State
+    averages: dict[str, State]
+    final: State  # the weights that are shipped, before pruning and quantisation
+    pruned: float = 0.0  # share of each large matrix that export set to 0
+    kinds: dict = field(default_factory=dict)  # kind of tensor -> how many, bytes, rounding error
+    codes: dict = field(default_factory=dict)  # the codes beside their order-0 entropy
+
+
+class Probe:
+    """One fixed batch of validation text, on which toggles are measured.
+
+    ids, targets: (at most 4 rows, at most TRAIN_SEQ_LEN tokens) int64.
+    base: nats per token of the live weights.
+    """
+
+    def __init__(self, cfg: Config, run: Run, trained: Trained, val: Validation):
+        self.run = run
+        length = min(val.n, cfg.train_seq_len)
+        rows = min(max(val.n // cfg.train_seq_len, 1), 4)
+        self.ids = val.tokens[: rows * length].long().view(rows, length)
+        self.targets = val.tokens[1 : 1 + rows * length].long().view(rows, length)
+        self.base = self.loss(trained.trainer.model, trained.live)
+
+    @torch.no_grad()
+    def loss(self, model: GPT, state: State | None = None) -> float:
+        """Mean nats per token, with these weights or with those that the model has."""
+        model.load_state_dict(state or {}, strict=False)
+        return model(self.ids, self.targets).double().mean().item()
+
+    def milliseconds(self, model: GPT) -> float:
+        """One forward and backward pass, without torch.compile."""
+        parameters = [*model.parameters()]
+
+        def both_ways() -> None:
+            loss = model(self.ids, self.targets).mean()
+            # a model of one block has skip weights that it does not use
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        return self.run.milliseconds(both_ways)
 
 
 def prove_toggles(
-    cfg: Config, run: Run, trainer: Trainer, val: Validation, attend: Callable
+    cfg: Config, run: Run, trained: Trained, val: Validation, attend: Callable
 ) -> None:
-    """Measures each toggle: nats on one fixed batch of validation text with it on minus off, and milliseconds."""
-    rows, length, steps = (
-        min(max(val.n // cfg.train_seq_len, 1), 4),
-        min(val.n, cfg.train_seq_len),
-        [*range(trainer.steps)],
-    )
-    ids, targets = (val.tokens[i : i + rows * length].long().view(rows, length) for i in (0, 1))
-    model, activity = trainer.model, run.activity
+    """Fills in what each toggle does and costs: nats on the probe, with it minus without."""
+    probe = Probe(cfg, run, trained, val)
+    prove_views(cfg, run, trained, probe)
+    prove_averages(run, trained, probe)
+    trained.trainer.model.load_state_dict(trained.live)
+    prove_model_toggles(cfg, run, trained, probe, attend)
+    if trained.pruned:
+        run.activity["PRUNE_PCT"] = prove_pruning(cfg, trained, probe)
 
-    @torch.no_grad()
-    def loss(model: GPT, state: State | None = None) -> float:
-        model.load_state_dict(state or {}, strict=False)
-        return model(ids, targets).double().mean().item()
 
-    def both_ways(model: GPT) -> float:  # with one block, the skip weights are unused
-        return run.milliseconds(
-            lambda: torch.autograd.grad(
-                model(ids, targets).mean(), [*model.parameters()], allow_unused=True
-            )
-        )
+def prove_views(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
+    """QAT, QNA: the loss with the weights that the forward pass sees, against the latent ones."""
+    trainer = trained.trainer
+    views = trainer.views
+    for name in views.stacks:
+        enter = partial(views.enter, name == "QAT", cfg.qna_magnitude, 0)
 
-    base = loss(model, trainer.live)
-    for name in trainer.views.stacks:
-        enter, leave = (
-            partial(trainer.views.enter, name == "QAT", cfg.qna_magnitude, 0),
-            trainer.views.leave,
-        )
+        def there_and_back(enter: Callable = enter) -> None:
+            views.leave(enter())
+
         latent = enter()
-        activity[name].effect = loss(model) - base
-        leave(latent)
-        activity[name].cost_ms = run.milliseconds(lambda: leave(enter()))
-    for name, state in trainer.averages.items():
-        activity[name.upper()].effect = (
-            loss(model, state) - base
-        )  # and the milliseconds, with those of an EMA that is on too
-        activity[name.upper()].cost_ms = run.milliseconds(
-            partial(trainer.average.update, name != "ema")
-        )
-    model.load_state_dict(trainer.live)
-    for name in [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]:
-        without = build_model(dataclasses.replace(cfg, **{name.lower(): 0}), run, attend)
-        extra = [
-            p.numel() for key, p in model.named_parameters() if key not in without.state_dict()
-        ]
-        activity[name] = Activity(
-            len(extra),
-            sum(extra),
-            "the model; ms forward + backward, eager",
-            steps=steps,
-            effect=base - loss(without, trainer.live),
-            cost_ms=both_ways(model) - both_ways(without),
-        )
-    if trainer.pruned:
-        off, on = (
-            {
-                name: as_shipped(w, trainer.plan[name])
-                for name, w in prune(cfg, trainer.final, share).items()
-            }
-            for share in (0.0, trainer.pruned)
-        )
-        changed = [int((on[name] != off[name]).sum()) for name in on]
-        activity["PRUNE_PCT"] = Activity(
-            sum(n > 0 for n in changed),
-            sum(changed),
-            f"export, {trainer.pruned:.1%}",
-            "nats",
-            [trainer.steps],
-            loss(model, on) - loss(model, off),
+        run.activity[name].effect = probe.loss(trainer.model) - probe.base
+        views.leave(latent)
+        run.activity[name].cost_ms = run.milliseconds(there_and_back)
+
+
+def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
+    """SWA, EMA, SQWA: the loss with the average against the live weights.
+
+    The milliseconds of SWA and SQWA include those of an EMA that is on too.
+    """
+    trainer = trained.trainer
+    for name, state in trained.averages.items():
+        activity = run.activity[name.upper()]
+        activity.effect = probe.loss(trainer.model, state) - probe.base
+        activity.cost_ms = run.milliseconds(partial(trainer.average.update, name != "ema"))
+
+
+def prove_model_toggles(
+    cfg: Config, run: Run, trained: Trained, probe: Probe, attend: Callable
+) -> None:
+    """Parts of the model: the trained model against itself without the part."""
+    model = trained.trainer.model
+    for name in MODEL_TOGGLES:
+        knob_name = name.lower()
+        if not getattr(cfg, knob_name):
+            continue
+        without = build_model(dataclasses.replace(cfg, **{knob_name: 0}), run, attend)
+        kept = without.state_dict()
+        extra = [p.numel() for key, p in model.named_parameters() if key not in kept]
+        run.activity[name] = Activity(
+            tensors=len(extra),
+            params=sum(extra),
+            scope="the model; ms forward + backward, eager",
+            steps=[*range(trained.trainer.steps)],
+            effect=probe.base - probe.loss(without, trained.live),
+            cost_ms=probe.milliseconds(model) - probe.milliseconds(without),
         )
 
 
-def environment(run: Run) -> dict:  # Hardware and versions that figures depend on
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next(
-        (line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")),
-        platform.machine(),
+def prove_pruning(cfg: Config, trained: Trained, probe: Probe) -> Activity:
+    """Pruning: the shipped weights against what would have been shipped without it."""
+    trainer = trained.trainer
+    off = shipped_state(cfg, trained, share=0.0)
+    on = shipped_state(cfg, trained, share=trained.pruned)
+    changed = [int((on[name] != off[name]).sum()) for name in on]
+    return Activity(
+        tensors=sum(n > 0 for n in changed),
+        params=sum(changed),
+        scope=f"export, {trained.pruned:.1%}",
+        steps=[trainer.steps],
+        effect=probe.loss(trainer.model, on) - probe.loss(trainer.model, off),
     )
+
+
+def shipped_state(cfg: Config, trained: Trained, share: float) -> State:
+    """What a reader of the artifact would get if `share` of each large matrix were pruned."""
+    pruned = prune(cfg, trained.final, share)
+    return {name: as_shipped(w, trained.trainer.plan[name]) for name, w in pruned.items()}
+
+
+def environment(run: Run) -> dict:
+    """The hardware, versions and variables that figures depend on."""
     return dict(
-        device=torch.cuda.get_device_name() if run.cuda else f"CPU {cpu}, {os.cpu_count()} cores",
+        device=device_name(run),
         threads_per_rank=torch.get_num_threads(),
         dtype=str(run.dtype),
         compile=run.compile,
         cuda=torch.version.cuda,
         python=platform.python_version(),
         torch=torch.__version__,
-        variables={
-            k: v
-            for k, v in os.environ.items()
-            if k.startswith(("NCCL_", "OMP_", "GOMP_", "TORCH_"))
-        },
+        variables={k: v for k, v in os.environ.items() if k.startswith(SPEED_VARIABLES)},
     )
 
 
-def result(
-    cfg: Config, run: Run, scores: dict[str, Score], data: dict, path: Path, trainer: Trainer | None
+def device_name(run: Run) -> str:
+    """The GPU's name; else the processor's, where Linux tells it, and its cores."""
+    if run.cuda:
+        return torch.cuda.get_device_name()
+    name = platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    for line in lines:
+        if line.startswith("model name"):
+            name = line.split(": ")[1]
+            break
+    return f"CPU {name}, {os.cpu_count()} cores"
+
+
+def peak_memory(run: Run) -> int:
+    """The most bytes that this rank has held: of the GPU's memory, or of the process on a CPU."""
+    if run.cuda:
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def add_scoring_toggles(run: Run, bpb: dict[str, float], steps: int) -> None:
+    """Ways of scoring that are toggles: their effect is in BPB, against plain scoring."""
+    plain = "sliding" if "sliding" in bpb else "quantised"
+    for name, way in SCORING_TOGGLES.items():
+        if way in bpb:
+            run.activity[name] = Activity(
+                scope=f"scoring, against {plain}",
+                unit="bpb",
+                steps=[steps],
+                effect=bpb[way] - bpb[plain],
+            )
+
+
+def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]) -> dict:
+    """What result.json says of the training; without one, None for each of TRAINING_FIGURES."""
+    if trained is None:
+        return dict.fromkeys(TRAINING_FIGURES)
+    trainer = trained.trainer
+
+    # with FIT_TO_CAP "quantised" is pruned: the gap is that of quantising alone
+    unfitted = bpb.get("unfitted", bpb["quantised"])
+    fit_cost = bpb["quantised"] - unfitted if "unfitted" in bpb else None
+    return dict(
+        recompiles=trainer.recompiles,
+        groups=trained.kinds,
+        codes=trained.codes,
+        pruned=trained.pruned,
+        resumed=trainer.resumed,
+        skipped=trainer.skipped,
+        steps=trainer.steps,
+        tokens_seen=trainer.steps * cfg.train_batch_tokens,
+        params=sum(w.numel() for w in trained.live.values()),
+        train_seconds=trainer.elapsed,
+        step_ms_median=statistics.median(trainer.step_seconds or [0.0]) * 1e3,
+        trained_code_sha256=trainer.code_sha256,
+        average=cfg.shipped_average,
+        live_val_bpb=bpb["live"],
+        averaged_val_bpb=bpb.get("averaged"),
+        quant_gap_bpb=unfitted - bpb.get("averaged", bpb["live"]),
+        fit_cost_bpb=fit_cost,
+    )
+
+
+def build_result(
+    cfg: Config,
+    run: Run,
+    scores: dict[str, Score],
+    data: dict,
+    path: Path,
+    trained: Trained | None,
 ) -> dict:
-    """result.json: everything the final table says, and what it takes to reproduce it."""
-    (mode, final), steps = list(scores.items())[-1], trainer.steps if trainer else 0
-    bpb, total = {name: s.bpb for name, s in scores.items()}, len(SOURCE) + path.stat().st_size
-    flat = "sliding" if "sliding" in bpb else "quantised"
-    run.activity |= {
-        name: Activity(
-            scope=f"scoring, against {flat}", unit="bpb", steps=[steps], effect=bpb[way] - bpb[flat]
-        )
-        for name, way in (("DOC_ISOLATED_EVAL", "documents"), ("TTT_MODE", "ttt"))
-        if way in bpb
-    }
-    toggles = {name: a.row(steps) for name, a in run.activity.items()}
+    """result.json: everything that the final table says, and what it takes to reproduce it."""
+    mode, final = list(scores.items())[-1]
+    bpb = {name: score.bpb for name, score in scores.items()}
+    steps = trained.trainer.steps if trained else 0
+    artifact_bytes = path.stat().st_size
+    total = len(SOURCE) + artifact_bytes
+
+    add_scoring_toggles(run, bpb, steps)
+    toggles = {name: activity.row(steps) for name, activity in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
-    code = 3 if total > cfg.cap_bytes else 4 if inactive and cfg.strict else 0
-    training = dict.fromkeys(
-        (
-            "steps",
-            "tokens_seen",
-            "train_seconds",
-            "step_ms_median",
-            "params",
-            "live_val_bpb",
-            "averaged_val_bpb",
-            "quant_gap_bpb",
-        )
-    )
-    if trainer:
-        plain, floats = bpb.get("unfitted", bpb["quantised"]), bpb.get("averaged", bpb["live"])
-        training = {
-            name: getattr(trainer, name)
-            for name in ["recompiles", "groups", "codes", "pruned", "resumed", "skipped"]
-        } | dict(
-            steps=steps,
-            tokens_seen=steps * cfg.train_batch_tokens,
-            params=sum(w.numel() for w in trainer.live.values()),
-            train_seconds=trainer.elapsed,
-            step_ms_median=statistics.median(trainer.step_seconds or [0.0]) * 1e3,
-            trained_code_sha256=trainer.code_sha256,
-            average=cfg.shipped_average,
-            live_val_bpb=bpb["live"],
-            averaged_val_bpb=bpb.get("averaged"),
-            quant_gap_bpb=plain - floats,
-            fit_cost_bpb=bpb["quantised"] - plain if "unfitted" in bpb else None,
-        )
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if run.cuda
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    code = 0
+    if inactive and cfg.strict:
+        code = 4
+    if total > cfg.cap_bytes:
+        code = 3
+
     return dict(
         schema=SCHEMA_VERSION,
         date=time.strftime("%Y-%m-%d"),
@@ -2998,317 +3134,447 @@ def result(
         val_tokens=final.targets,
         val_bytes=final.bytes,
         quantised_val_bpb=bpb["quantised"],
-        **training,
+        **training_figures(cfg, trained, bpb),
         artifact_path=str(path),
         scored=mode,
-        artifact_bytes=path.stat().st_size,
+        artifact_bytes=artifact_bytes,
         code_bytes=len(SOURCE),
         total_bytes=total,
         cap_bytes=cfg.cap_bytes,
         under_cap=total <= cfg.cap_bytes,
         eval_seconds=final.seconds,
+        inactive=inactive,
+        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": SCORE_SECONDS},
+        toggles=toggles,
+        scores={name: score._asdict() for name, score in scores.items()},
+        data=data,
+        **provenance(cfg, run),
+    )
+
+
+def provenance(cfg: Config, run: Run) -> dict:
+    """What it takes to reproduce the run, and what the run took."""
+    return dict(
         seconds=run.seconds,
         seed=cfg.seed,
         world_size=run.world,
-        peak_memory_bytes=memory,
-        inactive=inactive,
-        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": 600},
-        toggles=toggles,
+        peak_memory_bytes=peak_memory(run),
         checkpoint=cfg.checkpoint or None,
         config=cfg.knobs(),
         **environment(run),
         non_default=cfg.non_default(),
         config_sha256=cfg.digest(),
-        scores={name: s._asdict() for name, s in scores.items()},
-        data=data,
         code_sha256=CODE_SHA256,
     )
 
 
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
-    total, limits, code = r["total_bytes"], r["limits"], r["exit_code"]
-    size = {
-        "code as shipped": r["code_bytes"],
-        "artifact": r["artifact_bytes"],
-        "total": total,
-        "cap": r["cap_bytes"],
-        "headroom" if r["under_cap"] else "OVER CAP BY": abs(r["cap_bytes"] - total),
-    }
-    ledger = {
-        name: {"spent": f"{s:.1f} s", "of": limits.get(name) and f"{limits[name]:g} s"}
-        for name, s in r["seconds"].items()
-    }
     tables = {
         "weights": r["scores"],
-        "size": {name: {"bytes": n} for name, n in size.items()},
-        "time ledger": ledger,
+        "size": size_rows(r),
+        "time ledger": ledger_rows(r),
         "toggle": r["toggles"],
     }
-    parts = [
-        text_table(
-            [
-                (title, *next(iter(rows.values()))),
-                *((name, *row.values()) for name, row in rows.items()),
-            ]
-        )
-        for title, rows in tables.items()
-        if rows
-    ]
+    parts = [""]
+    for title, rows in tables.items():
+        if rows:
+            columns = next(iter(rows.values()))
+            lines = [(name, *row.values()) for name, row in rows.items()]
+            parts.append(text_table([(title, *columns), *lines]))
     if r.get("codes"):
-        coder, n, bound, stored = r["codes"].values()
-        parts.append(
-            f"{coder}: {n:,} codes and their scales: {stored:,} bytes, {8 * stored / n:.3f} bits each; order-0 "
-            f"entropy of the codes {bound:,} bytes, {8 * bound / n:.3f} bits each; {stored / bound - 1:+.2%}"
-        )
-    parts += [
-        f"{name}: {r[name]:+.6f}"
-        for name in ("quant_gap_bpb", "fit_cost_bpb")
-        if r.get(name) is not None
-    ]
-    parts += [f"INACTIVE: {name} was requested and did nothing" for name in r["inactive"]]
-    return "\n\n".join(
-        [
-            "",
-            *parts,
-            f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
-            f"{r['val_bytes']:,} bytes), {total:,} bytes in all, exit code {code}: {EXIT_CODES[code]}",
-        ]
-    )
+        parts.append(codes_line(**r["codes"]))
+    for name in ("quant_gap_bpb", "fit_cost_bpb"):
+        if r.get(name) is not None:
+            parts.append(f"{name}: {r[name]:+.6f}")
+    for name in r["inactive"]:
+        parts.append(f"INACTIVE: {name} was requested and did nothing")
+    parts.append(result_line(r))
+    return "\n\n".join(parts)
 
 
-# ── 14 MAIN ───────────────────────────────────────────────────────────────────────────────────────────────────────
-def train_and_export(
-    cfg: Config,
-    run: Run,
-    splits: dict[str, Split],
-    val: Validation,
-    attend: Callable,
-    saved: tuple | None,
-) -> Trainer:
-    """Train (or restore what was saved), average, export; checkpoint and artifact are on disk before anything is scored."""
-    model = build_model(cfg, run, attend)
-    plan = export_plan(cfg, model)
-    trainer = Trainer(cfg, run, model, plan, splits["train"], val)
-    bits = sorted(how.bits for how in plan.values() if isinstance(how, Grid))
-    run.log(
-        f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(bits)} of {len(plan)} tensors quantised "
-        f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step"
-    )
-    if saved:
-        trainer.restore(*saved)
-        run.log(
-            f"from a checkpoint: {trainer.steps} steps, {trainer.elapsed:.1f} s, code {trainer.code_sha256[:12]}"
-        )
-    if not (cfg.checkpoint or (saved and trainer.done())):
-        trainer.train(saved)
-    with run.phase("average"):
-        trainer.live = {n: p.detach().clone() for n, p in model.named_parameters()}
-        trainer.averages = {
-            n: {k: w.clone() for k, w in s.items()} for n, s in trainer.average.results().items()
-        }
-        for name in cfg.collected():
-            a, use = (
-                run.activity[name.upper()],
-                "yes" if name == cfg.shipped_average else f"no (AVERAGE={cfg.average})",
-            )
-            run.log(
-                f"average: {name} {a.scope}, {len(a.steps)} snapshots, steps {a.steps[:1]} to {a.steps[-1:]}; applied: "
-                + (use if name in trainer.averages else "NO, none was taken")
-            )
-    trainer.final = trainer.averages.get(cfg.shipped_average, trainer.live)
-    refuse(
-        not all(bool(w.isfinite().all()) for w in trainer.final.values()),
-        f"step {trainer.steps - 1}: the weights after it are not finite; lower the learning rates",
-        5,
-    )
-    with run.phase("quantise and compress"):
-        blob, trainer.pruned, coder = export(cfg, run, trainer.final, plan)
-        if run.rank == 0:
-            write_atomic(run.dir / "artifact.bin", blob)
-        sizes = run.rank == 0 and (
-            sizes_by_kind(cfg, model, trainer.final, plan),
-            code_size(coder, prune(cfg, trainer.final, trainer.pruned), plan, len(blob)),
-        )
-        trainer.groups, trainer.codes = run.broadcast(
-            sizes
-        )  # and nobody reads before it is written
-    return trainer
-
-
-def inherit_settings(cfg: Config, knobs: dict, state: State) -> Config:
-    """The knobs that a file holds, and the environment's where those may differ. Refusal unless all fit these very tensors."""
-    (source,), trained = cfg.sources, not cfg.eval_only
-    scopes = ("seed", *COMPARED) if trained else ("model", "eval")
-    wanted = {
-        f.name: (float, int) if f.type == "float" else (type(f.default),)
-        for f in KNOBS
-        if f.metadata["scope"] in scopes
+def size_rows(r: dict) -> dict[str, dict]:
+    """Bytes of what is shipped, beside the cap."""
+    headroom = "headroom" if r["under_cap"] else "OVER CAP BY"
+    sizes = {
+        "code as shipped": r["code_bytes"],
+        "artifact": r["artifact_bytes"],
+        "total": r["total_bytes"],
+        "cap": r["cap_bytes"],
+        headroom: abs(r["cap_bytes"] - r["total_bytes"]),
     }
-    try:
-        if knobs.keys() != wanted.keys() or any(type(v) not in wanted[n] for n, v in knobs.items()):
-            raise TypeError("unknown, missing or mistyped settings")
-        cfg = dataclasses.replace(
-            cfg, inherited=True, **{n: v for n, v in knobs.items() if n.upper() not in cfg.given}
-        )
-        for name, value in cfg.knobs(*cfg.training_scopes if trained else ("model",)).items():
-            refuse(
-                knobs[name] != value,
-                f"{name.upper()}={value}: {source} was made with {knobs[name]}; unset it",
-            )
-        with torch.device("meta"):
-            model = GPT(cfg) if cfg.num_layers <= len(state) else nn.Module()
-        if {n: p.shape for n, p in model.named_parameters()} != {
-            n: w.shape for n, w in state.items()
-        }:
-            raise TypeError("tensors of other names or shapes")
-    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise Refusal(
-            f"{source}: its configuration does not fit ({error!r:.200}); make it again"
-        ) from None
-    return cfg
+    return {name: {"bytes": n} for name, n in sizes.items()}
 
 
-def score_all(
-    cfg: Config, run: Run, state: State, val: Validation, attend: Callable, trainer: Trainer | None
-) -> dict:
-    """The trainer's weights on fixed windows, then the read-back ones in every mode asked for; the last is the result."""
-    model = build_model(cfg, run, attend)
-    model.load_state_dict(state)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
-    measure, flat = (
-        partial(score, cfg, run, forward, val),
-        windows(0, val.n, cfg.window, cfg.eval_stride),
+def ledger_rows(r: dict) -> dict[str, dict]:
+    """Seconds of every phase, beside the limit where it has one."""
+    rows = {}
+    for name, seconds in r["seconds"].items():
+        limit = r["limits"].get(name)
+        rows[name] = {"spent": f"{seconds:.1f} s", "of": limit and f"{limit:g} s"}
+    return rows
+
+
+def codes_line(compressor: str, weights: int, order0_bytes: int, stored_bytes: int) -> str:
+    """How close the compressor comes to the order-0 entropy of the codes."""
+    stored_bits = 8 * stored_bytes / weights
+    entropy_bits = 8 * order0_bytes / weights
+    return (
+        f"{compressor}: {weights:,} codes and their scales: {stored_bytes:,} bytes, "
+        f"{stored_bits:.3f} bits each; order-0 entropy of the codes {order0_bytes:,} bytes, "
+        f"{entropy_bits:.3f} bits each; {stored_bytes / order0_bytes - 1:+.2%}"
     )
-    jobs = [  # what is scored, if, how
-        ("live", trainer, lambda: trainer.score_weights(trainer.live)),
-        (
-            "averaged",
-            trainer and cfg.shipped_average in trainer.averages,
-            lambda: trainer.score_weights(trainer.final),
-        ),
-        (
-            "unfitted",
-            trainer and trainer.pruned > cfg.prune_pct,
-            lambda: trainer.score_weights(  # without what FIT_TO_CAP pruned
-                {
-                    n: as_shipped(w, trainer.plan[n])
-                    for n, w in prune(cfg, trainer.final, cfg.prune_pct).items()
-                }
-            ),
-        ),
-        ("quantised", True, measure),
-        ("sliding", cfg.eval_stride, partial(measure, flat)),
-        (
-            "documents",
-            cfg.doc_isolated_eval,
-            lambda: measure(document_windows(val, cfg.window, cfg.eval_stride)),
-        ),
-        ("ttt", cfg.ttt_mode == "sgd", lambda: test_time_train(cfg, run, model, val, flat)),
-    ]
-    scores = {}
-    for name, job in [(name, job) for name, wanted, job in jobs if wanted]:
-        if name == "sliding":
-            projected = scores["quantised"].seconds * len(flat) / -(-val.n // cfg.window)
-            run.log(
-                f"score sliding: {len(flat):,} windows, about {projected:.0f} s at the speed of the fixed ones"
-            )
-        with run.phase(f"score {name}"):
-            scores[name] = job()
-        run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
-    return scores
+
+
+def result_line(r: dict) -> str:
+    """The last line of the log."""
+    code = r["exit_code"]
+    return (
+        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
+        f"{r['val_bytes']:,} bytes), {r['total_bytes']:,} bytes in all, "
+        f"exit code {code}: {EXIT_CODES[code]}"
+    )
+
+
+# ── 13 Main ───────────────────────────────────────────────────────────────────────────────────────
+# In: a Config. Out: result.json and an exit code.
+# Promise: what is scored was read back from disk; whatever ends a run early is one line and one
+# exit code.
+
+
+class Inputs(NamedTuple):
+    """The data of a run."""
+
+    splits: dict[str, Split]
+    validation: Validation
+    fingerprint: dict
 
 
 def main(cfg: Config) -> dict:
-    """One run: tokens -> train -> average -> quantise -> pack -> disk -> read back -> score. Returns result.json."""
+    """One run, from its settings to result.json, which it returns."""
     run = Run(cfg)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.signalled)
     try:
-        if cfg.resume and (finished := run.dir / "result.json").exists():
-            run.log(f"resume: {finished} is there: nothing is left to do")
-            return json.loads(finished.read_text())
-        run.log(
-            f"run {run.dir.name}: {environment(run)['device']}, {run.world} ranks, code {CODE_SHA256[:12]}"
-        )
-        path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
-        saved = (
-            read_container(Path(cfg.checkpoint))
-            if cfg.checkpoint
-            else last_checkpoint(run)
-            if cfg.resume
-            else None
-        )
-        made = (
-            read_artifact(path)
-            if cfg.eval_only
-            else saved
-            and (
-                saved[0].get("config", {}),
-                {n[5:]: w for n, w in saved[1].items() if n.startswith("live/")},
-            )
-        )
-        cfg = inherit_settings(cfg, *made) if made else dataclasses.replace(cfg, inherited=True)
-        run.log(
-            "settings: "
-            + (" ".join(f"{n}={v}" for n, v in cfg.non_default().items()) or "all defaults")
-        )
-        run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=environment(run))
-        if run.rank == 0:
-            write_atomic(run.dir / "train_gpt.py", SOURCE)
-        with run.phase("data"):
-            splits = {
-                name: Split(cfg, name) for name in ["val", "train"][: 1 if cfg.eval_only else 2]
-            }
-            val, data = Validation(cfg, run, splits["val"]), check_data(cfg, splits)
-        run.log("data: " + ", ".join(f"{key} {value}" for key, value in data.items()))
-        attend = choose_attention(cfg, run)
-        trainer = None if cfg.eval_only else train_and_export(cfg, run, splits, val, attend, saved)
-        with run.phase("read back"):
-            _, state = read_artifact(path)
-        scores = score_all(cfg, run, state, val, attend, trainer)
-        if trainer:
-            with run.phase("prove toggles"):
-                prove_toggles(cfg, run, trainer, val, attend)
-        report = result(cfg, run, scores, data, path, trainer)
-        run.log(final_table(report))
-        run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
-        if run.rank == 0:
-            write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
-            (run.dir / CHECKPOINTS[1]).unlink(missing_ok=True)
-        run.phase_name, report = (
-            "stop",
-            run.broadcast(report),
-        )  # all exit alike, and a signal comes too late
-        return report
+        finished = finished_result(cfg, run)
+        return finished or train_and_score(cfg, run)
     except BaseException as error:
-        phase, run.phase_name = run.phase_name, "stop"
-        where = f"in phase '{phase}': {type(error).__name__}: {error}"
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(
-            error
+        refusal = explain(run, error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def train_and_score(cfg: Config, run: Run) -> dict:
+    """tokens -> train -> average -> quantise -> pack -> disk -> read back -> score -> result"""
+    path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
+    run.log(f"run {run.dir.name}: {device_name(run)}, {run.world} ranks, code {CODE_SHA256[:12]}")
+    saved = saved_training(cfg, run)
+    cfg = complete_settings(cfg, path, saved)
+    log_start(cfg, run)
+
+    inputs = load_inputs(cfg, run)
+    attend = choose_attention(cfg, run)
+    trained = None
+    if not cfg.eval_only:
+        trained = train_and_export(cfg, run, inputs, attend, saved)
+
+    with run.phase("read back"):
+        _, state = read_artifact(path)
+    scores = score_all(cfg, run, state, inputs.validation, attend, trained)
+    if trained:
+        with run.phase("prove toggles"):
+            prove_toggles(cfg, run, trained, inputs.validation, attend)
+
+    report = build_result(cfg, run, scores, inputs.fingerprint, path, trained)
+    return finish(run, report)
+
+
+def finished_result(cfg: Config, run: Run) -> dict | None:
+    """With RESUME, the result of a run that is complete already."""
+    path = run.dir / "result.json"
+    if not cfg.resume or not path.exists():
+        return None
+    run.log(f"resume: {path} is there: nothing is left to do")
+    return json.loads(path.read_text())
+
+
+def saved_training(cfg: Config, run: Run) -> tuple[dict, State] | None:
+    """(facts, tensors) of the checkpoint that this run starts from, if any."""
+    if cfg.checkpoint:
+        return read_container(Path(cfg.checkpoint))
+    if cfg.resume:
+        return last_checkpoint(run)
+    return None
+
+
+def complete_settings(cfg: Config, path: Path, saved: tuple[dict, State] | None) -> Config:
+    """The settings with those that the artifact at `path` (EVAL_ONLY) or the checkpoint holds."""
+    if cfg.eval_only:
+        return inherit_settings(cfg, *read_artifact(path))
+    if saved:
+        facts, tensors = saved
+        live = {
+            name.removeprefix("live/"): w for name, w in tensors.items() if name.startswith("live/")
+        }
+        return inherit_settings(cfg, facts.get("config", {}), live)
+    return dataclasses.replace(cfg, inherited=True)
+
+
+def inherit_settings(cfg: Config, knobs: dict, state: State) -> Config:
+    """The knobs that a file holds, and those of this launch where they may differ.
+
+    Refusal unless all of them fit the very tensors `state` that the file holds.
+    """
+    source = cfg.sources[0]
+    try:
+        check_knob_types(cfg, knobs)
+        own = {name: value for name, value in knobs.items() if name.upper() not in cfg.given}
+        cfg = dataclasses.replace(cfg, inherited=True, **own)
+        fixed = ("model",) if cfg.eval_only else cfg.training_scopes
+        for name, value in cfg.knobs(*fixed).items():
+            made = f"{name.upper()}={value}: {source} was made with {knobs[name]}; unset it"
+            refuse(knobs[name] != value, made)
+        check_tensors(cfg, state)
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        problem = f"its configuration does not fit ({error!r:.200}); make it again"
+        raise Refusal(f"{source}: {problem}") from None
+    return cfg
+
+
+def check_knob_types(cfg: Config, knobs: dict) -> None:
+    """TypeError unless a file holds exactly the knobs that it should, each of its own type."""
+    scopes = ("model", "eval") if cfg.eval_only else ("seed", *COMPARED)
+    wanted = {f.name: f for f in KNOBS if f.metadata["scope"] in scopes}
+    problem = "unknown, missing or mistyped settings"
+    if knobs.keys() != wanted.keys():
+        raise TypeError(problem)
+    for name, value in knobs.items():
+        kinds = (float, int) if wanted[name].type == "float" else (type(wanted[name].default),)
+        if type(value) not in kinds:
+            raise TypeError(problem)
+
+
+def check_tensors(cfg: Config, state: State) -> None:
+    """TypeError unless these are the tensors of a model with these settings; allocates nothing."""
+    shapes = {}
+    # a file may promise more layers than there is memory for, even for empty tensors
+    if cfg.num_layers <= len(state):
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(cfg).named_parameters()}
+    if shapes != {name: w.shape for name, w in state.items()}:
+        raise TypeError("tensors of other names or shapes")
+
+
+def log_start(cfg: Config, run: Run) -> None:
+    """The first lines of both records, and the script beside them."""
+    where = environment(run)
+    chosen = " ".join(f"{name}={value}" for name, value in cfg.non_default().items())
+    run.log(f"settings: {chosen or 'all defaults'}")
+    run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)
+    if run.rank == 0:
+        write_atomic(run.dir / "train_gpt.py", SOURCE)
+
+
+def load_inputs(cfg: Config, run: Run) -> Inputs:
+    """Opens and checks the data; training data only where something is trained."""
+    with run.phase("data"):
+        splits = {"val": Split(cfg, "val")}
+        if not cfg.eval_only:
+            splits["train"] = Split(cfg, "train")
+        validation = Validation(cfg, run, splits["val"])
+        fingerprint = check_data(cfg, splits)
+    run.log("data: " + ", ".join(f"{key} {value}" for key, value in fingerprint.items()))
+    return Inputs(splits, validation, fingerprint)
+
+
+def train_and_export(
+    cfg: Config, run: Run, inputs: Inputs, attend: Callable, saved: tuple[dict, State] | None
+) -> Trained:
+    """Trains (or restores what was saved), averages, exports.
+
+    Checkpoint and artifact are on disk when it returns, before anything is scored.
+    """
+    model = build_model(cfg, run, attend)
+    plan = export_plan(cfg, model)
+    trainer = Trainer(cfg, run, model, plan, inputs.splits["train"], inputs.validation)
+    log_model(run, trainer)
+
+    if saved:
+        trainer.restore(*saved)
+        code = trainer.code_sha256[:12]
+        run.log(f"from a checkpoint: {trainer.steps} steps, {trainer.elapsed:.1f} s, code {code}")
+    complete = cfg.checkpoint or (saved and trainer.done())
+    if not complete:
+        trainer.train(saved)
+
+    with run.phase("average"):
+        trained = collect_averages(cfg, run, trainer)
+    with run.phase("quantise and compress"):
+        write_artifact(cfg, run, trained)
+    return trained
+
+
+def log_model(run: Run, trainer: Trainer) -> None:
+    """Says how large the model is and how it will be shipped."""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    bits = [how.bits for how in trainer.plan.values() if isinstance(how, Grid)]
+    run.log(
+        f"model: {parameters:,} parameters, {len(bits)} of {len(trainer.plan)} tensors quantised "
+        f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step"
+    )
+
+
+def collect_averages(cfg: Config, run: Run, trainer: Trainer) -> Trained:
+    """Copies the live weights and every average, and chooses what is shipped."""
+    live = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    averages = {}
+    for name, state in trainer.average.results().items():
+        averages[name] = {key: w.clone() for key, w in state.items()}
+
+    for name in cfg.collected():
+        activity = run.activity[name.upper()]
+        steps = activity.steps
+        applied = f"no (AVERAGE={cfg.average})"
+        if name == cfg.shipped_average:
+            applied = "yes"
+        if name not in averages:
+            applied = "NO, none was taken"
+        run.log(
+            f"average: {name} {activity.scope}, {len(steps)} snapshots, "
+            f"steps {steps[:1]} to {steps[-1:]}; applied: {applied}"
         )
-        waited = isinstance(error, RuntimeError) or (run.stop and phase != "train")
-        silent = run.silent_ranks() if waited and run.world > 1 and not full else []
-        with contextlib.suppress(OSError):  # of a full disk
-            run.log(f"stopped {where}")
-            run.event("stopped", phase=phase, error=where)
-        refuse(
-            full,
-            f"out of memory {where}; training: raise GRAD_ACCUM_STEPS; scoring: lower EVAL_BATCH_SEQS",
-            8,
-        )
-        refuse(
-            isinstance(error, OSError),
-            f"{where}; mend that, then RESUME=1 RUN_ID={run.dir.name}",
-            7,
-        )
-        refuse(run.stop and not silent, f"stopped {where}", 128 + run.stop)
-        refuse(
-            silent,
-            f"lost rank {', '.join(map(str, silent))} {where}; go on with RESUME=1 RUN_ID={run.dir.name}",
-            6,
-        )
-        raise
+
+    final = averages.get(cfg.shipped_average, live)
+    finite = all(bool(w.isfinite().all()) for w in final.values())
+    last = trainer.steps - 1
+    problem = f"step {last}: the weights after it are not finite; lower the learning rates"
+    refuse(not finite, problem, 5)
+    return Trained(trainer, live, averages, final)
+
+
+def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
+    """Exports the final weights to artifact.bin and measures what the bytes are spent on."""
+    plan = trained.trainer.plan
+    blob, trained.pruned, coder = export(cfg, run, trained.final, plan)
+    sizes = None
+    if run.rank == 0:
+        write_atomic(run.dir / "artifact.bin", blob)
+        kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
+        pruned = prune(cfg, trained.final, trained.pruned)
+        sizes = kinds, code_size(coder, pruned, plan, len(blob))
+    # the broadcast also keeps the other ranks from reading the file before it is written
+    trained.kinds, trained.codes = run.broadcast(sizes)
+
+
+def score_all(
+    cfg: Config,
+    run: Run,
+    state: State,
+    val: Validation,
+    attend: Callable,
+    trained: Trained | None,
+) -> dict[str, Score]:
+    """Scores the trainer's own weights, then the read-back ones in every mode asked for.
+
+    Returns name -> score; the last one is the result.
+    """
+    scores = {}
+
+    def keep(name: str, job: Callable[[], Score]) -> None:
+        with run.phase(f"score {name}"):
+            scores[name] = job()
+        run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
+
+    for name, weights in weights_before_the_artifact(cfg, trained):
+        keep(name, partial(trained.trainer.score_weights, weights))
+
+    model = build_model(cfg, run, attend)
+    model.load_state_dict(state)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    measure = partial(score, cfg, run, forward, val)
+    keep("quantised", measure)
+
+    sliding = windows(0, val.n, cfg.window, cfg.eval_stride)
+    if cfg.eval_stride:
+        fixed = -(-val.n // cfg.window)
+        seconds = scores["quantised"].seconds * len(sliding) / fixed
+        speed = "at the speed of the fixed ones"
+        run.log(f"score sliding: {len(sliding):,} windows, about {seconds:.0f} s {speed}")
+        keep("sliding", partial(measure, sliding))
+    if cfg.doc_isolated_eval:
+        keep("documents", lambda: measure(document_windows(val, cfg.window, cfg.eval_stride)))
+    if cfg.ttt_mode == "sgd":
+        keep("ttt", partial(test_time_train, cfg, run, model, val, sliding))
+    return scores
+
+
+def weights_before_the_artifact(
+    cfg: Config, trained: Trained | None
+) -> Iterator[tuple[str, State]]:
+    """(name, weights) of each stage between the last step and the artifact."""
+    if trained is None:
+        return
+    yield "live", trained.live
+    if cfg.shipped_average in trained.averages:
+        yield "averaged", trained.final
+    if trained.pruned > cfg.prune_pct:
+        # quantised, but without what FIT_TO_CAP pruned
+        yield "unfitted", shipped_state(cfg, trained, share=cfg.prune_pct)
+
+
+def finish(run: Run, report: dict) -> dict:
+    """Writes the result; returns rank 0's, so that all ranks exit alike."""
+    run.log(final_table(report))
+    run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
+    if run.rank == 0:
+        write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
+        (run.dir / CHECKPOINTS[1]).unlink(missing_ok=True)
+    # from here on a signal comes too late
+    run.phase_name = "stop"
+    return run.broadcast(report)
+
+
+def explain(run: Run, error: BaseException) -> Refusal | None:
+    """Writes what ended the run into its records.
+
+    Returns the line and the exit code for it, or None where the error speaks for itself.
+    """
+    phase = run.phase_name
+    run.phase_name = "stop"
+    where = f"in phase '{phase}': {type(error).__name__}: {error}"
+    out_of_memory = is_out_of_memory(error)
+
+    # the other ranks are asked only where one of them may be the reason
+    waited = isinstance(error, RuntimeError) or (run.stop and phase != "train")
+    silent = []
+    if waited and run.world > 1 and not out_of_memory:
+        silent = run.silent_ranks()
+
+    # the disk may be full
+    with contextlib.suppress(OSError):
+        run.log(f"stopped {where}")
+        run.event("stopped", phase=phase, error=where)
+
+    again = f"RESUME=1 RUN_ID={run.dir.name}"
+    if out_of_memory:
+        remedy = "training: raise GRAD_ACCUM_STEPS; scoring: lower EVAL_BATCH_SEQS"
+        return Refusal(f"out of memory {where}; {remedy}", 8)
+    if isinstance(error, OSError):
+        return Refusal(f"{where}; mend that, then {again}", 7)
+    if silent:
+        lost = ", ".join(map(str, silent))
+        return Refusal(f"lost rank {lost} {where}; go on with {again}", 6)
+    if run.stop:
+        return Refusal(f"stopped {where}", 128 + run.stop)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host's memory or of the GPU's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate" in str(error)
 
 
 def command_line(
