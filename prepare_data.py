@@ -1,15 +1,20 @@
-"""Make the token shards that train_gpt.py reads: from installed documentation, from your text, or from FineWeb.
+"""Make the token shards that train_gpt.py reads: from installed documentation, from your text, or
+from FineWeb.
 
-    python prepare_data.py demo                                   # no download, under a minute
-    python prepare_data.py text corpus.jsonl.zst --out data/mine  # any text of yours
-    python prepare_data.py fineweb                                # the challenge's own shards, 16 GB
+    # no download, under a minute
+    python prepare_data.py demo
+    # any text of yours
+    python prepare_data.py text corpus.jsonl.zst --out data/mine
+    # the challenge's own shards, 16 GB
+    python prepare_data.py fineweb
 
-A dataset folder holds shards, a SentencePiece tokenizer and, written last, manifest.json, which states the hash and
-size of each file. A shard is a header of 256 little-endian int32 (magic, version, token count, zeros), then that many
-little-endian uint16 tokens; BOS opens each document and nothing closes it.
+A dataset folder holds shards, a SentencePiece tokenizer and, written last, manifest.json, which
+states the hash and size of each file. A shard is a header of 256 little-endian int32 (magic,
+version, token count, zeros), then that many little-endian uint16 tokens; BOS opens each document
+and nothing closes it.
 
-The file reads in the order in which data flows:
-documents -> train or val -> tokenizer -> tokens -> shards -> manifest -> folder -> download -> commands.
+The file reads in the order in which data flows: documents -> train or val -> tokenizer -> tokens ->
+shards -> manifest -> folder -> download -> commands.
 """
 
 import ast
@@ -29,6 +34,7 @@ import platform
 import shutil
 import sys
 import sysconfig
+import time
 import typing
 import warnings
 import zlib
@@ -45,22 +51,70 @@ from typing import Annotated
 import httpx
 import huggingface_hub
 import numpy as np
+import rich.console
+import rich.progress
 import sentencepiece as spm
 import typer
 import zstandard
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import HFValidationError
-from tqdm import tqdm
+from huggingface_hub.utils import disable_progress_bars
 
-HEADER_INTS, SHARD_MAGIC, SHARD_VERSION = 256, 20240520, 1
+HEADER_INTS = 256
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
 TOKEN = np.dtype("<u2")
 BOS = 1
 SPLITS = ("train", "val")
-DEFAULT_WORKERS = min(os.cpu_count() or 1, 16)  # a container often grants fewer cores than it shows
+# A container often grants fewer cores than it shows.
+DEFAULT_WORKERS = min(os.cpu_count() or 1, 16)
 
 
 class UserError(typer.TyperException):
-    """A mistake the user can mend: one line with the thing, its value and the remedy; exit code 2."""
+    """A mistake the user can mend: one line with the thing, its value and the remedy; exit 2."""
+
+
+# ---- Progress
+
+PROGRESS_SECONDS = 30  # between two lines where there is no terminal
+
+
+@contextmanager
+def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Show how far a loop is; yields the function that it calls after each item.
+
+    On a terminal a live bar, below what is printed meanwhile; elsewhere a line from time to time.
+    """
+    console = rich.console.Console()
+    if not console.is_terminal:
+        yield line_from_time_to_time(what, unit, total)
+        return
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn(unit),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console) as bar:
+        yield functools.partial(bar.advance, bar.add_task(what, total=total))
+
+
+def line_from_time_to_time(what: str, unit: str, total: int | None) -> Callable[[], None]:
+    """Return a function that counts its calls and prints the count every PROGRESS_SECONDS."""
+    done = 0
+    next_line = time.monotonic() + PROGRESS_SECONDS
+
+    def advance() -> None:
+        nonlocal done, next_line
+        done += 1
+        if time.monotonic() >= next_line:
+            of_all = f" of {total:,}" if total else ""
+            print(f"{what}: {done:,}{of_all} {unit}", flush=True)
+            next_line = time.monotonic() + PROGRESS_SECONDS
+
+    return advance
 
 
 # ---- Options
@@ -68,7 +122,7 @@ class UserError(typer.TyperException):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How documents become shards. All of it changes the result, so all of it goes into the manifest."""
+    """How documents become shards: all that changes the result, so all of it is in the manifest."""
 
     tokenizer: Annotated[
         Path | None,
@@ -118,14 +172,17 @@ class TextOptions(Recipe):
 
 
 def read_zst(path: Path) -> Iterator[bytes]:
-    """Decompress chunk by chunk. Raises EOFError on a cut file, which zstandard's own reader takes for a whole one."""
+    """Decompress chunk by chunk.
+
+    Raises EOFError on a cut file, which zstandard's own reader takes for a whole one.
+    """
+    frames = zstandard.ZstdDecompressor(max_window_size=2**31)
     decoder = None
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             while chunk:
-                decoder = (
-                    decoder or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                )
+                if decoder is None:
+                    decoder = frames.decompressobj()
                 yield decoder.decompress(chunk)
                 chunk = decoder.unused_data
                 if decoder.eof:
@@ -137,7 +194,8 @@ def read_zst(path: Path) -> Iterator[bytes]:
 def read_with(opener: Callable, path: Path) -> Iterator[bytes]:
     """Read what `opener` makes of the file, chunk by chunk."""
     with opener(path, "rb") as file:
-        yield from iter(lambda: file.read(1 << 20), b"")
+        while chunk := file.read(1 << 20):
+            yield chunk
 
 
 DECOMPRESSORS = {
@@ -148,7 +206,10 @@ DECOMPRESSORS = {
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a plain or compressed file without their newlines. Raises UserError when it is damaged."""
+    """Yield the lines of a plain or compressed file without their newlines.
+
+    Raises UserError when it is damaged.
+    """
     read = DECOMPRESSORS.get(path.suffix, functools.partial(read_with, open))
     rest = b""
     try:
@@ -161,9 +222,14 @@ def read_lines(path: Path) -> Iterator[bytes]:
         yield rest
 
 
+def is_not_blank(line: bytes) -> bool:
+    """Tell a line with text from one of white space alone."""
+    return bool(line.strip())
+
+
 def read_txt(path: Path, field: str) -> Iterator[str]:
-    """Yield the blocks of text between blank lines: each is one document. A plain text has no fields."""
-    for has_text, lines in itertools.groupby(read_lines(path), key=lambda line: bool(line.strip())):
+    """Yield the blocks of text between blank lines: each is one document, and has no fields."""
+    for has_text, lines in itertools.groupby(read_lines(path), key=is_not_blank):
         try:
             block = b"\n".join(lines).decode()
         except UnicodeDecodeError as error:
@@ -185,7 +251,8 @@ def read_jsonl(path: Path, field: str) -> Iterator[str]:
             text = None
         if not isinstance(text, str):
             raise UserError(
-                f"{path}:{number} is no JSON object with the text field {field!r}: name it with --field"
+                f"{path}:{number} is no JSON object with the text field {field!r}: "
+                "name it with --field"
             )
         # JSON can spell half a surrogate pair, which is no character and has no UTF-8 form.
         yield text.encode(errors="replace").decode()
@@ -199,8 +266,9 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
         file = pyarrow.parquet.ParquetFile(path)
         for batch in file.iter_batches(columns=[field]):
             if not batch.num_columns:
+                columns = file.schema_arrow.names
                 raise UserError(
-                    f"{path} has no column {field!r}: name one of {file.schema_arrow.names} with --field"
+                    f"{path} has no column {field!r}: name one of {columns} with --field"
                 )
             yield from (text for text in batch.column(0).to_pylist() if text)
     except pyarrow.ArrowException as error:
@@ -213,12 +281,16 @@ READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def reader_of(path: Path) -> Callable[[Path, str], Iterator[str]]:
-    """Choose the reader by suffix. Raises UserError at once for a file that would fail hours into a long run."""
+    """Choose the reader by suffix.
+
+    Raises UserError at once for a file that would fail hours into a long run.
+    """
     compressed = path.suffix in DECOMPRESSORS
     reader = READERS.get(Path(path.stem).suffix if compressed else path.suffix)
     if reader is None or (compressed and reader is read_parquet):
         raise UserError(
-            f"{path} is of no known kind: give .txt or .jsonl, plain or as .gz .xz .zst, or .parquet"
+            f"{path} is of no known kind: "
+            "give .txt or .jsonl, plain or as .gz .xz .zst, or .parquet"
         )
     if reader is read_parquet and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{path} needs pyarrow, which is not installed: pip install pyarrow")
@@ -245,34 +317,16 @@ DEMO_SKIPPED_FOLDERS = {
     "turtledemo",
 }
 DEMO_MIN_CHARACTERS = 300
-DEMO_VAL_FRACTION, DEMO_VAL_CHARACTERS = 0.02, 400_000
-STOP_WORDS = frozenset(
-    [
-        "the",
-        "of",
-        "to",
-        "and",
-        "a",
-        "in",
-        "is",
-        "for",
-        "that",
-        "it",
-        "as",
-        "be",
-        "this",
-        "with",
-        "by",
-        "or",
-        "are",
-        "an",
-        "from",
-        "if",
-        "on",
-        "not",
-    ]
-)
-STOP_WORD_SHARE = 0.12  # English prose has about a third, code and tables of output next to none
+DEMO_VAL_FRACTION = 0.02
+DEMO_VAL_CHARACTERS = 400_000
+# fmt: off
+STOP_WORDS = frozenset({
+    "the", "of", "to", "and", "a", "in", "is", "for", "that", "it", "as",
+    "be", "this", "with", "by", "or", "are", "an", "from", "if", "on", "not",
+})
+# fmt: on
+# English prose has about a third, code and tables of output next to none.
+STOP_WORD_SHARE = 0.12
 
 
 def demo_versions() -> dict[str, str]:
@@ -289,7 +343,7 @@ def demo_versions() -> dict[str, str]:
 
 
 def demo_files() -> list[Path]:
-    """List the modules of the standard library and of DEMO_PACKAGES, found without importing any."""
+    """List the modules of the standard library and of DEMO_PACKAGES without importing any."""
     roots = [sysconfig.get_path("stdlib")]
     for package in DEMO_PACKAGES:
         roots += importlib.util.find_spec(package).submodule_search_locations
@@ -325,20 +379,22 @@ def module_docstrings(path: Path) -> list[str]:
 def demo_documents(workers: int) -> list[str]:
     """Return the distinct demo documents of useful length, shuffled by their hashes.
 
-    The order, unlike that of folders, mixes the packages in every shard and is the same on every machine.
+    The order, unlike that of folders, mixes the packages in every shard and is the same on every
+    machine.
     """
     files = demo_files()
-    with worker_pool(workers) as pool:
-        modules = tqdm(
-            pool.map(module_docstrings, files, chunksize=32), "modules", len(files), disable=None
-        )
-        texts = [text for docstrings in modules for text in docstrings] + list(topics.values())
+    texts = []
+    with worker_pool(workers) as pool, progress("reading", "modules", len(files)) as advance:
+        for docstrings in pool.map(module_docstrings, files, chunksize=32):
+            texts += docstrings
+            advance()
+    texts += topics.values()
     keyed = {document_key(text): text for text in texts if is_demo_document(text)}
     return [keyed[key] for key in sorted(keyed)]
 
 
 def demo_val_fraction(documents: list[str]) -> float:
-    """Return the fraction of key space below which lie 2 % of the text, or 400 kB if that is less."""
+    """Return the fraction of key space below which lie 2 % of the text, but at most 400 kB."""
     sizes = np.cumsum([len(text) for text in documents])
     budget = min(DEMO_VAL_FRACTION * sizes[-1], DEMO_VAL_CHARACTERS)
     first_of_train = min(int(np.searchsorted(sizes, budget)) + 1, len(documents) - 1)
@@ -351,7 +407,10 @@ NORMALIZER = spm.SentencePieceNormalizer(rule_name="nmt_nfkc", remove_extra_whit
 
 
 def document_key(text: str) -> bytes:
-    """Hash a text as the tokenizer will see it (16 bytes): folded spaces, one form for each character."""
+    """Hash a text as the tokenizer will see it: folded spaces, one form for each character.
+
+    Returns 16 bytes.
+    """
     return hashlib.blake2b(NORMALIZER.normalize(text).encode(), digest_size=16).digest()
 
 
@@ -363,7 +422,8 @@ def key_fraction(key: bytes) -> float:
 class Splitter:
     """Send each distinct document to "train" or "val", the same way on every run.
 
-    It remembers every key: about 100 bytes of memory a document, 1.5 GB for the 15 million of FineWeb's 10B sample.
+    It remembers every key: about 100 bytes of memory a document, 1.5 GB for the 15 million of
+    FineWeb's 10B sample.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -385,9 +445,8 @@ class Splitter:
 
 # ---- Tokenizer
 
-TOKENIZER_SAMPLE_CHARACTERS = (
-    50_000_000  # more text moves few of 1,024 merges; 10 MB train in two seconds
-)
+# More text moves few of 1,024 merges; 10 MB train in two seconds.
+TOKENIZER_SAMPLE_CHARACTERS = 50_000_000
 
 
 def tokenizer_sample(documents: Iterable[str], recipe: Recipe) -> Iterator[str]:
@@ -427,7 +486,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> bytes:
             bos_id=BOS,
             eos_id=2,
             unk_id=3,
-            max_sentence_length=2**30,  # the default passes over every document of more than 4 kB
+            # The default passes over every document of more than 4 kB.
+            max_sentence_length=2**30,
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -444,22 +504,21 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
         raise UserError(f"{path} is no SentencePiece model: give another --tokenizer") from error
     if tokenizer.bos_id() != BOS or tokenizer.vocab_size() > 2 ** (8 * TOKEN.itemsize):
         raise UserError(
-            f"{path} has BOS id {tokenizer.bos_id()} and {tokenizer.vocab_size()} pieces, shards need id {BOS} and "
-            "at most 65536: give another --tokenizer"
+            f"{path} has BOS id {tokenizer.bos_id()} and {tokenizer.vocab_size()} pieces, "
+            f"shards need id {BOS} and at most 65536: give another --tokenizer"
         )
     return tokenizer
 
 
 # ---- Tokens
 
-Encoded = tuple[
-    bytes, np.ndarray, int
-]  # document key; uint16 tokens with BOS first; UTF-8 bytes they stand for
+# Document key; uint16 tokens with BOS first; UTF-8 bytes that they stand for.
+Encoded = tuple[bytes, np.ndarray, int]
 BATCH_DOCUMENTS = 64
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Start processes that share nothing with this one, so no thread of a library is caught in a fork."""
+    """Start processes that share nothing with this one: no thread is caught in a fork."""
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
@@ -468,7 +527,10 @@ worker_tokenizer = functools.cache(load_tokenizer)
 
 
 def encode_batch(model: Path, texts: list[str]) -> list[Encoded]:
-    """Encode documents in a worker. Bytes are those of the decoded text, because that is what a score divides by."""
+    """Encode documents in a worker.
+
+    Bytes are those of the decoded text, because that is what a score divides by.
+    """
     tokenizer = worker_tokenizer(model)
     encoded = []
     for text in texts:
@@ -481,7 +543,8 @@ def encode_batch(model: Path, texts: list[str]) -> list[Encoded]:
 def encode(documents: Iterator[str], model: Path, workers: int) -> Iterator[Encoded]:
     """Encode a stream of documents in parallel and yield the results in the order of the input.
 
-    At most four batches a worker are under way, whatever the size of the input: Executor.map would read it all first.
+    At most four batches a worker are under way, whatever the size of the input: Executor.map would
+    read it all first.
     """
     under_way: deque = deque()
     with worker_pool(workers) as pool:
@@ -518,10 +581,15 @@ def shard_entry(path: Path, split: str, tokens: int) -> dict:
 
 
 class ShardWriter:
-    """Cut one split's tokens into shards of exactly `shard_tokens`, the last one shorter; it holds one in memory."""
+    """Cut one split's tokens into shards of exactly `shard_tokens`, the last one shorter.
+
+    It holds one in memory.
+    """
 
     def __init__(self, folder: Path, split: str, recipe: Recipe) -> None:
-        self.folder, self.split, self.recipe = folder, split, recipe
+        self.folder = folder
+        self.split = split
+        self.recipe = recipe
         self.buffer = bytearray()
         self.shards: list[dict] = []
         self.totals = {"documents": 0, "tokens": 0, "utf8_bytes": 0}
@@ -551,7 +619,7 @@ class ShardWriter:
             file.write(header.tobytes())
             file.write(payload)
         self.shards.append(shard_entry(path, self.split, int(header[2])))
-        tqdm.write(f"wrote {path.name}: {header[2]:,} tokens")
+        print(f"wrote {path.name}: {header[2]:,} tokens")
 
 
 def write_dataset(
@@ -563,31 +631,50 @@ def write_dataset(
 ) -> None:
     """Fill an empty folder with tokenizer, shards and manifest.
 
-    `documents` starts a fresh pass over the same documents: the tokenizer takes one, the encoding another.
+    `documents` starts a fresh pass over the same documents: the tokenizer takes one, the encoding
+    another.
     """
     model = folder / "tokenizer.model"
     if recipe.tokenizer:
-        load_tokenizer(recipe.tokenizer)  # refuses an unfit one here, before any worker starts
+        # Refuses an unfit one here, before any worker starts.
+        load_tokenizer(recipe.tokenizer)
         shutil.copyfile(recipe.tokenizer, model)
     else:
-        tqdm.write(f"training a tokenizer of {recipe.vocab_size} pieces")
+        print(f"training a tokenizer of {recipe.vocab_size} pieces")
         sample = tokenizer_sample(itertools.islice(documents(), recipe.max_docs), recipe)
         model.write_bytes(train_tokenizer(list(sample), recipe.vocab_size))
 
     splitter = Splitter(recipe)
     writers = {split: ShardWriter(folder, split, recipe) for split in SPLITS}
     encoded = encode(itertools.islice(documents(), recipe.max_docs), model, workers)
-    for key, tokens, utf8_bytes in tqdm(encoded, "encoding", unit=" documents", disable=None):
-        if split := splitter.split_of(key):
-            writers[split].add(tokens, utf8_bytes)
-        if (
-            recipe.max_tokens
-            and sum(writer.totals["tokens"] for writer in writers.values()) >= recipe.max_tokens
-        ):
-            break
+    write_splits(encoded, splitter, writers)
+
+    splits = {split: writers[split].totals for split in SPLITS}
+    refuse_empty_splits(splits, recipe)
+    shards = [entry for writer in writers.values() for entry in writer.shards]
+    rest = {"splits": splits, "disjoint": proof_of_disjoint(splitter), "settings": settings}
+    write_manifest(folder, model, shards, rest)
+
+
+def write_splits(
+    encoded: Iterable[Encoded], splitter: Splitter, writers: dict[str, ShardWriter]
+) -> None:
+    """Send each distinct document to the writer of its split, up to --max-tokens."""
+    limit = splitter.recipe.max_tokens
+    with progress("encoding", "documents") as advance:
+        for key, tokens, utf8_bytes in encoded:
+            split = splitter.split_of(key)
+            if split:
+                writers[split].add(tokens, utf8_bytes)
+            advance()
+            if limit and sum(writer.totals["tokens"] for writer in writers.values()) >= limit:
+                break
     for writer in writers.values():
         writer.close()
-    splits = {split: writers[split].totals for split in SPLITS}
+
+
+def refuse_empty_splits(splits: dict[str, dict], recipe: Recipe) -> None:
+    """Raise UserError for a split without a document that the recipe did not ask to be empty."""
     empty = [split for split in SPLITS if not splits[split]["documents"]]
     if len(empty) == 2:
         raise UserError("the input holds no document with text: give other files")
@@ -595,15 +682,19 @@ def write_dataset(
         raise UserError(
             f"--val-fraction {recipe.val_fraction} leaves {empty[0]} without a document: change it"
         )
-    disjoint = {
-        "method": "by document: blake2b of the nmt_nfkc text decides the side, repeated texts are dropped",
-        **{f"{split}_documents": len(splitter.keys[split]) for split in SPLITS},
-        "shared": len(splitter.keys["train"] & splitter.keys["val"]),
+
+
+def proof_of_disjoint(splitter: Splitter) -> dict:
+    """What the manifest says of the separation of the splits."""
+    train = splitter.keys["train"]
+    val = splitter.keys["val"]
+    return {
+        "method": "by document: blake2b of the nmt_nfkc text decides the side, "
+        "repeated texts are dropped",
+        "train_documents": len(train),
+        "val_documents": len(val),
+        "shared": len(train & val),
     }
-    shards = [entry for writer in writers.values() for entry in writer.shards]
-    write_manifest(
-        folder, model, shards, {"splits": splits, "disjoint": disjoint, "settings": settings}
-    )
 
 
 # ---- Manifest and folder
@@ -629,24 +720,31 @@ def write_manifest(folder: Path, model: Path, shards: list[dict], rest: dict) ->
     partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
     for split, totals in manifest["splits"].items():
-        tqdm.write(f"{split}: {totals['tokens']:,} tokens of {totals['documents']:,} documents")
+        print(f"{split}: {totals['tokens']:,} tokens of {totals['documents']:,} documents")
+
+
+def is_of_our_form(manifest: dict) -> bool:
+    """Tell whether what is read of a manifest has the types that it is used with."""
+    names_and_hashes = []
+    for entry in (manifest["tokenizer"], *manifest["shards"]):
+        names_and_hashes += [entry["file"], entry["sha256"]]
+    return (
+        manifest["format"] == FORMAT
+        and isinstance(manifest["settings"], dict)
+        and all(isinstance(text, str) for text in names_and_hashes)
+    )
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """Return the manifest of a finished folder, None for one that is missing or empty; other folders are refused."""
+    """Return the manifest of a finished folder, None for one that is missing or empty.
+
+    Raises UserError for any other folder.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = [
-            (entry["file"], entry["sha256"])
-            for entry in (manifest["tokenizer"], *manifest["shards"])
-        ]
-        if (
-            manifest["format"] == FORMAT
-            and isinstance(manifest["settings"], dict)
-            and all(isinstance(text, str) for file in files for text in file)
-        ):
+        if is_of_our_form(manifest):
             return manifest
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
@@ -658,7 +756,8 @@ def read_manifest(folder: Path) -> dict | None:
 def is_finished(folder: Path, settings: dict) -> bool:
     """Tell whether the folder already holds what `settings` make, unchanged.
 
-    Raises UserError when it was made with other settings or a file has changed: nothing is ever overwritten.
+    Raises UserError when it was made with other settings or a file has changed: nothing is ever
+    overwritten.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -666,39 +765,42 @@ def is_finished(folder: Path, settings: dict) -> bool:
     old = manifest["settings"]
     for key in {**settings, **old}:
         if settings.get(key) != old.get(key):
+            was = json.dumps(old.get(key))
+            wanted = json.dumps(settings.get(key))
             raise UserError(
-                f"{folder} was made with {key} = {json.dumps(old.get(key))}, not {json.dumps(settings.get(key))}: "
+                f"{folder} was made with {key} = {was}, not {wanted}: "
                 "choose another --out or delete that folder"
             )
-    places = [
-        path
-        for pattern in ("*", "../../tokenizers/*")
-        for path in folder.glob(pattern)
-        if path.is_file()
-    ]
-    there = {
-        path.relative_to(folder).as_posix(): path for path in places
-    }  # a name that leads elsewhere is never opened
+
+    # By name, from lists of two folders: a name that leads elsewhere is never opened.
+    there = {}
+    for pattern in ("*", "../../tokenizers/*"):
+        for path in folder.glob(pattern):
+            if path.is_file():
+                there[path.relative_to(folder).as_posix()] = path
     for entry in (manifest["tokenizer"], *manifest["shards"]):
-        if entry["file"] not in there or file_sha256(there[entry["file"]]) != entry["sha256"]:
-            path = folder / entry["file"]
+        name = entry["file"]
+        if name not in there or file_sha256(there[name]) != entry["sha256"]:
             raise UserError(
-                f"{path} is missing or no longer as {MANIFEST} states: delete {folder} and run again"
+                f"{folder / name} is missing or no longer as {MANIFEST} states: "
+                f"delete {folder} and run again"
             )
-    tqdm.write(
-        f"{folder} is complete and its {len(manifest['shards'])} shards match their hashes: nothing to do"
-    )
+    shards = len(manifest["shards"])
+    print(f"{folder} is complete and its {shards} shards match their hashes: nothing to do")
     return True
 
 
 def sibling(target: Path, role: str) -> Path:
-    """Name the hidden neighbour of `target` that serves as its lock or holds it while unfinished."""
+    """Name the hidden neighbour of `target` that is its lock or holds it while unfinished."""
     return target.with_name(f".{target.name}.{role}")
 
 
 @contextmanager
 def exclusive(target: Path) -> Iterator[None]:
-    """Hold the lock on a folder. Raises UserError when another run has it; the system frees that of a killed run."""
+    """Hold the lock on a folder; the system frees that of a killed run.
+
+    Raises UserError when another run has it.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(sibling(target, "lock")).acquire(timeout=0):
@@ -709,23 +811,28 @@ def exclusive(target: Path) -> Iterator[None]:
 
 @contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `target` if the block succeeds and is deleted if not."""
+    """Yield an empty folder that becomes `target` if the block succeeds and is deleted if not."""
     partial = sibling(target, "partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
+    # What a killed run left.
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         partial.replace(target)
-        tqdm.write(f"made {target}")
+        print(f"made {target}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# ---- Download of the challenge's FineWeb. The layout is upstream's: <out>/datasets/<name>/*.bin, <out>/tokenizers/
+# ---- Download of the challenge's FineWeb
+# The layout is upstream's: <out>/datasets/<name>/*.bin, <out>/tokenizers/
 
 
 def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str, list[str]]:
-    """Look up a variant in upstream's manifest: its tokenizer's path and its shards' names, validation first."""
+    """Look up a variant in upstream's manifest.
+
+    Returns its tokenizer's path and its shards' names, validation first.
+    """
     datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in listing["datasets"]}
     if variant not in datasets:
         raise UserError(
@@ -734,7 +841,8 @@ def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str
     published = datasets[variant]["stats"]
     if train_shards > published["files_train"]:
         raise UserError(
-            f"--train-shards {train_shards} is more than are published: take {published['files_train']}"
+            f"--train-shards {train_shards} is more than are published: "
+            f"take {published['files_train']}"
         )
     models = {entry["name"]: entry.get("model_path") for entry in listing["tokenizers"]}
     model = models[datasets[variant]["tokenizer_name"]]
@@ -745,13 +853,17 @@ def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str
     counts = {"val": published["files_val"], "train": train_shards}
     if not 0 <= counts["val"] < 10**6 or {"", ".", ".."} & set(model.split("/")):
         raise ValueError(f"{counts['val']} validation shards, tokenizer {model}")
-    return model, [
-        f"fineweb_{split}_{index:06d}.bin" for split in counts for index in range(counts[split])
-    ]
+    names = []
+    for split, count in counts.items():
+        names += [f"fineweb_{split}_{index:06d}.bin" for index in range(count)]
+    return model, names
 
 
 def inspect_shard(path: Path, vocab_size: int) -> tuple[int, int]:
-    """Return the tokens and documents of a shard. Raises UserError when it is none or not of this vocabulary."""
+    """Return the number of tokens and of documents of a shard.
+
+    Raises UserError when it is none or not of this vocabulary.
+    """
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(f"{path.name} has no shard header: check --repo and --variant")
@@ -763,22 +875,24 @@ def inspect_shard(path: Path, vocab_size: int) -> tuple[int, int]:
     tokens = np.memmap(path, dtype=TOKEN, mode="r", offset=header.nbytes)
     if tokens.max() >= vocab_size:
         raise UserError(
-            f"{path.name} has token {tokens.max()}, its tokenizer {vocab_size}: check --repo and --variant"
+            f"{path.name} has token {tokens.max()}, its tokenizer {vocab_size}: "
+            "check --repo and --variant"
         )
     return len(tokens), int(np.count_nonzero(tokens == BOS))
 
 
 def hub_hash(path: Path, etag: str | None) -> str:
-    """Hash a file as the hub does for its etag: a large file's sha256, a small one's sha1 as a blob of git."""
+    """Hash a file as the hub does for its etag: a large one's sha256, a small one's git hash."""
     if len(etag or "") == 64:
         return file_sha256(path)
     return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
 
 
 def fetch(repo: str, remote: str, staging: Path, local: Path, inspect_file: Callable) -> object:
-    """Bring a published file to its final place once it is whole; return what `inspect_file` finds in it.
+    """Bring a published file to its final place once it is whole.
 
-    One already there is kept. Raises UserError when either differs in size or hash from what the hub states.
+    One already there is kept. Returns what `inspect_file` finds in it. Raises UserError when the
+    file differs in size or hash from what the hub states.
     """
     url = huggingface_hub.hf_hub_url(repo, remote, repo_type="dataset")
     if not url.startswith(("https://", "http://127.0.0.1:")):
@@ -786,61 +900,67 @@ def fetch(repo: str, remote: str, staging: Path, local: Path, inspect_file: Call
     stated = huggingface_hub.get_hf_file_metadata(url)
     path = local
     if not local.exists():
-        path = Path(
-            huggingface_hub.hf_hub_download(repo, remote, repo_type="dataset", local_dir=staging)
+        staged = huggingface_hub.hf_hub_download(
+            repo, remote, repo_type="dataset", local_dir=staging
         )
+        path = Path(staged)
     if path.stat().st_size != stated.size or hub_hash(path, stated.etag) != stated.etag:
         remedy = "delete it and run again"
         if path != local:
             path.unlink()
             remedy = "run again to download it anew"
         raise UserError(
-            f"{path} is not the published file of {stated.size} bytes and hash {stated.etag}: {remedy}"
+            f"{path} is not the published file of {stated.size} bytes and hash {stated.etag}: "
+            f"{remedy}"
         )
     found = inspect_file(path)
     if path != local:
         local.parent.mkdir(parents=True, exist_ok=True)
         path.replace(local)
-        tqdm.write(f"verified {local}")
+        print(f"verified {local}")
     return found
 
 
 def fetch_dataset(folder: Path, settings: dict) -> None:
-    """Download the shards that `settings` name into `folder`, their tokenizer beside it, and write the manifest."""
-    repo, prefix, variant, train_shards = (
-        settings[key] for key in ("repo", "prefix", "variant", "train_shards")
-    )
-    staging = sibling(
-        folder, "partial"
-    )  # outlives a broken run, so that the next one goes on from there
-    listing = fetch(
-        repo, f"{prefix}/{MANIFEST}", staging, staging / "listing.json", Path.read_bytes
-    )
+    """Download the shards that `settings` name and their tokenizer; write the manifest of `folder`.
+
+    What is under way lies in a folder that outlives a broken run, so that the next one goes on from
+    there.
+    """
+    repo = settings["repo"]
+    prefix = settings["prefix"]
+    staging = sibling(folder, "partial")
+    disable_progress_bars()  # the hub's own, which would overwrite ours
+
+    remote = f"{prefix}/{MANIFEST}"
+    listing = fetch(repo, remote, staging, staging / "listing.json", Path.read_bytes)
     try:
-        model_path, names = published_files(json.loads(listing), variant, train_shards)
+        model_path, names = published_files(
+            json.loads(listing), settings["variant"], settings["train_shards"]
+        )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{repo} has a {MANIFEST} of another form ({error!r}): try another --repo"
         ) from error
     model = folder.parent.parent / "tokenizers" / Path(model_path).name
-    vocab_size = fetch(repo, f"{prefix}/{model_path}", staging, model, load_tokenizer).vocab_size()
-    inspect_file = functools.partial(inspect_shard, vocab_size=vocab_size)
-    shards, splits = (
-        [],
-        {split: {"documents": 0, "tokens": 0, "utf8_bytes": None} for split in SPLITS},
-    )
-    for name in tqdm(names, "shards", disable=None):
-        remote = f"{prefix}/datasets/{folder.name}/{name}"
-        tokens, documents = fetch(repo, remote, staging, folder / name, inspect_file)
-        split = name.split("_")[1]
-        shards.append(shard_entry(folder / name, split, tokens))
-        splits[split]["tokens"] += tokens
-        splits[split]["documents"] += documents
-    write_manifest(
-        folder, model, shards, {"splits": splits, "disjoint": None, "settings": settings}
-    )
+    tokenizer = fetch(repo, f"{prefix}/{model_path}", staging, model, load_tokenizer)
+
+    inspect_file = functools.partial(inspect_shard, vocab_size=tokenizer.vocab_size())
+    shards = []
+    splits = {split: {"documents": 0, "tokens": 0, "utf8_bytes": None} for split in SPLITS}
+    with progress("downloading", "shards", len(names)) as advance:
+        for name in names:
+            remote = f"{prefix}/datasets/{folder.name}/{name}"
+            tokens, documents = fetch(repo, remote, staging, folder / name, inspect_file)
+            split = name.split("_")[1]
+            shards.append(shard_entry(folder / name, split, tokens))
+            splits[split]["tokens"] += tokens
+            splits[split]["documents"] += documents
+            advance()
+    rest = {"splits": splits, "disjoint": None, "settings": settings}
+    write_manifest(folder, model, shards, rest)
     shutil.rmtree(staging)
-    tqdm.write(f"made {folder}")
+    print(f"made {folder}")
 
 
 # ---- Commands
@@ -849,7 +969,7 @@ app = typer.Typer(help=__doc__.split("\n\n")[0], add_completion=False, rich_mark
 
 
 def options_as_parameters(options: type) -> Callable[[Callable], Callable]:
-    """Give a command one command-line parameter for each field of a dataclass and call it with an instance."""
+    """Give a command one parameter for each field of a dataclass and call it with an instance."""
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
@@ -888,8 +1008,9 @@ def demo(
 def text(options: TextOptions) -> None:
     """Make a dataset of your own text files.
 
-    A .txt file holds documents separated by blank lines, a .jsonl file one object a line, a .parquet file one a row.
-    All but .parquet may be compressed (.gz, .xz, .zst). The order of the input is kept: shuffle it beforehand.
+    A .txt file holds documents separated by blank lines, a .jsonl file one object a line, a
+    .parquet file one a row. All but .parquet may be compressed (.gz, .xz, .zst). The order of the
+    input is kept: shuffle it beforehand.
     """
     for path in options.inputs:
         reader_of(path)
@@ -923,7 +1044,9 @@ def fineweb(
         ),
     ] = "datasets",
 ) -> None:
-    """Download the challenge's published shards and tokenizer and verify them; run it again to go on or add shards."""
+    """Download the challenge's published shards and tokenizer and verify them; run it again to go
+    on or add shards.
+    """
     settings = {
         "command": "fineweb",
         "repo": repo,
@@ -934,7 +1057,8 @@ def fineweb(
     folder = out.absolute() / "datasets" / f"fineweb10B_{variant}"
     with exclusive(folder):
         old = read_manifest(folder)["settings"] if (folder / MANIFEST).exists() else None
-        # Without a manifest a download broke off; with fewer shards of the same export, more are wanted now.
+        # Without a manifest a download broke off; with fewer shards of the same export, more are
+        # wanted now.
         adds = old is None or (
             {**old, "train_shards": train_shards} == settings
             and old.get("train_shards") in range(train_shards)
@@ -946,13 +1070,14 @@ def fineweb(
         except (OSError, httpx.HTTPError, HFValidationError) as error:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise UserError(
-                f"download from {repo} failed ({reason}): check the network, the disk, --repo and --prefix, then run "
-                "again; verified files are kept"
+                f"download from {repo} failed ({reason}): "
+                "check the network, the disk, --repo and --prefix, then run again; "
+                "verified files are kept"
             ) from error
 
 
 def printable(text: str) -> str:
-    """The text as one line that commands no terminal: control and half characters as Python writes them."""
+    """The text as one line that commands no terminal: such characters as Python writes them."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -962,23 +1087,26 @@ def exit_code_of(
     arguments: list[str] | None,
     refused: type[Exception] | tuple = (),
 ) -> int:
-    """Run a command; say on rank 0 in one line what was wrong. `refused`: exceptions that bring their own exit code."""
+    """Run a command; on rank 0, say in one line what was wrong. Returns the exit code.
+
+    `refused`: exceptions that bring their own exit code.
+    """
+    code = 2
     try:
         return app(arguments, standalone_mode=False) or 0
     except typer.TyperException as error:
-        message, code = error.format_message(), 2
+        message = error.format_message()
     except refused as error:
-        message, code = str(error), error.code
+        message = str(error)
+        code = error.code
     except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted", 130
+        message = "interrupted"
+        code = 130
     except BrokenProcessPool:
-        message, code = (
-            "a worker was ended from outside, most likely for lack of memory: lower --workers",
-            2,
-        )
+        message = "a worker was ended from outside, most likely for lack of memory: lower --workers"
     except OSError as error:
         problem = f"{error.filename or 'a file'}: {error.strerror or error}"
-        message, code = f"{problem}; check its folder, rights and free space", 2
+        message = f"{problem}; check its folder, rights and free space"
     if os.environ.get("RANK", "0") == "0":
         print(f"{script}: error:", printable(message), file=sys.stderr)
     return code

@@ -277,7 +277,7 @@ def test_every_knob_is_read_outside_its_declaration_and_its_checks():
 def test_importing_train_gpt_does_nothing_else(tmp_path):
     program = """
 import json, os, random, signal, sys, threading
-import numpy, safetensors.torch, sentencepiece, torch, torch.distributed, torch.utils.benchmark, tqdm, zstandard
+import numpy, safetensors.torch, sentencepiece, torch, torch.distributed, torch.utils.benchmark, zstandard
 
 def state():
     return [dict(os.environ), sorted(os.listdir(".")), torch.distributed.is_initialized(), torch.get_num_threads(),

@@ -1,4 +1,7 @@
-"""Tests of prepare_data.py. No network: the hub is a server on this machine. Real data comes from $GOLF_DATA."""
+"""Tests of prepare_data.py.
+
+No network: the hub is a server on this machine. Real data comes from $GOLF_DATA.
+"""
 
 import gzip
 import hashlib
@@ -27,29 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import prepare_data
 
+# fmt: off
 WORDS = [
-    "the",
-    "golf",
-    "of",
-    "a",
-    "small",
-    "model",
-    "is",
-    "to",
-    "say",
-    "in",
-    "few",
-    "bits",
-    "what",
-    "it",
-    "has",
-    "read",
-    "and",
-    "no",
-    "more",
-    "than",
-    "that",
+    "the", "golf", "of", "a", "small", "model", "is", "to", "say", "in", "few",
+    "bits", "what", "it", "has", "read", "and", "no", "more", "than", "that",
 ]
+# fmt: on
 needs_golf_data = pytest.mark.skipif(
     "GOLF_DATA" not in os.environ, reason="GOLF_DATA names no folder of real data"
 )
@@ -166,7 +152,8 @@ def test_official_validation_shard_is_rebuilt_token_for_token(tmp_path):
     texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     assert manifest_of(tmp_path / "out")["splits"] == {
         "train": {"documents": 0, "tokens": 0, "utf8_bytes": 0},
-        # These texts are already as the tokenizer normalises them, so their own bytes are what must be counted.
+        # These texts are already as the tokenizer normalises them, so their own bytes are what
+        # must be counted.
         "val": {
             "documents": len(texts),
             "tokens": len(official),
@@ -367,7 +354,8 @@ def test_utf8_bytes_are_those_of_the_byte_table(model):
     for text, (_, tokens, utf8_bytes) in zip(
         texts, prepare_data.encode_batch(model, texts), strict=True
     ):
-        # What the challenge counts: a piece's own bytes, plus one for its leading space unless a document opens.
+        # What the challenge counts: a piece's own bytes, plus one for its leading space unless a
+        # document opens.
         table = 0
         for before, token in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True):
             piece = tokenizer.id_to_piece(token)
@@ -383,6 +371,36 @@ def test_workers_do_not_change_the_result(tmp_path):
         assert run("text", source, "--out", tmp_path / str(workers), *arguments) == 0
     assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "2")
     assert manifest_of(tmp_path / "1")["tokenizer"]["vocab_size"] == 320
+
+
+# ---- Progress
+
+
+@pytest.mark.parametrize(("total", "said"), [(3, "3 of 3"), (None, "3")])
+def test_progress_without_a_terminal_is_a_line_from_time_to_time(monkeypatch, capsys, total, said):
+    with prepare_data.progress("encoding", "documents", total) as advance:
+        advance()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(prepare_data, "PROGRESS_SECONDS", 0)
+    with prepare_data.progress("encoding", "documents", total) as advance:
+        for _ in range(3):
+            advance()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[-1] == f"encoding: {said} documents"
+
+
+def test_progress_on_a_terminal_is_a_bar_below_what_is_printed(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with prepare_data.progress("encoding", "documents", 3) as advance:
+        for _ in range(3):
+            advance()
+        print("wrote a shard")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert "wrote a shard\n" in text
+    last = text.splitlines()[-1]
+    assert last.startswith("encoding ━") and "3/3 documents" in last
 
 
 # ---- Folders
@@ -551,9 +569,15 @@ def test_damage_is_named_when_the_tokenizer_reads_first(tmp_path, capsys):
 
 def test_a_tokenizer_with_other_ids_is_refused(tmp_path, capsys):
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_documents(50)), model_prefix=str(tmp_path / "other"), vocab_size=300,
-        model_type="bpe", byte_fallback=True, minloglevel=2, bos_id=2, eos_id=1,
-    )  # fmt: skip
+        sentence_iterator=iter(make_documents(50)),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+        bos_id=2,
+        eos_id=1,
+    )
     source = write_jsonl(tmp_path / "in.jsonl", make_documents(2))
     line = refusal(
         capsys, "text", source, "--out", tmp_path / "out", "--tokenizer", tmp_path / "other.model"
@@ -590,7 +614,7 @@ def test_help_describes_every_option(capsys):
 
 @pytest.fixture
 def small_python(tmp_path, monkeypatch):
-    """Stand in for the installed packages: a library folder and one package that must not be imported."""
+    """Stand in for what is installed: a library folder and a package that must not be imported."""
     package = tmp_path / "site" / "tinydocs"
     (package / "tests").mkdir(parents=True)
     (tmp_path / "site" / "tinydocs-1.0.dist-info").mkdir()
@@ -666,7 +690,8 @@ def test_demo_validation_is_capped(monkeypatch):
 def test_demo_finds_real_packages_without_importing_them():
     script = (
         "import sys, prepare_data; files = prepare_data.demo_files(); "
-        "print(len(files), sum('torch' in f.parts for f in files), 'torch' in sys.modules, 'sympy' in sys.modules)"
+        "print(len(files), sum('torch' in f.parts for f in files), "
+        "'torch' in sys.modules, 'sympy' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
@@ -679,7 +704,10 @@ def test_demo_finds_real_packages_without_importing_them():
 
 
 class StandInHub(http.server.ThreadingHTTPServer):
-    """Serves one dataset repository as the hub does; `corrupt` and `cut` name files to damage under way."""
+    """Serves one dataset repository as the hub does.
+
+    `corrupt` and `cut` name files to damage under way.
+    """
 
     daemon_threads = True
 
@@ -778,7 +806,10 @@ def hub(model):
 
 
 def fetch(hub: StandInHub, out: Path, *options, code: int) -> str:
-    """Run the fineweb command against the stand-in; return what it says: its one line where it refuses."""
+    """Run the fineweb command against the stand-in; return what it says.
+
+    Where it refuses, that is one line.
+    """
     hub.downloads.clear()
     command = [
         sys.executable,
@@ -797,7 +828,11 @@ def fetch(hub: StandInHub, out: Path, *options, code: int) -> str:
         HF_HUB_DISABLE_XET="1",
     )
     done = subprocess.run(
-        [str(part) for part in command], env=environment, capture_output=True, text=True
+        [str(part) for part in command],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == code, done.stderr
     if code == 0:
