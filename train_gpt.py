@@ -932,204 +932,300 @@ class Activity:
         )
 
 
-# ── 3 DATA ────────────────────────────────────────────────────────────────────────────────────────────────────────
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = (
-    20240520,
-    1,
-    256,
-)  # header: 256 little-endian int32, then uint16 tokens
-BOS, AGAIN = 1, "prepare the data again (python prepare_data.py --help)"
+# ── 3 Data ────────────────────────────────────────────────────────────────────────────────────
+# In: shards of tokens and their tokenizer. Out: the rows of each step, and the validation
+# targets with the bytes that they stand for.
+# Promise: a step holds the same rows on any number of ranks; every token is checked as it is
+# read; bytes are counted by the challenge's rule and compared with the decoded text.
+
+# A shard is a header of little-endian int32 (magic, version, tokens, zeros), then uint16 tokens.
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_INTS = 256
+SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+# The token that opens each document; nothing closes one
+BOS = 1
+AGAIN = "prepare the data again (python prepare_data.py --help)"
 
 
-def read_numbers(
-    path: Path, kind: str, start: int, n: int
-) -> np.ndarray:  # n from byte `start` on; fewer where the file ends
-    try:  # (numpy.fromfile takes a failing disk for the end; were the file mapped and cut, that would kill the process)
+def read_numbers(path: Path, kind: str, start: int, n: int) -> np.ndarray:
+    """`n` numbers of numpy type `kind`, from byte `start` on; fewer where the file ends.
+
+    Care: numpy.fromfile takes a failing disk for the end of the file, and a mapped file that is
+    cut while the run reads it kills the process. pread does neither.
+    """
+    width = np.dtype(kind).itemsize
+    try:
         with path.open("rb") as file:
-            data = os.pread(file.fileno(), n * np.dtype(kind).itemsize, start)
+            data = os.pread(file.fileno(), n * width, start)
+    except FileNotFoundError as error:
+        raise Refusal(f"{path}: {error.strerror}; {AGAIN}") from None
     except OSError as error:
-        code, remedy = (
-            (2, AGAIN)
-            if isinstance(error, FileNotFoundError)
-            else (7, "mend that, then go on with RESUME=1")
-        )
-        raise Refusal(f"{path}: {error.strerror}; {remedy}", code) from None
-    return np.frombuffer(data, kind, len(data) // np.dtype(kind).itemsize)
+        remedy = "mend that, then go on with RESUME=1"
+        raise Refusal(f"{path}: {error.strerror}; {remedy}", 7) from None
+    return np.frombuffer(data, kind, len(data) // width)
 
 
-def count_tokens(path: Path) -> int:  # Tokens of one shard. Refusal when header and size disagree
-    refuse(not path.is_file(), f"{path}: no plain file; {AGAIN}")  # (a pipe would keep us waiting)
-    header, size = read_numbers(path, "<i4", 0, SHARD_HEADER), path.stat().st_size
+def count_tokens(path: Path) -> int:
+    """Tokens of one shard. Refusal where this is no shard, or where header and size disagree."""
+    # A pipe would keep us waiting
+    refuse(not path.is_file(), f"{path}: no plain file; {AGAIN}")
+    header = read_numbers(path, "<i4", 0, SHARD_HEADER_INTS)
+    size = path.stat().st_size
+
+    start = header[:2].tolist()
     refuse(
-        len(header) < SHARD_HEADER or (header[:2] != (SHARD_MAGIC, SHARD_VERSION)).any(),
-        f"{path}: no token shard (starts {header[:2].tolist()}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}",
+        len(header) < SHARD_HEADER_INTS or start != [SHARD_MAGIC, SHARD_VERSION],
+        f"{path}: no token shard (starts {start}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}",
     )
+    tokens = int(header[2])
     refuse(
-        size != 4 * SHARD_HEADER + 2 * int(header[2]),
-        f"{path}: {size:,} bytes, but the header promises {header[2]:,} tokens; cut or damaged: {AGAIN}",
+        size != SHARD_HEADER_BYTES + 2 * tokens,
+        f"{path}: {size:,} bytes, but the header promises {tokens:,} tokens; "
+        f"cut or damaged: {AGAIN}",
     )
-    return int(header[2])
+    return tokens
 
 
 class Split:
-    """The shards of one split as one endless stream of tokens."""
+    """The shards of one split, in the order of their names, as one endless stream of tokens."""
 
     def __init__(self, cfg: Config, name: str):
-        self.vocab, self.paths = (
-            cfg.vocab_size,
-            sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin")),
-        )
-        *_, self.tokens = self.edges = np.cumsum([0, *map(count_tokens, self.paths)]).tolist()
+        self.vocab_size = cfg.vocab_size
+        self.paths = sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin"))
+        # Where each shard begins in the stream, and at last where the stream repeats itself
+        sizes = [count_tokens(path) for path in self.paths]
+        self.edges = np.cumsum([0, *sizes]).tolist()
+        self.tokens = self.edges[-1]
         refuse(
             self.tokens < 2,
-            f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} fineweb_{name}_*.bin; run "
-            "python prepare_data.py demo (or fineweb), or set DATA_PATH",
+            f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} "
+            f"fineweb_{name}_*.bin; run python prepare_data.py demo (or fineweb), or set DATA_PATH",
         )
 
     def take(self, start: int, n: int) -> np.ndarray:
-        """Tokens [start, start + n) of the repeated stream, (n,) int64; checks that each is there and in the vocabulary."""
+        """Tokens [start, start + n) of the repeated stream, (n,) int64, each of them checked."""
         parts = []
         while n > 0:
-            i = bisect.bisect(self.edges, start := start % self.tokens) - 1
-            path, place, wanted = (
-                self.paths[i],
-                start - self.edges[i],
-                min(n, self.edges[i + 1] - start),
-            )
-            part = read_numbers(path, "<u2", 4 * SHARD_HEADER + 2 * place, wanted).astype(np.int64)
-            refuse(len(part) < wanted, f"{path}: has been cut since the run began; {AGAIN}")
-            refuse(
-                part.max() >= self.vocab,
-                f"{path}: token id {part.max()}, but VOCAB_SIZE={self.vocab}; {AGAIN}",
-            )
-            parts, start, n = [*parts, part], start + wanted, n - wanted
+            start %= self.tokens
+            shard = bisect.bisect(self.edges, start) - 1
+            wanted = min(n, self.edges[shard + 1] - start)
+            parts.append(self.read(shard, start - self.edges[shard], wanted))
+            start += wanted
+            n -= wanted
         return np.concatenate(parts)
+
+    def read(self, shard: int, place: int, n: int) -> np.ndarray:
+        """`n` tokens of one shard. Refusal where it is too short, or an id is too large."""
+        path = self.paths[shard]
+        part = read_numbers(path, "<u2", SHARD_HEADER_BYTES + 2 * place, n).astype(np.int64)
+        refuse(len(part) < n, f"{path}: has been cut since the run began; {AGAIN}")
+        largest = part.max()
+        refuse(
+            largest >= self.vocab_size,
+            f"{path}: token id {largest}, but VOCAB_SIZE={self.vocab_size}; {AGAIN}",
+        )
+        return part
+
+
+class Manifest(NamedTuple):
+    """What prepare_data.py wrote about a folder of shards."""
+
+    shards: dict[str, tuple[int, str]]  # name -> (bytes, sha256)
+    tokenizer_sha256: str
+    shared: int | None  # documents in train and in validation; None: not stated
+
+
+def read_manifest(path: Path, splits: dict[str, Split]) -> Manifest:
+    """The manifest, as far as it concerns these splits. Refusal where it cannot be read as one."""
+    try:
+        content = json.loads(path.read_text())
+        shards = {}
+        for shard in content["shards"]:
+            # fineweb, the split, number.bin
+            words = shard["file"].split("_")
+            if len(words) > 1 and words[1] in splits:
+                shards[shard["file"]] = (shard["bytes"], shard["sha256"])
+        tokenizer_sha256 = content["tokenizer"]["sha256"]
+        disjoint = content["disjoint"]
+        shared = disjoint["shared"] if disjoint else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Refusal(f"{path}: no manifest ({error!r}); {AGAIN}") from None
+    return Manifest(shards, tokenizer_sha256, shared)
+
+
+def differing_shards(
+    manifest: Manifest, splits: dict[str, Split], hashes: dict[str, str]
+) -> list[str]:
+    """Names of the shards that are missing, stray, or of another size or sha256 than promised.
+
+    hashes: those that were computed. Training shards are too large to be read for this, so that
+    the manifest's own is taken for theirs.
+    """
+    believed = {name: sha256 for name, (_, sha256) in manifest.shards.items()}
+    known = believed | hashes
+    actual = {}
+    for split in splits.values():
+        for path in split.paths:
+            actual[path.name] = (path.stat().st_size, known.get(path.name))
+
+    names = manifest.shards.keys() | actual.keys()
+    return sorted(name for name in names if manifest.shards.get(name) != actual.get(name))
+
+
+def check_manifest(cfg: Config, splits: dict[str, Split], tokenizer: str, hashes: dict) -> str:
+    """One line on what manifest.json says; Refusal where the folder differs from it.
+
+    tokenizer: the sha256 of the tokenizer; hashes: name -> sha256 of the validation shards.
+    """
+    folder = Path(cfg.data_path)
+    path = folder / "manifest.json"
+    if not path.exists():
+        return "none: hashes and train/validation overlap not checked"
+
+    manifest = read_manifest(path, splits)
+    refuse(
+        manifest.shared,
+        f"{path}: {manifest.shared} documents are in train and in validation; {AGAIN}",
+    )
+    refuse(
+        tokenizer != manifest.tokenizer_sha256,
+        f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another "
+        f"tokenizer (sha256 {str(manifest.tokenizer_sha256)[:12]}..., not {tokenizer[:12]}...); "
+        "use the one that lies beside them",
+    )
+    wrong = differing_shards(manifest, splits, hashes)
+    if wrong:
+        problem = "missing, stray, or not as manifest.json says (size, sha256)"
+        raise Refusal(f"{folder}/{wrong[0]}: {problem}; {AGAIN}")
+
+    overlap = "no document in both splits"
+    if manifest.shared is None:
+        overlap = "train/validation overlap not stated"
+    return f"agrees (sizes, validation hashes, tokenizer); {overlap}"
 
 
 def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
-    """The data fingerprint for the log; Refusal where a manifest.json says otherwise, or that documents are in both splits."""
-    folder, paths, names = (
-        Path(cfg.data_path),
-        [path for s in splits.values() for path in s.paths],
-        [[name] for name in splits],
-    )
+    """The data's fingerprint for the log: hashes, shards, tokens, and what the manifest says.
+
+    Refusal where a manifest.json says otherwise, or that documents are in both splits.
+    """
     tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
-    hashes = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in splits["val"].paths
-    }
-    found = {"path": str(folder), "tokenizer_sha256": tokenizer, "val_sha256": hashes}
-    found |= {
-        f"{name}_{unit}": n
-        for name, s in splits.items()
-        for unit, n in (("shards", len(s.paths)), ("tokens", s.tokens))
-    }
-    if not (folder / "manifest.json").exists():
-        return found | {"manifest": "none: hashes and train/validation overlap not checked"}
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        promised = {
-            s["file"]: (s["bytes"], s["sha256"])
-            for s in manifest["shards"]
-            if s["file"].split("_")[1:2] in names
-        }
-        expected, shared = (
-            manifest["tokenizer"]["sha256"],
-            (manifest["disjoint"] or {"shared": None})["shared"],
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Refusal(f"{folder}/manifest.json: no manifest ({error!r}); {AGAIN}") from None
-    refuse(
-        shared,
-        f"{folder}/manifest.json: {shared} documents are in train and in validation; {AGAIN}",
-    )
-    refuse(
-        tokenizer != expected,
-        f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another tokenizer "
-        f"(sha256 {str(expected)[:12]}..., not {tokenizer[:12]}...); use the one that lies beside them",
-    )
-    trusted = {
-        name: digest for name, (_, digest) in promised.items()
-    }  # of training shards: too large to read here
-    actual = {path.name: (path.stat().st_size, (trusted | hashes).get(path.name)) for path in paths}
-    wrong = sorted(
-        name for name in promised.keys() | actual.keys() if promised.get(name) != actual.get(name)
-    )
-    refuse(
-        wrong,
-        f"{folder}/{''.join(wrong[:1])}: missing, stray, or not as manifest.json says (size, sha256); {AGAIN}",
-    )
-    overlap = (
-        "train/validation overlap not stated" if shared is None else "no document in both splits"
-    )
-    return found | {"manifest": f"agrees (sizes, validation hashes, tokenizer); {overlap}"}
+    hashes = {}
+    for path in splits["val"].paths:
+        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    found = {"path": str(Path(cfg.data_path)), "tokenizer_sha256": tokenizer, "val_sha256": hashes}
+    for name, split in splits.items():
+        found[f"{name}_shards"] = len(split.paths)
+        found[f"{name}_tokens"] = split.tokens
+    found["manifest"] = check_manifest(cfg, splits, tokenizer, hashes)
+    return found
 
 
 def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64, read two steps ahead. The rows of a
-    step are the same on any number of ranks, evenly spaced in the stream: not one document, and an epoch sees each row once."""
-    length, rows = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
+    """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64.
+
+    The rows of a step are evenly spaced in the stream, so that they are not of one document; each
+    goes on where its predecessor of the step before ended, and an epoch sees every token once.
+    Two steps are read ahead.
+
+    Care: every rank reads and checks the tokens of the whole step, so that all refuse, or none.
+    """
+    length = cfg.train_seq_len
+    rows = cfg.train_batch_tokens // length
     starts = [split.tokens * row // rows for row in range(rows)]
 
-    def load(
-        n: int,
-    ) -> list[Tensor]:  # every rank checks the tokens of the whole step: all refuse, or none
-        tokens = torch.from_numpy(
-            np.stack([split.take(start + n * length, length + 1) for start in starts])
-        )
-        pair = [
-            t.tensor_split(run.world)[run.rank].contiguous()
-            for t in (tokens[:, :-1], tokens[:, 1:])
-        ]
-        return [t.pin_memory() for t in pair] if run.cuda else pair
+    def load(step: int) -> list[Tensor]:
+        taken = [split.take(start + step * length, length + 1) for start in starts]
+        tokens = torch.from_numpy(np.stack(taken))
+        pair = []
+        for side in (tokens[:, :-1], tokens[:, 1:]):
+            own = side.tensor_split(run.world)[run.rank].contiguous()
+            pair.append(own.pin_memory() if run.cuda else own)
+        return pair
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(load, n) for n in (first, first + 1)]
-        for n in itertools.count(first + 2):
-            ahead.append(reader.submit(load, n))
-            yield tuple(t.to(run.device, non_blocking=True) for t in ahead.pop(0).result())
+        ahead = [reader.submit(load, first), reader.submit(load, first + 1)]
+        for step in itertools.count(first + 2):
+            ahead.append(reader.submit(load, step))
+            ids, targets = ahead.pop(0).result()
+            yield (
+                ids.to(run.device, non_blocking=True),
+                targets.to(run.device, non_blocking=True),
+            )
+
+
+def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model in this file. Refusal where there is none.
+
+    Care: given a folder, SentencePieceProcessor(model_file=...) aborts the process.
+    """
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(Path(path).read_bytes())
+    except (RuntimeError, OSError):
+        problem = f"TOKENIZER_PATH={path}: no SentencePiece model there; set it, or {AGAIN}"
+        raise Refusal(problem) from None
+    return tokenizer
 
 
 class ByteTable:
-    """UTF-8 bytes of a target (the challenge's rule): control 0, byte 1, else its text; no leading space after a control."""
+    """The UTF-8 bytes that a target stands for, by the challenge's rule.
+
+    A control piece counts 0, a byte piece 1, any other the bytes of its text. A leading word mark
+    counts as the one byte of a space, except behind a control piece, where no space is decoded.
+    """
+
+    WORD_MARK = "\u2581"
 
     def __init__(self, cfg: Config):
-        try:
-            self.sp = sp = sentencepiece.SentencePieceProcessor()
-            sp.LoadFromSerializedProto(
-                Path(cfg.tokenizer_path).read_bytes()
-            )  # (given a folder, model_file= aborts the process)
-        except (RuntimeError, OSError):
-            raise Refusal(
-                f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model there; set it, or {AGAIN}"
-            ) from None
-        n = sp.vocab_size()
+        self.sp = load_tokenizer(cfg.tokenizer_path)
+        n = self.sp.vocab_size()
         refuse(
             n != cfg.vocab_size,
             f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}",
         )
-        ids, pieces = list(range(n)), [sp.id_to_piece(i) for i in range(n)]
-        self.boundary = np.any([sp.is_control(ids), sp.is_unknown(ids), sp.is_unused(ids)], axis=0)
-        self.space = np.array([p.startswith("\u2581") for p in pieces]) & ~self.boundary
-        self.base = ~self.boundary * np.where(
-            sp.is_byte(ids), 1, [len(p.removeprefix("\u2581").encode()) for p in pieces]
-        )
+        ids = list(range(n))
+        pieces = [self.sp.id_to_piece(i) for i in ids]
+        texts = [piece.removeprefix(self.WORD_MARK) for piece in pieces]
+        sizes = [len(text.encode()) for text in texts]
+        marked = [piece.startswith(self.WORD_MARK) for piece in pieces]
 
-    def count(
-        self, tokens: np.ndarray
-    ) -> np.ndarray:  # (n + 1,) token ids -> (n,) bytes of the targets tokens[1:]
-        return self.base[tokens[1:]] + (self.space[tokens[1:]] & ~self.boundary[tokens[:-1]])
+        # (n,) each: stands for no text; has a leading space; bytes without that space
+        no_text = [self.sp.is_control(ids), self.sp.is_unknown(ids), self.sp.is_unused(ids)]
+        self.boundary = np.any(no_text, axis=0)
+        self.space = np.array(marked) & ~self.boundary
+        self.base = ~self.boundary * np.where(self.sp.is_byte(ids), 1, sizes)
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """(n + 1,) token ids -> (n,) bytes of the targets tokens[1:]."""
+        previous = tokens[:-1]
+        targets = tokens[1:]
+        return self.base[targets] + (self.space[targets] & ~self.boundary[previous])
 
     def verify(self, tokens: np.ndarray, documents: int = 64) -> None:
-        """Refusal unless the table agrees with the decoded text of the first documents."""
-        starts, odd = np.flatnonzero(tokens == BOS)[: documents + 1], 0
-        for a, b in zip(starts[:-1], starts[1:]):
-            text, counted = self.sp.decode(tokens[a:b].tolist()), int(self.count(tokens[a:b]).sum())
+        """Refusal unless the table agrees with the decoded text of the first documents.
+
+        Care: another tokenizer of the same size decodes the tokens to some text too. It would
+        not have chosen these tokens for it: that shows as soon as half of the documents differ.
+        """
+        starts = np.flatnonzero(tokens == BOS)[: documents + 1]
+        odd = 0
+        for start, end in itertools.pairwise(starts):
+            document = tokens[start:end]
+            text = self.sp.decode(document.tolist())
+            size = len(text.encode())
+            counted = int(self.count(document).sum())
             refuse(
-                len(text.encode()) != counted,
-                f"validation: the document at token {a} is {len(text.encode())} bytes of text, "
-                f"but its tokens count {counted}; BPB would be wrong: use the tokenizer that made the shards",
+                size != counted,
+                f"validation: the document at token {start} is {size} bytes of text, "
+                f"but its tokens count {counted}; BPB would be wrong: "
+                "use the tokenizer that made the shards",
             )
-            odd += self.sp.encode(text) != [t for t in tokens[a:b].tolist() if not self.boundary[t]]
+            written = [token for token in document.tolist() if not self.boundary[token]]
+            if self.sp.encode(text) != written:
+                odd += 1
         refuse(
             2 * odd >= len(starts) > 1,
             f"validation: this tokenizer encodes {odd} documents otherwise; use the shards' own",
@@ -1137,43 +1233,66 @@ class ByteTable:
 
 
 class Validation:
-    """The validation targets: tokens (n + 1,) int32 on the device, bytes per target (n,), document starts."""
+    """The validation targets: target t is token t + 1.
+
+    tokens: (n + 1,) int32 on the device. target_bytes: (n,). doc_starts: where documents begin.
+    """
 
     def __init__(self, cfg: Config, run: Run, split: Split):
-        table, limit = ByteTable(cfg), cfg.val_max_tokens or split.tokens - 1
-        tokens = split.take(0, min(split.tokens, limit + 1))
+        table = ByteTable(cfg)
+        targets = cfg.val_max_tokens or split.tokens - 1
+        tokens = split.take(0, min(split.tokens, targets + 1))
         table.verify(tokens)
-        self.tokens, self.target_bytes = (
-            torch.from_numpy(tokens).int().to(run.device),
-            torch.from_numpy(table.count(tokens)),
-        )
-        self.n, self.doc_starts = len(self.target_bytes), np.flatnonzero(tokens == BOS)
+
+        self.tokens = torch.from_numpy(tokens).int().to(run.device)
+        self.target_bytes = torch.from_numpy(table.count(tokens))
+        self.doc_starts = np.flatnonzero(tokens == BOS)
+        self.n = len(self.target_bytes)
         refuse(
             not self.target_bytes.any(),
             f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}",
         )
 
 
-# ── 4 GRID: the only definition of quantisation; QAT, QNA, SQWA and export all call it ────────────────────────────
+# ── 4 Grid ────────────────────────────────────────────────────────────────────────────────────
+# In: weights (..., rows, columns). Out: integer codes and fp16 steps, and back.
+# Promise: the only definition of quantisation; QAT, QNA, SQWA and export all call it.
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
-    """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, from the few largest entries alone (no full sort)."""
-    place = q * (magnitude.shape[-1] - 1)
-    wanted = magnitude.shape[-1] - int(place)
+    """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, without sorting whole rows.
+
+    The quantile lies between two neighbours of the sorted row; for q near 1 both are among its
+    few largest entries.
+    """
+    columns = magnitude.shape[-1]
+    place = q * (columns - 1)
+    # The lower neighbour, and how far from it to the upper one
+    lower = int(place)
+    share = place - lower
+    wanted = columns - lower
     if wanted > 2:
         top = magnitude.topk(wanted, dim=-1).values
-        return torch.lerp(top[..., -1:], top[..., -2:-1], place - int(place))
-    first, at = magnitude.max(-1, keepdim=True)  # two maxima take a fifth of topk's time
-    return (
-        first
-        if wanted == 1
-        else torch.lerp(
-            magnitude.scatter(-1, at, -1).amax(-1, keepdim=True), first, place - int(place)
-        )
-    )
+        return torch.lerp(top[..., -1:], top[..., -2:-1], share)
+
+    # Two maxima take a fifth of topk's time
+    largest, where = magnitude.max(-1, keepdim=True)
+    if wanted == 1:
+        return largest
+    second = magnitude.scatter(-1, where, -1).amax(-1, keepdim=True)
+    return torch.lerp(second, largest, share)
 
 
 class Grid(NamedTuple):
-    """A per-row uniform grid of `bits` bits for weights (..., rows, columns): codes * scale, scale stored as fp16."""
+    """Uniform grid with one step per row: weight = code * scale, the scale stored as fp16.
+
+    For weights (..., rows, columns), so that a whole stack of matrices is quantised at once.
+    clip:  which quantile of a row's magnitudes gets the largest code (CLIP_QUANTILES).
+    codes: "sym" -top..top, "asym" one more below.
+    floor: the step is at least 1 / top.
+
+    Care: with the floor all rows of weights below 1 share one fixed step. That makes their codes
+    small, and cheap to compress, and the grid of small weights coarse. #145, #199, #194 and #975
+    shipped it so; without it their sizes and losses cannot be had again.
+    """
 
     bits: int
     clip: str = "amax"
@@ -1182,84 +1301,100 @@ class Grid(NamedTuple):
 
     @property
     def top(self) -> int:
+        """The largest code."""
         return 2 ** (self.bits - 1) - 1
 
     def scale(self, w: Tensor) -> Tensor:
-        """Step of each row, (..., rows, 1) fp32 but rounded to fp16; of several clips the best one for the whole matrix."""
-        steps = [self.step(row_quantile(w.abs(), q)) for q in CLIP_QUANTILES[self.clip]]
+        """Step of each row, (..., rows, 1) fp32 but rounded to fp16.
+
+        Where several quantiles are tried, each matrix takes the one with the least squared error.
+        """
+        magnitude = w.abs()
+        steps = [self.step(row_quantile(magnitude, q)) for q in CLIP_QUANTILES[self.clip]]
         if len(steps) == 1:
             return steps[0]
-        errors = torch.stack(
-            [(self.levels(w, s) * s - w).square().sum((-2, -1), dtype=torch.float64) for s in steps]
-        )
-        return torch.take_along_dim(torch.stack(steps), errors.argmin(0)[None, ..., None, None], 0)[
-            0
-        ]
+        # (quantiles, ...): one error per matrix
+        errors = torch.stack([self.squared_error(w, step) for step in steps])
+        best = errors.argmin(0)[None, ..., None, None]
+        return torch.take_along_dim(torch.stack(steps), best, 0)[0]
 
-    def step(self, clip: Tensor) -> Tensor:
-        """With the floor every row of weights below 1 gets the same step 1/top: a coarse grid for small weights (#145, #194)."""
-        smallest = (
-            1 / self.top if self.floor else torch.finfo(torch.float16).tiny
-        )  # (CUDA divides inexactly by a mere number)
-        return (clip.float() / torch.full_like(clip, self.top)).clamp_min(smallest).half().float()
+    def step(self, largest: Tensor) -> Tensor:
+        """The step with which `largest` (..., rows, 1) gets the top code, as fp16 can hold it.
+
+        Care: CUDA divides inexactly by a mere number, so that the top is a tensor here. A step
+        that fp16 rounds to zero would make 0 / 0 of a row of zeros.
+        """
+        smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny
+        step = largest.float() / torch.full_like(largest, self.top)
+        return step.clamp_min(smallest).half().float()
+
+    def squared_error(self, w: Tensor, scale: Tensor) -> Tensor:
+        """(..., rows, columns) -> (...) fp64: what rounding to this step costs each matrix."""
+        error = self.levels(w, scale) * scale - w
+        return error.square().sum((-2, -1), dtype=torch.float64)
 
     def levels(self, w: Tensor, scale: Tensor) -> Tensor:
-        return (w.float() / scale).round_().clamp_(-self.top - (self.codes == "asym"), self.top)
+        """The codes, still as fp32."""
+        lowest = -self.top - 1 if self.codes == "asym" else -self.top
+        return (w.float() / scale).round_().clamp_(lowest, self.top)
 
     def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
         scale = self.scale(w)
-        return self.levels(w, scale).to(torch.int8), scale.half()
+        codes = self.levels(w, scale).to(torch.int8)
+        return codes, scale.half()
 
     @staticmethod
     def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
+        """The inverse of quantise: fp32 weights."""
         return codes.to(torch.float32, copy=True).mul_(scale)
 
     def fake_quantise(self, w: Tensor) -> Tensor:
-        return self.dequantise(*self.quantise(w))  # the exported round trip, bit for bit
+        """What a reader makes of the shipped bytes, bit for bit."""
+        codes, scale = self.quantise(w)
+        return self.dequantise(codes, scale)
 
 
-# ── 5 MODEL ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 5 Model ───────────────────────────────────────────────────────────────────────────────────
+# In: token ids (batch, time). Out: nats per target.
+# Promise: one forward path for training and scoring; causal; a technique that is off is absent:
+# no parameters, no arithmetic. Each technique is one class or function here and one `if` where
+# it is wired: in Attention, Block or GPT.
+
+
 class Role(NamedTuple):
-    """A parameter's policy, given where it is created: its optimiser, and the knob with its bits at export."""
+    """A parameter's policy, given where it is created: its optimiser, and its bits at export."""
 
-    optimiser: str  # muon | embed | scalar | smear (the groups of Optimiser)
-    bits: str | None = None  # None: fp32
+    optimiser: str  # muon | embed | scalar | smear: the groups of Optimiser
+    bits: str | None = None  # the knob with its bits; None: never quantised
+
+
+CONTROL = Role("scalar")
+ATTN_ROLE = Role("muon", "quant_bits_attn")
+MLP_ROLE = Role("muon", "quant_bits_mlp")
+EMBED_ROLE = Role("embed", "quant_bits_embed")
+BIGRAM_ROLE = Role("embed", "quant_bits_bigram")
 
 
 def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
-    """A parameter that carries its policy. (copy.deepcopy would drop it: never deepcopy the model.)"""
+    """A parameter that carries its policy.
+
+    Care: copy.deepcopy would drop the policy; never deepcopy the model.
+    """
     p = nn.Parameter(tensor)
     p.role = role
     return p
 
 
-CONTROL, ATTN_ROLE, MLP_ROLE = (
-    Role("scalar"),
-    Role("muon", "quant_bits_attn"),
-    Role("muon", "quant_bits_mlp"),
-)
-EMBED_ROLE, BIGRAM_ROLE = Role("embed", "quant_bits_embed"), Role("embed", "quant_bits_bigram")
+# The initial matrices; "default" is that of nn.Linear
 INITS = {
-    "default": partial(nn.init.kaiming_uniform_, a=5**0.5),
+    "default": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
     "ortho": nn.init.orthogonal_,
-}  # default: as nn.Linear
-ACTIVATIONS = {
-    "relu2": lambda z: F.relu(z).square(),
-    "leaky_relu2": lambda z: F.leaky_relu(z, 0.5).square(),
 }
-PACKAGES = {
-    "fa3": (
-        "flash_attn_interface",
-        "build the folder hopper of github.com/Dao-AILab/flash-attention",
-    ),
-    "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
-}
-KERNELS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 class Linear(nn.Module):
-    """y = x W^T in the dtype of x; the fp32 weight is what the optimiser, the views and the exporter see."""
+    """y = x W^T in the dtype of x; optimiser, views and exporter see the fp32 weight."""
 
     def __init__(
         self, columns: int, rows: int, role: Role, init: Callable[[Tensor], Tensor] = nn.init.zeros_
@@ -1271,25 +1406,33 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def absent(x, *context):
-    return x  # A technique that is off: no parameters, no arithmetic
+def rms_norm(x: Tensor) -> Tensor:
+    """x / root mean square of its last dimension; no weights."""
+    return F.rms_norm(x, (x.shape[-1],))
 
 
-def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """RMSNorm without weights. LN_SCALE (#975): times 1 / sqrt(block + 1), so deep blocks add less to the stream."""
-    y = F.rms_norm(x, (x.shape[-1],))
-    return y if scale == 1.0 else y * scale
+# Techniques on the stream before the first block: (x, ids) -> x
+
+
+def input_norm(x: Tensor, ids: Tensor) -> Tensor:
+    """The norm of the embedding, for a place in GPT.entry."""
+    return rms_norm(x)
 
 
 class SmearGate(nn.Module):
-    """(1 - g) x_t + g x_{t-1}, g = sigmoid(gate). Source: #194; toggle SMEAR_GATE. SMEAR_MASK_BOS (#1851): zeros before a BOS."""
+    """SmearGate: blend each position with the one before.
+
+    What:   (1 - g) x_t + g x_{t-1}, with g = sigmoid(gate) per dimension; zeros before a row.
+    Why:    the previous token is known before the first attention, which need not fetch it.
+    Source: pull request #194 (after the norm: #989); toggle SMEAR_GATE.
+    Care:   in a row of several documents the first token of each sees the last of the one before;
+            SMEAR_MASK_BOS (#1851) puts zeros there. The gate starts at one half, not at none.
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.gate, self.mask_bos = (
-            parameter(torch.zeros(cfg.model_dim), Role("smear")),
-            cfg.smear_mask_bos,
-        )
+        self.gate = parameter(torch.zeros(cfg.model_dim), Role("smear"))
+        self.mask_bos = cfg.smear_mask_bos
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         previous = F.pad(x, (0, 0, 1, -1))
@@ -1299,326 +1442,539 @@ class SmearGate(nn.Module):
 
 
 class BigramHash(nn.Module):
-    """Add a projected embedding of the hashed pair (previous token, token). Source: #989; toggle BIGRAM_VOCAB_SIZE."""
+    """BigramHash: an embedding of the pair (previous token, token).
+
+    What:   x_t + scale * proj(embed[bucket]), with the bucket
+            (36313 id_t XOR 27191 id_{t-1}) mod (buckets - 1).
+    Why:    what depends on two neighbouring tokens alone is looked up, not computed.
+    Source: pull request #989; toggle BIGRAM_VOCAB_SIZE.
+    Care:   the last bucket is for row starts, and no pair may fall there. The table starts at
+            zero, so that the first forward pass is that of the model without it.
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.embed = parameter(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
-        role = Role({"muon": "muon", "adam": "scalar"}[cfg.bigram_proj_opt], "quant_bits_bigram")
-        self.proj, self.scale = (
-            Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init]),
-            parameter(torch.tensor(0.05), CONTROL),
-        )
+        optimiser = "muon" if cfg.bigram_proj_opt == "muon" else "scalar"
+        role = Role(optimiser, "quant_bits_bigram")
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init])
         self.proj.weight.data *= cfg.bigram_proj_gain
+        self.scale = parameter(torch.tensor(0.05), CONTROL)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        last = len(self.embed) - 1  # this bucket is for row starts
-        bucket = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % last
-        pairs = F.embedding(F.pad(bucket, (1, 0), value=last), self.embed).to(x.dtype)
+        row_start = len(self.embed) - 1
+        # (batch, time - 1), then a bucket for each position
+        bucket = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % row_start
+        bucket = F.pad(bucket, (1, 0), value=row_start)
+        pairs = F.embedding(bucket, self.embed).to(x.dtype)
         return x + self.scale.to(x.dtype) * self.proj(pairs)
 
 
+# Techniques in the attention
+
+
 class ValueEmbedding(nn.Module):
-    """A second token table for V: ids (B, T) -> {block: (B, T, kv_dim)}. Source: #549, #975; toggle VE_ENABLED."""
+    """ValueEmbedding: a second token table whose rows are added to V.
+
+    What:   V of block b += block_scale_b * scale * proj(embed[id]).
+    Why:    late blocks attend to what a token is, which the stream may have overwritten by then.
+    Source: pull requests #549 and #975; toggle VE_ENABLED, blocks VE_LAYERS.
+    Care:   one table and one projection for all its blocks: computed once, scaled per block.
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.blocks, kv_dim = (
-            [int(s) for s in cfg.ve_layers.split(",")],
-            cfg.model_dim // cfg.num_heads * cfg.num_kv_heads,
-        )
+        self.blocks = [int(number) for number in cfg.ve_layers.split(",")]
+        kv_dim = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         self.embed = parameter(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
         self.proj = Linear(cfg.ve_dim, kv_dim, Role("scalar", "quant_bits_bigram"), INITS["ortho"])
-        self.scale, self.block_scales = (
-            parameter(torch.tensor(0.1), CONTROL),
-            parameter(torch.ones(len(self.blocks)), CONTROL),
-        )
+        self.scale = parameter(torch.tensor(0.1), CONTROL)
+        self.block_scales = parameter(torch.ones(len(self.blocks)), CONTROL)
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Ids (batch, time) -> {block: (batch, time, kv_dim)}."""
         base = self.scale.to(dtype) * self.proj(F.embedding(ids, self.embed).to(dtype))
-        return {
-            block: scale * base for block, scale in zip(self.blocks, self.block_scales.to(dtype))
-        }
+        scales = self.block_scales.to(dtype).unbind()
+        return {block: scale * base for block, scale in zip(self.blocks, scales, strict=True)}
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: y (B, T, heads, d) less its projection on the own v (B, T, kv heads, d). Source: #975; toggle XSA_LAST_N."""
-    grouped, own = y.unflatten(2, (v.shape[2], -1)), F.normalize(v, dim=-1)[:, :, :, None]
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+    """XSA, exclusive self-attention: take a position's own value out of what it has gathered.
+
+    What:   y - (y . u) u, with u the unit vector of the own value; per head.
+    Why:    the stream has the own token already; attention is left for the others.
+    Source: pull request #975; toggle XSA_LAST_N.
+    Care:   a query head uses the value of its own group, head h that of kv head h // group size.
+
+    y (batch, time, heads, head_dim), v (batch, time, kv heads, head_dim) -> as y.
+    """
+    # (batch, time, kv heads, heads of a group, head_dim)
+    grouped = y.unflatten(2, (v.shape[2], -1))
+    own = F.normalize(v, dim=-1)[:, :, :, None]
+    along = (grouped * own).sum(-1, keepdim=True)
+    return (grouped - along * own).flatten(2, 3)
+
+
+def stretched_base(cfg: Config, dims: int) -> float:
+    """NTK: a larger rotary base for rows longer than ROPE_NTK_LEN.
+
+    What:   base * (TRAIN_SEQ_LEN / ROPE_NTK_LEN) ** (dims / (dims - 2)), if that is larger.
+    Why:    the slowest pair turns as far over a training row as it did over ROPE_NTK_LEN tokens.
+    Source: pull request #975; toggle ROPE_NTK_LEN.
+    Care:   it grows with the TRAINING row, for rows of every length. #975 took the length of the
+            row at hand, so that short scoring windows met another model than was trained.
+    """
+    stretch = max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2))
+    return cfg.rope_base * stretch
 
 
 def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin (longest row, 1, pairs). NTK: the base grows with the TRAINING row, for all scoring rows (#975: with each row)."""
+    """cos and sin of every angle, each (longest row, 1, pairs).
+
+    With ROPE_DIMS only so many dimensions of a head are rotated (partial RoPE, #975).
+    """
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
-    stretch = (
-        max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2))
-        if cfg.rope_ntk_len
-        else 1.0
-    )
-    frequency = (cfg.rope_base * stretch) ** (-torch.arange(0, dims, 2) / dims)
-    angle = torch.outer(torch.arange(max(cfg.train_seq_len, cfg.window)), frequency)[:, None]
+    base = cfg.rope_base
+    if cfg.rope_ntk_len:
+        base = stretched_base(cfg, dims)
+
+    frequency = base ** (-torch.arange(0, dims, 2) / dims)
+    position = torch.arange(max(cfg.train_seq_len, cfg.window))
+    angle = torch.outer(position, frequency)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding on the first 2 * pairs dimensions of x (B, T, heads, d), in halves (not interleaved)."""
-    pairs, c, s = cos.shape[-1], cos[: x.shape[1]], sin[: x.shape[1]]
+    """Rotary position embedding: the first 2 * pairs dimensions of a head turn with the position.
+
+    Pair k is dimensions (k, k + pairs): in halves, not interleaved.
+    x (batch, time, heads, head_dim) -> the same shape.
+    """
+    pairs = cos.shape[-1]
+    cos = cos[: x.shape[1]]
+    sin = sin[: x.shape[1]]
     a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    return torch.cat((a * c + b * s, b * c - a * s, rest), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+# Attention kernels: causal, (q, k, v) -> y, all (batch, time, heads, head_dim); k and v may have
+# fewer heads. By the names of ATTN_BACKEND: what torch contains, and what packages add to it
+# (module, remedy where it is missing).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+KERNELS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+PACKAGES = {
+    "fa3": (
+        "flash_attn_interface",
+        "build the folder hopper of github.com/Dao-AILab/flash-attention",
+    ),
+    "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+}
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
-    """Causal attention, q (B, T, heads, d), k and v (B, T, kv heads, d) -> (B, T, heads, d); kernel None: torch's own choice."""
-    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    """torch's scaled_dot_product_attention with this kernel; None: with torch's own choice."""
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
-def attention_function(name: str) -> Callable:
-    """As sdpa, by the name of an ATTN_BACKEND. ImportError, or RuntimeError when it is called, where it does not work."""
+def attention_function(name: str) -> Attend:
+    """The kernel of this name. ImportError, or RuntimeError when it is called: it does not work."""
     if name in KERNELS:
         return partial(sdpa, kernel=KERNELS[name])
-    function = importlib.import_module(PACKAGES[name][0]).flash_attn_func
-    return lambda q, k, v: (
-        y[0] if isinstance(y := function(q, k, v, causal=True), tuple) else y
-    )  # or with the log-sum-exp
+    module, _ = PACKAGES[name]
+    flash_attention = importlib.import_module(module).flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flash_attention(q, k, v, causal=True)
+        # Some versions return the log-sum-exp as well
+        return y[0] if isinstance(y, tuple) else y
+
+    return attend
 
 
-def choose_attention(cfg: Config, run: Run) -> Callable:
-    """The attention function; auto on a GPU: of those that work here the fastest, forward and backward at the run's shape."""
-    names = (
-        [*KERNELS, *PACKAGES]
-        if cfg.attn_backend == "auto" and run.cuda
-        else [cfg.attn_backend.replace("auto", "sdpa")]
-    )
-    rows, length = (
-        (8, cfg.train_seq_len) if len(names) > 1 else (1, 16)
-    )  # one that was asked for is only tried
-    found, cost, make = (
-        {},
-        {},
-        partial(torch.randn, device=run.device, dtype=run.dtype, requires_grad=True),
-    )
-    q, k, v = (
-        make(rows, length, n, cfg.model_dim // cfg.num_heads)
-        for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
-    )
+def attention_candidates(cfg: Config, run: Run) -> list[str]:
+    """The kernels to try: the one that was asked for; auto: all of them on a GPU."""
+    if cfg.attn_backend != "auto":
+        return [cfg.attn_backend]
+    if run.cuda:
+        return [*KERNELS, *PACKAGES]
+    return ["sdpa"]
+
+
+def attention_inputs(cfg: Config, run: Run, rows: int, length: int) -> tuple[Tensor, ...]:
+    """Random q, k, v of the model's shape."""
+    make = partial(torch.randn, device=run.device, dtype=run.dtype, requires_grad=True)
+    head_dim = cfg.model_dim // cfg.num_heads
+    q = make(rows, length, cfg.num_heads, head_dim)
+    k = make(rows, length, cfg.num_kv_heads, head_dim)
+    v = make(rows, length, cfg.num_kv_heads, head_dim)
+    return q, k, v
+
+
+def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...]) -> float:
+    """Time of one call, forward and backward, compiled where the run will compile it."""
+    if run.cuda and run.compile:
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+    def both_ways() -> None:
+        attend(*inputs).sum().backward()
+
+    return run.milliseconds(both_ways)
+
+
+def choose_attention(cfg: Config, run: Run) -> Attend:
+    """The attention of ATTN_BACKEND; auto on a GPU: the fastest of those that work here.
+
+    Refusal, with the remedy, where the one that was asked for does not work.
+    """
+    names = attention_candidates(cfg, run)
+    # Several are timed at the run's shape; a single one is only tried
+    rows, length = (8, cfg.train_seq_len) if len(names) > 1 else (1, 16)
+    inputs = attention_inputs(cfg, run, rows, length)
+
+    found: dict[str, Attend] = {}
+    cost: dict[str, float] = {}
     for name in names:
         try:
-            attend = found[name] = attention_function(name)
-            attend = (
-                torch.compile(attend, dynamic=False, fullgraph=True)
-                if run.cuda and run.compile
-                else attend
-            )
-            cost[name] = run.milliseconds(lambda: attend(q, k, v).sum().backward())
+            attend = attention_function(name)
+            cost[name] = attention_milliseconds(run, attend, inputs)
+            found[name] = attend
         except (ImportError, RuntimeError) as error:
-            problem = f"ATTN_BACKEND={name}: fails ({error!r:.150}); {PACKAGES.get(name, [0, 'choose auto'])[1]}"
+            _, remedy = PACKAGES.get(name, ("", "choose auto"))
+            problem = f"ATTN_BACKEND={name}: fails ({error!r:.150}); {remedy}"
             refuse(len(names) == 1, problem)
             run.log(problem)
-    best, timed = (
-        run.broadcast(min(cost, key=cost.get)),
-        ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()),
-    )
+
+    best = run.broadcast(min(cost, key=cost.get))
+    timed = ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
     run.log(
-        f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; ms for {rows} rows of {length}: {timed})"
+        f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; "
+        f"ms for {rows} rows of {length}: {timed})"
     )
     return found[best]
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with RMS-normed, rotated, per-head-scaled queries and keys."""
+    """Causal grouped-query attention.
 
-    def __init__(self, cfg: Config, index: int, attend: Callable):
+    Queries and keys are RMS-normed per head and rotated; queries carry one learned gain per head.
+    x (batch, time, model_dim) -> the same shape.
+    """
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend):
         super().__init__()
-        d, self.head_dim, self.attend, init = (
-            cfg.model_dim,
-            cfg.model_dim // cfg.num_heads,
-            attend,
-            INITS[cfg.init],
-        )
-        self.c_q = Linear(d, d, ATTN_ROLE, init)
-        self.c_k, self.c_v = (
-            Linear(d, self.head_dim * cfg.num_kv_heads, ATTN_ROLE, init) for _ in range(2)
-        )
-        self.proj = Linear(d, d, ATTN_ROLE)
+        dim = cfg.model_dim
+        init = INITS[cfg.init]
+        self.head_dim = dim // cfg.num_heads
+        kv_dim = self.head_dim * cfg.num_kv_heads
+        self.c_q = Linear(dim, dim, ATTN_ROLE, init)
+        self.c_k = Linear(dim, kv_dim, ATTN_ROLE, init)
+        self.c_v = Linear(dim, kv_dim, ATTN_ROLE, init)
+        self.proj = Linear(dim, dim, ATTN_ROLE)
         self.q_gain = parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
-        self.xsa = exclude_self if index >= cfg.num_layers - cfg.xsa_last_n else absent
+        self.attend = attend
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None) -> Tensor:
-        v = self.c_v(x) if extra_v is None else self.c_v(x) + extra_v
-        q, k, v = (z.unflatten(2, (-1, self.head_dim)) for z in (self.c_q(x), self.c_k(x), v))
-        q, k = (
-            apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None],
-            apply_rotary(rms_norm(k), cos, sin),
-        )
-        return self.proj(self.xsa(self.attend(q, k, v), v).flatten(2))
+        # What is done to what attention has gathered: (y, v) -> y
+        self.finish = []
+        if layer >= cfg.num_layers - cfg.xsa_last_n:
+            self.finish.append(exclude_self)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, value_bias: Tensor | None) -> Tensor:
+        v = self.c_v(x)
+        if value_bias is not None:
+            v = v + value_bias
+
+        # (batch, time, heads, head_dim): the layout of FlashAttention
+        q = self.c_q(x).unflatten(2, (-1, self.head_dim))
+        k = self.c_k(x).unflatten(2, (-1, self.head_dim))
+        v = v.unflatten(2, (-1, self.head_dim))
+
+        q = apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
+        k = apply_rotary(rms_norm(k), cos, sin)
+        y = self.attend(q, k, v)
+        for technique in self.finish:
+            y = technique(y, v)
+        return self.proj(y.flatten(2))
+
+
+def relu2(z: Tensor) -> Tensor:
+    """max(z, 0) squared."""
+    return F.relu(z).square()
+
+
+def leaky_relu2(z: Tensor) -> Tensor:
+    """As relu2, but half of what is negative stays, so that it has a gradient."""
+    return F.leaky_relu(z, 0.5).square()
+
+
+ACTIVATIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2}
 
 
 class MLP(nn.Module):
+    """Two matrices with an activation between them. x (batch, time, model_dim) -> the same."""
+
     def __init__(self, cfg: Config):
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
-        self.fc, self.activation = (
-            Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init]),
-            ACTIVATIONS[cfg.mlp_act],
-        )
+        self.fc = Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init])
+        self.activation = ACTIVATIONS[cfg.mlp_act]
         self.proj = Linear(hidden, cfg.model_dim, MLP_ROLE)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
 
 
-class Block(nn.Module):
-    """Mix the input embedding back in, then attention and MLP, each through a norm and a per-dimension scale."""
+class DepthScaledNorm(nn.Module):
+    """LN scale: smaller inputs for deeper blocks.
 
-    def __init__(self, cfg: Config, index: int, attend: Callable):
+    What:   RMSNorm(x) / sqrt(block + 1), the first block being 0.
+    Why:    deep blocks add less to the stream, and so disturb less of what is there.
+    Source: pull request #975; toggle LN_SCALE.
+    Care:   both norms of a block, and not the last norm before the head.
+    """
+
+    def __init__(self, layer: int):
         super().__init__()
-        self.ln_scale, one = (
-            1 / math.sqrt(index + 1) if cfg.ln_scale else 1.0,
-            torch.ones(cfg.model_dim),
-        )
-        self.attn, self.mlp = Attention(cfg, index, attend), MLP(cfg)
-        self.resid_mix = parameter(torch.stack((one, 0 * one)), CONTROL)
-        self.attn_scale, self.mlp_scale = parameter(one, CONTROL), parameter(one.clone(), CONTROL)
+        self.scale = 1 / math.sqrt(layer + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x) * self.scale
+
+
+class Block(nn.Module):
+    """Mix the input embedding back in, then attention and MLP.
+
+    Each of the two reads the normed stream and adds to it through a gain per dimension.
+    x, x0 (batch, time, model_dim) -> the same shape; x0 is what entered the first block.
+    """
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend):
+        super().__init__()
+        self.norm = rms_norm
+        if cfg.ln_scale:
+            self.norm = DepthScaledNorm(layer)
+
+        self.attn = Attention(cfg, layer, attend)
+        self.mlp = MLP(cfg)
+        ones = torch.ones(cfg.model_dim)
+        zeros = torch.zeros(cfg.model_dim)
+        self.resid_mix = parameter(torch.stack((ones, zeros)), CONTROL)
+        self.attn_scale = parameter(ones, CONTROL)
+        self.mlp_scale = parameter(ones.clone(), CONTROL)
 
     def forward(
-        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, extra_v: Tensor | None
+        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, value_bias: Tensor | None
     ) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(
-            rms_norm(x, self.ln_scale), cos, sin, extra_v
-        )
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x, self.ln_scale))
+        x = x + self.attn_scale.to(x.dtype) * self.attn(self.norm(x), cos, sin, value_bias)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
 
 
 class GPT(nn.Module):
-    """Blocks in a U-Net, embedding and head tied. Parameters are fp32; activations are `dtype`."""
+    """Blocks in a U-Net; embedding and head are one matrix. fp32 parameters, `dtype` activations.
 
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Callable = sdpa):
+    The first half of the blocks are encoders: each keeps its output, and the decoders take these
+    back, the last one first, with a gain per dimension.
+    """
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Attend = sdpa):
         super().__init__()
-        self.dtype, self.softcap, self.encoders = dtype, cfg.logit_softcap, cfg.num_layers // 2
-        self.tok_emb = parameter(
-            cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim), EMBED_ROLE
-        )
+        self.dtype = dtype
+        self.softcap = cfg.logit_softcap
+        self.encoders = cfg.num_layers // 2
+        embedding = cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim)
+        self.tok_emb = parameter(embedding, EMBED_ROLE)
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
         self.skip_weights = parameter(torch.ones(self.encoders, cfg.model_dim), CONTROL)
-        # created last, so that a toggle leaves the other initial weights as they are
-        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else absent
-        self.smear = SmearGate(cfg) if cfg.smear_gate else absent
-        self.entry = [self.smear, lambda x, ids: rms_norm(x)][
-            :: 1 if cfg.smear_pos == "pre_norm" else -1
-        ]
-        self.value_embed = ValueEmbedding(cfg) if cfg.ve_enabled else None
-        self.cos, self.sin = (
-            nn.Buffer(table, persistent=False) for table in rotary_tables(cfg, dtype)
-        )
 
-    def hidden(
-        self, ids: Tensor
-    ) -> Tensor:  # (B, T) token ids -> (B, T, MODEL_DIM): the only forward path
-        x = self.bigram(F.embedding(ids, self.tok_emb).to(self.dtype), ids)
-        for stage in self.entry:
-            x = stage(x, ids)
-        x0, skips, skip_weights = x, [], self.skip_weights.to(self.dtype)
-        extra_v = self.value_embed(ids, self.dtype) if self.value_embed is not None else {}
-        for i, block in enumerate(self.blocks):
-            if i >= self.encoders and skips:
-                x = (
-                    x + skip_weights[i - self.encoders] * skips.pop()
-                )  # the first half's, last first
-            x = block(x, x0, self.cos, self.sin, extra_v.get(i))
-            if i < self.encoders:
+        # Techniques come last, so that a toggle leaves the other initial weights as they are.
+        # What happens to the embedding before the first block, in this order: (x, ids) -> x
+        self.entry = []
+        if cfg.bigram_vocab_size:
+            self.bigram = BigramHash(cfg)
+            self.entry.append(self.bigram)
+        self.entry.append(input_norm)
+        if cfg.smear_gate:
+            self.smear = SmearGate(cfg)
+            if cfg.smear_pos == "pre_norm":
+                self.entry.insert(self.entry.index(input_norm), self.smear)
+            else:
+                self.entry.append(self.smear)
+
+        # What is added to the values of some blocks: (ids, dtype) -> {block: (batch, time, kv_dim)}
+        self.value_biases = []
+        if cfg.ve_enabled:
+            self.value_embed = ValueEmbedding(cfg)
+            self.value_biases.append(self.value_embed)
+
+        cos, sin = rotary_tables(cfg, dtype)
+        self.cos = nn.Buffer(cos, persistent=False)
+        self.sin = nn.Buffer(sin, persistent=False)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Ids (batch, time) -> (batch, time, model_dim): the only forward path."""
+        x = F.embedding(ids, self.tok_emb).to(self.dtype)
+        for technique in self.entry:
+            x = technique(x, ids)
+        value_bias = {}
+        for technique in self.value_biases:
+            value_bias.update(technique(ids, self.dtype))
+
+        x0 = x
+        skips = []
+        skip_weights = self.skip_weights.to(self.dtype)
+        for layer, block in enumerate(self.blocks):
+            decoder = layer - self.encoders
+            if decoder >= 0 and skips:
+                x = x + skip_weights[decoder] * skips.pop()
+            x = block(x, x0, self.cos, self.sin, value_bias.get(layer))
+            if decoder < 0:
                 skips.append(x)
         return rms_norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
-        """ids (B, T), targets (B, S) -> nats (B, S) fp32, with logits only at positions (B, S); None: everywhere, S = T."""
+        """Nats of each target, fp32, of the shape of `targets`.
+
+        ids (batch, time). positions (batch, slots): where logits are computed, for targets
+        (batch, slots); None: everywhere, for targets (batch, time).
+        """
         h = self.hidden(ids)
         if positions is not None:
             h = h.take_along_dim(positions[..., None], dim=1)
-        z = F.linear(h, self.tok_emb.to(h.dtype)).float()
-        z = self.softcap * torch.tanh(z / self.softcap)
-        return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view(
-            targets.shape
-        )
+        logits = F.linear(h, self.tok_emb.to(h.dtype)).float()
+        logits = self.softcap * torch.tanh(logits / self.softcap)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view(targets.shape)
 
 
-def build_model(cfg: Config, run: Run, attend: Callable) -> GPT:
-    torch.manual_seed(cfg.seed)  # the same initial weights on every rank and device
+def build_model(cfg: Config, run: Run, attend: Attend) -> GPT:
+    """The initial model: of one SEED the same weights on every rank and device."""
+    torch.manual_seed(cfg.seed)
     return GPT(cfg, run.dtype, attend).to(run.device)
 
 
-# ── 6 SCHEDULE ────────────────────────────────────────────────────────────────────────────────────────────────────
-class StepPlan(NamedTuple):  # What one step does
+# ── 6 Schedule ────────────────────────────────────────────────────────────────────────────────
+# In: steps done and training seconds. Out: what the next step does.
+# Promise: pure functions of these two, but for triggers, which stay on once they have fired; so
+# every rank that is told the same time does the same.
+class StepPlan(NamedTuple):
+    """What one step does."""
+
     lr_scale: float
     momentum: float
     qat: bool = False
-    qna: float = 0.0  # noise width in quantisation steps; 0: none
-    snapshot: bool = False  # SWA / SQWA take one after the step
+    qna: float = 0.0  # width of the noise, in quantisation steps; 0: none
+    snapshot: bool = False  # SWA or SQWA takes one after the step
+
+
+def steps_left(cfg: Config, step: int, elapsed: float) -> float:
+    """Steps still to come: by ITERATIONS, or within the budget at the mean speed so far."""
+    left = float(cfg.iterations - step)
+    # Before the first step no speed is known
+    if not cfg.max_wallclock_seconds or step == 0:
+        return left
+    affordable = (cfg.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)
+    return max(min(left, affordable), 0.0)
+
+
+def learning_rate_scale(cfg: Config, step: int, left: float) -> float:
+    """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS."""
+    warmdown = cfg.warmdown_frac * (step + left)
+    if not warmdown:
+        warmdown = cfg.warmdown_iters
+    if not warmdown:
+        return 1.0
+    # Under a budget nothing is known at step 0 of the end of the run
+    if cfg.max_wallclock_seconds and step == 0:
+        return 1.0
+    return min(left / warmdown, 1.0)
+
+
+def momentum_at(cfg: Config, step: int) -> float:
+    """Muon's: rises linearly over MUON_MOMENTUM_WARMUP_STEPS, then stays."""
+    ramp = 1.0
+    if cfg.muon_momentum_warmup_steps:
+        ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0)
+    return (1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
+
+
+def trigger_reached(
+    cfg: Config, step: int, total: float, lr_scale: float, kind: str, value: float
+) -> bool:
+    """Whether a trigger of this kind and value (QAT_START_KIND and QAT_START, say) is reached.
+
+    total: steps of the whole run, as far as is known now.
+    """
+    if kind == "lr_scale":
+        return lr_scale < value
+    if kind == "time_frac":
+        return step >= value * total
+    if kind == "iter_frac":
+        return step >= int(value * cfg.iterations)
+    return True  # always
 
 
 class Schedule:
-    """(steps done, training seconds) -> Knobs. A trigger that has fired stays on; nothing else is remembered."""
+    """(steps done, training seconds) -> StepPlan.
+
+    Care: a trigger that has fired stays on; else jitter of the step time would switch QAT on and
+    off. `fired` is all that is remembered, and what a checkpoint must keep.
+    """
 
     def __init__(self, cfg: Config):
-        self.cfg, self.fired = cfg, set()
+        self.cfg = cfg
+        self.fired: set[str] = set()
 
     def at(self, step: int, elapsed: float) -> StepPlan:
-        c, remaining = self.cfg, float(self.cfg.iterations - step)
-        if (
-            c.max_wallclock_seconds and step
-        ):  # the budget in steps, at the mean speed so far; unknown at step 0
-            remaining = max(
-                min(remaining, (c.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)), 0.0
-            )
-        warmdown = c.warmdown_frac * (total := step + remaining) or c.warmdown_iters
-        scale = (
-            min(remaining / warmdown, 1.0)
-            if warmdown and (step or not c.max_wallclock_seconds)
-            else 1.0
-        )
-        now = {
-            "always": lambda v: True,
-            "lr_scale": lambda v: scale < v,
-            "time_frac": lambda v: step >= v * total,
-            "iter_frac": lambda v: step >= int(v * c.iterations),
-        }
-        triggers = {
-            "qat": (c.qat_enabled, c.qat_start_kind, c.qat_start),
-            "swa": (c.swa_enabled or c.sqwa_enabled, c.swa_start_kind, c.swa_start_frac),
-        }
-        self.fired |= {
-            name for name, (on, kind, value) in triggers.items() if on and now[kind](value)
-        }
-        ramp = (
-            min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
-        )
-        noisy = c.qna_enabled and "qat" not in self.fired and scale >= c.qna_stop_scale
-        return StepPlan(
-            scale,
-            (1 - ramp) * c.muon_momentum_warmup_start + ramp * c.muon_momentum,
-            "qat" in self.fired,
-            c.qna_magnitude * scale * noisy,
-            "swa" in self.fired and (step + 1) % c.swa_every == 0,
-        )
+        """The plan of the next step, `step` steps and `elapsed` seconds of training being done."""
+        cfg = self.cfg
+        left = steps_left(cfg, step, elapsed)
+        lr_scale = learning_rate_scale(cfg, step, left)
+
+        reached = partial(trigger_reached, cfg, step, step + left, lr_scale)
+        if cfg.qat_enabled and reached(cfg.qat_start_kind, cfg.qat_start):
+            self.fired.add("qat")
+        averaging = cfg.swa_enabled or cfg.sqwa_enabled
+        if averaging and reached(cfg.swa_start_kind, cfg.swa_start_frac):
+            self.fired.add("swa")
+
+        qat = "qat" in self.fired
+        qna = 0.0
+        if cfg.qna_enabled and not qat and lr_scale >= cfg.qna_stop_scale:
+            qna = cfg.qna_magnitude * lr_scale
+        snapshot = "swa" in self.fired and (step + 1) % cfg.swa_every == 0
+        return StepPlan(lr_scale, momentum_at(cfg, step), qat, qna, snapshot)
 
 
 def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
     """True when one more step at the mean speed would end after the wallclock budget."""
-    return (
-        bool(cfg.max_wallclock_seconds)
-        and step > 0
-        and elapsed + elapsed / step > cfg.max_wallclock_seconds
-    )
+    if not cfg.max_wallclock_seconds or step == 0:
+        return False
+    return elapsed + elapsed / step > cfg.max_wallclock_seconds
+
+
+def phases_acting(now: StepPlan) -> dict[str, bool]:
+    """Phase -> whether it acts in this step, in the order of the timeline."""
+    return {
+        "warmdown": now.lr_scale < 1,
+        "QNA": now.qna > 0,
+        "QAT": now.qat,
+        "SWA": now.snapshot,
+        "SQWA": now.snapshot,
+    }
 
 
 def timeline(cfg: Config, step_seconds: float) -> str:
-    """Planned second and step of every phase, by running the schedule itself at a constant speed."""
+    """Planned step and second of every phase asked for, or NEVER.
+
+    Found by running the schedule itself at a constant speed.
+    """
     wanted = {
         "warmdown": cfg.warmdown_iters or cfg.warmdown_frac,
         "QNA": cfg.qna_enabled,
@@ -1626,20 +1982,22 @@ def timeline(cfg: Config, step_seconds: float) -> str:
         "SWA": cfg.swa_enabled,
         "SQWA": cfg.sqwa_enabled,
     }
-    starts, step, schedule = (
-        dict.fromkeys([name for name, on in wanted.items() if on], "NEVER"),
-        0,
-        Schedule(cfg),
-    )
-    while step < cfg.iterations and not budget_spent(cfg, step, step * step_seconds):
-        k = schedule.at(step, step * step_seconds)
-        for name, now in zip(wanted, (k.lr_scale < 1, k.qna > 0, k.qat, k.snapshot, k.snapshot)):
-            if now and starts.get(name) == "NEVER":
-                starts[name] = f"step {step} ({step * step_seconds:.0f} s)"
+    starts = {name: "NEVER" for name, on in wanted.items() if on}
+    schedule = Schedule(cfg)
+    step = 0
+    elapsed = 0.0
+    while step < cfg.iterations and not budget_spent(cfg, step, elapsed):
+        acting = phases_acting(schedule.at(step, elapsed))
+        for name, start in starts.items():
+            if start == "NEVER" and acting[name]:
+                starts[name] = f"step {step} ({elapsed:.0f} s)"
         step += 1
-    return f"{step} steps of {step_seconds * 1e3:.1f} ms" + "".join(
-        f", {name} from {start}" for name, start in starts.items()
-    )
+        elapsed = step * step_seconds
+
+    text = f"{step} steps of {step_seconds * 1e3:.1f} ms"
+    for name, start in starts.items():
+        text += f", {name} from {start}"
+    return text
 
 
 # ── 7 OPTIMISER ───────────────────────────────────────────────────────────────────────────────────────────────────
