@@ -21,8 +21,8 @@ import torch.nn.functional as F
 import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import ablate
 import train_gpt
+from ablation.statistics import paired
 from train_gpt import Config, Run, Split, Trainer, Validation
 
 L, ROW = 256, 2048
@@ -97,7 +97,7 @@ def table(report: dict) -> str:
                 {int(seed): r[m]["bpb"] for seed, r in runs.items()}
                 for m in ("sliding, stride 64", mode)
             )
-            gap = ablate.paired(base, values) if mode != "sliding, stride 64" else None
+            gap = paired(base, values) if mode != "sliding, stride 64" else None
             words = (
                 f"{1e3 * gap.mean:+.2f} ({1e3 * gap.low:+.2f} to {1e3 * gap.high:+.2f})"
                 if gap

@@ -43,13 +43,20 @@ import torch
 if __name__ == "__main__":
     import atheris
 
-    instrumented = atheris.instrument_imports(include=["train_gpt", "ablate", "prepare_data"])
+    instrumented = atheris.instrument_imports(include=["train_gpt", "ablation", "prepare_data"])
 else:
     instrumented = contextlib.nullcontext()
 with instrumented:
-    import ablate
     import prepare_data
     import train_gpt
+    from ablation import report
+    from ablation.page import html_page
+    from ablation.records import check_alike, load, metric
+    from ablation.report import Finished, comparison_row, markdown_report
+    from ablation.runner import shell
+    from ablation.statistics import record_rule
+    from ablation.study import Matrix, matrix, read_study
+    from ablation.submission import check_submission, render, summarise
 
 CPU_SECONDS, MEMORY = 10, 1 << 30
 REFUSALS = (train_gpt.Refusal, prepare_data.UserError)
@@ -704,18 +711,18 @@ def study(data: bytes, folder: Path) -> None:
             dice.data,
         )
     (folder / name).write_bytes(data)
-    made = read(ablate.read_study, folder / name)
+    made = read(read_study, folder / name)
     for size, equal in (
         [(size, equal) for size in list(made.sizes)[:2] for equal in ("steps", "time")]
         if made
         else ()
     ):
-        if m := read(ablate.matrix, made, size, equal):
+        if m := read(matrix, made, size, equal):
             check_matrix(m)
 
 
-def check_matrix(m: ablate.Matrix) -> None:
-    runs = ablate.ROOT / "logs/runs"
+def check_matrix(m: Matrix) -> None:
+    runs = ROOT / "logs/runs"
     promise(
         m.folder.resolve().parent.parent == runs.resolve() and ".." not in m.folder.parts,
         f"runs in {m.folder}",
@@ -726,11 +733,11 @@ def check_matrix(m: ablate.Matrix) -> None:
             f"a run in {trial.folder}",
         )
         promise("\0" not in "".join(trial.env.values()), "NUL in the environment")
-        promise(ablate.shell(trial, m.size).isprintable(), "a command with control characters")
+        promise(shell(trial, m.size).isprintable(), "a command with control characters")
     lost = {"arm": m.trials[0].arm, "seed": 1, "failed": "<b>"}
-    found = ablate.Finished(m, {}, {m.trials[0].id: "<b>"})
-    ablate.markdown_report(found)
-    check_page(ablate.html_page(m.study.title, ablate.notes(found), ablate.tables(found), [lost]))
+    found = Finished(m, {}, {m.trials[0].id: "<b>"})
+    markdown_report(found)
+    check_page(html_page(m.study.title, report.notes(found), report.tables(found), [lost]))
 
 
 # ── Run folders and submissions ───────────────────────────────────────────────────────────────────────────────────
@@ -761,8 +768,8 @@ def submission_of(results: dict[int, dict]) -> dict[str, bytes]:
             f"result_seed{seed}.json": json.dumps(r).encode(),
             f"train_seed{seed}.log": b"log",
         }
-    files["README.md"] = ablate.render(results, ABOUT).encode("utf-8", "replace")
-    return files | {"submission.json": json.dumps(ablate.summarise(results, ABOUT)).encode()}
+    files["README.md"] = render(results, ABOUT).encode("utf-8", "replace")
+    return files | {"submission.json": json.dumps(summarise(results, ABOUT)).encode()}
 
 
 def submission(data: bytes, folder: Path) -> None:
@@ -806,8 +813,8 @@ def submission(data: bytes, folder: Path) -> None:
         for name, content in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
-    with mock.patch.object(ablate, "wrong_logs", lambda folder, results: []):
-        problems = read(ablate.check_submission, target)
+    with mock.patch("ablation.submission.wrong_logs", lambda folder, results: []):
+        problems = read(check_submission, target)
     promise(
         all(type(p) is str and p.isprintable() and len(p) <= 6000 for p in problems)
         and len(problems) < 200,
@@ -820,11 +827,11 @@ def run_folder(run: Path, text: str, dice: Dice) -> None:
     run.mkdir(parents=True)
     (run / "result.json").write_bytes(text.encode("utf-8", "replace"))
     (run / "metrics.jsonl").write_bytes(dice.data)
-    if not (r := read(ablate.load, run)):
+    if not (r := read(load, run)):
         return
     m = (
-        ablate.matrix(
-            ablate.read_study(ROOT / "studies/swa_sums_in_bf16.toml"),
+        matrix(
+            read_study(ROOT / "studies/swa_sums_in_bf16.toml"),
             "small",
             "steps",
             (r["seed"], r["seed"] + 1),
@@ -833,23 +840,23 @@ def run_folder(run: Path, text: str, dice: Dice) -> None:
         else None
     )
     runs = {r["seed"]: r | {"arm": "x"}, r["seed"] + 1: r | {"arm": "x", "seed": r["seed"] + 1}}
-    read(ablate.check_alike, [*runs.values(), good_results()[1] | {"name": "good"}], False)
+    read(check_alike, [*runs.values(), good_results()[1] | {"name": "good"}], False)
     left, right = (
-        {seed: v for seed, one in runs.items() if (v := ablate.metric(one, "val_bpb")) is not None}
+        {seed: v for seed, one in runs.items() if (v := metric(one, "val_bpb")) is not None}
         for _ in range(2)
     )
-    read(ablate.comparison_row, ("a", "b"), "val_bpb", left, right)
-    read(ablate.record_rule, left, right, r["val_tokens"] / r["val_bytes"])
+    read(comparison_row, ("a", "b"), "val_bpb", left, right)
+    read(record_rule, left, right, r["val_tokens"] / r["val_bytes"])
     if m:
-        found = ablate.Finished(m, {m.arms[0]: runs, m.arms[1]: runs}, {})
-        ablate.markdown_report(found)
-        notes, tables = ablate.notes(found), ablate.tables(found)
+        found = Finished(m, {m.arms[0]: runs, m.arms[1]: runs}, {})
+        markdown_report(found)
+        notes, tables = report.notes(found), report.tables(found)
         drawn = (
             list(runs.values())
             if hashlib.sha256(text.encode("utf-8", "replace")).digest()[0] < 8
             else []
         )  # charts take long
-        check_page(ablate.html_page("title", notes, tables, drawn))
+        check_page(html_page("title", notes, tables, drawn))
 
 
 # ── Command ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,10 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import ablate
 import bench
 import train_gpt
-from ablate import markdown_table as markdown
+from ablation.report import arm_table, comparison_table, factorial_table, load_matrix
+from ablation.report import markdown_table as markdown
+from ablation.runner import Ledger
+from ablation.study import Matrix, read_study
+from ablation.study import matrix as trials_of
 from studies import banded_scoring
 
 DEMO, BENCH = ROOT / "logs" / "demo", ROOT / "logs" / "bench"
@@ -293,21 +296,17 @@ def demo_summary() -> str:
     )
 
 
-def study(
-    stem: str, size: str, equal: str, logs: Path = ROOT / "logs" / "studies"
-) -> ablate.Matrix:
+def study(stem: str, size: str, equal: str, logs: Path = ROOT / "logs" / "studies") -> Matrix:
     """The matrix of committed logs; equal time was run with three seeds."""
     folder = logs / stem / f"{size}-{equal}"
     seeds = (1, 2, 3) if equal == "time" else ()
-    return ablate.matrix(
-        ablate.read_study(ROOT / "studies" / f"{stem}.toml"), size, equal, seeds, folder
-    )
+    return trials_of(read_study(ROOT / "studies" / f"{stem}.toml"), size, equal, seeds, folder)
 
 
 def study_tables(stem: str, size: str, equal: str) -> str:
     """The tables of a study in short form: how it ran, the arms, the differences, the factorial."""
     matrix = study(stem, size, equal)
-    found = ablate.load_matrix(matrix)
+    found = load_matrix(matrix)
     runs = found.all()
     budget = (
         f"{matrix.size.steps} steps"
@@ -327,9 +326,9 @@ def study_tables(stem: str, size: str, equal: str) -> str:
         "steps" * (equal == "steps"),
     }
     for (header, rows), drop in [
-        (ablate.arm_table(found), long),
-        (ablate.comparison_table(found), {"in words", "paired t (df)"}),
-        (ablate.factorial_table(found), set()),
+        (arm_table(found), long),
+        (comparison_table(found), {"in words", "paired t (df)"}),
+        (factorial_table(found), set()),
     ]:
         kept = [
             i
@@ -348,8 +347,7 @@ def adopt(logs: Path) -> None:
     for stem, size, equal in STUDIES:
         matrix, kept = study(stem, size, equal, logs), study(stem, size, equal)
         if all(
-            (t.folder / "result.json").exists()
-            or t.id in ablate.Ledger(matrix.folder).failures([t])
+            (t.folder / "result.json").exists() or t.id in Ledger(matrix.folder).failures([t])
             for t in matrix.trials
         ):
             shutil.rmtree(kept.folder, ignore_errors=True)

@@ -16,11 +16,16 @@ import time
 from pathlib import Path
 
 import pytest
+import rich.console
 from conftest import ROOT, TINY
 
 import ablate
 import train_gpt
-from ablate import Refusal, Runner, load_matrix, matrix, read_study
+from ablation.report import factorial_table, load_matrix, markdown_report
+from ablation.runner import Ledger, Runner, gpu_gate, shell, watch
+from ablation.statistics import paired, summary
+from ablation.study import Matrix, clean_environment, matrix, read_study
+from train_gpt import Refusal
 
 BASE = {k.upper(): v for k, v in TINY.items() if k not in ("iterations", "max_wallclock_seconds")}
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
@@ -85,7 +90,7 @@ def finished(data, tmp_path_factory):
     return m.study, m, lines
 
 
-def copy_of(m: ablate.Matrix, folder: Path) -> ablate.Matrix:
+def copy_of(m: Matrix, folder: Path) -> Matrix:
     """The same matrix with a copy of its run folders."""
     shutil.copytree(m.folder, folder)
     return matrix(m.study, "small", "steps", out=folder)
@@ -290,7 +295,7 @@ def test_the_environment_of_a_run_is_clean(study, monkeypatch, tmp_path):
     monkeypatch.setenv("MLP_MULT", "2")
     monkeypatch.setenv("NCCL_IB_DISABLE", "1")
     m = matrix(study(), "small", "steps", (1,), tmp_path)
-    env = ablate.clean_environment(m.trials[0], m.size)
+    env = clean_environment(m.trials[0], m.size)
     assert env["PATH"] == os.environ["PATH"] and env["NUM_LAYERS"] == "3"
     assert "MLP_MULT" not in env and "NCCL_IB_DISABLE" not in env
 
@@ -340,7 +345,7 @@ def test_finished_trials_are_never_run_again(finished):
     assert {p: p.stat().st_mtime_ns for p in m.folder.rglob("*.json*")} == before
 
 
-def edit(m: ablate.Matrix, trial: str, **changes) -> None:
+def edit(m: Matrix, trial: str, **changes) -> None:
     """Changes keys of a trial's result.json."""
     path = m.folder / trial / "result.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -407,7 +412,7 @@ def test_a_failed_trial_stays_failed_until_retry_and_the_rest_goes_on(study, dat
     assert "not finite" in found.failed["qat-s1"] and any(
         "FAILED (exit 5)" in line for line in lines
     )
-    text = ablate.markdown_report(found)
+    text = markdown_report(found)
     assert "failed: s1" in text and "not finite" in text
 
 
@@ -438,7 +443,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(study, tmp_path):
         Runner(m).run(interrupt)
     assert refusal.value.code == 130
     done = {t.id for t in m.trials} - {t.id for t in Runner(m).todo}
-    assert 1 <= len(done) < 4 and not ablate.Ledger(m.folder).failures(m.trials)
+    assert 1 <= len(done) < 4 and not Ledger(m.folder).failures(m.trials)
     Runner(m).run(lambda line: None)
     assert Runner(m).todo == [] and not load_matrix(m).failed
 
@@ -465,7 +470,7 @@ def test_retry_runs_a_failed_trial_again_and_a_follower_trains_where_its_trainin
     before = json.loads((m.folder / "five_bits-s1/result.json").read_text())
     edit(m, "five_bits-s1", exit_code=4)
     five = next(t for t in m.trials if t.id == "five_bits-s1")
-    ablate.Ledger(m.folder).write(five, "end", exit_code=4, reason="x")
+    Ledger(m.folder).write(five, "end", exit_code=4, reason="x")
     assert Runner(m).todo == [] and Runner(m, retry=True).todo == [five]
     Runner(m, retry=True).run(lambda line: None)
     again = load_matrix(m).runs["five_bits"][1]
@@ -481,7 +486,7 @@ def test_a_failure_under_other_settings_is_forgotten(study, tmp_path):
         matrix(study(arm__qat={"MATRIX_LR": lr}), "small", "steps", (1,), tmp_path)
         for lr in (1.0, 2.0)
     )
-    ablate.Ledger(tmp_path).write(m.trials[3], "end", exit_code=5, reason="x")
+    Ledger(tmp_path).write(m.trials[3], "end", exit_code=5, reason="x")
     assert list(Runner(m).failed) == ["qat-s1"] and Runner(other).failed == {}
 
 
@@ -496,7 +501,7 @@ def test_a_ledger_from_a_stranger_or_a_crash_does_no_harm(study, tmp_path):
         '{"trial": "qat-s1", "ev',
     ]
     (tmp_path / "ledger.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
-    ledger = ablate.Ledger(tmp_path)
+    ledger = Ledger(tmp_path)
     assert ledger.failures(m.trials) == {}
     ledger.write(m.trials[0], "end", exit_code=7, reason="because")
     assert ledger.failures(m.trials) == {"plain-s1": "FAILED (exit 7): because"}
@@ -569,8 +574,8 @@ def test_only_runs_what_it_names(study, tmp_path):
 def test_the_progress_display_shows_step_and_seconds_of_what_runs(finished):
     runner = Runner(finished[1])
     runner.running["qat-s1"] = None
-    table = ablate.watch(runner)
-    console = ablate.rich.console.Console(width=120)
+    table = watch(runner)
+    console = rich.console.Console(width=120)
     with console.capture() as shown:
         console.print(table)
     assert "qat-s1" in shown.get() and "4" in shown.get() and "8 done, 0 failed" in shown.get()
@@ -616,19 +621,19 @@ def test_the_gpu_gate_waits_until_cards_are_idle_and_cool(monkeypatch, tmp_path)
         if len(naps) == 3:
             (tmp_path / "state").write_text("1, 40\n0, 30\n")
 
-    monkeypatch.setattr(ablate.time, "sleep", sleep)
-    ablate.gpu_gate(120, 50, 5)
+    monkeypatch.setattr(time, "sleep", sleep)
+    gpu_gate(120, 50, 5)
     assert naps == [120, 10, 10]
     (tmp_path / "state").write_text("90, 80\n")
     with pytest.raises(Refusal, match=r"90.0, 80.0"):
-        ablate.gpu_gate(0, 50, 5)
-    ablate.gpu_gate(0, 0, 0)  # nothing asked: nothing looked at
+        gpu_gate(0, 50, 5)
+    gpu_gate(0, 0, 0)  # nothing asked: nothing looked at
     (tmp_path / "state").write_text("[N/A], 40\n")
     with pytest.raises(Refusal, match="does not answer"):
-        ablate.gpu_gate(0, 50, 0)
+        gpu_gate(0, 50, 0)
     tool.unlink()
     with pytest.raises(Refusal, match="does not answer"):
-        ablate.gpu_gate(0, 0, 5)
+        gpu_gate(0, 0, 5)
 
 
 # ── Commands and reports ──────────────────────────────────────────────────────────────────────────────────────────
@@ -648,7 +653,7 @@ def test_the_printed_command_is_what_runs(finished, tmp_path):
     trial = finished[1].trials[3]
     fresh = dataclasses.replace(trial, env={**trial.env, "LOGS_DIR": str(tmp_path)})
     subprocess.run(
-        ablate.shell(fresh, finished[1].size), shell=True, cwd=ROOT, check=True, capture_output=True
+        shell(fresh, finished[1].size), shell=True, cwd=ROOT, check=True, capture_output=True
     )
     ours, theirs = (
         json.loads((folder / trial.id / "result.json").read_text())
@@ -661,7 +666,7 @@ def test_the_report_holds_each_arm_each_difference_and_its_command(finished, cap
     made, m, _ = finished
     assert ablate.main(["report", str(made.path), "--out", str(m.folder)]) == 0
     text = capsys.readouterr().out
-    bpb = ablate.summary(load_matrix(m).values("qat", "val_bpb"))
+    bpb = summary(load_matrix(m).values("qat", "val_bpb"))
     assert (
         f"{bpb.mean:.5f} ± {bpb.sd:.5f}" in text
         and "| qat - plain |" in text
@@ -678,7 +683,7 @@ def test_the_report_holds_each_arm_each_difference_and_its_command(finished, cap
 
 def test_the_report_says_what_has_not_run(finished):
     m = matrix(finished[0], "small", "steps", (1, 2, 3), finished[1].folder)
-    assert "NOT RUN YET: plain-s3, five_bits-s3, stride_8-s3, qat-s3" in ablate.markdown_report(
+    assert "NOT RUN YET: plain-s3, five_bits-s3, stride_8-s3, qat-s3" in markdown_report(
         load_matrix(m)
     )
 
@@ -699,7 +704,7 @@ def test_a_factorial_report_has_main_effects_and_the_interaction(study, tmp_path
     )
     m = matrix(made, "small", "steps", out=tmp_path / "runs")
     Runner(m).run(lambda line: None)
-    header, rows = ablate.factorial_table(load_matrix(m))
+    header, rows = factorial_table(load_matrix(m))
     assert [row[0] for row in rows] == [
         "quant_bits 3 - 6",
         "prune_pct 0.5 - 0.0",
@@ -707,7 +712,7 @@ def test_a_factorial_report_has_main_effects_and_the_interaction(study, tmp_path
     ]
     found = load_matrix(m)
     six, six_pruned, three, three_pruned = (
-        ablate.summary(found.values(arm, "val_bpb")).mean for arm in made.arms
+        summary(found.values(arm, "val_bpb")).mean for arm in made.arms
     )
     effect = (three + three_pruned - six - six_pruned) / 2
     assert float(rows[0][2]) == pytest.approx(effect, abs=1e-5) and header[0] == "effect"
@@ -719,7 +724,7 @@ def test_compare_of_two_sets_of_runs(finished, capsys):
     out = capsys.readouterr().out
     a, b = (load_matrix(finished[1]).values(arm, "val_bpb") for arm in ("plain", "qat"))
     assert (
-        f"{ablate.paired(a, b).mean:+.5f}" in out
+        f"{paired(a, b).mean:+.5f}" in out
         and "settings that differ: QAT_ENABLED=False against True" in out
     )
     assert "Record rule, b against a: does not hold" in out
@@ -737,6 +742,7 @@ def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(
     finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    monkeypatch.setattr("ablation.study.ROOT", tmp_path)
     call = [
         "sweep",
         str(finished[0].path),

@@ -55,7 +55,9 @@ NETWORK = {
     "wandb",
     "xmlrpc",
 }
-SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("studies/*.py")]
+SCRIPTS = [
+    path for pattern in ("*.py", "ablation/*.py", "studies/*.py") for path in ROOT.glob(pattern)
+]
 OURS = [*SCRIPTS, *ROOT.glob("tests/**/*.py")]
 MADE = pytest.mark.skipif(
     not (Path(sys.prefix) / "installed").exists(), reason="only make installs what the locks say"
@@ -191,7 +193,7 @@ def test_every_package_we_import_is_required():
             canonicalize_name(Requirement(line).name) for line in metadata.requires(parent)
         }
     own, distributions = (
-        {path.stem for path in OURS} | {"studies"},
+        {path.stem for path in OURS} | {"ablation", "studies"},
         metadata.packages_distributions(),
     )
     tops = (

@@ -31,14 +31,18 @@ from hypothesis import strategies as st
 import ablate
 import prepare_data
 import train_gpt
-from ablate import check_submission, matrix, read_study
+from ablation.page import html_page
+from ablation.records import load
+from ablation.report import Finished, notes, tables, write_report
+from ablation.study import STUDY_KEYS, Study, matrix, read_study
+from ablation.submission import MAX_CODE_BYTES, check_submission
 from train_gpt import (
     Config,
     Refusal,
     Split,
     check_data,
-    inherit_settings,
     encode_container,
+    inherit_settings,
     read_artifact,
     read_container,
 )
@@ -533,7 +537,7 @@ def test_a_complaint_about_a_file_commands_no_terminal(dataset, capsys, text):
 def study(tmp_path):
     """study(text, file) -> what read_study makes of it."""
 
-    def make(text: str, name: str = "study.toml") -> ablate.Study:
+    def make(text: str, name: str = "study.toml") -> Study:
         (tmp_path / name).write_text(text)
         return read_study(tmp_path / name)
 
@@ -639,7 +643,7 @@ TOML_VALUES = st.recursive(
 )
 KEYS = st.sampled_from(
     [
-        *ablate.STUDY_KEYS,
+        *STUDY_KEYS,
         "steps",
         "seconds",
         "arms",
@@ -676,11 +680,9 @@ def test_whatever_a_study_names_its_runs_stay_in_their_folder_and_its_page_is_ou
     tmp_path_factory, arm, size, values
 ):
     path = tmp_path_factory.mktemp("study") / "study.toml"
-    top = "".join(
-        f"{key} = {toml_value(v)}\n" for key, v in values.items() if key in ablate.STUDY_KEYS
-    )
+    top = "".join(f"{key} = {toml_value(v)}\n" for key, v in values.items() if key in STUDY_KEYS)
     rest = "".join(
-        f"{key} = {toml_value(v)}\n" for key, v in values.items() if key not in ablate.STUDY_KEYS
+        f"{key} = {toml_value(v)}\n" for key, v in values.items() if key not in STUDY_KEYS
     )
     arms = f"[arm.{toml_text(arm)}]\nQAT_ENABLED = 1\n[arm.plain]\n"
     path.write_text(
@@ -703,12 +705,12 @@ def stranger(folder: Path, events: str = "", **changes) -> dict:
     folder.mkdir(exist_ok=True)
     (folder / "result.json").write_text(json.dumps(good_results()[1] | changes))
     (folder / "metrics.jsonl").write_text(events)
-    return ablate.load(folder)
+    return load(folder)
 
 
-def report_of(study_, folder: Path, **changes) -> ablate.Finished:
+def report_of(study_, folder: Path, **changes) -> Finished:
     m = matrix(study_, "small", "steps")
-    return ablate.Finished(
+    return Finished(
         m,
         {
             arm: {s: stranger(folder, **{"seed": s} | changes) | {"arm": arm} for s in (1, 2)}
@@ -718,10 +720,8 @@ def report_of(study_, folder: Path, **changes) -> ablate.Finished:
     )
 
 
-def page_of(found: ablate.Finished) -> str:
-    return ablate.html_page(
-        found.matrix.study.title, ablate.notes(found), ablate.tables(found), found.all()
-    )
+def page_of(found: Finished) -> str:
+    return html_page(found.matrix.study.title, notes(found), tables(found), found.all())
 
 
 EVENTS = {
@@ -797,7 +797,7 @@ def test_a_log_that_is_no_plain_file_keeps_nobody_waiting(tmp_path, name, make):
     (tmp_path / "run" / name).unlink()
     make(tmp_path / "run" / name)
     with within(10), contextlib.suppress(Refusal):
-        assert ablate.load(tmp_path / "run")["events"] == []
+        assert load(tmp_path / "run")["events"] == []
 
 
 HTML = [
@@ -838,9 +838,9 @@ def test_no_string_of_any_file_becomes_markup_or_breaks_the_report(
         **changes,
     )
     lost = dataclasses.replace(found, failed={f"{found.matrix.arms[0]}-s9": text})
-    monkeypatch.setattr(ablate, "load_matrix", lambda m: lost)
+    monkeypatch.setattr("ablation.report.load_matrix", lambda m: lost)
     m = dataclasses.replace(found.matrix, folder=tmp_path)
-    for path in ablate.write_report(m):
+    for path in write_report(m):
         assert path.read_bytes()
     page = (tmp_path / "report.html").read_text()
     check_page(page)
@@ -879,7 +879,7 @@ def test_a_report_commands_no_terminal_either(study, tmp_path, capsys, text):
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A good submission, whose script is not run."""
-    monkeypatch.setattr(ablate, "wrong_logs", lambda folder, results: [])
+    monkeypatch.setattr("ablation.submission.wrong_logs", lambda folder, results: [])
     (tmp_path / "submission").mkdir()
     for name, content in fuzz_readers.submission_of(good_results()).items():
         (tmp_path / "submission" / name).write_bytes(content)
@@ -939,7 +939,7 @@ def test_a_script_that_takes_long_to_compile_is_not_compiled_here(folder):
         assert (
             check_submission(folder) == []
         )  # (its import is left out here; it has a process and a time limit of its own)
-    source += b" " * ablate.MAX_CODE_BYTES
+    source += b" " * MAX_CODE_BYTES
     results = {
         seed: r | dict(code_sha256=hashlib.sha256(source).hexdigest())
         for seed, r in results.items()

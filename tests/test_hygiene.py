@@ -50,6 +50,13 @@ MAIN_LINES = 40  # of train_gpt.py: the data flow on one screen
 # Files that are still being rewritten. A file leaves its list when it is clean, and the lists then go.
 DENSE = {
     "ablate.py",
+    "ablation/page.py",
+    "ablation/records.py",
+    "ablation/report.py",
+    "ablation/runner.py",
+    "ablation/statistics.py",
+    "ablation/study.py",
+    "ablation/submission.py",
     "bench.py",
     "prepare_data.py",
     "train_gpt.py",
@@ -116,7 +123,7 @@ def test_the_linter_finds_nothing():
 
 
 def test_the_scripts_are_found():
-    assert {"train_gpt.py", "prepare_data.py"} <= TREES.keys()
+    assert {"train_gpt.py", "prepare_data.py", "ablation/study.py"} <= TREES.keys()
 
 
 def lines_of(function: ast.FunctionDef) -> int:

@@ -11,8 +11,9 @@ import sys
 import pytest
 import readme_tables
 
-import ablate
 import train_gpt
+from ablation.study import matrix, read_study
+from ablation.submission import check_submission
 
 ROOT = readme_tables.ROOT
 README = (ROOT / "README.md").read_text()
@@ -25,7 +26,7 @@ def test_generated_blocks_are_up_to_date():
 
 def test_the_example_study_of_readme_is_a_whole_study(tmp_path):
     (tmp_path / "mine.toml").write_text(re.search(r"```toml\n(.*?)```", README, re.S)[1])
-    m = ablate.matrix(ablate.read_study(tmp_path / "mine.toml"), "small", "steps")
+    m = matrix(read_study(tmp_path / "mine.toml"), "small", "steps")
     assert [t.arm for t in m.trials[:4]] == [
         "qat-0_average-none",
         "qat-0_average-ema",
@@ -45,7 +46,7 @@ def test_the_committed_logs_of_studies_are_small():
 
 
 def test_the_submission_folder_is_good_and_submission_json_is_its_own():
-    assert ablate.check_submission(ROOT / "logs/submission") == []
+    assert check_submission(ROOT / "logs/submission") == []
     assert (ROOT / "submission.json").read_bytes() == (
         ROOT / "logs/submission/submission.json"
     ).read_bytes()

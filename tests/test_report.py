@@ -13,7 +13,21 @@ import matplotlib
 import pytest
 from conftest import ROOT
 
-import ablate
+from ablation.page import (
+    Chart,
+    curves,
+    group,
+    html_page,
+    journey,
+    label,
+    measured,
+    number,
+    quant_gaps,
+    seeds,
+    sizes,
+    spread,
+)
+from ablation.report import markdown_table
 
 CAPTIONS = {
     "spread": "Final validation loss",
@@ -121,7 +135,7 @@ def sample() -> list[dict]:
 
 def page(runs, title="An ablation", notes=("a note",), tables=None) -> Page:
     return Page(
-        ablate.html_page(
+        html_page(
             title,
             list(notes),
             tables or {"Results": (["arm", "bpb"], [["baseline", 1.2], ["QAT", None]])},
@@ -147,7 +161,7 @@ def hostile() -> Page:
     return made_of(HOSTILE)
 
 
-def only(chart: ablate.Chart) -> matplotlib.axes.Axes:
+def only(chart: Chart) -> matplotlib.axes.Axes:
     return chart.figure.axes[0]
 
 
@@ -175,7 +189,7 @@ def test_the_page_names_its_encoding_and_has_title_and_notes():
 
 
 def test_nothing_is_loaded_from_elsewhere():
-    text = ablate.html_page("t", [], {}, sample())
+    text = html_page("t", [], {}, sample())
     p = Page(text)
     assert re.findall(r"https?://", re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)) == []
     assert {tag for tag, _ in p.elements} & {
@@ -199,11 +213,11 @@ def test_nothing_is_loaded_from_elsewhere():
 
 
 def test_two_calls_give_the_same_page():
-    assert ablate.html_page("t", ["n"], {}, sample()) == ablate.html_page("t", ["n"], {}, sample())
+    assert html_page("t", ["n"], {}, sample()) == html_page("t", ["n"], {}, sample())
 
 
 def test_an_id_stands_once_and_every_reference_has_one():
-    text = ablate.html_page("t", [], {}, sample())
+    text = html_page("t", [], {}, sample())
     ids = [attrs["id"] for _, attrs in Page(text).elements if "id" in attrs]
     assert ids and len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(|href=")#([\w-]+)', text)) == set(ids)
@@ -220,7 +234,7 @@ def test_settings_of_matplotlib_are_left_alone():
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         before = repr(matplotlib.rcParams)
-        ablate.html_page("t", [], {}, [finished("a")])
+        html_page("t", [], {}, [finished("a")])
         assert repr(matplotlib.rcParams) == before
 
 
@@ -264,7 +278,7 @@ def test_hostile_text_is_shown_as_it_is(hostile, text):
 
 
 def test_hostile_text_is_escaped_in_the_source():
-    source = ablate.html_page(
+    source = html_page(
         HOSTILE[0], HOSTILE, {}, [finished(HOSTILE[0]), {"arm": "x", "failed": HOSTILE[0]}]
     )
     assert "<script" not in source and "alert(1)" in source
@@ -280,9 +294,9 @@ def test_any_string_can_name_an_arm(text):
 
 
 def test_labels_are_short_and_say_where_they_are_cut():
-    lines = ablate.label("QUANT_BITS_MLP=5 " * 40).splitlines()
+    lines = label("QUANT_BITS_MLP=5 " * 40).splitlines()
     assert len(lines) == 3 and max(map(len, lines)) <= 44 and lines[-1].endswith("…")
-    assert ablate.label("baseline") == "baseline"
+    assert label("baseline") == "baseline"
 
 
 # ── Which charts ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -332,16 +346,12 @@ def test_one_bad_value_does_not_break_the_page(value):
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), "1", [1], {"y": 1}], ids=repr)
 def test_what_is_no_finite_number_is_missing(value):
-    assert (
-        ablate.number({"x": value}, "x") is None and ablate.number({"x": {"y": 0}}, "x", "y") == 0
-    )
-    assert ablate.number(value, "x", "y") is None
+    assert number({"x": value}, "x") is None and number({"x": {"y": 0}}, "x", "y") == 0
+    assert number(value, "x", "y") is None
 
 
 def test_a_seed_without_a_number_is_not_counted():
-    chart = ablate.spread(
-        ablate.group([finished("a"), finished("a", 2), finished("a", 1, val_bpb=float("nan"))])
-    )
+    chart = spread(group([finished("a"), finished("a", 2), finished("a", 1, val_bpb=float("nan"))]))
     assert "n = 2 seeds" in chart.caption and only(chart).lines[0].get_xdata().tolist() == [
         1.2,
         1.22,
@@ -374,11 +384,8 @@ def test_the_committed_demo_run_is_charted():
 # ── What they show ────────────────────────────────────────────────────────────────────────────────────────────────
 def test_captions_count_the_seeds():
     runs = [*sample(), finished("one")]
-    rows = [
-        ablate.measured(ablate.group(some), lambda run: run["seed"])
-        for some in (runs, runs[:6], runs[6:])
-    ]
-    assert [ablate.seeds(some) for some in rows] == [
+    rows = [measured(group(some), lambda run: run["seed"]) for some in (runs, runs[:6], runs[6:])]
+    assert [seeds(some) for some in rows] == [
         "n = 1 to 3 seeds per arm",
         "n = 3 seeds per arm",
         "n = 1 seed per arm",
@@ -387,12 +394,12 @@ def test_captions_count_the_seeds():
 
 
 def test_twelve_arms_look_different():
-    looks = {(arm.colour, arm.line) for arm in ablate.group([finished(str(i)) for i in range(12)])}
+    looks = {(arm.colour, arm.line) for arm in group([finished(str(i)) for i in range(12)])}
     assert len(looks) == 12
 
 
 def test_a_curve_ends_with_the_live_weights():
-    lines = only(ablate.curves(ablate.group(sample()), "step", "steps", "training steps")).lines
+    lines = only(curves(group(sample()), "step", "steps", "training steps")).lines
     assert [line.get_xydata().tolist() for line in lines[:2]] == [
         [[50, 1.5], [100, 1.23]],
         [[50, 1.5], [100, 1.24]],
@@ -404,15 +411,13 @@ def test_the_scale_of_a_curve_is_not_that_of_its_first_steps():
         {"event": "val", "step": step, "seconds": step, "val_bpb": bpb}
         for step, bpb in ((0, 4.1), (50, 1.3))
     ]
-    chart = ablate.curves(
-        ablate.group([finished("a", events=late)]), "step", "steps", "training steps"
-    )
+    chart = curves(group([finished("a", events=late)]), "step", "steps", "training steps")
     low, high = only(chart).get_ylim()
     assert 1.2 < low < 1.23 and 1.3 < high < 1.4
 
 
 def test_phases_are_marked_at_their_median():
-    chart = ablate.curves(ablate.group(sample()), "step", "steps", "training steps")
+    chart = curves(group(sample()), "step", "steps", "training steps")
     marks = chart.figure.axes[1].collections
     assert [label.get_text() for label in chart.figure.axes[1].get_yticklabels()] == ["QAT"]
     assert [mark.get_segments()[0][0][0] for mark in marks] == [
@@ -422,9 +427,7 @@ def test_phases_are_marked_at_their_median():
 
 
 def test_without_phases_there_is_no_strip():
-    chart = ablate.curves(
-        ablate.group([finished("a", events=[])]), "step", "steps", "training steps"
-    )
+    chart = curves(group([finished("a", events=[])]), "step", "steps", "training steps")
     assert len(chart.figure.axes) == 1 and "Below" not in chart.caption
 
 
@@ -434,7 +437,7 @@ def test_the_journey_shows_the_mean_of_the_stages_that_were_scored():
         finished("a", 2),
         finished("b", scores={"quantised": {"bpb": 1.3}, "averaged": None}),
     ]
-    ax = only(ablate.journey(ablate.group(runs)))
+    ax = only(journey(group(runs)))
     assert [tick.get_text() for tick in ax.get_xticklabels()] == [
         "live",
         "averaged",
@@ -450,14 +453,14 @@ def test_the_journey_shows_the_mean_of_the_stages_that_were_scored():
 
 
 def test_the_gap_is_a_dot_per_seed_and_a_bar_to_their_mean():
-    ax = only(ablate.quant_gaps(ablate.group(sample())))
+    ax = only(quant_gaps(group(sample())))
     assert ax.lines[0].get_xdata().tolist() == [0.02, 0.021, 0.022]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([0.021, 0.021])
 
 
 def test_the_bars_of_the_sizes_stack_up_to_groups_and_code():
     other = finished("b", groups={"bigram": {"bytes": 1_000_000}}, total_bytes=None)
-    ax = only(ablate.sizes(ablate.group([finished("a", total_bytes=8_200_000), other])))
+    ax = only(sizes(group([finished("a", total_bytes=8_200_000), other])))
     ends = {}
     for bar in ax.patches:
         row = round(bar.get_y() + bar.get_height() / 2)
@@ -471,13 +474,13 @@ def test_the_bars_of_the_sizes_stack_up_to_groups_and_code():
     "total, drawn", [(7_999_999, False), (8_000_000, True), (17_000_000, True)]
 )
 def test_the_cap_is_drawn_when_it_is_near(total, drawn):
-    chart = ablate.sizes(ablate.group([finished("a", total_bytes=total)]))
+    chart = sizes(group([finished("a", total_bytes=total)]))
     texts = [text.get_text() for text in chart.figure.legends[0].get_texts()]
     assert ("cap: 16,000,000 bytes" in texts) == drawn
 
 
 def test_the_spread_is_mean_and_sample_deviation():
-    ax = only(ablate.spread(ablate.group(sample())))
+    ax = only(spread(group(sample())))
     segment = ax.containers[0].lines[2][0].get_segments()[0]
     values = [1.2, 1.21, 1.22]
     assert ax.lines[0].get_xdata().tolist() == pytest.approx(values)
@@ -487,13 +490,12 @@ def test_the_spread_is_mean_and_sample_deviation():
 
 
 def test_one_seed_has_no_whiskers():
-    assert not only(ablate.spread(ablate.group([finished("a")]))).containers[0].has_xerr
+    assert not only(spread(group([finished("a")]))).containers[0].has_xerr
 
 
 def test_the_spread_says_when_arms_are_not_scored_alike():
     alike, mixed = (
-        ablate.spread(ablate.group([finished("a"), finished("b", scored=mode)]))
-        for mode in ("sliding", "ttt")
+        spread(group([finished("a"), finished("b", scored=mode)])) for mode in ("sliding", "ttt")
     )
     assert "scored: sliding" in alike.caption and "not scored alike" in mixed.caption
     assert [[t.get_text() for t in only(chart).get_yticklabels()] for chart in (alike, mixed)] == [
@@ -504,14 +506,14 @@ def test_the_spread_says_when_arms_are_not_scored_alike():
 
 # ── Markdown ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_markdown_table():
-    assert ablate.markdown_table(["arm", "bpb"], [["baseline", 1.5], ["QAT", None]]) == (
+    assert markdown_table(["arm", "bpb"], [["baseline", 1.5], ["QAT", None]]) == (
         "| arm | bpb |\n| --- | --- |\n| baseline | 1.5 |\n| QAT | - |"
     )
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "a\nb\r\nc", "ends in \\", "\\|", "\\\\|"])
 def test_a_markdown_cell_stays_one_cell(text):
-    lines = ablate.markdown_table(["x", "y"], [[text, "next"]]).split("\n")
+    lines = markdown_table(["x", "y"], [[text, "next"]]).split("\n")
     cells = re.findall(r"(?:\\.|[^\\|])+", lines[2])
     assert len(lines) == 3 and len(cells) == 2 and cells[1].strip() == "next"
     shown = re.sub(r"\\([\\|<])", r"\1", cells[0].strip().replace("<br>", "\n"))

@@ -17,10 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-import ablate
-from ablate import (
+from ablation.records import check_alike, lookup
+from ablation.statistics import (
     Comparison,
-    check_alike,
     detectable,
     factorial,
     paired,
@@ -526,7 +525,7 @@ def set_at(run: dict, key: str, value) -> None:
     ],
 )
 def test_other_code_data_or_machine_is_refused_by_key_values_and_names(two_runs, key, config):
-    was = str(ablate.lookup(two_runs[1], key))
+    was = str(lookup(two_runs[1], key))
     set_at(two_runs[1], key, "changed")
     with pytest.raises(Refusal) as refusal:
         check_alike(two_runs, config)

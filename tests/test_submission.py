@@ -22,9 +22,8 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-import ablate
 import train_gpt
-from ablate import build_submission, check_submission, render
+from ablation.submission import build_submission, check_submission, render, summarise
 from train_gpt import Config, Refusal
 
 ABOUT = dict(
@@ -77,7 +76,7 @@ def folder(built, tmp_path) -> Path:
 @pytest.fixture
 def trusting(monkeypatch) -> None:
     """Does not ask the script of a folder, which takes seconds."""
-    monkeypatch.setattr(ablate, "wrong_logs", lambda folder, results: [])
+    monkeypatch.setattr("ablation.submission.wrong_logs", lambda folder, results: [])
 
 
 def read(path: Path) -> dict:
@@ -110,7 +109,7 @@ def rebuild(folder: Path) -> None:
     results = results_of(folder)
     for seed, r in results.items():
         (folder / f"train_seed{seed}.log").write_text(train_gpt.final_table(r))
-    (folder / "submission.json").write_text(json.dumps(ablate.summarise(results, ABOUT)))
+    (folder / "submission.json").write_text(json.dumps(summarise(results, ABOUT)))
     (folder / "README.md").write_text(render(results, ABOUT))
 
 
@@ -266,8 +265,7 @@ def test_one_seed_has_no_standard_deviation(runs, tmp_path):
 
 def test_the_official_tokenizer_is_not_shipped(runs, tmp_path, data, monkeypatch, trusting):
     monkeypatch.setattr(
-        ablate,
-        "OFFICIAL_TOKENIZER",
+        "ablation.submission.OFFICIAL_TOKENIZER",
         hashlib.sha256((data / "tokenizer.model").read_bytes()).hexdigest(),
     )
     folder = build_submission(runs, tmp_path / "out", ABOUT)
@@ -310,9 +308,9 @@ def test_the_leaderboard_track_needs_eight_h100(folder):
     for r in results.values():
         r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
     texts = dict(author="a", github_id="b", name="c")
-    assert ablate.summarise(results, texts)["track"] == "10min_16mb"
+    assert summarise(results, texts)["track"] == "10min_16mb"
     results[7]["eval_seconds"] = 600.5
-    late = ablate.summarise(results, texts)
+    late = summarise(results, texts)
     assert late["track"].startswith("none") and late["compliance"]["eval_under_600s"] is False
     assert "scoring at most 600 s: **NO**, the longest took 600.5 s" in render(results, texts)
 
@@ -767,7 +765,7 @@ def test_the_stub_alone_is_good(stub):
 )
 def test_the_import_of_the_script_must_have_no_side_effect(stub, monkeypatch, line, words):
     monkeypatch.setenv("SECRET", "1")
-    monkeypatch.setattr(ablate, "IMPORT_SECONDS", 2)
+    monkeypatch.setattr("ablation.submission.IMPORT_SECONDS", 2)
     assert_caught(stub(line), "train_gpt.py", *words)
 
 
