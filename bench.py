@@ -1366,16 +1366,13 @@ def table(report: dict, markdown: bool = False) -> str:
         return "; ".join(filter(None, [*parts, row.get("note"), row.get("about"), failed]))
 
     peers, rows = "setup" in report, report["rows"]
-    columns, style = (
-        PEER_COLUMNS if peers else COLUMNS,
-        dict(disable_numparse=True, tablefmt="github" if markdown else "simple"),
-    )
+    columns = PEER_COLUMNS if peers else COLUMNS
     cells = [[*columns], *([cell(form, row) for form in columns.values()] for row in rows)]
     hows = [("row", "how"), *((row["name"], how(row)) for row in rows if how(row))]
     parts = [
         caption(report),
-        text_table(cells, **style),
-        text_table(hows, **style) if peers or not markdown else "",
+        text_table(cells, markdown),
+        text_table(hows, markdown) if peers or not markdown else "",
     ]
     return "\n\n".join(
         filter(None, [*parts, f"`{report['command']}`" if "command" in report else ""])

@@ -41,6 +41,7 @@ import difflib
 import fcntl
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import lzma
@@ -69,7 +70,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.benchmark
 import zstandard
-from tabulate import tabulate
+from rich.box import MARKDOWN, Box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -731,11 +735,6 @@ def translate_old_names(env: dict) -> dict:
     return today
 
 
-text_table = partial(
-    tabulate, headers="firstrow", tablefmt="simple", floatfmt=".6f", intfmt=",", missingval="-"
-)
-
-
 def help_text() -> (
     str
 ):  # Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else
@@ -930,6 +929,54 @@ class Activity:
                 for name in ("tensors", "params", "effect", "unit", "cost_ms", "scope")
             },
         )
+
+
+# A table's lines for rich: nothing but a rule of dashes below the header
+HEADER_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+def column_cells(values: list) -> tuple[list[str], bool]:
+    """A column as text, and whether it holds numbers only.
+
+    Numbers get thousands separators, or six decimals all as soon as one of them is a float; None is a dash.
+    """
+    known = [value for value in values if value is not None]
+    numeric = all(type(value) in (int, float) for value in known)
+    number_format = ".6f" if any(type(value) is float for value in known) else ","
+
+    cells = []
+    for value in values:
+        if value is None:
+            cells.append("-")
+        elif numeric:
+            cells.append(format(value, number_format))
+        else:
+            cells.append(str(value))
+    return cells, numeric
+
+
+def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
+    """Rows, the header first, as plain text of whatever width it takes; numbers stand to the right."""
+    table = Table(
+        box=MARKDOWN if markdown else HEADER_RULE,
+        show_edge=markdown,
+        pad_edge=markdown,
+        padding=(0, 1) if markdown else (0, 1, 0, 0),
+    )
+    columns = []
+    for title, *values in zip(*rows, strict=True):
+        cells, numeric = column_cells(values)
+        justify = "right" if numeric else "left"
+        table.add_column(Text(title), justify=justify, no_wrap=True, overflow="ignore")
+        columns.append(cells)
+    for row in zip(*columns, strict=True):
+        table.add_row(*map(Text, row))
+
+    # Neither colours nor the width of a terminal: the same text in every environment
+    page = io.StringIO()
+    console = Console(file=page, width=1_000_000, color_system=None, force_jupyter=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n")
 
 
 # ── 3 Data ────────────────────────────────────────────────────────────────────────────────────

@@ -22,7 +22,17 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import ALIASES, EXIT_CODES, GPT, KNOBS, UNSUPPORTED, Config, Refusal, command_line
+from train_gpt import (
+    ALIASES,
+    EXIT_CODES,
+    GPT,
+    KNOBS,
+    UNSUPPORTED,
+    Config,
+    Refusal,
+    command_line,
+    text_table,
+)
 
 BY_NAME = {f.name.upper(): f for f in KNOBS}
 NUMERIC = [f for f in KNOBS if f.type in ("int", "float")]
@@ -795,3 +805,38 @@ def test_an_argument_is_refused_with_exit_2_because_settings_are_variables(argum
     assert command_line(arguments) == 2
     out, err = capsys.readouterr()
     assert "--help" in out + err and len((out + err).splitlines()) == 1
+
+
+# ── Tables ────────────────────────────────────────────────────────────────────────────────────────────────────────
+ROWS_OF_A_TABLE = [
+    ("what [bold]", "bytes", "share", "said"),
+    ("a" * 300, 1_234_567, 0.5, None),
+    ("[red]b[/red] \u00e9", 8, 2, True),
+    (":smile:", None, None, "3"),
+]
+
+
+def test_a_table_is_plain_text_with_a_rule_below_its_header(monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "20", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    lines = text_table(ROWS_OF_A_TABLE).splitlines()
+    rows = [line.split() for line in lines]
+    assert rows[0] == ["what", "[bold]", "bytes", "share", "said"]
+    assert set(lines[1]) == {"-"} and len(lines[1]) > 300
+    assert rows[2] == ["a" * 300, "1,234,567", "0.500000", "-"]
+    assert rows[3] == ["[red]b[/red]", "\u00e9", "8", "2.000000", "True"]
+    assert rows[4] == [":smile:", "-", "-", "3"]
+
+
+def test_numbers_of_a_table_end_below_each_other():
+    header, _, first, second, third = text_table([("n",), (1000,), (20,), (None,)]).splitlines()
+    assert (header, first, second, third) == ("    n", "1,000", "   20", "    -")
+
+
+def test_a_table_without_rows_is_its_header():
+    assert text_table([("a", "b")]).splitlines()[0].split() == ["a", "b"]
+
+
+def test_a_table_can_be_markdown():
+    text = text_table([("row", "ms"), ("a | b", "1.5")], markdown=True)
+    assert text.splitlines() == ["| row   | ms  |", "|-------|-----|", "| a | b | 1.5 |"]
