@@ -622,18 +622,16 @@ def techniques(b: Bench, trainer: Trainer) -> None:
         qna_enabled=True,
         qat_start_kind="time_frac",
         qat_start=0.5,
+        qna_magnitude=cfg.qna_magnitude or 1.0,
         strict=False,
     )
-    views, width = WeightViews(both, run, model, flat, plan), cfg.qna_magnitude or 1.0
-    grids = views.qat_grids(
-        model, {name: how for name, how in plan.items() if isinstance(how, Grid)}
-    )
+    views = WeightViews(both, run, model, flat, plan)
+    grids = views.techniques["QAT"].grids
     plain = {"QAT": [plain_qat], "QNA": []}
     for name, stacks in views.stacks.items():
         if stacks:
-            seconds = b.time(
-                lambda: views.leave(views.enter(name == "QAT", width, 0)), *plain[name]
-            )
+            now = views.techniques[name].at_full_strength()
+            seconds = b.time(lambda: views.leave(views.enter(now, 0)), *plain[name])
             b.add(
                 "training",
                 f"{name}: enter and leave",

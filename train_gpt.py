@@ -2047,99 +2047,149 @@ def timeline(cfg: Config, step_seconds: float) -> str:
     return text
 
 
-# ── 7 OPTIMISER ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 7 Optimiser ───────────────────────────────────────────────────────────────────────────────────
+# In: the parameters with their roles, and the gradients of one step. Out: new weights.
+# Promise: weights and gradients lie in one buffer each, and every rank holds the same bits after
+# every step.
+ALIGNMENT = 16  # fp32 entries: 64 bytes, what vector loads want
+
+
+class Bank(NamedTuple):
+    """Muon matrices of one role and shape, one behind the other: they are updated as one stack."""
+
+    names: list[str]
+    place: slice  # of a buffer like the weights
+    stride: int  # entries from one matrix to the next
+    shape: tuple[int, int]
+
+
 class FlatParameters:
-    """Parameters as views of one fp32 buffer and every .grad as a view of another: one all-reduce, one norm, no copies. Alike
-    Muon matrices form a bank, an equal share per rank (filled up with zeros); last in the gradients: the loss, a stop flag."""
+    """Weights in one fp32 buffer, gradients in another: one all-reduce, one norm, no copies.
+
+    Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
+
+        weights    | embed | bank | bank | ... | scalar | smear |
+        gradients  | embed | bank | bank | ... | scalar | smear | loss | stop |
+
+    A group is one slice, so that AdamW sees one tensor. A bank of 5 matrices on 3 ranks, each of
+    which updates its own share:
+
+        | matrix 0  matrix 1 | matrix 2  matrix 3 | matrix 4  zeros |
+          rank 0               rank 1               rank 2
+
+    The step's loss and a stop flag travel with the gradients. Every tensor is aligned.
+    """
 
     def __init__(self, params: dict[str, nn.Parameter], run: Run):
-        self.world, self.rank, self.shapes = (
-            run.world,
-            run.rank,
-            {name: p.shape for name, p in params.items()},
-        )
-        self.places, self.groups, self.layout, size = (
-            {},
-            {},
-            [],
-            0,
-        )  # groups: optimiser -> its slice
-        kind = {
-            name: (p.role.optimiser, p.role.bits or "", tuple(p.shape))
-            for name, p in params.items()
-        }
-        for (group, _, shape), names in itertools.groupby(sorted(params, key=kind.get), kind.get):
-            names, start, stride = (
-                [*names],
-                size,
-                -(-math.prod(shape) // 16) * 16,
-            )  # 64 bytes: what vector loads want
-            self.places |= {name: start + i * stride for i, name in enumerate(names)}
-            size += stride * (len(names) + (-len(names) % self.world if group == "muon" else 0))
-            self.groups[group] = slice(self.groups.get(group, slice(start, size)).start, size)
-            self.layout += [(names, slice(start, size), stride, shape)] * (group == "muon")
-        self.weights, self.gradients = (
-            torch.zeros(size, device=run.device),
-            torch.zeros(size + 2, device=run.device),
-        )
-        for (name, w), g in zip(
-            self.views(self.weights).items(), self.views(self.gradients).values()
-        ):
-            params[name].data, params[name].grad = w.copy_(params[name].data), g
+        self.world = run.world
+        self.rank = run.rank
+        self.shapes = {name: p.shape for name, p in params.items()}
+        self.places: dict[str, int] = {}  # name -> first entry
+        self.groups: dict[str, slice] = {}  # optimiser of a Role -> entries
+        self.banks: list[Bank] = []
+        size = self.lay_out(params)
 
-    def shares(
-        self, buffer: Tensor
-    ) -> list[Tensor]:  # Of a buffer like `weights` the banks, each (ranks, entries of one rank)
-        return [buffer[place].view(self.world, -1) for _, place, *_ in self.layout]
+        self.weights = torch.zeros(size, device=run.device)
+        self.gradients = torch.zeros(size + 2, device=run.device)
+        self.proper_gradients = self.gradients[:size]
+        self.loss = self.gradients[size]
+        self.stop = self.gradients[size + 1]  # 1: this rank was told to stop
 
-    def banks(self, buffer: Tensor) -> list[Tensor]:
-        """Of a buffer like `weights` the banks, each (ranks, matrices, rows, columns)."""
-        return [
-            share.unflatten(1, (-1, stride))[..., : math.prod(shape)].unflatten(-1, shape)
-            for share, (_, _, stride, shape) in zip(self.shares(buffer), self.layout)
-        ]
+        gradients = self.views(self.gradients)
+        for name, weights in self.views(self.weights).items():
+            weights.copy_(params[name].data)
+            params[name].data = weights
+            params[name].grad = gradients[name]
 
-    def gather(self, shares: Iterable[Tensor]) -> None:
-        """Every rank's row of each (ranks, entries), on all ranks; one travels while the next is made."""
-        works = [
-            dist.all_gather([*rows], rows[self.rank], async_op=True)
-            for rows in shares
-            if self.world > 1
-        ]
+    def lay_out(self, params: dict[str, nn.Parameter]) -> int:
+        """Gives every tensor its place; returns the number of entries of all."""
+
+        def kind(name: str) -> tuple:
+            role = params[name].role
+            return role.optimiser, role.bits or "", tuple(params[name].shape)
+
+        size = 0
+        for (group, _, shape), alike in itertools.groupby(sorted(params, key=kind), kind):
+            names = list(alike)
+            start = size
+            stride = math.ceil(math.prod(shape) / ALIGNMENT) * ALIGNMENT
+            for i, name in enumerate(names):
+                self.places[name] = start + i * stride
+
+            slots = len(names)
+            if group == "muon":
+                slots = math.ceil(slots / self.world) * self.world
+            size += slots * stride
+            if group == "muon":
+                self.banks.append(Bank(names, slice(start, size), stride, shape))
+
+            first = self.groups[group].start if group in self.groups else start
+            self.groups[group] = slice(first, size)
+        return size
+
+    def views(self, buffer: Tensor) -> State:
+        """Name -> its part of a buffer like `weights`, in its own shape."""
+        parts = {}
+        for name, shape in self.shapes.items():
+            place = self.places[name]
+            parts[name] = buffer[place : place + shape.numel()].view(shape)
+        return parts
+
+    def shares(self, buffer: Tensor) -> list[Tensor]:
+        """The banks of a buffer like `weights`, each (ranks, entries of one rank)."""
+        return [buffer[bank.place].view(self.world, -1) for bank in self.banks]
+
+    def matrices(self, buffer: Tensor) -> list[Tensor]:
+        """The banks of a buffer like `weights`, each (ranks, matrices, rows, columns)."""
+        stacks = []
+        for bank, shares in zip(self.banks, self.shares(buffer), strict=True):
+            slots = shares.unflatten(1, (-1, bank.stride))
+            stacks.append(slots[..., : math.prod(bank.shape)].unflatten(-1, bank.shape))
+        return stacks
+
+    def pair_with_weights(self, grids: dict[str, Grid]) -> list[tuple[Grid, Tensor]]:
+        """Name -> grid as (grid, view of the weights): one view for a bank of equal grids."""
+        views = self.views(self.weights)
+        covered = set()
+        for bank, matrices in zip(self.banks, self.matrices(self.weights), strict=True):
+            first, *others = bank.names
+            if all(grids.get(name) == grids.get(first) for name in others):
+                views[first] = matrices
+                covered.update(others)
+        return [(grid, views[name]) for name, grid in grids.items() if name not in covered]
+
+    def gather(self, stacks: Iterable[Tensor]) -> None:
+        """Every rank's row of each (ranks, entries), on all ranks.
+
+        `stacks` may be a generator: one stack travels while the next is made.
+        """
+        works = []
+        for rows in stacks:
+            if self.world > 1:
+                works.append(dist.all_gather(list(rows), rows[self.rank], async_op=True))
         for work in works:
             work.wait()
 
-    def views(self, buffer: Tensor) -> State:  # Name -> its part of a buffer like `weights`
-        return {
-            name: buffer[self.places[name] :][: shape.numel()].view(shape)
-            for name, shape in self.shapes.items()
-        }
-
-    def stacks(self, wanted: dict) -> list[tuple]:
-        """Name -> value as (value, view of the weights): one view for a whole bank where its values are alike."""
-        views, covered = self.views(self.weights), set()
-        for (names, *_), weights in zip(self.layout, self.banks(self.weights)):
-            if len({wanted.get(name) for name in names}) == 1:
-                views[names[0]], covered = weights, covered | {*names[1:]}
-        return [(value, views[name]) for name, value in wanted.items() if name not in covered]
-
     def reduce(self, clip: float) -> tuple[float, float, float]:
-        """Mean over the ranks, THEN the clip. (mean loss, gradient norm, share of ranks told to stop): the host's only wait."""
+        """The mean over the ranks, THEN the clip: each rank's own clip would bend the mean (#975).
+
+        Returns (mean loss, gradient norm before the clip, share of the ranks told to stop).
+        The only host sync of a step.
+        """
         if self.world > 1:
             dist.all_reduce(self.gradients)
             self.gradients /= self.world
-        loss, stopping, norm = torch.cat(
-            (self.gradients[-2:], self.gradients[:-2].norm()[None])
-        ).tolist()
+        norm = self.proper_gradients.norm()
+        loss, stopping, norm = torch.stack((self.loss, self.stop, norm)).tolist()
         if 0 < clip < norm + 1e-6:
-            self.gradients[:-2] *= clip / (norm + 1e-6)
+            self.proper_gradients *= clip / (norm + 1e-6)
         return loss, norm, stopping
 
-    def checksums(
-        self,
-    ) -> list[
-        int
-    ]:  # Sum of the bits of every rank's weights: unlike where the ranks have drifted apart
+    def checksums(self) -> list[int]:
+        """The sum of the bits of every rank's weights: unlike where ranks have drifted apart.
+
+        A host sync.
+        """
         sums = self.weights.new_zeros(self.world, 1, dtype=torch.int64)
         sums[self.rank] = self.weights.view(torch.int32).sum()
         self.gather([sums])
@@ -2147,255 +2197,452 @@ class FlatParameters:
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz towards the nearest semi-orthogonal matrix, for a stack (n, rows, columns) at once (Muon, 2024)."""
+    """Newton-Schulz: matrices (n, rows, columns) -> nearly semi-orthogonal ones, all at once.
+
+    What:   x = g / |g|, then `steps` times x <- a x + (b A + c A^2) x with A = x x^T.
+    Why:    it pulls every singular value towards 1 by matrix products alone, without an SVD.
+    Source: Muon (K. Jordan 2024), with its a, b and c.
+    Care:   singular values end between 0.7 and 1.2, not at 1: a, b, c trade that for few steps.
+            A is built on the short side. On a CPU bf16 is 20 times slower than fp32.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
-    x = (g.mT if tall else g).to(
-        torch.bfloat16 if g.is_cuda else torch.float32
-    )  # on CPU bf16 is 20 times slower
+    x = g.mT if tall else g
+    x = x.to(torch.bfloat16 if g.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(g.dtype)
+    x = x.mT if tall else x
+    return x.to(g.dtype)
+
+
+class MuonShare(NamedTuple):
+    """One bank, and what this rank updates of it: weights, gradients, momenta (n, rows, columns)."""
+
+    bank: Tensor  # the weights of all ranks, (ranks, entries)
+    weights: Tensor
+    gradients: Tensor
+    momenta: Tensor
+
+
+def muon_update(share: MuonShare, lr: float, momentum: float, cfg: Config, orthogonalise) -> None:
+    """Muon: one step of a stack of matrices along the orthogonalised momentum, in place.
+
+    What:   m <- momentum m + g;  u = Newton-Schulz(g + momentum m)
+            w <- (1 - lr wd) w - lr sqrt(max(1, rows / columns)) u
+    Why:    all directions of a matrix move alike, however unequal its gradient is.
+    Source: K. Jordan 2024 (Nesterov form); MATRIX_LR, MUON_MOMENTUM, MUON_WD.
+    Care:   for matrices inside the model only: tables, vectors and scalars go to AdamW.
+            The decay is decoupled, and must reach Muon (#989's did not).
+    """
+    share.momenta.mul_(momentum).add_(share.gradients)
+    nesterov = torch.add(share.gradients, share.momenta, alpha=momentum)
+    update = orthogonalise(nesterov, cfg.muon_backend_steps)
+    rows, columns = update.shape[-2:]
+    scale = lr * math.sqrt(max(1, rows / columns))
+    share.weights.mul_(1 - lr * cfg.muon_wd).add_(update, alpha=-scale)
+
+
+def adamw_rates(cfg: Config) -> dict[str, tuple[float, float]]:
+    """Optimiser of a Role -> (learning rate, beta2) of its AdamW group."""
+    return {
+        "embed": (cfg.tied_embed_lr, cfg.beta2),
+        "scalar": (cfg.scalar_lr, cfg.beta2),
+        "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2),
+    }
 
 
 class Optimiser:
-    """Muon for matrices (K. Jordan 2024): each rank updates its share of each bank. AdamW for the rest, a slice per group."""
+    """Muon for matrices, AdamW for the rest.
+
+    Each rank updates its share of each Muon bank; AdamW does the same on every rank.
+
+    The moments lie in buffers like the weights. No host sync.
+    """
 
     def __init__(self, flat: FlatParameters, cfg: Config, run: Run):
-        self.flat, self.cfg, self.first, self.second = (
-            flat,
-            cfg,
-            *(torch.zeros_like(flat.weights) for _ in range(2)),
-        )
-        own = (
-            [bank[run.rank] for bank in flat.banks(b)]
-            for b in (flat.weights, flat.gradients, self.first)
-        )
-        self.banks = [*zip(flat.shares(flat.weights), *own)]
-        self.newton_schulz = (
-            torch.compile(newton_schulz, dynamic=False) if run.compile else newton_schulz
-        )
-        rates, groups, states = (
-            {
-                "embed": (cfg.tied_embed_lr, cfg.beta2),
-                "scalar": (cfg.scalar_lr, cfg.beta2),
-                "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2),
-            },
-            [],
-            {},
-        )
-        for name, place in [(name, place) for name, place in flat.groups.items() if name != "muon"]:
-            (lr, beta2), w = rates[name], nn.Parameter(flat.weights[place])
-            w.grad = flat.gradients[place]
-            groups.append(dict(params=[w], lr=lr, base_lr=lr, betas=(cfg.beta1, beta2)))
-            states[w] = dict(
-                step=torch.zeros((), device=w.device),
-                exp_avg=self.first[place],
-                exp_avg_sq=self.second[place],
-            )
-        self.adamw = torch.optim.AdamW(
-            groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True
-        )
-        self.adamw.state.update(states)
+        self.flat = flat
+        self.cfg = cfg
+        self.first_moments = torch.zeros_like(flat.weights)  # momenta of Muon too
+        self.second_moments = torch.zeros_like(flat.weights)  # of AdamW alone
+        self.orthogonalise = newton_schulz
+        if run.compile:
+            self.orthogonalise = torch.compile(newton_schulz, dynamic=False)
 
-    def step(self, k: StepPlan) -> None:
+        banks = flat.shares(flat.weights)
+        stacks = [flat.matrices(b) for b in (flat.weights, flat.gradients, self.first_moments)]
+        self.shares = []
+        for bank, *parts in zip(banks, *stacks, strict=True):
+            self.shares.append(MuonShare(bank, *[part[run.rank] for part in parts]))
+        self.adamw = self.make_adamw()
+
+    def make_adamw(self) -> torch.optim.AdamW:
+        """One tensor per group: its slice of the buffers. KeyError: a group without a rate."""
+        flat, cfg = self.flat, self.cfg
+        rates = adamw_rates(cfg)
+        groups = []
+        states = {}
+        for name, place in flat.groups.items():
+            if name == "muon":
+                continue
+            lr, beta2 = rates[name]
+            weights = nn.Parameter(flat.weights[place])
+            weights.grad = flat.gradients[place]
+            betas = (cfg.beta1, beta2)
+            groups.append({"params": [weights], "lr": lr, "base_lr": lr, "betas": betas})
+            states[weights] = {
+                "step": torch.zeros((), device=weights.device),
+                "exp_avg": self.first_moments[place],
+                "exp_avg_sq": self.second_moments[place],
+            }
+        adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
+        adamw.state.update(states)
+        return adamw
+
+    def step(self, now: StepPlan) -> None:
+        """New weights on every rank, from `flat.gradients`."""
         for group in self.adamw.param_groups:
-            group["lr"] = group["base_lr"] * k.lr_scale
+            group["lr"] = group["base_lr"] * now.lr_scale
         self.adamw.step()
-        self.flat.gather(self.muon(self.cfg.matrix_lr * k.lr_scale, k.momentum))
+        self.flat.gather(self.muon(self.cfg.matrix_lr * now.lr_scale, now.momentum))
 
     def muon(self, lr: float, momentum: float) -> Iterator[Tensor]:
-        """Updates this rank's share of each bank; yields the bank, (ranks, entries), when that is done."""
-        for bank, weights, gradient, buffer in self.banks:
-            buffer.mul_(momentum).add_(gradient)
-            update = self.newton_schulz(
-                torch.add(gradient, buffer, alpha=momentum), self.cfg.muon_backend_steps
-            )
-            scale = lr * math.sqrt(max(1, update.shape[-2] / update.shape[-1]))
-            weights.mul_(1 - lr * self.cfg.muon_wd).add_(update, alpha=-scale)
-            yield bank
+        """Updates this rank's share of each bank; yields each bank, (ranks, entries), after it."""
+        for share in self.shares:
+            muon_update(share, lr, momentum, self.cfg, self.orthogonalise)
+            yield share.bank
 
 
-# ── 8 VIEWS: the weights that the forward pass sees ───────────────────────────────────────────────────────────────
+# ── 8 Views and averages ──────────────────────────────────────────────────────────────────────────
+# In: the latent weights. Out: what a forward pass sees of them (QAT, QNA), and their averages over
+# steps (SWA, EMA, SQWA), both by the grid that the artifact uses.
+# Promise: the latent weights themselves are never changed, and every rank does the same arithmetic.
+
+
+class Qat:
+    """QAT, quantisation-aware training: the forward pass sees what the artifact will hold.
+
+    What:   w -> codes(w) * scale(w), the round trip of the export grid.
+    Why:    training moves the weights to where rounding costs least.
+    Source: #989; toggle QAT_ENABLED, from QAT_START on.
+    Care:   grids and tensors are those of the exporter, bit for bit; the seeds' own grids were not
+            (#194), or covered other tensors (#975, #145): QAT_SCOPE, QAT_GRID rebuild them.
+    """
+
+    def __init__(self, cfg: Config, model: GPT, exported: dict[str, Grid]):
+        self.cfg = cfg
+        self.scope = cfg.qat_scope
+        self.grids = exported
+        if self.scope != "exported":
+            self.grids = self.grids_of_linears(model)
+        if cfg.qat_grid == "amax":
+            self.grids = {n: grid._replace(clip="amax") for n, grid in self.grids.items()}
+
+    def grids_of_linears(self, model: GPT) -> dict[str, Grid]:
+        """The narrower scopes of the seeds: all linear layers, or those outside of the blocks."""
+        grids = {}
+        for name, p in model.named_parameters():
+            linear = name.endswith(".weight")
+            in_scope = self.scope == "linears" or not name.startswith("blocks.")
+            if linear and in_scope and getattr(self.cfg, p.role.bits) < 16:
+                grids[name] = role_grid(self.cfg, p.role)
+        return grids
+
+    def at_full_strength(self) -> StepPlan:
+        """A step in which it acts, for the warm-up and for the proof that it does something."""
+        return StepPlan(1.0, self.cfg.muon_momentum, qat=True)
+
+    def acts(self, now: StepPlan) -> bool:
+        return now.qat
+
+    def apply(self, stacks: list[tuple[Grid, Tensor]], now: StepPlan, step: int) -> None:
+        for grid, weights in stacks:
+            weights.copy_(grid.fake_quantise(weights))
+
+
+class Qna:
+    """QNA, quantisation noise: the forward pass sees the weights with uniform noise on them.
+
+    What:   w -> w + width * scale(w) * u, u uniform in [-1/2, 1/2); width: QNA_MAGNITUDE times the
+            learning-rate scale, 0 once QAT has begun.
+    Why:    weights learn to bear errors as large as those of rounding, and no gradient is lost.
+    Source: #975; toggle QNA_ENABLED.
+    Care:   noise depends on SEED, step and stack alone: every rank, and a run that goes on, draws
+            the same. scale(w) is the exported one (#975's noise was 12 times below it).
+    """
+
+    scope = "exported"
+
+    def __init__(self, cfg: Config, model: GPT, exported: dict[str, Grid]):
+        self.cfg = cfg
+        self.grids = {}
+        for name, grid in exported.items():
+            self.grids[name] = grid._replace(floor=grid.floor and cfg.qna_use_floor)
+
+    def at_full_strength(self) -> StepPlan:
+        """A step with the noise of full learning rate."""
+        return StepPlan(1.0, self.cfg.muon_momentum, qna=self.cfg.qna_magnitude)
+
+    def acts(self, now: StepPlan) -> bool:
+        return now.qna > 0
+
+    def apply(self, stacks: list[tuple[Grid, Tensor]], now: StepPlan, step: int) -> None:
+        for i, (grid, weights) in enumerate(stacks):
+            seed = (self.cfg.seed * 1_000_003 + step) * 1009 + i
+            generator = torch.Generator(weights.device).manual_seed(seed)
+            noise = torch.rand(weights.shape, generator=generator, device=weights.device) - 0.5
+            weights.add_(grid.scale(weights) * now.qna * noise)
+
+
+VIEWS = {"QAT": Qat, "QNA": Qna}  # the toggle is the name with _ENABLED
+
+
 class WeightViews:
-    """For a step the chosen weights become what the forward pass shall see, then the latent ones return and take its gradient: a
-    straight-through estimator outside the compiled graph. QAT (#989): the exported round trip. QNA (#975): uniform noise."""
+    """For the forward and backward of a step, weights become what the forward pass shall see.
+
+    Then the latent ones return and take the gradient of the seen ones: a straight-through estimator
+    outside of the compiled graph, so that nothing compiles again when a technique starts or ends.
+    No host sync.
+    """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
-        self.cfg = cfg
-        grids = {name: grid for name, grid in plan.items() if isinstance(grid, Grid)}
-        noise = {
-            name: grid._replace(floor=grid.floor and cfg.qna_use_floor)
-            for name, grid in grids.items()
-        }
-        wanted = {"QAT": (self.qat_grids(model, grids), cfg.qat_scope)} if cfg.qat_enabled else {}
-        wanted |= {"QNA": (noise, "exported")} if cfg.qna_enabled else {}
+        exported = {name: how for name, how in plan.items() if isinstance(how, Grid)}
+        self.techniques: dict[str, Qat | Qna] = {}
         self.stacks: dict[str, list[tuple[Grid, Tensor]]] = {}
-        for name, (chosen, scope) in wanted.items():
-            self.stacks[name] = flat.stacks(chosen)
-            run.activity[name] = Activity(
-                len(chosen), sum(flat.shapes[n].numel() for n in chosen), scope
-            )
+        for name, technique in VIEWS.items():
+            if not getattr(cfg, f"{name.lower()}_enabled"):
+                continue
+            view = technique(cfg, model, exported)
+            self.techniques[name] = view
+            self.stacks[name] = flat.pair_with_weights(view.grids)
+            entries = sum(flat.shapes[tensor].numel() for tensor in view.grids)
+            run.activity[name] = Activity(len(view.grids), entries, view.scope)
             refuse(
-                not chosen and cfg.strict,
-                f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, KEEP_FLOAT_MAX_NUMEL, STRICT",
+                not view.grids and cfg.strict,
+                f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, "
+                "KEEP_FLOAT_MAX_NUMEL, STRICT",
                 4,
             )
 
-    def qat_grids(self, model: GPT, exported: dict[str, Grid]) -> dict[str, Grid]:
-        """Which tensors QAT covers, and on which grid: all that export quantises, or a narrower scope of the seeds."""
-        scope, linears = (
-            self.cfg.qat_scope,
-            {n: p.role for n, p in model.named_parameters() if n.endswith(".weight")},
-        )
-        if scope != "exported":
-            linears = {
-                n: role
-                for n, role in linears.items()
-                if scope == "linears" or not n.startswith("blocks.")
-            }
-            exported = {
-                n: role_grid(self.cfg, role)
-                for n, role in linears.items()
-                if getattr(self.cfg, role.bits) < 16
-            }
-        return {
-            n: grid._replace(clip="amax") if self.cfg.qat_grid == "amax" else grid
-            for n, grid in exported.items()
-        }
+    def acting(self, now: StepPlan) -> list[str]:
+        """The techniques that change what this step sees."""
+        return [name for name, view in self.techniques.items() if view.acts(now)]
 
-    def enter(self, qat: bool, qna: float, step: int) -> list:
+    def enter(self, now: StepPlan, step: int) -> list[tuple[Tensor, Tensor]]:
         """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
-        stacks = self.stacks["QAT"] if qat else self.stacks["QNA"] if qna else []
-        latent = [(w, w.clone()) for _, w in stacks]
-        for i, (grid, w) in enumerate(stacks):
-            if qat:
-                w.copy_(grid.fake_quantise(w))
-            else:
-                noise = torch.Generator(w.device).manual_seed(
-                    (self.cfg.seed * 1_000_003 + step) * 1009 + i
-                )
-                w += (
-                    grid.scale(w)
-                    * qna
-                    * (torch.rand(w.shape, generator=noise, device=w.device) - 0.5)
-                )
+        latent = []
+        for name in self.acting(now):
+            stacks = self.stacks[name]
+            latent += [(weights, weights.clone()) for _, weights in stacks]
+            self.techniques[name].apply(stacks, now, step)
         return latent
 
-    def leave(self, latent: list) -> None:
-        for w, saved in latent:
-            w.copy_(saved)
+    def leave(self, latent: list[tuple[Tensor, Tensor]]) -> None:
+        for weights, saved in reversed(latent):
+            weights.copy_(saved)
 
 
-# ── 9 AVERAGES: fp32 on the device, the same arithmetic on every rank, always of the latent weights ───────────────
+class Ema:
+    """EMA: exponential moving average of the weights, from the initial ones on.
+
+    What:   e <- decay e + (1 - decay) w after every step.
+    Why:    it takes out the noise of the last steps, at any time and without a start to choose.
+    Source: #975; toggle EMA_ENABLED.
+    Care:   in fp32, or 1 - decay drowns in rounding. Latent weights are averaged, QAT or not.
+    """
+
+    name = "ema"
+    of = "live weights"
+
+    def __init__(self, cfg: Config, flat: FlatParameters):
+        self.decay = cfg.ema_decay
+        self.live = flat.weights
+        self.buffer = flat.weights.clone()
+        self.weights = flat.views(self.buffer)
+
+    def update(self) -> None:
+        self.buffer.lerp_(self.live, 1 - self.decay)
+
+
+class Swa:
+    """SWA, stochastic weight averaging: the mean of snapshots of the live weights.
+
+    What:   (w_1 + ... + w_n) / n, a snapshot every SWA_EVERY steps once SWA_START_FRAC is reached.
+    Why:    the mean of points around a minimum lies lower than the points themselves.
+    Source: #199, #194, #989; toggle SWA_ENABLED.
+    Care:   a sum in bf16 goes wrong with the number of snapshots, 30 % after 500: fp32, unless
+            SWA_DTYPE rebuilds the seeds (#194, #989). Latent weights are averaged, QAT or not.
+    """
+
+    name = "swa"
+    of = "live weights"
+
+    def __init__(self, cfg: Config, model: GPT, source: State):
+        self.source = source
+        self.count = 0
+        self.sums = {}
+        for name, p in model.named_parameters():
+            is_table = p.role.optimiser == "embed"
+            low = cfg.swa_dtype == "bf16" or (cfg.swa_dtype == "native" and is_table)
+            self.sums[name] = torch.zeros_like(p, dtype=torch.bfloat16 if low else torch.float32)
+
+    def snapshot(self, name: str) -> Tensor:
+        return self.source[name]
+
+    def update(self) -> None:
+        for name, total in self.sums.items():
+            total.add_(self.snapshot(name).to(total.dtype))
+        self.count += 1
+
+    def mean(self) -> State:
+        return {name: total.float() / self.count for name, total in self.sums.items()}
+
+
+class Sqwa(Swa):
+    """SQWA: the mean of snapshots that are quantised and dequantised first.
+
+    What:   SWA of Q(w), each tensor as the artifact would hold it; of the EMA where that is on.
+    Why:    what is averaged has already paid for its rounding, so the last rounding costs less.
+    Source: #975; toggle SQWA_ENABLED.
+    Care:   the mean is off the grid and is rounded once more at export. It is taken on the device,
+            on every rank (#975's lived on rank 0 alone).
+    """
+
+    name = "sqwa"
+
+    def __init__(self, cfg: Config, model: GPT, live: State, ema: Ema | None, plan: dict):
+        super().__init__(cfg, model, ema.weights if ema else live)
+        self.plan = plan
+        if ema:
+            self.of = "EMA"
+
+    def snapshot(self, name: str) -> Tensor:
+        return as_shipped(self.source[name], self.plan[name])
+
+
 class Average:
-    """SWA, EMA and SQWA (the mean of quantised-dequantised snapshots, of the EMA where that is on; #975)."""
+    """The averages that the run collects: an EMA, and the mean of snapshots (SWA or SQWA).
+
+    All are of the latent weights, on the device, the same on every rank. No host sync.
+    """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
-        self.cfg, self.flat, self.plan, self.count, self.live = (
-            cfg,
-            flat,
-            plan,
-            0,
-            flat.views(flat.weights),
-        )
-        low = {"fp32": (), "native": ("embed",), "bf16": ("embed", "muon", "scalar", "smear")}[
-            cfg.swa_dtype
-        ]
-        self.buffer = flat.weights.clone() if cfg.ema_enabled else None
-        self.ema = flat.views(self.buffer) if cfg.ema_enabled else {}
-        self.sums = (
-            {
-                name: torch.zeros_like(
-                    p, dtype=torch.bfloat16 if p.role.optimiser in low else torch.float32
-                )
-                for name, p in model.named_parameters()
-            }
-            if cfg.swa_enabled or cfg.sqwa_enabled
-            else {}
-        )
+        self.live = flat.views(flat.weights)
+        self.ema: Ema | None = None
+        self.snapshots: Swa | None = None
+        if cfg.ema_enabled:
+            self.ema = Ema(cfg, flat)
+        if cfg.swa_enabled:
+            self.snapshots = Swa(cfg, model, self.live)
+        if cfg.sqwa_enabled:
+            self.snapshots = Sqwa(cfg, model, self.live, self.ema, plan)
+
+        entries = sum(weights.numel() for weights in self.live.values())
         for name in cfg.collected():
-            source = "EMA" if name == "sqwa" and self.ema else "live weights"
-            run.activity[name.upper()] = Activity(
-                len(self.live), sum(p.numel() for p in self.live.values()), f"of {source}"
-            )
+            average = self.ema if name == "ema" else self.snapshots
+            run.activity[name.upper()] = Activity(len(self.live), entries, f"of {average.of}")
 
-    def update(
-        self, snapshot: bool
-    ) -> list[str]:  # After an optimiser step. Returns which averages took the weights in
+    def update(self, snapshot: bool) -> list[str]:
+        """After an optimiser step. Returns which averages took the weights in."""
+        acting = []
         if self.ema:
-            self.buffer.lerp_(self.flat.weights, 1 - self.cfg.ema_decay)
+            self.ema.update()
+            acting.append("EMA")
         if snapshot:
-            for name, w in (self.ema if self.ema and self.cfg.sqwa_enabled else self.live).items():
-                self.sums[name] += (
-                    as_shipped(w, self.plan[name]) if self.cfg.sqwa_enabled else w
-                ).to(self.sums[name].dtype)
-            self.count += 1
-        return ["EMA"] * bool(self.ema) + ["SQWA" if self.cfg.sqwa_enabled else "SWA"] * snapshot
+            self.snapshots.update()
+            acting.append(self.snapshots.name.upper())
+        return acting
 
-    def results(self) -> dict[str, State]:  # Every average that has weights, by name
-        means = {
-            name: total.float() / self.count for name, total in self.sums.items() if self.count
-        }
-        found = {"ema": self.ema, "sqwa" if self.cfg.sqwa_enabled else "swa": means}
-        return {name: weights for name, weights in found.items() if weights}
+    def results(self) -> dict[str, State]:
+        """Every average that has weights, by name."""
+        found = {}
+        if self.ema:
+            found["ema"] = self.ema.weights
+        if self.snapshots and self.snapshots.count:
+            found[self.snapshots.name] = self.snapshots.mean()
+        return found
+
+    def tensors(self) -> dict[str, State]:
+        """What a checkpoint keeps: the live weights, the EMA, the sums of the snapshots."""
+        groups = {"live": self.live}
+        if self.ema:
+            groups["ema"] = self.ema.weights
+        if self.snapshots:
+            groups["sum"] = self.snapshots.sums
+        return groups
 
 
-# ── 10 TRAIN ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 9 Train ───────────────────────────────────────────────────────────────────────────────────────
+# In: a model, its plan of export, training and validation tokens. Out: trained weights and averages.
+# Promise: a step that is not finite never reaches the weights; a run that was stopped goes on from
+# its last checkpoint as if it had not been; every wait of the host for the device is said.
 CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
 
 
-def write_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], facts: dict
-) -> list[str]:  # Names of what is not finite
-    blob, (newest, previous) = (
-        encode_container(tensors, facts, "none"),
-        (folder / name for name in CHECKPOINTS),
-    )
-    bad = [
-        name for name, w in tensors.items() if not w.isfinite().all()
-    ]  # no reader would take it: the one before stays
-    if newest.exists() and not bad:
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> list[str]:
+    """Makes this the newest checkpoint, and the newest the previous one.
+
+    Returns the names of the tensors that are not finite. With any of them nothing is written, as
+    no reader would take the file.
+    """
+    bad = [name for name, w in tensors.items() if not w.isfinite().all()]
+    if bad:
+        return bad
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    blob = encode_container(tensors, facts, "none")
+    if newest.exists():
         newest.replace(previous)
-    if not bad:
-        write_atomic(newest, blob)
-    return bad
+    write_atomic(newest, blob)
+    return []
 
 
 def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
-    """The newest whole checkpoint of this run; None when it has none yet. Refusal when all that it has are damaged."""
-    saved, damaged = None, []
-    for path in [path for path in (run.dir / name for name in CHECKPOINTS) if path.exists()]:
+    """(facts, tensors) of the newest whole checkpoint of this run; None when it has none yet.
+
+    metrics.jsonl is cut back to that moment. Refusal: all are damaged, another script wrote them,
+    or the ranks do not read the same.
+    """
+    saved = None
+    damaged = []
+    for path in (run.dir / name for name in CHECKPOINTS):
+        if not path.exists():
+            continue
         try:
             saved = saved or read_container(path)
         except Refusal as error:
             if error.code != 2:
-                raise  # told to stop, or a failing disk
+                raise  # told to stop, or a failing disk: no damage
             run.log(f"WARNING: {error}: the one before it is used")
             damaged.append(path)
+
+    progress = saved[0].get("progress", {}) if saved else None
     refuse(
         damaged and not saved,
         f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again",
     )
     refuse(
-        saved and saved[0].get("progress", {}).get("code_sha256") != CODE_SHA256,
-        f"RUN_ID={run.dir.name}: was begun by another script; go on with {run.dir / 'train_gpt.py'}, or choose another RUN_ID",
+        saved and progress.get("code_sha256") != CODE_SHA256,
+        f"RUN_ID={run.dir.name}: was begun by another script; go on with "
+        f"{run.dir / 'train_gpt.py'}, or choose another RUN_ID",
     )
-    progress = saved and saved[0]["progress"]
     refuse(run.broadcast(progress) != progress, "RESUME=1: the ranks read different checkpoints")
+
     if run.rank == 0:
         for path in damaged:
             path.replace(path.with_suffix(".damaged"))
         kept = min(run.jsonl.tell(), saved[0]["metrics_bytes"]) if saved else 0
-        os.truncate(run.dir / "metrics.jsonl", kept)  # what was lost comes again
+        os.truncate(run.dir / "metrics.jsonl", kept)
     return saved
 
 
 class Trainer:
-    """Model, optimiser, views and averages, driven by the schedule."""
+    """Model, optimiser, views and averages, driven by the schedule.
 
+    plan: parameter name -> how it is shipped (export_plan).
+    """
+
+    # What a checkpoint keeps of these attributes
     PROGRESS = (
         "data",
         "steps",
@@ -2405,324 +2652,390 @@ class Trainer:
         "step_seconds",
         "recompiles",
         "code_sha256",
-    )  # is kept
+    )
 
     def __init__(
         self, cfg: Config, run: Run, model: GPT, plan: dict, split: Split, val: Validation
     ):
-        self.cfg, self.run, self.model, self.plan, self.split, self.val = (
-            cfg,
-            run,
-            model,
-            plan,
-            split,
-            val,
-        )
+        self.cfg = cfg
+        self.run = run
+        self.model = model
+        self.plan = plan
+        self.split = split
+        self.val = val
+        self.bytes_per_token = val.target_bytes.double().mean().item()
+        # Where the steps find their rows: another set would be another run
+        self.data = [*(path.name for path in split.paths), split.tokens, val.n]
+
         rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
         refuse(
             rows == 0,
             f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks",
         )
-        self.accumulate = min(
-            cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1), rows
-        )
-        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+        micro_batches = max(8 // run.world, 1) if run.cuda else 1
+        self.accumulate = min(cfg.grad_accum_steps or micro_batches, rows)
+
+        self.forward = model
+        if run.compile:
+            self.forward = torch.compile(model, dynamic=False, fullgraph=True)
         self.flat = FlatParameters(dict(model.named_parameters()), run)
-        self.bytes_per_token = val.target_bytes.double().mean().item()
-        self.data = [
-            *(path.name for path in split.paths),
-            split.tokens,
-            val.n,
-        ]  # where the steps find their rows
-        self.writer, self.writing = (
-            concurrent.futures.ThreadPoolExecutor(1),
-            None,
-        )  # of the last checkpoint
+        self.writer = concurrent.futures.ThreadPoolExecutor(1)
+        self.writing: concurrent.futures.Future | None = None  # of the last checkpoint
         self.restart()
 
-    def restart(self) -> None:  # Everything but the weights as before the first step
-        self.run.activity.clear()
-        self.schedule, self.optimiser = Schedule(self.cfg), Optimiser(self.flat, self.cfg, self.run)
-        self.views, self.average = (
-            part(self.cfg, self.run, self.model, self.flat, self.plan)
-            for part in (WeightViews, Average)
-        )
-        if self.cfg.warmdown_iters or self.cfg.warmdown_frac:
-            self.run.activity["WARMDOWN"] = Activity(
-                scope="learning rates", unit="lr scale at the end"
-            )
-        self.loss, self.steps, self.skipped, self.resumed = (
-            math.nan,
-            0,
-            [],
-            [],
-        )  # steps left out, steps where a run went on
-        self.elapsed, self.step_seconds, self.recompiles, self.saved, self.code_sha256 = (
-            0.0,
-            [],
-            0,
-            0.0,
-            CODE_SHA256,
-        )
+    def restart(self) -> None:
+        """Everything but the weights as before the first step."""
+        cfg, run = self.cfg, self.run
+        run.activity.clear()
+        self.schedule = Schedule(cfg)
+        self.optimiser = Optimiser(self.flat, cfg, run)
+        self.views = WeightViews(cfg, run, self.model, self.flat, self.plan)
+        self.average = Average(cfg, run, self.model, self.flat, self.plan)
+        if cfg.warmdown_iters or cfg.warmdown_frac:
+            warmdown = Activity(scope="learning rates", unit="lr scale at the end")
+            run.activity["WARMDOWN"] = warmdown
+
+        self.loss = math.nan  # of the last step, nats per token
+        self.steps = 0
+        self.skipped: list[int] = []  # steps that were left out, as they were not finite
+        self.resumed: list[int] = []  # steps done when the run went on
+        self.elapsed = 0.0  # seconds of training
+        self.step_seconds: list[float] = []
+        self.recompiles = 0
+        self.saved = 0.0  # `elapsed` of the last checkpoint
+        self.code_sha256 = CODE_SHA256
 
     def done(self) -> bool:
         return self.steps >= self.cfg.iterations or budget_spent(self.cfg, self.steps, self.elapsed)
 
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint; there is no random state: weights and noise depend on SEED and step, as do the data."""
-        groups = {"live": self.average.live, "ema": self.average.ema, "sum": self.average.sums}
-        if not self.done():  # while there are steps to come
-            groups["first"], second = (
-                self.flat.views(moments)
-                for moments in (self.optimiser.first, self.optimiser.second)
-            )
-            groups["second"] = {
-                n: w
-                for n, w in second.items()
-                if self.model.get_parameter(n).role.optimiser != "muon"
-            }
+    # Checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint; the moments only while there are steps to come.
+
+        There is no random state: weights and noise depend on SEED and step, as do the data.
+        """
+        groups = self.average.tensors()
+        if not self.done():
+            groups["first"] = self.flat.views(self.optimiser.first_moments)
+            groups["second"] = {}
+            for name, w in self.flat.views(self.optimiser.second_moments).items():
+                if self.model.get_parameter(name).role.optimiser != "muon":
+                    groups["second"][name] = w
+
+        named = {}
+        for group, weights in groups.items():
+            for name, w in weights.items():
+                named[f"{group}/{name}"] = w
+        return named
+
+    def facts(self) -> dict:
+        """What a checkpoint says beside its tensors, as JSON can hold it."""
+        snapshots = self.average.snapshots
+        activity = {n: dataclasses.asdict(a) for n, a in self.run.activity.items()}
         return {
-            f"{group}/{name}": w for group, weights in groups.items() for name, w in weights.items()
+            "config": self.cfg.knobs("seed", *COMPARED),
+            "fired": sorted(self.schedule.fired),
+            "progress": {name: copy.copy(getattr(self, name)) for name in self.PROGRESS},
+            "metrics_bytes": self.run.jsonl.tell(),
+            "activity": activity,
+            "snapshots": snapshots.count if snapshots else 0,
         }
 
-    def save(self, wait: bool = True) -> list[str] | None:
-        """Copies everything at once; it is written to checkpoint.bin now (see there) or, not `wait`, beside the next steps."""
+    def save(self, wait: bool = True) -> list[str]:
+        """A checkpoint of this moment: copied at once, written now or beside the next steps.
+
+        Returns the names of the tensors that are not finite, for which there is none (`wait` only).
+        Host sync: the copy, and the writing of the checkpoint before.
+        """
         if not self.done():
-            self.flat.gather(self.flat.shares(self.optimiser.first))
+            # Each rank has the Muon momenta of its own share alone
+            self.flat.gather(self.flat.shares(self.optimiser.first_moments))
         self.saved = self.elapsed
-        if self.run.rank == 0:
-            facts = dict(
-                config=self.cfg.knobs("seed", *COMPARED),
-                fired=sorted(self.schedule.fired),
-                progress={n: copy.copy(getattr(self, n)) for n in self.PROGRESS},
-                metrics_bytes=self.run.jsonl.tell(),
-                activity={n: dataclasses.asdict(a) for n, a in self.run.activity.items()},
-                snapshots=self.average.count,
-            )
-            tensors = {name: w.to("cpu", copy=True) for name, w in self.parts().items()}
-            bad = self.writing and self.writing.result()  # or its error
-            if bad:
-                self.run.log(f"WARNING: no checkpoint: {bad[0]} is not finite")
-            self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
-            if wait:
-                return self.writing.result()
+        if self.run.rank != 0:
+            return []
+
+        facts = self.facts()
+        tensors = {name: w.to("cpu", copy=True) for name, w in self.tensors().items()}
+        bad = self.writing.result() if self.writing else []  # or its error
+        if bad:
+            self.run.log(f"WARNING: no checkpoint: {bad[0]} is not finite")
+        self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
+        return self.writing.result() if wait else []
 
     def restore(self, facts: dict, tensors: State) -> None:
-        """The inverse of save, for the same settings. Refusal when the two do not belong together."""
+        """The inverse of save. Refusal when the file does not belong to these settings."""
         try:
-            kept = {name: copy.copy(facts["progress"][name]) for name in self.PROGRESS}
-            if any(type(value) is not type(getattr(self, name)) for name, value in kept.items()):
-                raise TypeError("odd progress")
-            refuse(
-                kept["data"] != self.data and not self.cfg.checkpoint,
-                f"DATA_PATH={self.cfg.data_path}: not the run's data",
-            )
-            vars(self).update(kept)
-            self.saved, self.schedule.fired, self.average.count = (
-                self.elapsed,
-                set(facts["fired"]),
-                int(facts["snapshots"]),
-            )
-            for name, w in self.parts().items():
+            self.restore_progress(facts["progress"])
+            self.saved = self.elapsed
+            self.schedule.fired = set(facts["fired"])
+            count = int(facts["snapshots"])
+            if self.average.snapshots:
+                self.average.snapshots.count = count
+            for name, w in self.tensors().items():
                 w.copy_(tensors[name].view_as(w))
             for state in self.optimiser.adamw.state.values():
                 state["step"].fill_(self.steps - len(self.skipped))
-            self.run.activity.update(
-                {
-                    name: Activity(**copy.deepcopy(facts["activity"][name]))
-                    for name in self.run.activity
-                }
-            )
-            for a in self.run.activity.values():
-                a.row(sum(self.step_seconds + self.skipped + self.resumed))  # all are numbers
+            self.restore_activity(facts["activity"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Refusal(
                 f"{self.cfg.sources[0]}: incomplete ({type(error).__name__} {error}); train again"
             ) from None
 
-    def step(self, batch: tuple[Tensor, Tensor], k: StepPlan) -> None:
-        """One optimiser step. What is not finite never reaches the weights: the step is left out, or is the last one."""
-        cfg, gradients, share = (
-            self.cfg,
-            self.flat.gradients.zero_(),
-            self.run.world / self.cfg.train_batch_tokens,
+    def restore_progress(self, progress: dict) -> None:
+        kept = {name: copy.copy(progress[name]) for name in self.PROGRESS}
+        for name, value in kept.items():
+            if type(value) is not type(getattr(self, name)):
+                raise TypeError("odd progress")
+        refuse(
+            kept["data"] != self.data and not self.cfg.checkpoint,
+            f"DATA_PATH={self.cfg.data_path}: not the run's data",
         )
-        latent = self.views.enter(k.qat, k.qna, self.steps)
-        for ids, targets in zip(*(t.tensor_split(self.accumulate) for t in batch)):
-            loss = self.forward(ids, targets).sum() * share
-            loss.backward()
-            gradients[-2] += loss.detach()
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    def restore_activity(self, activity: dict) -> None:
+        """A file may hold anything: whatever is no number ends as a TypeError here, not later."""
+        for name in self.run.activity:
+            self.run.activity[name] = Activity(**copy.deepcopy(activity[name]))
+        numbers = sum(self.step_seconds + self.skipped + self.resumed)
+        for toggle in self.run.activity.values():
+            toggle.row(numbers)
+
+    # One step
+
+    def step(self, batch: tuple[Tensor, Tensor], now: StepPlan) -> None:
+        """One optimiser step on (ids, targets) of this rank; `now`: what the schedule says of it.
+
+        Host sync: one, in FlatParameters.reduce.
+        """
+        latent = self.views.enter(now, self.steps)
+        self.backward(batch)
         self.views.leave(latent)
         if self.run.stop:
-            gradients[-1] = 1
-        self.loss, norm, self.stopping = self.flat.reduce(cfg.grad_clip_norm)
+            self.flat.stop.fill_(1)
+        self.loss, norm, self.stopping = self.flat.reduce(self.cfg.grad_clip_norm)
         if math.isfinite(self.loss + norm):
-            self.optimiser.step(k)
-            acting = (
-                ["WARMDOWN"] * (k.lr_scale < 1)
-                + ["QAT"] * k.qat
-                + ["QNA"] * (k.qna > 0)
-                + self.average.update(k.snapshot)
-            )
-            for name in acting:
-                self.run.activity[name].steps.append(self.steps)
+            self.update(now)
         else:
-            bad = [
-                name for name, g in self.flat.views(gradients).items() if not g.isfinite().all()
-            ] or ["none"]
-            problem = f"step {self.steps}: not finite: loss {self.loss}, gradient norm {norm}, first gradient: {bad[0]}"
-            refuse(
-                cfg.nonfinite == "stop" or self.skipped[-9:-8] == [self.steps - 9],
-                f"{problem}; lower MATRIX_LR or GRAD_CLIP_NORM; NONFINITE=skip leaves out up to 9 such steps in a row",
-                5,
-            )
-            self.run.log(f"WARNING: {problem}; left out")
-            self.skipped.append(self.steps)
+            self.leave_out(norm)
         self.steps += 1
 
+    def backward(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Fills the gradients and the loss behind them, both as this rank's part of the mean."""
+        share = self.run.world / self.cfg.train_batch_tokens
+        self.flat.gradients.zero_()
+        ids, targets = (part.tensor_split(self.accumulate) for part in batch)
+        for micro_ids, micro_targets in zip(ids, targets, strict=True):
+            loss = self.forward(micro_ids, micro_targets).sum() * share
+            loss.backward()
+            self.flat.loss += loss.detach()
+
+    def update(self, now: StepPlan) -> None:
+        """New weights and averages; notes which toggles have acted."""
+        self.optimiser.step(now)
+        acting = self.views.acting(now) + self.average.update(now.snapshot)
+        if now.lr_scale < 1:
+            acting.append("WARMDOWN")
+        for name in acting:
+            self.run.activity[name].steps.append(self.steps)
+
+    def leave_out(self, norm: float) -> None:
+        """Loss or gradients are not finite: the step is left out, or ends the run (exit code 5)."""
+        gradients = self.flat.views(self.flat.gradients)
+        bad = [name for name, g in gradients.items() if not g.isfinite().all()]
+        problem = (
+            f"step {self.steps}: not finite: loss {self.loss}, gradient norm {norm}, "
+            f"first gradient: {bad[0] if bad else 'none'}"
+        )
+        nine_before = self.skipped[-9:-8] == [self.steps - 9]
+        refuse(
+            self.cfg.nonfinite == "stop" or nine_before,
+            f"{problem}; lower MATRIX_LR or GRAD_CLIP_NORM; NONFINITE=skip leaves out up to 9 such "
+            "steps in a row",
+            5,
+        )
+        self.run.log(f"WARNING: {problem}; left out")
+        self.skipped.append(self.steps)
+
+    # The run
+
     def warm_up(self) -> float:
-        """Runs all that the run will need, so that nothing compiles on the clock; undoes it. Returns median seconds per step."""
-        cfg, weights, seconds = self.cfg, self.flat.weights.clone(), []
-        averaging, loader = cfg.swa_enabled or cfg.sqwa_enabled, batches(cfg, self.run, self.split)
-        variants = [
-            StepPlan(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, snapshot=averaging),
-            StepPlan(1.0, cfg.muon_momentum, qna=cfg.qna_magnitude * cfg.qna_enabled),
-        ]
-        for n in range(cfg.warmup_steps):
+        """Runs all that the run will need, so that nothing compiles on the clock, and undoes it.
+
+        Returns the median seconds per step.
+        """
+        weights = self.flat.weights.clone()
+        variants = [view.at_full_strength() for view in self.views.techniques.values()]
+        variants.append(StepPlan(1.0, self.cfg.muon_momentum))
+        snapshot = self.average.snapshots is not None
+        seconds = []
+        loader = batches(self.cfg, self.run, self.split)
+        for n in range(self.cfg.warmup_steps):
             began = time.perf_counter()
-            self.step(next(loader), variants[n % 2])
+            now = variants[n % len(variants)]
+            self.step(next(loader), now._replace(snapshot=snapshot))
             seconds.append(time.perf_counter() - began)
         loader.close()
-        if cfg.val_loss_every:
+
+        if self.cfg.val_loss_every:
             self.score_weights()
         self.flat.weights.copy_(weights)
         self.restart()
         return statistics.median(seconds[1:] or seconds)
 
-    def score_weights(
-        self, state: State | None = None
-    ) -> Score:  # These (default: the live, latent) weights on fixed windows
-        self.model.load_state_dict(state or {}, strict=False)
-        return score(self.cfg, self.run, self.forward, self.val)
-
     def train(self, saved: tuple | None = None) -> None:
-        """Steps, from the beginning or from what was saved, until the budget or ITERATIONS is used up."""
+        """Steps, from the beginning or from what was saved, until ITERATIONS or the budget ends."""
         cfg, run = self.cfg, self.run
         with run.phase("warm-up and compile"):
-            run.log("schedule (warm-up speed): " + timeline(cfg, run.broadcast(self.warm_up())))
+            seconds = run.broadcast(self.warm_up())
+            run.log("schedule (warm-up speed): " + timeline(cfg, seconds))
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
             self.resumed.append(self.steps)
         with run.phase("checkpoint"):
             self.save()  # shows, before anything is spent, that the disk takes it
-        compiled, loader = (
-            torch._dynamo.utils.counters["stats"],
-            batches(cfg, run, self.split, self.steps),
-        )
+
+        compiled = torch._dynamo.utils.counters["stats"]
         graphs = compiled["unique_graphs"]
         with run.phase("train"):
             self.started = time.perf_counter() - self.elapsed
             try:
-                while not self.done():
-                    k = self.schedule.at(self.steps, self.elapsed)
-                    self.step(next(loader), k)
-                    before, self.elapsed = (
-                        self.elapsed,
-                        run.broadcast(time.perf_counter() - self.started),
-                    )
-                    self.step_seconds.append(self.elapsed - before)
-                    self.report(k)
-                    refuse(
-                        self.stopping,
-                        f"stopped by {signal.Signals(number := run.stop or signal.SIGTERM).name}",
-                        128 + number,
-                    )
-            except Refusal as stop:  # no step is half done, and every rank is here (unless data look different from there)
-                if stop.code not in ((2, 6, 7) if run.world > 1 else (6,)):
-                    what = (
-                        f"not saved, as {bad[0]} is not finite,"
-                        if (bad := self.save())
-                        else "saved"
-                    )
-                    run.log(
-                        f"{what} after {self.steps} steps; RESUME=1 RUN_ID={run.dir.name} goes on from the last checkpoint"
-                    )
+                self.loop()
+            except Refusal as stop:
+                self.save_what_is_left(stop)
                 raise
-            loader.close()
             if run.cuda:
                 torch.cuda.synchronize()
             self.elapsed = run.broadcast(time.perf_counter() - self.started)
             self.recompiles += compiled["unique_graphs"] - graphs
             run.log(
-                f"trained {self.steps} steps in {self.elapsed:.1f} s; recompiles after the clock started: {self.recompiles}"
+                f"trained {self.steps} steps in {self.elapsed:.1f} s; "
+                f"recompiles after the clock started: {self.recompiles}"
             )
             self.save()
         if run.stop:
             run.signalled(run.stop, None)
 
-    def report(self, k: StepPlan) -> None:
-        """Log line, re-printed schedule, validation, comparison of the ranks, checkpoint: whatever is due after this step."""
+    def loop(self) -> None:
+        """Step after step. Refusal of all ranks, after the same step, when one was told to stop."""
+        run = self.run
+        loader = batches(self.cfg, run, self.split, self.steps)
+        while not self.done():
+            now = self.schedule.at(self.steps, self.elapsed)
+            self.step(next(loader), now)
+            before = self.elapsed
+            self.elapsed = run.broadcast(time.perf_counter() - self.started)
+            self.step_seconds.append(self.elapsed - before)
+            self.report(now)
+            number = run.stop or signal.SIGTERM
+            refuse(self.stopping, f"stopped by {signal.Signals(number).name}", 128 + number)
+        loader.close()
+
+    def save_what_is_left(self, stop: Refusal) -> None:
+        """A checkpoint before the run ends early: no step is half done.
+
+        None where the weights of the ranks differ (6), or where a rank may not be here: data can
+        be unreadable (2, 7) for one of several alone.
+        """
+        unsafe = (2, 6, 7) if self.run.world > 1 else (6,)
+        if stop.code in unsafe:
+            return
+        bad = self.save()
+        what = f"not saved, as {bad[0]} is not finite," if bad else "saved"
+        self.run.log(
+            f"{what} after {self.steps} steps; RESUME=1 RUN_ID={self.run.dir.name} goes on from "
+            "the last checkpoint"
+        )
+
+    # What is said and done between two steps
+
+    def report(self, now: StepPlan) -> None:
+        """Whatever is due after this step. Host sync: only in what is due."""
         cfg, run, step = self.cfg, self.run, self.steps
-        if "WARMDOWN" in run.activity:
-            run.activity["WARMDOWN"].effect = k.lr_scale - 1
-        seconds = statistics.median(self.step_seconds[-20:])
-        speed, train_bpb = (
-            cfg.train_batch_tokens / seconds,
-            self.loss / math.log(2) / self.bytes_per_token,
-        )
-        for name in [name for name, a in run.activity.items() if a.steps == [step - 1]]:
-            run.log(
-                f"{name} acts from step {step - 1} ({self.elapsed:.1f} s, lr scale {k.lr_scale:.3f})"
-            )
-            run.event("phase", name=name, step=step - 1, seconds=self.elapsed)
-        due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
-        sums = (
-            self.flat.checksums() if due or self.done() or step % cfg.train_log_every == 0 else []
-        )
-        refuse(
-            len({*sums}) > 1,
-            f"step {step}: the ranks hold different weights (sums of their bits: {sums}); look for faulty "
-            f"hardware, then RESUME=1 RUN_ID={run.dir.name}",
-            6,
-        )
-        if step % cfg.train_log_every == 0:
-            run.log(
-                f"step {step:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  train bpb ~{train_bpb:.4f}  "
-                f"lr x{k.lr_scale:.3f}  {seconds * 1e3:.1f} ms  {speed:,.0f} tok/s"
-            )
-            run.event(
-                "step",
-                step=step,
-                seconds=self.elapsed,
-                loss=self.loss,
-                step_ms=seconds * 1e3,
-                **k._asdict(),
-            )
+        log_due = step % cfg.train_log_every == 0
+        save_due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
+
+        self.report_starts(now)
+        if log_due or save_due or self.done():
+            self.compare_ranks()
+        if log_due:
+            self.report_step(now)
         if step == 50:
             run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            paused = time.perf_counter()
-            live = self.score_weights()
-            size = (
-                len(SOURCE)
-                + len(encode_artifact(cfg, dict(self.model.named_parameters()), self.plan, level=1))
-                if run.rank == 0
-                else 0
-            )
-            self.started += time.perf_counter() - paused
-            run.log(
-                f"step {step:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  size ~{size:,} bytes (fast compression)"
-            )
-            run.event(
-                "val",
-                step=step,
-                seconds=self.elapsed,
-                val_bpb=live.bpb,
-                val_loss=live.loss,
-                size_estimate=size,
-            )
-        if due:
+            self.validate()
+        if save_due:
             self.save(wait=False)
+
+    def report_starts(self, now: StepPlan) -> None:
+        """One line for every toggle that has acted for the first time."""
+        activity, step = self.run.activity, self.steps - 1
+        if "WARMDOWN" in activity:
+            activity["WARMDOWN"].effect = now.lr_scale - 1
+        for name, toggle in activity.items():
+            if toggle.steps == [step]:
+                self.run.log(
+                    f"{name} acts from step {step} ({self.elapsed:.1f} s, "
+                    f"lr scale {now.lr_scale:.3f})"
+                )
+                self.run.event("phase", name=name, step=step, seconds=self.elapsed)
+
+    def compare_ranks(self) -> None:
+        """Refusal (exit code 6) if the ranks' weights differ in any bit. A host sync."""
+        sums = self.flat.checksums()
+        refuse(
+            len(set(sums)) > 1,
+            f"step {self.steps}: the ranks hold different weights (sums of their bits: {sums}); "
+            f"look for faulty hardware, then RESUME=1 RUN_ID={self.run.dir.name}",
+            6,
+        )
+
+    def report_step(self, now: StepPlan) -> None:
+        """The line of the log, and its event."""
+        seconds = statistics.median(self.step_seconds[-20:])
+        speed = self.cfg.train_batch_tokens / seconds
+        train_bpb = self.loss / math.log(2) / self.bytes_per_token
+        self.run.log(
+            f"step {self.steps:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  "
+            f"train bpb ~{train_bpb:.4f}  lr x{now.lr_scale:.3f}  {seconds * 1e3:.1f} ms  "
+            f"{speed:,.0f} tok/s"
+        )
+        self.run.event(
+            "step",
+            step=self.steps,
+            seconds=self.elapsed,
+            loss=self.loss,
+            step_ms=seconds * 1e3,
+            **now._asdict(),
+        )
+
+    def validate(self) -> None:
+        """Validation of the live weights and an estimate of the size, off the clock. A host sync."""
+        paused = time.perf_counter()
+        live = self.score_weights()
+        size = 0
+        if self.run.rank == 0:
+            weights = dict(self.model.named_parameters())
+            size = len(SOURCE) + len(encode_artifact(self.cfg, weights, self.plan, level=1))
+        self.started += time.perf_counter() - paused
+        self.run.log(
+            f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
+            f"size ~{size:,} bytes (fast compression)"
+        )
+        self.run.event(
+            "val",
+            step=self.steps,
+            seconds=self.elapsed,
+            val_bpb=live.bpb,
+            val_loss=live.loss,
+            size_estimate=size,
+        )
+
+    def score_weights(self, state: State | None = None) -> Score:
+        """These (default: the live, latent) weights on fixed windows."""
+        self.model.load_state_dict(state or {}, strict=False)
+        return score(self.cfg, self.run, self.forward, self.val)
 
 
 # ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3349,7 +3662,7 @@ def prove_toggles(
 ) -> None:
     """Fills in what each toggle does and costs: nats on the probe, with it minus without."""
     probe = Probe(cfg, run, trained, val)
-    prove_views(cfg, run, trained, probe)
+    prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
     trained.trainer.model.load_state_dict(trained.live)
     prove_model_toggles(cfg, run, trained, probe, attend)
@@ -3357,12 +3670,12 @@ def prove_toggles(
         run.activity["PRUNE_PCT"] = prove_pruning(cfg, trained, probe)
 
 
-def prove_views(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
+def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
     """QAT, QNA: the loss with the weights that the forward pass sees, against the latent ones."""
     trainer = trained.trainer
     views = trainer.views
-    for name in views.stacks:
-        enter = partial(views.enter, name == "QAT", cfg.qna_magnitude, 0)
+    for name, view in views.techniques.items():
+        enter = partial(views.enter, view.at_full_strength(), 0)
 
         def there_and_back(enter: Callable = enter) -> None:
             views.leave(enter())

@@ -144,10 +144,10 @@ def test_fake_quantisation_equals_the_formula_bit_for_bit(trainer, bits, clip, c
         quant_scale_floor=floor,
     )
     live, latent = dict(t.model.named_parameters()), t.flat.weights.clone()
-    kept = t.views.enter(True, 0.0, 0)
+    kept = t.views.enter(train_gpt.StepPlan(1.0, 0.9, qat=True), 0)
     fast = t.flat.weights.clone()
     t.views.leave(kept)
-    grids = t.views.qat_grids(t.model, {n: g for n, g in t.plan.items() if isinstance(g, Grid)})
+    grids = t.views.techniques["QAT"].grids
     with bench.plain_view(live, grids):
         assert torch.equal(t.flat.weights, fast) and not torch.equal(fast, latent)
     assert torch.equal(t.flat.weights, latent) and len(grids) > 18

@@ -486,7 +486,7 @@ class BadMoments:
     step: int
 
     def __call__(self):
-        at_step(self.step, lambda trainer: trainer.optimiser.second.fill_(math.inf))
+        at_step(self.step, lambda trainer: trainer.optimiser.second_moments.fill_(math.inf))
 
 
 def test_a_periodic_checkpoint_that_was_not_written_is_told(broken):

@@ -386,7 +386,7 @@ def averages(cfg: Config, device: str) -> dict[str, dict[str, torch.Tensor]]:
         for step in range(6):
             for i, p in enumerate(params.values()):
                 p += 0.02 * normal(*p.shape, seed=100 * step + i).to(device)
-            average.update(step % 2 == 1 and bool(average.sums))
+            average.update(step % 2 == 1 and average.snapshots is not None)
     assert all(w.device.type == device for w in params.values())
     return {
         name: {n: w.cpu() for n, w in state.items()} for name, state in average.results().items()

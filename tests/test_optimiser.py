@@ -221,7 +221,7 @@ def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_pr
     )
     optimiser, muon = (
         Optimiser(flat, cfg, ALONE),
-        [name for names, *_ in flat.layout for name in names],
+        [name for bank in flat.banks for name in bank.names],
     )
     spans = [
         (p.data_ptr(), p.grad.data_ptr(), 4 * p.numel())
@@ -249,10 +249,10 @@ def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_pr
         (0.02, (0.9, 0.99), 0.01),
     ]
     kinds = [
-        {(flat.shapes[name], model.get_parameter(name).role) for name in names}
-        for names, *_ in flat.layout
+        {(flat.shapes[name], model.get_parameter(name).role) for name in bank.names}
+        for bank in flat.banks
     ]
-    assert all(len(kind) == 1 for kind in kinds) and len(flat.layout) == len(set.union(*kinds))
+    assert all(len(kind) == 1 for kind in kinds) and len(flat.banks) == len(set.union(*kinds))
 
 
 def test_a_parameter_of_no_group_is_an_error(tiny):
@@ -347,10 +347,15 @@ def test_the_flat_buffers_hold_every_tensor_once_aligned_and_in_equal_chunks(tin
         <= flat.places[name]
         < flat.groups[p.role.optimiser].stop
         for name, p in model.named_parameters()
-    } == {True} and len(flat.layout) == 5
+    } == {True} and len(flat.banks) == 5
+    # A bank: its matrices in order, then zeros
     for (names, *_), share, weights, gradient in zip(
-        flat.layout, flat.shares(flat.weights), flat.banks(flat.weights), flat.banks(flat.gradients)
-    ):  # the bank's matrices in order, then zeros
+        flat.banks,
+        flat.shares(flat.weights),
+        flat.matrices(flat.weights),
+        flat.matrices(flat.gradients),
+        strict=True,
+    ):
         slots, own, gradient = weights.flatten(0, 1), share[-1], gradient[-1]
         assert all(torch.equal(slot, before[name]) for name, slot in zip(names, slots))
         assert len(slots) - len(names) < world and not slots[len(names) :].any()
@@ -455,9 +460,9 @@ def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
     loader = train_gpt.batches(cfg, trainer.run, trainer.split)
     for step in range(2):
         trainer.step(next(loader), Schedule(cfg).at(step, 0.0))
-        buffers.append(trainer.optimiser.banks[0][-1].clone())
+        buffers.append(trainer.optimiser.shares[0].momenta.clone())
     loader.close()
-    gradients = trainer.optimiser.banks[0][-2]
+    gradients = trainer.optimiser.shares[0].gradients
     torch.testing.assert_close(buffers[1], 0.81 * buffers[0] + gradients)
 
 

@@ -83,7 +83,7 @@ class Bench:
 
     def seen(self, qat: bool = False, qna: float = 0.0, step: int = 0) -> dict[str, torch.Tensor]:
         """What a forward pass would see; the latent weights must come back."""
-        latent = self.views.enter(qat, qna, step)
+        latent = self.views.enter(StepPlan(1.0, 0.9, qat=qat, qna=qna), step)
         seen = self.copy()
         self.views.leave(latent)
         assert all(torch.equal(w, self.latent[name]) for name, w in self.copy().items())
@@ -255,7 +255,7 @@ def test_the_gradient_is_that_of_the_seen_weights(trainer, phase):
         grad_clip_norm=0.0,
     )
     before = {name: p.detach().clone() for name, p in t.model.named_parameters()}
-    latent = t.views.enter(phase.get("qat", False), phase.get("qna", 0.0), 0)
+    latent = t.views.enter(StepPlan(1.0, 0.9, **phase), 0)
     seen = {name: p.detach().clone().requires_grad_() for name, p in t.model.named_parameters()}
     t.views.leave(latent)
     by_hand = torch.autograd.grad(
@@ -331,7 +331,7 @@ def test_no_two_matrices_share_their_noise(bench):
 def test_off_is_absent(bench):
     b = bench(**ALL)
     versions = {name: (p.data_ptr(), p._version) for name, p in b.params.items()}
-    assert b.views.stacks == {} and b.views.enter(False, 0.0, 0) == [] and not b.run.activity
+    assert b.views.stacks == {} and b.views.enter(StepPlan(1.0, 0.9), 0) == [] and not b.run.activity
     b.views.leave([])
     assert versions == {
         name: (p.data_ptr(), p._version) for name, p in b.params.items()
@@ -342,7 +342,10 @@ class NoViews:
     """A build without QAT and QNA."""
 
     def __init__(self, *_):
-        self.stacks = {}
+        self.techniques = {}
+
+    def acting(self, _):
+        return []
 
     def enter(self, *_):
         return None
