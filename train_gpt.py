@@ -1405,8 +1405,8 @@ class Grid(NamedTuple):
 # ── 5 Model ───────────────────────────────────────────────────────────────────────────────────
 # In: token ids (batch, time). Out: nats per target.
 # Promise: one forward path for training and scoring; causal; a technique that is off is absent:
-# no parameters, no arithmetic. Each technique is one class or function here and one `if` where
-# it is wired: in Attention, Block or GPT.
+# no parameters, no arithmetic. Each technique is one class or function here, marked with its knob,
+# and one `if` where it is wired: in GPT, Block, Attention or rotary_tables.
 
 
 class Role(NamedTuple):
@@ -1420,7 +1420,6 @@ CONTROL = Role("scalar")
 ATTN_ROLE = Role("muon", "quant_bits_attn")
 MLP_ROLE = Role("muon", "quant_bits_mlp")
 EMBED_ROLE = Role("embed", "quant_bits_embed")
-BIGRAM_ROLE = Role("embed", "quant_bits_bigram")
 
 
 def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
@@ -1458,7 +1457,22 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
-# Techniques on the stream before the first block: (x, ids) -> x
+# Knobs of the techniques below, in order of appearance: the report measures the model without
+# each of them that is on
+MODEL_TOGGLES: list[str] = []
+
+
+def technique(knob_name: str) -> Callable:
+    """Marks a class or function as what this knob switches on; 0 switches it off."""
+
+    def mark(part: Callable) -> Callable:
+        MODEL_TOGGLES.append(knob_name)
+        return part
+
+    return mark
+
+
+# Techniques before the first block: (x, ids) -> x
 
 
 def input_norm(x: Tensor, ids: Tensor) -> Tensor:
@@ -1466,6 +1480,7 @@ def input_norm(x: Tensor, ids: Tensor) -> Tensor:
     return rms_norm(x)
 
 
+@technique("SMEAR_GATE")
 class SmearGate(nn.Module):
     """SmearGate: blend each position with the one before.
 
@@ -1488,6 +1503,7 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
 
 
+@technique("BIGRAM_VOCAB_SIZE")
 class BigramHash(nn.Module):
     """BigramHash: an embedding of the pair (previous token, token).
 
@@ -1501,7 +1517,8 @@ class BigramHash(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.embed = parameter(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), BIGRAM_ROLE)
+        table = torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.embed = parameter(table, Role("embed", "quant_bits_bigram"))
         optimiser = "muon" if cfg.bigram_proj_opt == "muon" else "scalar"
         role = Role(optimiser, "quant_bits_bigram")
         self.proj = Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init])
@@ -1517,9 +1534,10 @@ class BigramHash(nn.Module):
         return x + self.scale.to(x.dtype) * self.proj(pairs)
 
 
-# Techniques in the attention
+# Techniques inside the blocks: on values, on what attention gathered, on norms, on positions
 
 
+@technique("VE_ENABLED")
 class ValueEmbedding(nn.Module):
     """ValueEmbedding: a second token table whose rows are added to V.
 
@@ -1545,6 +1563,7 @@ class ValueEmbedding(nn.Module):
         return {block: scale * base for block, scale in zip(self.blocks, scales, strict=True)}
 
 
+@technique("XSA_LAST_N")
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """XSA, exclusive self-attention: take a position's own value out of what it has gathered.
 
@@ -1562,6 +1581,25 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - along * own).flatten(2, 3)
 
 
+@technique("LN_SCALE")
+class DepthScaledNorm(nn.Module):
+    """LN scale: smaller inputs for deeper blocks.
+
+    What:   RMSNorm(x) / sqrt(block + 1), the first block being 0.
+    Why:    deep blocks add less to the stream, and so disturb less of what is there.
+    Source: pull request #975; toggle LN_SCALE.
+    Care:   both norms of a block, and not the last norm before the head.
+    """
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.scale = 1 / math.sqrt(layer + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x) * self.scale
+
+
+@technique("ROPE_NTK_LEN")
 def stretched_base(cfg: Config, dims: int) -> float:
     """NTK: a larger rotary base for rows longer than ROPE_NTK_LEN.
 
@@ -1744,8 +1782,8 @@ class Attention(nn.Module):
         q = apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
         k = apply_rotary(rms_norm(k), cos, sin)
         y = self.attend(q, k, v)
-        for technique in self.finish:
-            y = technique(y, v)
+        for part in self.finish:
+            y = part(y, v)
         return self.proj(y.flatten(2))
 
 
@@ -1774,23 +1812,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
-
-
-class DepthScaledNorm(nn.Module):
-    """LN scale: smaller inputs for deeper blocks.
-
-    What:   RMSNorm(x) / sqrt(block + 1), the first block being 0.
-    Why:    deep blocks add less to the stream, and so disturb less of what is there.
-    Source: pull request #975; toggle LN_SCALE.
-    Care:   both norms of a block, and not the last norm before the head.
-    """
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.scale = 1 / math.sqrt(layer + 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x) * self.scale
 
 
 class Block(nn.Module):
@@ -1867,11 +1888,11 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor) -> Tensor:
         """Ids (batch, time) -> (batch, time, model_dim): the only forward path."""
         x = F.embedding(ids, self.tok_emb).to(self.dtype)
-        for technique in self.entry:
-            x = technique(x, ids)
+        for part in self.entry:
+            x = part(x, ids)
         value_bias = {}
-        for technique in self.value_biases:
-            value_bias.update(technique(ids, self.dtype))
+        for part in self.value_biases:
+            value_bias.update(part(ids, self.dtype))
 
         x0 = x
         skips = []
@@ -3578,16 +3599,6 @@ def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np
 # Promise: each toggle that was asked for is measured with and without; one that did nothing is
 # named, and fails the run.
 
-
-# A knob that switches a part of the model on; its value 0 is "off".
-MODEL_TOGGLES = (
-    "SMEAR_GATE",
-    "BIGRAM_VOCAB_SIZE",
-    "VE_ENABLED",
-    "XSA_LAST_N",
-    "LN_SCALE",
-    "ROPE_NTK_LEN",
-)
 
 # A way of scoring that is switched on by a knob: the knob -> the name of its score.
 SCORING_TOGGLES = {"DOC_ISOLATED_EVAL": "documents", "TTT_MODE": "ttt"}
