@@ -4258,10 +4258,21 @@ def finish(run: Run, report: dict) -> dict:
     run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
     if run.rank == 0:
         write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
-        (run.dir / CHECKPOINTS[1]).unlink(missing_ok=True)
+        keep_one_checkpoint(run.dir)
     # from here on a signal comes too late
     run.phase_name = "stop"
     return run.broadcast(report)
+
+
+def keep_one_checkpoint(folder: Path) -> None:
+    """Deletes the checkpoint before the newest.
+
+    It is the newest itself where the machine stopped between the two renamings after the last step.
+    """
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    if previous.exists() and not newest.exists():
+        previous.replace(newest)
+    previous.unlink(missing_ok=True)
 
 
 def explain(run: Run, error: BaseException) -> Refusal | None:

@@ -383,11 +383,15 @@ def test_a_complete_run_is_left_alone_and_keeps_its_exit_code(tiny):
     }
 
 
-def test_a_run_stopped_after_training_exports_and_scores_without_training_again(stopped, tmp_path):
+@pytest.mark.parametrize("name", CHECKPOINTS, ids=["whole", "between the two renamings"])
+def test_a_run_stopped_after_training_exports_and_scores_without_training_again(
+    stopped, tmp_path, name
+):
     shutil.copytree(folder(stopped[0]), tmp_path / "logs" / "whole")
     cfg = dataclasses.replace(stopped[0], logs_dir=str(tmp_path / "logs"), resume=True)
-    for name in ("result.json", "artifact.bin"):
-        (folder(cfg) / name).unlink()
+    for file in ("result.json", "artifact.bin"):
+        (folder(cfg) / file).unlink()
+    (folder(cfg) / CHECKPOINTS[0]).rename(folder(cfg) / name)
     report = main(cfg)
     assert_same_run(stopped[0], cfg)
     assert report["resumed"] == [] and "warm-up and compile" not in report["seconds"]
