@@ -10,8 +10,8 @@ help:
 	@echo "make bench    time every stage beside its floor and its simple twin: logs/bench/NAME.json (NAME=mine; settings as for train)"
 	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
-	@echo "make studies-small   run every study at the small size, about 90 minutes on 2 cores, and renew README"
-	@echo "make readme   regenerate the tables of README.md from the code and the committed logs"
+	@echo "make studies-small   run every study at the small size, about 90 minutes on 2 cores, and renew the pages"
+	@echo "make readme   regenerate the tables of README.md and docs/, and the picture, from the code and the logs"
 	@echo "make lock     renew requirements.lock and requirements-cuda.lock from requirements.txt;  make audit: their known holes"
 
 # Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
@@ -78,7 +78,7 @@ knobs: .venv/installed
 	@.venv/bin/python train_gpt.py --help
 
 # Equal steps for every study, equal time for those of the pull requests. A failed trial (1) stays in its table, an
-# interruption (130) ends it; the same command goes on. Where data/text is (README), its size of #199 runs too.
+# interruption (130) ends it; the same command goes on. Where data/text is (docs/studies.md), its size of #199 runs too.
 RUN_STUDY = .venv/bin/python ablate.py run studies/$$study.toml
 studies-small: .venv/installed data/demo/manifest.json
 	@for study in $(basename $(notdir $(wildcard studies/*.toml))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done

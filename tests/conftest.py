@@ -1,4 +1,4 @@
-"""Shared ground of the tests: a tiny configuration, a small real-text data set, and workers on several ranks."""
+"""Shared ground of the tests: a tiny configuration, small real-text data, several ranks."""
 
 import os
 import sys
@@ -56,17 +56,15 @@ def read_shard(path: Path) -> np.ndarray:
     return np.fromfile(path, "<u2", offset=1024)
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory, worker_id) -> Path:
-    """A folder with tokenizer.model (384 pieces), one training and one validation shard, from Python's own help topics."""
+def make_data(folder: Path, pieces: int) -> None:
+    """Writes a tokenizer, one training and one validation shard, from Python's help topics."""
     from pydoc_data.topics import topics
 
-    folder = tmp_path_factory.mktemp("data")
     documents = [" ".join(text.split()) for _, text in sorted(topics.items())]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=384,
+        vocab_size=pieces,
         model_type="bpe",
         pad_id=0,
         bos_id=1,
@@ -84,6 +82,13 @@ def data(tmp_path_factory, worker_id) -> Path:
     encoded = [[1, *sp.encode(text)] for text in documents]
     write_shard(folder / "fineweb_train_000000.bin", np.concatenate(encoded[8:60]))
     write_shard(folder / "fineweb_val_000000.bin", np.concatenate(encoded[:8]))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, worker_id) -> Path:
+    """A folder of data with 384 pieces."""
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder, 384)
     return folder
 
 

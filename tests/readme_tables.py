@@ -1,4 +1,4 @@
-"""The generated parts of README.md: from the code and from the committed logs of the demo, the studies and the bench.
+"""The generated parts of README.md and docs/: from the code and the committed logs of the demo, the studies and the bench.
 
 `python tests/readme_tables.py` (make readme) rewrites them; test_readme.py fails when they are stale. With a folder of runs,
 such as logs/runs, the committed logs of studies are first replaced by those.
@@ -21,9 +21,24 @@ from ablation.report import markdown_table as markdown
 from ablation.runner import Ledger
 from ablation.study import Matrix, read_study
 from ablation.study import matrix as trials_of
+from demo_picture import demo_picture
 from studies import banded_scoring
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PICTURE = ROOT / "docs" / "demo.svg"
 DEMO, BENCH = ROOT / "logs" / "demo", ROOT / "logs" / "bench"
+
+# of the demo's log, the first (or last) line that starts so
+DEMO_LINES = (
+    ("run ", 0),
+    ("model: ", 0),
+    ("schedule (measured speed)", 0),
+    ("step ", -1),
+    ("trained ", 0),
+    ("export: ", -1),
+    ("sliding ", 0),
+    ("RESULT ", 0),
+)
 TOGGLES = {  # knob that switches a technique -> the knobs that tune it start with
     "smear_gate": "SMEAR_",
     "bigram_vocab_size": "BIGRAM_",
@@ -286,6 +301,15 @@ def demo_output() -> str:
     return "```text\n" + (DEMO / "train.log").read_text().rstrip() + "\n```"
 
 
+def demo_lines() -> str:
+    """Eight lines of the demo's log."""
+    log = (DEMO / "train.log").read_text().splitlines()
+    chosen = [
+        [line for line in log if line.startswith(start)][which] for start, which in DEMO_LINES
+    ]
+    return "\n".join(["```text", *chosen, "```"])
+
+
 def demo_summary() -> str:
     r = json.loads((DEMO / "result.json").read_text())
     return (
@@ -472,6 +496,7 @@ BLOCKS = {
     "exit-codes": exit_codes,
     "faults": faults,
     "soak": soak,
+    "demo-lines": demo_lines,
     "demo": demo_output,
     "demo-summary": demo_summary,
     "speed": speed,
@@ -482,17 +507,18 @@ BLOCKS = {
 }
 
 
-def rendered(readme: str) -> str:
-    """README.md with every block between <!-- generated: NAME --> and <!-- end --> made anew."""
+def rendered(page: str) -> str:
+    """A page with every block between <!-- generated: NAME --> and <!-- end --> made anew."""
 
     def block(match: re.Match) -> str:
         return f"<!-- generated: {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- generated: ([\w-]+) -->\n.*?<!-- end -->", block, readme, flags=re.S)
+    return re.sub(r"<!-- generated: ([\w-]+) -->\n.*?<!-- end -->", block, page, flags=re.S)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         adopt(Path(sys.argv[1]).absolute())
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
+    PICTURE.write_text(demo_picture(DEMO))
