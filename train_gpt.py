@@ -3059,273 +3059,335 @@ class Trainer:
         return score(self.cfg, self.run, self.forward, self.val)
 
 
-# ── 11 EXPORT ─────────────────────────────────────────────────────────────────────────────────────────────────────
-MAGIC, FORMAT_VERSION = b"GOLFGPT\n", 3
-HEADER = struct.Struct(
-    "<8sHHQ32s"
-)  # magic, version, compressor, bytes before compression, sha256 of what follows
-MAX_RAW_BYTES, MAX_CODES = 1 << 28, 1 << 27  # a compressed file may hold no more
-RANS_BITS, LANE, FRAME = (
-    14,
-    1 << 14,
-    1 << 17,
-)  # a context's frequencies sum to 2 ** 14; codes per lane; bytes of a zstd frame
+# ── 10 Artifact ───────────────────────────────────────────────────────────────────────────────────
+# In: fp32 weights by name, and a plan that says how each is shipped. Out: one file, and back.
+# Promise: what is read back is `as_shipped` of what was given, bit for bit; a damaged or hostile
+# file ends in a Refusal, in bounded time and memory, and nothing in it is ever run (no pickle).
+MAGIC = b"GOLFGPT\n"
+FORMAT_VERSION = 3
+HEADER = struct.Struct("<8sHHQ32s")  # its fields: see encode_container
+MAX_FILE_BYTES = 1 << 33
+MAX_RAW_BYTES = 1 << 28  # of a compressed file, once decompressed
+LZMA_MEMORY = 1 << 27
+ZSTD_FRAME = 1 << 17  # bytes
 
 
-def zstd_frames(
-    raw: bytes, level: int
-) -> bytes:  # Independent, on all cores: each kind of tensor gets its own statistics
-    frames = [raw[i : i + FRAME] for i in range(0, len(raw), FRAME)]
-    return b"".join(
-        map(
-            bytes,
-            zstandard.ZstdCompressor(level=level).multi_compress_to_buffer(frames, threads=-1),
-        )
-    )
+class Compressor(NamedTuple):
+    """compress(raw, level) -> blob; decompress(blob, n) -> its first n bytes; the usual level."""
+
+    compress: Callable[[bytes, int], bytes]
+    decompress: Callable[[bytes, int], bytes]
+    level: int
 
 
-COMPRESSORS = {  # name: compress(raw, level), decompress(blob, n) -> at most n bytes, default level; order = number
-    "none": (lambda raw, level: raw, lambda blob, n: blob[:n], 0),
-    "zlib": (zlib.compress, lambda blob, n: zlib.decompressobj().decompress(blob, n), 9),
-    "zstd": (
-        zstd_frames,
-        lambda blob, n: (
-            zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True).read(n)
-        ),
-        22,
-    ),
-    "lzma": (
-        lambda raw, level: lzma.compress(raw, preset=level),
-        lambda blob, n: lzma.LZMADecompressor(memlimit=1 << 27).decompress(blob, n),
-        6,
-    ),
+def store(raw: bytes, level: int) -> bytes:
+    return raw
+
+
+def first_bytes(blob: bytes, n: int) -> bytes:
+    return blob[:n]
+
+
+def zlib_decompress(blob: bytes, n: int) -> bytes:
+    return zlib.decompressobj().decompress(blob, n)
+
+
+def zstd_compress(raw: bytes, level: int) -> bytes:
+    """Independent frames, made on all cores: each kind of tensor gets its own statistics."""
+    pieces = [raw[i : i + ZSTD_FRAME] for i in range(0, len(raw), ZSTD_FRAME)]
+    compressor = zstandard.ZstdCompressor(level=level)
+    frames = compressor.multi_compress_to_buffer(pieces, threads=-1)
+    return b"".join(bytes(frame) for frame in frames)
+
+
+def zstd_decompress(blob: bytes, n: int) -> bytes:
+    reader = zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True)
+    return reader.read(n)
+
+
+def lzma_compress(raw: bytes, level: int) -> bytes:
+    return lzma.compress(raw, preset=level)
+
+
+def lzma_decompress(blob: bytes, n: int) -> bytes:
+    return lzma.LZMADecompressor(memlimit=LZMA_MEMORY).decompress(blob, n)
+
+
+# A file names its compressor by the place in this table; the last one makes the smallest files.
+COMPRESSORS = {
+    "none": Compressor(store, first_bytes, 0),
+    "zlib": Compressor(zlib.compress, zlib_decompress, 9),
+    "zstd": Compressor(zstd_compress, zstd_decompress, 22),
+    "lzma": Compressor(lzma_compress, lzma_decompress, 6),
 }
-COMPRESSORS["ans"] = COMPRESSORS[
-    "zstd"
-]  # for all but the codes, which entropy_code has coded before
 
-
-def code_contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarray]:
-    """Name -> shape of each matrix of codes; context of every code, then of what fills the last lane: spread of row + column."""
-    spreads = {
-        name.removesuffix(":rows"): (rows, parts[name.removesuffix("rows") + "columns"])
-        for name, rows in sorted(parts.items())
-        if name.endswith(":codes:rows")
-    }
-    fits = [
-        r.dtype == c.dtype == torch.int8 and (r.shape[1:], c.shape[:-1]) == ((1,), (1,))
-        for r, c in spreads.values()
-    ]
-    n = sum(r.numel() * c.numel() for r, c in spreads.values())
-    if not all(fits) or not 0 < n <= MAX_CODES:
-        raise ValueError(f"{n:,} codes with spreads that do not fit")  # allocate nothing
-    sums = {name: r + c for name, (r, c) in spreads.items()}
-    context = np.concatenate([t.view(torch.uint8).numpy().ravel() for t in sums.values()])
-    return {name: t.shape for name, t in sums.items()}, np.append(
-        context, np.repeat(context[-1:], -n % -(-n // LANE))
-    )
+# ANS. The codes become one stream of its own (below); zstd takes the rest of the file.
+COMPRESSORS["ans"] = COMPRESSORS["zstd"]
+MAX_CODES = 1 << 27  # that a stream may hold
+LANE = 1 << 14  # codes per lane
+FINE_CODES = 1 << 22  # more codes than this pay for finer contexts
+RANS_BITS = 14
+RANS_TOTAL = 1 << RANS_BITS  # to which the frequencies of one context sum
+WORD_BITS = 16
+WORD_MASK = (1 << WORD_BITS) - 1
+STATE_MIN = 1 << WORD_BITS  # a lane's state stays in [2^16, 2^32)
+STATE_BITS = 32
 
 
 def ans_encode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All `:codes`, int8 (rows, columns), as one stream of a range asymmetric numeral system (Duda 2013, arXiv:1311.2540) in
-    interleaved lanes. Context: mean |code| of the row, plus of the column against the matrix, in half or quarter octaves."""
+    """ANS: all codes of the file in one stream of a range asymmetric numeral system.
+
+    What:   in place of each `NAME:codes`, int8 (rows, columns), the spreads of its rows and
+            columns; and once `:frequency`, (contexts, symbols), and `:stream`, 16-bit words.
+    Why:    rows and columns differ in spread. With its own frequencies for each spread a code
+            takes close to its entropy, which no general compressor reaches.
+    Source: Duda 2013, arXiv:1311.2540; toggle COMPRESSOR=ans.
+    Care:   everything from the spreads on is integers, so the decoder of another machine sees
+            the same contexts. A symbol of frequency 0 cannot be coded: see ans_frequencies.
+    """
     codes = {name: t.cpu() for name, t in sorted(tensors.items()) if name.endswith(":codes")}
     parts = {name: t for name, t in tensors.items() if name not in codes}
-    finer, total = (
-        4 if sum(t.numel() for t in codes.values()) > 1 << 22 else 2,
-        1 << RANS_BITS,
-    )  # many codes pay for it
-    for name, t in codes.items():
-        row, column, whole = (
-            finer * (t.double().abs().mean(d, keepdim=True) + 1 / 16).log2()
-            for d in (-1, 0, (0, 1))
-        )
-        parts |= {
-            name + ":rows": row.round().char(),
-            name + ":columns": (column - whole).round().char(),
-        }
     if not codes:
         return parts
-    context, symbols = (
-        code_contexts(parts)[1],
-        np.concatenate([t.numpy().ravel() for t in codes.values()]) + np.uint8(128),
-    )
-    keys = context.astype(np.uint16) << 8 | np.append(
-        symbols, np.repeat(symbols[-1:], len(context) - len(symbols))
-    )
-    counts = np.bincount(keys, minlength=1 << 16).reshape(256, 256)
-    frequency = counts * (total - (counts > 0).sum(1, keepdims=True)) // counts.sum(
-        1, keepdims=True
-    ).clip(1) + (counts > 0)
-    frequency[range(256), frequency.argmax(1)] += total - frequency.sum(1)
-    each, before, lanes = (
-        frequency.ravel(),
-        (frequency.cumsum(1) - frequency).ravel(),
-        -(-len(symbols) // LANE),
-    )
-    state, words = np.full(lanes, 1 << 16), []  # of each lane, in [2 ** 16, 2 ** 32)
-    for key in keys.reshape(-1, lanes)[::-1]:  # last in, first out
-        full = state >= each[key] << 32 - RANS_BITS
-        words.append(state[full] & 0xFFFF)
-        state[full] >>= 16
-        state = (state // each[key] << RANS_BITS) + state % each[key] + before[key]
-    stream = (
-        np.concatenate((state >> 16, state & 0xFFFF, *reversed(words)))
-        .astype(np.uint16)
-        .view(np.int16)
-    )
+
+    parts |= code_spreads(codes)
+    _, contexts = code_contexts(parts)
+    flat = np.concatenate([t.numpy().ravel() for t in codes.values()])
+    symbols = in_lanes(flat.view(np.uint8) ^ 0x80)  # -128..127 -> 0..255
+    frequency = ans_frequencies(contexts, symbols)
+    stream = ans_stream(contexts, symbols, frequency)
     return parts | {
         ":frequency": torch.from_numpy(frequency.astype(np.int16)),
-        ":stream": torch.from_numpy(stream),
+        ":stream": torch.from_numpy(stream.view(np.int16)),
     }
 
 
 def ans_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What entropy_code was given. ValueError, LookupError or RuntimeError on anything that it would not have returned."""
-    (shapes, context), frequency, stream, total = (
-        code_contexts(parts),
-        parts[":frequency"],
-        parts[":stream"],
-        1 << RANS_BITS,
-    )
-    n, codes, place = (
-        sum(shape.numel() for shape in shapes.values()),
-        [],
-        2 * (lanes := -(-len(context) // LANE)),
-    )
+    """What ans_encode was given.
+
+    Raises ValueError, LookupError or RuntimeError on parts that ans_encode would not have made.
+    """
+    shapes, contexts = code_contexts(parts)
+    frequency, words = ans_model(parts, lanes=contexts.shape[1])
+    sizes = [shape.numel() for shape in shapes.values()]
+    symbols = ans_symbols(contexts, frequency, words).ravel()[: sum(sizes)]
+    flat = torch.from_numpy((symbols ^ 0x80).view(np.int8))
+
+    tensors = {}
+    for name, t in parts.items():
+        if ":codes:" not in name and name not in (":frequency", ":stream"):
+            tensors[name] = t
+    for (name, shape), codes in zip(shapes.items(), flat.split(sizes), strict=True):
+        tensors[name] = codes.view(shape)
+    return tensors
+
+
+def code_spreads(codes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`NAME:rows` (rows, 1) and `NAME:columns` (1, columns), int8, of each matrix of codes.
+
+    The mean |code| of a row, and of a column against that of the matrix, in parts of an octave.
+    """
+    count = sum(t.numel() for t in codes.values())
+    parts_per_octave = 4 if count > FINE_CODES else 2
+
+    def spread(magnitude: Tensor, dim) -> Tensor:
+        mean = magnitude.mean(dim, keepdim=True) + 1 / 16  # zeros alone: 4 octaves below 1
+        return parts_per_octave * mean.log2()
+
+    spreads = {}
+    for name, t in codes.items():
+        magnitude = t.double().abs()
+        rows = spread(magnitude, -1)
+        columns = spread(magnitude, 0) - spread(magnitude, (0, 1))
+        spreads[name + ":rows"] = rows.round().char()
+        spreads[name + ":columns"] = columns.round().char()
+    return spreads
+
+
+def code_contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarray]:
+    """Name -> shape of each matrix of codes; and the context of every code, (steps, lanes) uint8.
+
+    The context of a code is the spread of its row plus that of its column. Nothing is allocated
+    before the spreads have been checked: they may come from a hostile file.
+    """
+    spreads = {}
+    for name, rows in sorted(parts.items()):
+        if name.endswith(":codes:rows"):
+            columns = parts[name.removesuffix("rows") + "columns"]
+            spreads[name.removesuffix(":rows")] = (rows, columns)
+
+    count = 0
+    fits = True
+    for rows, columns in spreads.values():
+        count += rows.numel() * columns.numel()
+        fits = fits and rows.dtype == columns.dtype == torch.int8
+        fits = fits and rows.shape[1:] == (1,) and columns.shape[:-1] == (1,)
+    if not fits or not 0 < count <= MAX_CODES:
+        raise ValueError(f"{count:,} codes with spreads that do not fit")
+
+    sums = {name: rows + columns for name, (rows, columns) in spreads.items()}
+    flat = np.concatenate([t.view(torch.uint8).numpy().ravel() for t in sums.values()])
+    return {name: t.shape for name, t in sums.items()}, in_lanes(flat)
+
+
+def in_lanes(values: np.ndarray) -> np.ndarray:
+    """(n,) -> (steps, lanes), at most LANE steps; repeats the last value to fill the last step."""
+    lanes = -(-len(values) // LANE)
+    return np.pad(values, (0, -len(values) % lanes), mode="edge").reshape(-1, lanes)
+
+
+def ans_keys(contexts: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+    """Where the frequency of a symbol in its context stands in the flat table, uint16."""
+    return contexts.astype(np.uint16) << 8 | symbols
+
+
+def ans_frequencies(contexts: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+    """(256 contexts, 256 symbols): their counts scaled so that each context sums to RANS_TOTAL.
+
+    A symbol that occurs gets 1 at least; what rounding leaves goes to the most frequent one.
+    """
+    counts = np.bincount(ans_keys(contexts, symbols).ravel(), minlength=1 << 16)
+    counts = counts.reshape(256, 256)
+    occurs = counts > 0
+    to_share = RANS_TOTAL - occurs.sum(1, keepdims=True)
+    frequency = counts * to_share // counts.sum(1, keepdims=True).clip(1) + occurs
+    frequency[range(256), frequency.argmax(1)] += RANS_TOTAL - frequency.sum(1)
+    return frequency
+
+
+def slots_before(frequency: np.ndarray) -> np.ndarray:
+    """The first of the slots that belong to each symbol: the sum of the frequencies before it."""
+    return frequency.cumsum(1) - frequency
+
+
+# How it works. A state x is one number that holds all symbols so far. In 2^14 slots a symbol owns
+# `f`, from slot `before` on. To code it: x -> (x // f) * 2^14 + before + x % f; x grows by the
+# symbol's log2(2^14 / f) bits. To decode: slot = x % 2^14 tells the symbol, and its inverse is
+# x -> f * (x // 2^14) + slot - before. Last in, first out: the encoder goes backwards.
+# A state too large for 32 bits first sends 16 of them to the stream; the decoder fetches them when
+# a state is too small. Many states, the lanes, go side by side, so that numpy has work to do.
+def ans_stream(contexts: np.ndarray, symbols: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+    """The encoder: contexts and symbols (steps, lanes) -> (words,) uint16.
+
+    First the upper halves of the final states, then the lower, then the words of step 0, 1, ...
+    """
+    owned = frequency.ravel()
+    before = slots_before(frequency).ravel()
+    state = np.full(contexts.shape[1], STATE_MIN)
+    sent = []
+    for key in ans_keys(contexts, symbols)[::-1]:
+        full = state >= owned[key] << (STATE_BITS - RANS_BITS)
+        sent.append(state[full] & WORD_MASK)
+        state[full] >>= WORD_BITS
+        state = (state // owned[key] << RANS_BITS) + state % owned[key] + before[key]
+    words = np.concatenate((state >> WORD_BITS, state & WORD_MASK, *reversed(sent)))
+    return words.astype(np.uint16)
+
+
+def ans_symbols(contexts: np.ndarray, frequency: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """The decoder: contexts (steps, lanes) and the stream -> symbols (steps, lanes) uint8."""
+    lanes = contexts.shape[1]
+    owned = frequency.ravel()
+    before = slots_before(frequency).ravel()
+    every_symbol = np.tile(np.arange(256, dtype=np.uint8), 256)
+    owner = np.repeat(every_symbol, owned).reshape(256, RANS_TOTAL)  # (context, slot) -> symbol
+
+    state = words[:lanes] << WORD_BITS | words[lanes : 2 * lanes]
+    place = 2 * lanes
+    symbols = []
+    for context in contexts:
+        slot = state & (RANS_TOTAL - 1)
+        symbol = owner[context, slot]
+        symbols.append(symbol)
+        key = ans_keys(context, symbol)
+        state = owned[key] * (state >> RANS_BITS) + slot - before[key]
+        small = np.flatnonzero(state < STATE_MIN)
+        state[small] = state[small] << WORD_BITS | words[place : place + len(small)]
+        place += len(small)
+    if place != len(words) or (state != STATE_MIN).any():
+        raise ValueError("the stream does not end with its codes")
+    return np.stack(symbols)
+
+
+def ans_model(parts: dict[str, Tensor], lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(frequencies (256, 256), words of the stream), int64, once they are known to fit."""
+    frequency = parts[":frequency"]
+    stream = parts[":stream"]
     fits = [
         frequency.dtype == stream.dtype == torch.int16,
         frequency.shape == (256, 256),
         stream.ndim == 1,
-        stream.numel() >= place,
+        stream.numel() >= 2 * lanes,
         frequency.min() >= 0,
-        (frequency.sum(-1) == total).all(),
+        (frequency.sum(-1) == RANS_TOTAL).all(),
     ]
     if not all(fits):
         raise ValueError("frequencies or a stream that do not fit")
-    words, frequency = stream.numpy().view(np.uint16).astype(int), frequency.numpy().astype(int)
-    each, before = frequency.ravel(), (frequency.cumsum(1) - frequency).ravel()
-    code_at = np.repeat(np.tile(np.arange(256, dtype=np.uint8), 256), each).reshape(256, total)
-    state = words[:lanes] << 16 | words[lanes:place]
-    for c in context.reshape(-1, lanes):
-        codes.append(code := code_at[c, slot := state & total - 1])
-        key = c.astype(int) << 8 | code
-        state = each[key] * (state >> RANS_BITS) + slot - before[key]
-        short = np.flatnonzero(state < 1 << 16)
-        state[short] = state[short] << 16 | words[place : place + len(short)]
-        place += len(short)
-    if place != len(words) or (state != 1 << 16).any():
-        raise ValueError("the stream does not end with its codes")
-    flat = torch.from_numpy((np.concatenate(codes)[:n] ^ 128).view(np.int8)).split(
-        [shape.numel() for shape in shapes.values()]
-    )
-    rest = {
-        name: t
-        for name, t in parts.items()
-        if ":codes:" not in name and name not in (":frequency", ":stream")
-    }
-    return rest | {name: c.view(shape) for (name, shape), c in zip(shapes.items(), flat)}
+    words = stream.numpy().view(np.uint16)
+    return frequency.numpy().astype(int), words.astype(int)
 
 
-def role_grid(cfg: Config, role: Role) -> Grid:
-    return Grid(getattr(cfg, role.bits), cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
+class NotOurs(Exception):
+    """What a file holds that encode_container would not have written."""
 
 
-def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
-    """How each tensor is shipped: the one decision that QAT, QNA, SQWA, pruning and the exporter share."""
-    plan, keep = {}, [s.strip() for s in cfg.fp16_keep_name_patterns.split(",") if s.strip()]
-    for name, p in model.named_parameters():
-        small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel or any(s in name for s in keep)
-        plan[name] = (
-            torch.float32
-            if p.role.bits is None
-            else torch.float16
-            if small or getattr(cfg, p.role.bits) == 16
-            else role_grid(cfg, p.role)
-        )
-    return plan
+def demand(fine, problem: str) -> None:
+    if not fine:
+        raise NotOurs(problem)
 
 
-def as_shipped(
-    w: Tensor, how: Grid | torch.dtype
-) -> Tensor:  # The fp32 weights that a reader of the artifact gets for w
-    return how.fake_quantise(w) if isinstance(how, Grid) else w.to(how).float()
+def serialise(tensors: dict[str, Tensor], facts: dict, compressor: str) -> bytes:
+    """safetensors, with the facts as JSON in its metadata."""
+    if compressor == "ans":
+        tensors = ans_encode(tensors)
+    plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    return safetensors.torch.save(plain, {"facts": json.dumps(facts)})
 
 
-def prune(cfg: Config, state: State, fraction: float) -> State:
-    """The smallest `fraction` of each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights set to 0 (#989)."""
-    least = {
-        name: w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
-        for name, w in state.items()
-        if fraction and w.ndim == 2 and w.numel() > cfg.keep_float_max_numel
-    }  # the smallest that stays
-    return state | {
-        name: torch.where(state[name].abs() < stays, 0.0, state[name])
-        for name, stays in least.items()
-    }
+def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
+    """(facts, tensors) that serialise was given."""
+    tensors = safetensors.torch.load(raw)
+    (length,) = struct.unpack_from("<Q", raw)
+    header = json.loads(raw[8 : 8 + length])
+    if ":stream" in tensors:
+        tensors = ans_decode(tensors)
+    for name, t in tensors.items():
+        demand(t.isfinite().all(), f"tensor {name} is not finite")
+    return dict(json.loads(header["__metadata__"]["facts"])), tensors
 
 
 def encode_container(
     tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1
 ) -> bytes:
-    """The container of artifacts and checkpoints: HEADER | compress(safetensors, with the facts as JSON). No pickle."""
-    tensors = ans_encode(tensors) if compressor == "ans" else tensors
-    raw = safetensors.torch.save(
-        {n: t.detach().contiguous().cpu() for n, t in tensors.items()}, {"facts": json.dumps(facts)}
-    )
-    compress, _, default = COMPRESSORS[compressor]
-    blob = compress(raw, default if level < 0 else level)
-    return (
-        HEADER.pack(
-            MAGIC,
-            FORMAT_VERSION,
-            list(COMPRESSORS).index(compressor),
-            len(raw),
-            hashlib.sha256(blob).digest(),
-        )
-        + blob
-    )
+    """The file format of artifacts and checkpoints. level -1: the compressor's usual one.
+
+    HEADER, little-endian, then the payload:
+        byte  0   8 bytes   MAGIC
+        byte  8   2 bytes   FORMAT_VERSION
+        byte 10   2 bytes   compressor: its place in COMPRESSORS
+        byte 12   8 bytes   size of the payload before compression
+        byte 20  32 bytes   sha256 of the rest of the file
+        byte 52             the compressed payload: safetensors, with the facts as JSON
+    """
+    raw = serialise(tensors, facts, compressor)
+    how = COMPRESSORS[compressor]
+    blob = how.compress(raw, how.level if level < 0 else level)
+    number = list(COMPRESSORS).index(compressor)
+    digest = hashlib.sha256(blob).digest()
+    return HEADER.pack(MAGIC, FORMAT_VERSION, number, len(raw), digest) + blob
 
 
 def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(facts, tensors). Refusal on anything that seal would not have written."""
-
-    def check(fine: bool, problem: str) -> None:
-        refuse(not fine, f"{path}: {problem}; not one of our files, or damaged: make it again")
-
+    """(facts, tensors). Refusal on anything that encode_container would not have written."""
     try:
-        check(path.stat().st_size < 1 << 33 and path.is_file(), "no plain file below 8 GiB")
-        with path.open("rb") as file:
-            head = file.read(HEADER.size)
-            check(
-                head[: len(MAGIC)] == MAGIC and len(head) == HEADER.size, "no GOLFGPT header"
-            )  # before all of it is read
-            blob = file.read()
-        _, version, number, size, digest = HEADER.unpack(head)
-        check(
-            version == FORMAT_VERSION,
-            f"format version {version}, but this script reads {FORMAT_VERSION}",
-        )
-        fits = number < len(COMPRESSORS) and 8 < size <= (MAX_RAW_BYTES if number else len(blob))
-        check(
-            fits and hashlib.sha256(blob).digest() == digest,
-            f"compressor {number}, size {size:,}, or checksum differs",
-        )
-        raw = list(COMPRESSORS.values())[number][1](blob, size + 1)
-        check(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
-        tensors, header = (
-            safetensors.torch.load(raw),
-            json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]]),
-        )
-        tensors = ans_decode(tensors) if ":stream" in tensors else tensors
-        for n, t in tensors.items():
-            check(t.isfinite().all(), f"tensor {n} is not finite")
-        return dict(json.loads(header["__metadata__"]["facts"])), tensors
+        header, blob = read_plain_file(path)
+        return deserialise(decompress_checked(header, blob))
+    except NotOurs as damage:
+        problem = str(damage)
     except OSError as error:
         code = 2 if isinstance(error, FileNotFoundError) else 7
-        raise Refusal(
-            f"{path}: {error.strerror}; give the path of a file that a run has written", code
-        ) from None
+        remedy = "give the path of a file that a run has written"
+        raise Refusal(f"{path}: {error.strerror}; {remedy}", code) from None
     except (
         ValueError,
         LookupError,
@@ -3336,105 +3398,42 @@ def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
         zstandard.ZstdError,
         safetensors.SafetensorError,
     ) as error:
-        check(False, f"unreadable ({type(error).__name__})")
+        problem = f"unreadable ({type(error).__name__})"
+    raise Refusal(f"{path}: {problem}; not one of our files, or damaged: make it again")
 
 
-def encode_artifact(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
-    """The artifact: codes, scales and floats as planned, with the knobs that a reader needs."""
-    parts = {}
-    for name, w in state.items():
-        how, w = plan[name], w.detach()
-        parts |= (
-            zip((name + ":codes", name + ":scale"), how.quantise(w))
-            if isinstance(how, Grid)
-            else {name: w.to(how)}
-        )
-    return encode_container(
-        parts,
-        cfg.knobs("model", "eval"),
-        cfg.compressor,
-        cfg.compress_level if level is None else level,
+def read_plain_file(path: Path) -> tuple[bytes, bytes]:
+    """(header, the rest). The header is checked before the rest is read."""
+    small = path.stat().st_size < MAX_FILE_BYTES
+    demand(small and path.is_file(), "no plain file below 8 GiB")
+    with path.open("rb") as file:
+        header = file.read(HEADER.size)
+        ours = header.startswith(MAGIC) and len(header) == HEADER.size
+        demand(ours, "no GOLFGPT header")
+        return header, file.read()
+
+
+def decompress_checked(header: bytes, blob: bytes) -> bytes:
+    """The payload, once version, compressor, size and checksum are as they should be."""
+    _, version, number, size, digest = HEADER.unpack(header)
+    demand(
+        version == FORMAT_VERSION,
+        f"format version {version}, but this script reads {FORMAT_VERSION}",
     )
-
-
-def read_artifact(
-    path: Path,
-) -> tuple[dict, State]:  # (knobs, fp32 weights) of an artifact; Refusal as in unseal
-    (knobs, tensors), state = read_container(path), {}
-    for name, t in tensors.items():
-        base, _, part = name.partition(":")
-        codes, scale = (
-            tensors.get(base + ":codes", t),
-            tensors.get(base + ":scale", t),
-        )  # t has one dtype, hence is not both
-        pair = (codes.ndim, codes.dtype, scale.dtype, scale.shape) == (
-            2,
-            torch.int8,
-            torch.float16,
-            (*codes.shape[:-1], 1),
-        )
-        plain = ":" not in name and t.dtype in (torch.float16, torch.float32)
-        refuse(
-            not (plain or (part in ("codes", "scale") and pair and base not in tensors)),
-            f"{path}: tensor {name}: not one of our artifacts; export it again",
-        )
-        state[base] = Grid.dequantise(codes, scale) if part else t.float()
-    return knobs, state
-
-
-def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict[str, int]:
-    """In an artifact of `total` bytes: the number of codes, their order-0 entropy in bytes, the bytes of codes and scales."""
-    rest = {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}
-    codes = torch.cat(
-        [plan[n].quantise(w)[0].flatten() for n, w in state.items() if n not in rest]
-        or [torch.empty(0)]
-    ).int()
-    bits = (
-        len(codes)
-        * torch.special.entr((codes + 128).bincount().double() / len(codes)).sum().item()
-        / math.log(2)
+    compressors = list(COMPRESSORS.values())
+    largest = MAX_RAW_BYTES if number else len(blob)
+    fits = number < len(compressors) and 8 < size <= largest
+    demand(
+        fits and hashlib.sha256(blob).digest() == digest,
+        f"compressor {number}, size {size:,}, or checksum differs",
     )
-    stored = total - len(encode_artifact(cfg, rest, plan))
-    return (
-        dict(
-            compressor=cfg.compressor,
-            weights=len(codes),
-            order0_bytes=int(bits / 8),
-            stored_bytes=stored,
-        )
-        if bits
-        else {}
-    )
+    raw = compressors[number].decompress(blob, size + 1)  # one byte too many would show
+    demand(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
+    return raw
 
 
-def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
-    """Per kind of tensor: how many, parameters, bytes compressed alone (fast), root mean square of the rounding error."""
-    kind_of = {
-        name: (p.role.bits or "control").removeprefix("quant_bits_")
-        for name, p in model.named_parameters()
-    }
-    kinds = {
-        kind: {n: w for n, w in state.items() if kind_of[n] == kind}
-        for kind in dict.fromkeys(kind_of.values())
-    }
-    error = {
-        kind: torch.cat([(as_shipped(w, plan[n]) - w).flatten() for n, w in part.items()])
-        for kind, part in kinds.items()
-    }
-    return {
-        kind: dict(
-            tensors=len(part),
-            params=len(error[kind]),
-            bytes=len(encode_artifact(cfg, part, plan, 1)),
-            rms_error=error[kind].square().mean(dtype=torch.float64).sqrt().item(),
-        )
-        for kind, part in kinds.items()
-    }
-
-
-def write_atomic(
-    path: Path, data: bytes
-) -> None:  # All of the file or none of it, also when the machine stops in between
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of the file or none of it, also when the machine stops in between."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(data)
@@ -3445,29 +3444,214 @@ def write_atomic(
         temporary.unlink(missing_ok=True)  # there only if something failed
 
 
-def export(cfg: Config, run: Run, state: State, plan: dict) -> tuple[bytes, float, Config]:
-    """(artifact on rank 0, fraction pruned, cfg with the COMPRESSOR that was used). FIT_TO_CAP: COMPRESSOR, then ans, then the
-    smaller one with the least extra pruning, in steps of 0.5 %, that fits (sizes do not fall steadily: no bisection)."""
-    ans, smaller, least = (
-        dataclasses.replace(cfg, compressor="ans", compress_level=-1),
-        None,
-        math.inf,
+def role_grid(cfg: Config, role: Role) -> Grid:
+    bits = getattr(cfg, role.bits)
+    return Grid(bits, cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
+
+
+def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
+    """How each tensor is shipped: the one decision that QAT, QNA, SQWA and the exporter share."""
+    return {name: planned(cfg, name, p) for name, p in model.named_parameters()}
+
+
+def planned(cfg: Config, name: str, p: nn.Parameter) -> Grid | torch.dtype:
+    if p.role.bits is None:
+        return torch.float32
+    patterns = [pattern.strip() for pattern in cfg.fp16_keep_name_patterns.split(",")]
+    kept = any(pattern and pattern in name for pattern in patterns)
+    small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel
+    if kept or small or getattr(cfg, p.role.bits) == 16:
+        return torch.float16
+    return role_grid(cfg, p.role)
+
+
+def as_shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
+    """The fp32 weights that a reader of the artifact gets for w."""
+    if isinstance(how, Grid):
+        return how.fake_quantise(w)
+    return w.to(how).float()
+
+
+def encode_artifact(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
+    """A container of codes, scales and floats as planned; its facts: the knobs a reader needs."""
+    parts = {}
+    for name, weights in state.items():
+        how = plan[name]
+        w = weights.detach()
+        if isinstance(how, Grid):
+            parts[name + ":codes"], parts[name + ":scale"] = how.quantise(w)
+        else:
+            parts[name] = w.to(how)
+    facts = cfg.knobs("model", "eval")
+    level = cfg.compress_level if level is None else level
+    return encode_container(parts, facts, cfg.compressor, level)
+
+
+def read_artifact(path: Path) -> tuple[dict, State]:
+    """(knobs, fp32 weights) of an artifact. Refusal as in read_container."""
+    knobs, tensors = read_container(path)
+    state = {}
+    for name, t in tensors.items():
+        base, colon, part = name.partition(":")
+        if colon:
+            fine = part in ("codes", "scale") and is_quantised(tensors, base)
+        else:
+            fine = t.dtype in (torch.float16, torch.float32)
+        refuse(not fine, f"{path}: tensor {name}: not one of our artifacts; export it again")
+
+        if not colon:
+            state[base] = t.float()
+        elif base not in state:
+            state[base] = Grid.dequantise(tensors[base + ":codes"], tensors[base + ":scale"])
+    return knobs, state
+
+
+def is_quantised(tensors: dict[str, Tensor], base: str) -> bool:
+    """Whether these are int8 codes (rows, columns) and fp16 scales (rows, 1), and no floats."""
+    codes = tensors.get(base + ":codes")
+    scale = tensors.get(base + ":scale")
+    if codes is None or scale is None or base in tensors:
+        return False
+    types = (codes.dtype, scale.dtype) == (torch.int8, torch.float16)
+    return types and codes.ndim == 2 and scale.shape == (codes.shape[0], 1)
+
+
+def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict:
+    """How well the codes are compressed in an artifact of `total` bytes; {} where it has none.
+
+    Their number, their order-0 entropy in bytes, and the bytes that codes and scales take.
+    """
+    codes = []
+    floats = {}
+    for name, w in state.items():
+        how = plan[name]
+        if isinstance(how, Grid):
+            codes.append(how.quantise(w)[0].flatten())
+        else:
+            floats[name] = w
+
+    symbols = torch.cat(codes or [torch.empty(0)]).int() + 128
+    count = len(symbols)
+    nats = torch.special.entr(symbols.bincount().double() / count).sum().item()
+    bits = count * nats / math.log(2)
+    if not bits:
+        return {}
+    return dict(
+        compressor=cfg.compressor,
+        weights=count,
+        order0_bytes=int(bits / 8),
+        stored_bytes=total - len(encode_artifact(cfg, floats, plan)),
     )
-    more = [(None, n) for n in range(1, int((0.9 - cfg.prune_pct) / 0.005 + 1.5))]
-    for coder, steps in [(cfg, 0), *[(ans, 0)] * (cfg.compressor != "ans"), *more]:
-        coder, fraction = coder or smaller, cfg.prune_pct + steps * 0.005
-        blob = encode_artifact(coder, prune(cfg, state, fraction), plan) if run.rank == 0 else b""
-        total = run.broadcast(len(blob)) + len(SOURCE)
-        run.log(f"export: {coder.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
-        if total <= cfg.cap_bytes or not cfg.fit_to_cap:
-            return blob, fraction, coder
-        if not steps and total < least:
-            first, smaller, least = (blob, fraction, coder), coder, total
-    return first
 
 
-# ── 12 SCORE ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
+    """Per kind of tensor: how many, parameters, bytes when compressed alone (fast), and the root
+    mean square of the rounding error."""
+    kinds = {}
+    for name, p in model.named_parameters():
+        kind = (p.role.bits or "control").removeprefix("quant_bits_")
+        kinds.setdefault(kind, []).append(name)
+
+    sizes = {}
+    for kind, names in kinds.items():
+        part = {name: w for name, w in state.items() if name in names}
+        errors = torch.cat([(as_shipped(w, plan[n]) - w).flatten() for n, w in part.items()])
+        sizes[kind] = dict(
+            tensors=len(part),
+            params=len(errors),
+            bytes=len(encode_artifact(cfg, part, plan, 1)),
+            rms_error=errors.square().mean(dtype=torch.float64).sqrt().item(),
+        )
+    return sizes
+
+
+def prune(cfg: Config, state: State, fraction: float) -> State:
+    """Pruning: the smallest weights of each large matrix become 0.
+
+    What:   in each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights, w = 0 where |w| is less than
+            the smallest |w| that stays, which is number `fraction * numel` from below.
+    Why:    zeros compress well, and the smallest weights are missed least.
+    Source: #989; toggle PRUNE_PCT.
+    Care:   weights of equal magnitude stay or go together, so fewer than the fraction may go.
+    """
+    pruned = dict(state)
+    if not fraction:
+        return pruned
+    for name, w in state.items():
+        if w.ndim == 2 and w.numel() > cfg.keep_float_max_numel:
+            stays = w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
+            pruned[name] = torch.where(w.abs() < stays, 0.0, w)
+    return pruned
+
+
+class Exported(NamedTuple):
+    """The artifact, and what it took."""
+
+    blob: bytes  # on rank 0; empty on the others
+    total: int  # bytes with the code
+    pruned: float  # fraction
+    cfg: Config  # with the COMPRESSOR that was used
+
+
+def export(cfg: Config, run: Run, state: State, plan: dict) -> Exported:
+    """The artifact of these weights. Over the cap it is shipped too: the exit code tells."""
+    made = export_pruned(cfg, run, state, plan, cfg.prune_pct)
+    if cfg.fit_to_cap and made.total > cfg.cap_bytes:
+        made = fit_to_cap(run, state, plan, made)
+    return made
+
+
+def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: float) -> Exported:
+    blob = b""
+    if run.rank == 0:
+        blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
+    total = run.broadcast(len(blob)) + len(SOURCE)
+    run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
+    return Exported(blob, total, fraction, cfg)
+
+
+PRUNE_STEP = 0.005
+PRUNE_MOST = 0.9
+
+
+def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
+    """Fit to cap: what has become too large is exported again until it fits.
+
+    What:   first with the compressor that makes the smallest files; then, with the smaller of
+            the two, with the least extra pruning that fits, in steps of 0.5 %.
+    Why:    a run that ends over the cap is lost, one that has lost a little accuracy is not.
+    Source: our own; toggle FIT_TO_CAP.
+    Care:   sizes do not fall steadily as more is pruned, so no bisection. Where nothing fits,
+            the smaller one without extra pruning is returned.
+    """
+    cfg = made.cfg
+    smaller = made
+    smallest = list(COMPRESSORS)[-1]
+    if cfg.compressor != smallest:
+        other = dataclasses.replace(cfg, compressor=smallest, compress_level=-1)
+        made = export_pruned(other, run, state, plan, cfg.prune_pct)
+        if made.total <= cfg.cap_bytes:
+            return made
+        if made.total < smaller.total:
+            smaller = made
+
+    steps = int((PRUNE_MOST - cfg.prune_pct) / PRUNE_STEP + 1.5)
+    for step in range(1, steps):
+        fraction = cfg.prune_pct + step * PRUNE_STEP
+        made = export_pruned(smaller.cfg, run, state, plan, fraction)
+        if made.total <= cfg.cap_bytes:
+            return made
+    return smaller
+
+
+# ── 11 Score ──────────────────────────────────────────────────────────────────────────────────────
+# In: a forward function, the validation tokens, rows of windows. Out: a Score, the same on any
+# number of ranks.
+# Promise: every target is scored exactly once, and only from the tokens before it; otherwise the
+# run ends with an error.
 class Score(NamedTuple):
+    """Sums over all targets: bits per byte of text, nats per target, and what was counted."""
+
     bpb: float
     loss: float
     targets: int
@@ -3476,122 +3660,176 @@ class Score(NamedTuple):
 
 
 def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
-    """(n, 3) rows [start, end, first]: read tokens [start, end), score targets [first, end); target t is token t + 1. Covers
-    [low, high) once. stride 0: fixed windows; else the first scores all it reads, each later one `stride` new targets."""
-    first = (
-        np.append(low, np.arange(low + length, high, stride or length))
-        if high > low
-        else np.arange(0)
-    )
+    """(n, 3) rows [start, end, first] that together score the targets [low, high) once.
+
+    A window reads the tokens [start, end), at most `length`, and scores the targets [first, end);
+    target t is token t + 1. stride 0: windows side by side, each scores all that it reads. Else
+    the first scores all that it reads, each later one `stride` new targets in full context.
+    """
+    if high <= low:
+        first = np.arange(0)
+    else:
+        first = np.append(low, np.arange(low + length, high, stride or length))
     end = np.append(first[1:], high)[: len(first)]
-    return np.stack((first if stride == 0 else np.maximum(end - length, low), end, first), axis=1)
+    start = first if stride == 0 else np.maximum(end - length, low)
+    return np.stack((start, end, first), axis=1)
 
 
 def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
-    """The same targets as windows(0, n, ...), none with context before its document (whose last target is the next BOS)."""
-    edges = np.unique([0, *val.doc_starts[val.doc_starts < val.n], val.n])
-    return np.concatenate([windows(a, b, length, stride) for a, b in zip(edges[:-1], edges[1:])])
+    """The targets of windows(0, val.n, ...), none with context from before its document.
+
+    The last target of a document is the BOS of the next one.
+    """
+    inside = val.doc_starts[val.doc_starts < val.n]
+    edges = np.unique([0, *inside, val.n])
+    parts = [windows(a, b, length, stride) for a, b in itertools.pairwise(edges)]
+    return np.concatenate(parts)
 
 
 class ScoreSheet:
-    """Nats of every validation target, written exactly once by some rank."""
+    """Nats of every validation target, each written by one rank and counted.
+
+    Every score adds 1 to the target's count, padding to that of one extra slot at the end. total()
+    sums the counts over all ranks and fails unless each is 1: nothing is missed or scored twice.
+    """
+
+    PAD_TOKENS = 64
 
     def __init__(self, cfg: Config, run: Run, val: Validation):
-        self.cfg, self.run, self.val, self.n, self.began = cfg, run, val, val.n, time.perf_counter()
-        self.nats, self.hits = self.both = torch.zeros(
-            2, self.n + 1, device=run.device
-        )  # last slot: for what padding computes
+        self.cfg = cfg
+        self.run = run
+        self.val = val
+        self.n = val.n
+        self.began = time.perf_counter()
+        self.both = torch.zeros(2, self.n + 1, device=run.device)
+        self.nats, self.hits = self.both
+
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """(n, 2): tokens that the forward pass reads for each window, and logits it computes.
+
+        Tokens are padded on the right: to the full window where each new shape would compile, else
+        to a multiple of 64, so that many windows share a batch. Logits cost more than all else in
+        a small model, so a window that scores few targets computes EVAL_STRIDE of them only.
+        0 logits stands for one at every token: the window scores all that it reads.
+        """
+        spans = rows[:, 1] - rows[:, 0]
+        targets = rows[:, 1] - rows[:, 2]
+        if self.run.compile:
+            tokens = np.full(len(rows), self.cfg.window)
+        else:
+            padded = -(-spans // self.PAD_TOKENS) * self.PAD_TOKENS
+            tokens = np.minimum(padded, self.cfg.window)
+
+        stride = self.cfg.eval_stride
+        slots = np.where(targets <= stride, np.minimum(stride, tokens), tokens)
+        slots[targets == spans] = 0
+        return np.stack((tokens, slots), axis=1)
 
     def batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, int, int | None]]:
-        """This rank's (windows on the device, tokens per row, scored slots per row or None: all): like shapes together."""
-        cfg, run, length, number = self.cfg, self.run, self.cfg.window, itertools.count()
-        spans, targets = rows[:, 1] - rows[:, 0], rows[:, 1] - rows[:, 2]
-        tokens = (
-            np.minimum(-(-spans // 64) * 64, length)
-            if not run.compile
-            else np.full(len(rows), length)
-        )
-        slots = np.where(
-            targets == spans,
-            0,
-            np.where(targets <= cfg.eval_stride, np.minimum(cfg.eval_stride, tokens), tokens),
-        )
-        for t, s in np.unique(np.stack((tokens, slots), 1), axis=0).tolist():
-            alike = rows[(tokens == t) & (slots == s)]
-            idle = np.repeat(
-                alike[:1, [0, 1, 1]], -len(alike) % cfg.eval_batch_seqs * run.compile, axis=0
-            )  # these score nothing
-            for batch in (
-                torch.from_numpy(np.concatenate((alike, idle)))
-                .to(run.device)
-                .split(cfg.eval_batch_seqs)
-            ):
-                if next(number) % run.world == run.rank:
-                    yield batch, t, s or None
+        """This rank's (windows (batch, 3) on the device, tokens per window, logits or None: all).
+
+        Windows of one shape go together; the batches are dealt to the ranks in turn. A compiled
+        forward pass gets full batches only: windows with first = end, which score nothing, fill up.
+        """
+        size = self.cfg.eval_batch_seqs
+        shapes = self.shapes(rows)
+        turn = 0
+        for tokens, slots in np.unique(shapes, axis=0).tolist():
+            alike = rows[(shapes == (tokens, slots)).all(axis=1)]
+            if self.run.compile:
+                start_end_end = alike[:1, [0, 1, 1]]
+                idle = np.repeat(start_end_end, -len(alike) % size, axis=0)
+                alike = np.concatenate((alike, idle))
+            for batch in torch.from_numpy(alike).to(self.run.device).split(size):
+                if turn % self.run.world == self.run.rank:
+                    yield batch, tokens, slots or None
+                turn += 1
 
     @torch.no_grad()
     def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
-        tokens, device = self.val.tokens, self.run.device
-        for batch, length, slots in self.batches(rows):
-            start, end, first = batch.split(1, dim=1)
-            ids = tokens[(start + torch.arange(length, device=device)).minimum(end - 1)].long()
-            place = first + torch.arange(slots or length, device=device)
-            inside = place.minimum(end - 1)
-            nats = forward(ids, tokens[inside + 1].long(), inside - start if slots else None)
-            slot = torch.where(place < end, place, self.n)
+        """Scores these windows: forward(ids, targets, positions) -> nats, as in GPT.forward.
+
+        What lies behind a window's end repeats its last token. Attention is causal, so that changes
+        nothing before it, and what is computed there goes to the extra slot.
+        """
+        val = self.val.tokens
+        device = self.run.device
+        for batch, tokens, slots in self.batches(rows):
+            start, end, first = batch.split(1, dim=1)  # (batch, 1) each
+            read = start + torch.arange(tokens, device=device)  # (batch, tokens)
+            ids = val[read.minimum(end - 1)].long()
+            target = first + torch.arange(slots or tokens, device=device)  # (batch, slots)
+            inside = target.minimum(end - 1)
+            positions = inside - start if slots else None
+            nats = forward(ids, val[inside + 1].long(), positions)
+
+            slot = torch.where(target < end, target, self.n)
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
         return self
 
-    def total(
-        self,
-    ) -> Score:  # Sums over all ranks in fp64; fails unless every target was scored once
+    def total(self) -> Score:
+        """Sums over all ranks, in fp64. RuntimeError unless every target was scored once."""
         if self.run.world > 1:
             dist.all_reduce(self.both)
         if not bool((self.hits[:-1] == 1).all()):
             raise RuntimeError("a target was scored never or twice")
-        nats, size = self.nats[:-1].double().sum().item(), int(self.val.target_bytes.sum())
-        return Score(
-            nats / math.log(2) / size, nats / self.n, self.n, size, time.perf_counter() - self.began
-        )
+        nats = self.nats[:-1].double().sum().item()
+        size = int(self.val.target_bytes.sum())
+        seconds = time.perf_counter() - self.began
+        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, seconds)
 
 
 def score(
     cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None
 ) -> Score:
-    return (
-        ScoreSheet(cfg, run, val)
-        .fill(forward, windows(0, val.n, cfg.window, 0) if rows is None else rows)
-        .total()
-    )
+    """The score over these windows; without rows: fixed windows over all targets."""
+    if rows is None:
+        rows = windows(0, val.n, cfg.window, 0)
+    return ScoreSheet(cfg, run, val).fill(forward, rows).total()
 
 
 def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
-    """Score-first SGD by chunks (momentum 0.9, clip 1; #549, #975): each is scored, then learned from. Changes the model."""
-    params = {
-        n: p
-        for n, p in model.named_parameters()
-        if p not in {*model.blocks[: cfg.ttt_freeze_blocks].parameters()}
-    }
-    flat, optimiser = (
-        FlatParameters(params, run),
-        torch.optim.SGD(params.values(), lr=cfg.ttt_lr, momentum=0.9),
-    )
-    sheet, chunk = ScoreSheet(cfg, run, val), rows[:, 2] // cfg.ttt_chunk_tokens
-    for c in range(last := int(chunk[-1])):
-        sheet.fill(model, rows[chunk == c])
-        tokens = val.tokens[c * cfg.ttt_chunk_tokens : (c + 1) * cfg.ttt_chunk_tokens + 1].long()
-        optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * c / last))
-        pairs = zip(
-            *(t.view(-1, cfg.window).split(cfg.eval_batch_seqs) for t in (tokens[:-1], tokens[1:]))
-        )
-        for x, y in [*pairs] * cfg.ttt_epochs:
+    """Test-time training: each chunk of the validation text is scored, then learned from.
+
+    What:   SGD (momentum 0.9, clip 1, cosine over the chunks) on TTT_CHUNK_TOKENS tokens at a
+            time, TTT_EPOCHS passes, all but the first TTT_FREEZE_BLOCKS blocks.
+    Why:    later text resembles the text before it.
+    Source: #549, #975; toggle TTT_MODE.
+    Care:   score first: a target is never learned before it is scored (#568, #677). A rank without
+            rows takes part in every step all the same, or the others wait for ever (#975).
+            The model is changed: score with it last.
+    """
+    frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
+    adapted = {name: p for name, p in model.named_parameters() if p not in frozen}
+    flat = FlatParameters(adapted, run)
+    optimiser = torch.optim.SGD(adapted.values(), lr=cfg.ttt_lr, momentum=0.9)
+    sheet = ScoreSheet(cfg, run, val)
+
+    chunk_of = rows[:, 2] // cfg.ttt_chunk_tokens  # by a window's first target
+    last = int(chunk_of[-1])
+    for chunk in range(last):
+        sheet.fill(model, rows[chunk_of == chunk])
+        optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last))
+        start = chunk * cfg.ttt_chunk_tokens
+        tokens = val.tokens[start : start + cfg.ttt_chunk_tokens + 1].long()
+        for ids, targets in chunk_batches(cfg, tokens):
             flat.gradients.zero_()
-            if len(mine := x[run.rank :: run.world]):
-                (model(mine, y[run.rank :: run.world]).sum() * (run.world / y.numel())).backward()
+            mine = ids[run.rank :: run.world]
+            if len(mine):
+                nats = model(mine, targets[run.rank :: run.world]).sum()
+                (nats * (run.world / targets.numel())).backward()
             flat.reduce(clip=1.0)
             optimiser.step()
-    return sheet.fill(model, rows[chunk == last]).total()
+    return sheet.fill(model, rows[chunk_of == last]).total()
+
+
+def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, targets), each (rows, window), of a chunk (tokens + 1,): all of it TTT_EPOCHS times."""
+    ids = tokens[:-1].view(-1, cfg.window).split(cfg.eval_batch_seqs)
+    targets = tokens[1:].view(-1, cfg.window).split(cfg.eval_batch_seqs)
+    for _ in range(cfg.ttt_epochs):
+        yield from zip(ids, targets, strict=True)
 
 
 # ── 12 Report ─────────────────────────────────────────────────────────────────────────────────────
@@ -4185,13 +4423,14 @@ def collect_averages(cfg: Config, run: Run, trainer: Trainer) -> Trained:
 def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     """Exports the final weights to artifact.bin and measures what the bytes are spent on."""
     plan = trained.trainer.plan
-    blob, trained.pruned, coder = export(cfg, run, trained.final, plan)
+    made = export(cfg, run, trained.final, plan)
+    trained.pruned = made.pruned
     sizes = None
     if run.rank == 0:
-        write_atomic(run.dir / "artifact.bin", blob)
+        write_atomic(run.dir / "artifact.bin", made.blob)
         kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
-        pruned = prune(cfg, trained.final, trained.pruned)
-        sizes = kinds, code_size(coder, pruned, plan, len(blob))
+        pruned = prune(cfg, trained.final, made.pruned)
+        sizes = kinds, code_size(made.cfg, pruned, plan, len(made.blob))
     # the broadcast also keeps the other ranks from reading the file before it is written
     trained.kinds, trained.codes = run.broadcast(sizes)
 

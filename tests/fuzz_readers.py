@@ -309,7 +309,9 @@ def good(kind: str) -> tuple[dict, dict]:
             progress=dict(steps=1, elapsed=1.0, step_seconds=[0.1], recompiles=0, code_sha256="0"),
         )
         return facts, {f"live/{name}": w for name, w in state.items()}
-    raw = train_gpt.COMPRESSORS[kind][1](artifact_file(kind)[train_gpt.HEADER.size :], 1 << 20)
+    raw = train_gpt.COMPRESSORS[kind].decompress(
+        artifact_file(kind)[train_gpt.HEADER.size :], 1 << 20
+    )
     header = json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]])
     return json.loads(header["__metadata__"]["facts"]), safetensors.torch.load(bytes(raw))
 
@@ -888,7 +890,7 @@ def seeds(target: str) -> list[bytes]:
                 *(
                     bytes([8, n, 2])
                     + struct.pack("<I", len(raw))
-                    + train_gpt.COMPRESSORS[name][0](raw, 1)
+                    + train_gpt.COMPRESSORS[name].compress(raw, 1)
                     for n, name in enumerate(train_gpt.COMPRESSORS)
                 ),
             ],

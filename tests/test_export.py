@@ -28,7 +28,7 @@ import train_gpt
 from train_gpt import (
     COMPRESSORS,
     FORMAT_VERSION,
-    FRAME,
+    ZSTD_FRAME,
     GPT,
     HEADER,
     LANE,
@@ -282,12 +282,15 @@ def test_zstd_frames_are_read_as_one_file_and_cost_next_to_nothing():
     raw = safetensors.torch.save(
         {"w:codes": gaussian(1500, 600), "table": (0.05 * torch.randn(400, 500)).half()}
     )
-    one, blob = zstandard.ZstdCompressor(level=22).compress(raw), COMPRESSORS["zstd"][0](raw, 22)
-    assert len(raw) > 5 * FRAME and len(blob) < 1.005 * len(one)
+    one, blob = (
+        zstandard.ZstdCompressor(level=22).compress(raw),
+        COMPRESSORS["zstd"].compress(raw, 22),
+    )
+    assert len(raw) > 5 * ZSTD_FRAME and len(blob) < 1.005 * len(one)
     for file in (one, blob):  # older artifacts are one frame
         assert (
-            COMPRESSORS["zstd"][1](file, len(raw)) == raw
-            and COMPRESSORS["zstd"][1](file, 1000) == raw[:1000]
+            COMPRESSORS["zstd"].decompress(file, len(raw)) == raw
+            and COMPRESSORS["zstd"].decompress(file, 1000) == raw[:1000]
         )
 
 
@@ -484,7 +487,7 @@ def forge(
     path, raw: bytes, size: int | None = None, compressor: str = "zlib", blob: bytes | None = None
 ):
     """Writes an artifact of this payload with a correct checksum, and perhaps a lie about its size."""
-    blob = COMPRESSORS[compressor][0](raw, 1) if blob is None else blob
+    blob = COMPRESSORS[compressor].compress(raw, 1) if blob is None else blob
     number, size = list(COMPRESSORS).index(compressor), len(raw) if size is None else size
     path.write_bytes(
         HEADER.pack(MAGIC, FORMAT_VERSION, number, size, hashlib.sha256(blob).digest()) + blob
@@ -494,7 +497,7 @@ def forge(
 
 def payload(artifact) -> tuple[dict, dict]:
     """(tensors, configuration) inside a good artifact."""
-    raw = COMPRESSORS["zstd"][1](artifact.read_bytes()[HEADER.size :], MAX_RAW_BYTES)
+    raw = COMPRESSORS["zstd"].decompress(artifact.read_bytes()[HEADER.size :], MAX_RAW_BYTES)
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     return safetensors.torch.load(raw), json.loads(header["__metadata__"]["facts"])
 
@@ -838,10 +841,13 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
     ):
         firsts.add(first := next(i for i, size in enumerate(sizes) if size <= cap))
         cfg = tiny(**knobs, fit_to_cap=True, cap_bytes=cap)
-        blob, pruned, coder = export(cfg, Run(cfg), state, plan)
-        assert (code + len(blob), pruned) == (sizes[first], pytest.approx(tries[first][1]))
-        assert HEADER.unpack_from(blob)[2] == list(COMPRESSORS).index(tries[first][0].compressor)
-        assert coder.compressor == tries[first][0].compressor
+        made = export(cfg, Run(cfg), state, plan)
+        assert made.total == code + len(made.blob) == sizes[first]
+        assert made.pruned == pytest.approx(tries[first][1])
+        assert HEADER.unpack_from(made.blob)[2] == list(COMPRESSORS).index(
+            tries[first][0].compressor
+        )
+        assert made.cfg.compressor == tries[first][0].compressor
     assert 0 in firsts and (1 in firsts) == (sizes[1] < sizes[0]) and max(firsts) > 4
 
 
