@@ -1,9 +1,10 @@
 """From shards to batches, and from tokens to bytes.
 
-Failures that these tests would have caught: bits per byte that were quietly wrong because of the space byte (#1545,
-#1576, #1632), a mangled word mark (#144) or another denominator (#897, #2071); training or scoring on other data than
-one thought (#2127: 80 % of the validation documents; #2109; #1334: 80 of 143 shards); documents in both splits (15 of
-34 submissions); a shard cut by a broken download; a batch that depends on the number of ranks.
+Failures that these tests would have caught: bits per byte that were quietly wrong because of the
+space byte (#1545, #1576, #1632), a mangled word mark (#144) or another denominator (#897, #2071);
+training or scoring on other data than one thought (#2127: 80 % of the validation documents; #2109;
+#1334: 80 of 143 shards); documents in both splits (15 of 34 submissions); a shard cut by a broken
+download; a batch that depends on the number of ranks.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -77,7 +77,7 @@ def refused(action, *arguments) -> str:
     return str(refusal.value)
 
 
-# ── Shards ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Shards ────────────────────────────────────────────────────────────────────────────────────────
 def header(*numbers: int) -> bytes:
     return np.array([*numbers, *[0] * (256 - len(numbers))], "<i4").tobytes()
 
@@ -164,18 +164,22 @@ def test_shards_follow_each_other_in_the_order_of_their_names(tmp_path):
     assert Split(Config(data_path=str(tmp_path)), "train").take(0, 4).tolist() == [2, 2, 3, 3]
 
 
-# ── Batches ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Batches ───────────────────────────────────────────────────────────────────────────────────────
 def steps(cfg: Config, split: Split, world: int, count: int) -> list[tuple[list, list]]:
     """(rows, targets) of all ranks together, per step."""
     readers = [batches(cfg, rank_of(world, rank), split) for rank in range(world)]
-    taken = list(zip(*(islice(reader, count) for reader in readers)))
+    taken = [[next(reader) for reader in readers] for _ in range(count)]
     for reader in readers:
         reader.close()
-    return [tuple(torch.cat(side).tolist() for side in zip(*ranks)) for ranks in taken]
+    together = []
+    for ranks in taken:
+        rows, targets = zip(*ranks, strict=True)
+        together.append((torch.cat(rows).tolist(), torch.cat(targets).tolist()))
+    return together
 
 
 def stream_of(tokens: int, folder: Path) -> tuple[Config, Split]:
-    """A configuration of 8 rows of 16 tokens per step, and a split of the tokens 0, 1, ... in two shards."""
+    """8 rows of 16 tokens per step, and a split of the tokens 0, 1, ... in two shards."""
     shards_in(folder, range(tokens // 3), range(tokens // 3, tokens), split="train")
     cfg = Config(data_path=str(folder), train_seq_len=16, train_batch_tokens=128, eval_stride=16)
     return cfg, Split(cfg, "train")
@@ -197,7 +201,7 @@ def test_a_step_covers_the_same_rows_on_any_number_of_ranks(stream, world):
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_an_epoch_sees_every_token_once_as_input_and_once_as_target(tmp_path, epochs):
-    for side in zip(*steps(*stream_of(384, tmp_path), 2, 3 * epochs)):
+    for side in zip(*steps(*stream_of(384, tmp_path), 2, 3 * epochs), strict=True):
         assert sorted(np.concatenate(side).ravel()) == sorted([*range(384)] * epochs)
 
 
@@ -210,17 +214,16 @@ def test_a_rank_reads_whole_rows_as_int64_on_its_device(stream):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_refuses_a_bad_token_of_any_rank_at_the_same_step(tmp_path, rank):
-    shards_in(
-        tmp_path, [*range(100), 1024, *range(99)], split="train"
-    )  # in the second half of the first step
+    # In the second half of the first step
+    shards_in(tmp_path, [*range(100), 1024, *range(99)], split="train")
     cfg = Config(data_path=str(tmp_path), train_seq_len=16, train_batch_tokens=128, eval_stride=16)
     assert "token id 1024" in refused(next, batches(cfg, rank_of(2, rank), Split(cfg, "train")))
 
 
-# ── Bytes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Bytes ─────────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory) -> Path:
-    """A tokenizer of as many pieces as the data's, from another language: with pieces of several bytes."""
+    """A tokenizer of another language, of as many pieces: with pieces of several bytes."""
     model, text = (
         io.BytesIO(),
         [
@@ -303,9 +306,8 @@ def test_the_bytes_of_every_document_are_the_utf8_length_of_its_decoded_text(dat
     assert [table.count(d).sum() for d in documents] == [
         len(sp.decode(d.tolist()).encode()) for d in documents
     ]
-    assert table.count(tokens).sum() == sum(
-        table.count(d).sum() for d in documents
-    )  # each BOS target adds nothing
+    # Each BOS target adds nothing
+    assert table.count(tokens).sum() == sum(table.count(d).sum() for d in documents)
 
 
 def test_a_table_that_is_wrong_by_one_byte_is_refused_with_the_document(data):
@@ -359,7 +361,7 @@ def test_a_foreign_tokenizer_of_the_same_size_is_refused_without_a_manifest_too(
     assert "tokenizer" in refused(Validation, cfg, rank_of(1), Split(cfg, "val"))
 
 
-# ── Validation ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Validation ────────────────────────────────────────────────────────────────────────────────────
 def test_validation_holds_every_target_with_its_bytes_and_document(tiny, data):
     cfg = tiny(val_max_tokens=0)
     tokens = np.array(read_shard(data / "fineweb_val_000000.bin"))
@@ -399,10 +401,10 @@ def test_the_smallest_validation_split_is_trained_with_and_scored(tiny, data, tm
     assert (report["val_tokens"], report["val_bytes"]) == (1, 2) and report["exit_code"] == 0
 
 
-# ── Manifest ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Manifest ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def dataset(data, tmp_path, tiny):
-    """A folder of shards with the manifest that prepare_data.py writes, and the configuration to use it."""
+    """A folder of shards with the manifest of prepare_data.py, and the configuration to use it."""
     folder = tmp_path / "dataset"
     shutil.copytree(data, folder)
     sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -559,7 +561,7 @@ def test_scoring_alone_needs_no_training_shards(dataset):
     assert "agrees" in checked(cfg, "val")["manifest"]
 
 
-# ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The command ───────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "knobs, blamed",
     [
@@ -587,13 +589,14 @@ def test_a_folder_as_tokenizer_is_refused_and_does_not_abort_the_process(tiny, d
         env=environment(tiny(tokenizer_path=str(data))),
         text=True,
         capture_output=True,
+        check=False,
         timeout=60,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: TOKENIZER_PATH={data}: ")
 
 
-# ── The challenge's own data, where there are any ─────────────────────────────────────────────────────────────────
+# ── The challenge's own data, where there are any ─────────────────────────────────────────────────
 REAL = Path(os.environ.get("GOLF_DATA", "/none"))
 real = pytest.mark.skipif(
     "GOLF_DATA" not in os.environ, reason="GOLF_DATA names no folder with the challenge's data"

@@ -1,8 +1,9 @@
 """The one quantisation grid, for every bits x clip x codes x floor.
 
-Would have caught: #975's three grids (fake-quant, noise and export each had their own), #194's fake-quant with an fp32
-scale where the export ships fp16, a clip search that picks one clip for a whole stack instead of one per matrix,
-a scale that fp16 rounds to zero (0 / 0 in a zero row), and a floor that is missing, or there when it is off (#989).
+Would have caught: #975's three grids (fake-quant, noise and export each had their own), #194's
+fake-quant with an fp32 scale where the export ships fp16, a clip search that picks one clip for a
+whole stack instead of one per matrix, a scale that fp16 rounds to zero (0 / 0 in a zero row), and
+a floor that is missing, or there when it is off (#989).
 """
 
 import itertools
@@ -29,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def w() -> torch.Tensor:
-    """(8, 192): rows of very different size, one of zeros, one constant, one with a large negative outlier."""
+    """(8, 192): rows of very different size, one of zeros, one constant, one with an outlier."""
     w = normal(8, 192) * torch.tensor([1e-7, 1e-3, 0.02, 0.3, 3.0, 0.0, 0.0, 0.2])[:, None]
     w[6], w[7, 11] = 0.7, -9.0
     return w
@@ -111,13 +112,10 @@ def test_a_zero_row_gives_zeros_and_a_usable_step(grid, w):
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("clip", CLIP_QUANTILES)
 def test_the_floor_binds_exactly_for_rows_below_one(bits, clip):
-    w = torch.tensor([0.01, 0.5, 0.999, 1.5, 40.0])[:, None] * torch.ones(
-        5, 64
-    )  # constant rows: the clip is the row
-    free, floored = (
-        Grid(bits, clip).scale(w).flatten(),
-        Grid(bits, clip, floor=True).scale(w).flatten(),
-    )
+    # Constant rows: the clip is the row
+    w = torch.tensor([0.01, 0.5, 0.999, 1.5, 40.0])[:, None].repeat(1, 64)
+    free = Grid(bits, clip).scale(w).flatten()
+    floored = Grid(bits, clip, floor=True).scale(w).flatten()
     assert torch.equal(floored[:3], torch.full((3,), 1 / (2 ** (bits - 1) - 1)).half().float())
     assert (free[:3] < floored[:3]).all() and torch.equal(free[3:], floored[3:])
 
@@ -126,7 +124,8 @@ def test_the_floor_binds_exactly_for_rows_below_one(bits, clip):
 @every_grid
 def test_a_stack_gives_what_each_matrix_gives(grid, w):
     stack = torch.stack((w, w.flip(0) * 3, w.roll(1, 1) * 0.1))
-    for together, one_by_one in zip(grid.quantise(stack), zip(*map(grid.quantise, stack))):
+    codes, scales = zip(*map(grid.quantise, stack), strict=True)
+    for together, one_by_one in zip(grid.quantise(stack), (codes, scales), strict=True):
         assert torch.equal(together, torch.stack(one_by_one))
     assert torch.equal(
         grid.fake_quantise(stack), torch.stack([grid.fake_quantise(m) for m in stack])
@@ -140,7 +139,8 @@ def test_search_takes_the_best_clip_of_each_matrix(floor):
     stack[2, :, 0] = 40.0
     stack[3] = stack[3].sign()
     grid, chosen = Grid(4, "search5", "sym", floor), set()
-    for matrix, found in zip(stack.double().numpy(), grid.fake_quantise(stack).double().numpy()):
+    exported = grid.fake_quantise(stack).double().numpy()
+    for matrix, found in zip(stack.double().numpy(), exported, strict=True):
         errors = []
         for q in CLIP_QUANTILES["search5"]:
             step = (
@@ -154,7 +154,7 @@ def test_search_takes_the_best_clip_of_each_matrix(floor):
     assert len(chosen) > 1  # the matrices do differ in their best clip
 
 
-# ── doing it twice: the same again where nothing is clipped (otherwise the second pass may cut a little more) ──
+# ── doing it twice: the same again where nothing is clipped (else the second pass may cut more) ──
 def assert_idempotent(grid: Grid, w: torch.Tensor) -> None:
     once = grid.fake_quantise(w)
     assert once.any() and not torch.equal(once, w) and torch.equal(grid.fake_quantise(once), once)
@@ -173,9 +173,8 @@ def test_every_clip_is_idempotent_where_the_floor_sets_the_step(grid, w):
 @pytest.mark.parametrize(
     "grid", [g for g in GRIDS if g.clip == "quantile" and not g.floor], ids=str
 )
-def test_quantile_is_idempotent_up_to_128_columns(
-    grid, w
-):  # where its cut is below fp16's rounding
+def test_quantile_is_idempotent_up_to_128_columns(grid, w):
+    # There its cut is below fp16's rounding
     assert_idempotent(grid, w[:, :128])
 
 

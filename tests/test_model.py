@@ -1,8 +1,11 @@
 """The model: every technique against the specification written again, and absent when it is off.
 
-Would have caught: #1851's SmearGate that leaks across documents, a score path that differs from the training path (one
-forward path serves both), NTK bases that depend on the length that is scored (#975), a bigram table whose last bucket
-is also a hash, an RMSNorm with bf16's epsilon, #199's toggles whose parameters nothing used, and any look-ahead.
+Would have caught: #1851's SmearGate that leaks across documents, a score path that differs from the
+training path (one forward path serves both), NTK bases that depend on the length that is scored
+(#975), a bigram table whose last bucket is also a hash, an RMSNorm with bf16's epsilon, #199's
+toggles whose parameters nothing used, and any look-ahead.
+
+A technique is a row of TECHNIQUES, its lines of the specification, and a section of its own.
 """
 
 import math
@@ -19,18 +22,14 @@ from train_gpt import (
     ACTIVATIONS,
     BOS,
     GPT,
-    BigramHash,
     Config,
     Refusal,
     Run,
-    SmearGate,
-    ValueEmbedding,
+    apply_rotary,
     attention_function,
     choose_attention,
-    exclude_self,
     rms_norm,
     rotary_tables,
-    apply_rotary,
     sdpa,
 )
 
@@ -44,38 +43,25 @@ SMALL = dict(
     train_batch_tokens=48,
     eval_stride=8,
 )
-ALL = dict(
-    bigram_vocab_size=17,
-    bigram_dim=8,
-    ve_enabled=True,
-    ve_dim=8,
-    ve_layers="0,2",
-    xsa_last_n=2,
-    ln_scale=True,
-    rope_dims=4,
-    rope_ntk_len=12,
-    mlp_act="leaky_relu2",
-    smear_pos="post_norm",
-    smear_mask_bos=True,
-)
 PLAIN = dict(smear_gate=False)
-TECHNIQUES = {
-    "smear_gate": dict(smear_gate=True),
-    "bigram": dict(bigram_vocab_size=17, bigram_dim=8),
-    "value_embedding": dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"),
-    "xsa": dict(xsa_last_n=2),
-    "ln_scale": dict(ln_scale=True),
-    "partial_rope": dict(rope_dims=4),
-    "ntk": dict(rope_ntk_len=12),
-    "leaky_relu2": dict(mlp_act="leaky_relu2"),
+TECHNIQUES = {  # name: what switches it on, what it is called in the weights
+    "smear_gate": (dict(smear_gate=True), {"smear.gate"}),
+    "bigram": (
+        dict(bigram_vocab_size=17, bigram_dim=8),
+        {"bigram.embed", "bigram.proj.weight", "bigram.scale"},
+    ),
+    "value_embedding": (
+        dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"),
+        {f"value_embed.{name}" for name in ("embed", "proj.weight", "scale", "block_scales")},
+    ),
+    "xsa": (dict(xsa_last_n=2), set()),
+    "ln_scale": (dict(ln_scale=True), set()),
+    "partial_rope": (dict(rope_dims=4), set()),
+    "ntk": (dict(rope_ntk_len=12), set()),
+    "leaky_relu2": (dict(mlp_act="leaky_relu2"), set()),
 }
-KEYS = {
-    "smear_gate": {"smear.gate"},
-    "bigram": {"bigram.embed", "bigram.proj.weight", "bigram.scale"},
-    "value_embedding": {
-        "value_embed." + name for name in ("embed", "proj.weight", "scale", "block_scales")
-    },
-}
+ALL = {knob: value for on, _ in TECHNIQUES.values() for knob, value in on.items()}
+ALL |= dict(smear_pos="post_norm", smear_mask_bos=True)
 
 
 def config(**knobs) -> Config:
@@ -109,84 +95,71 @@ def rms(x):
 
 
 def spec_rotate(x, dims, base):
-    """x (T, d): the pairs (x_k, x_{k + dims/2}) as complex numbers, turned by -t * base^(-2k / dims)."""
+    """x (T, d): pairs (x_k, x_{k + dims/2}), complex numbers, turned by -t base^(-2k / dims)."""
     half = dims // 2
-    angle = torch.arange(len(x))[:, None].double() * base ** (
-        -2.0 * torch.arange(half).double() / dims
-    )
+    frequency = base ** (-2.0 * torch.arange(half).double() / dims)
+    angle = torch.arange(len(x))[:, None].double() * frequency
     turned = torch.complex(x[:, :half], x[:, half:dims]) * torch.exp(-1j * angle)
     return torch.cat((turned.real, turned.imag, x[:, dims:]), 1)
 
 
-def spec_attention(w, cfg, i, x, extra_v):
-    d, ratio = cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
-    dims, length = cfg.rope_dims or d, len(x)
+def spec_attention(w, cfg, i, x, value_bias):
+    head_dim = cfg.model_dim // cfg.num_heads
+    group_size = cfg.num_heads // cfg.num_kv_heads
+    dims = cfg.rope_dims or head_dim
     base = cfg.rope_base
     if cfg.rope_ntk_len:
         base *= (cfg.train_seq_len / cfg.rope_ntk_len) ** (dims / (dims - 2))
     q, k, v = (x @ w[f"blocks.{i}.attn.c_{name}.weight"].T for name in "qkv")
-    v, heads = v + extra_v, []
+    v = v + value_bias
+    later = ~torch.ones(len(x), len(x), dtype=bool).tril()
+    heads = []
     for head in range(cfg.num_heads):
-        group = head // ratio
-        own_q = w[f"blocks.{i}.attn.q_gain"][head] * spec_rotate(
-            rms(q[:, head * d : (head + 1) * d]), dims, base
-        )
-        own_k, own_v = (
-            spec_rotate(rms(k[:, group * d : (group + 1) * d]), dims, base),
-            v[:, group * d : (group + 1) * d],
-        )
-        scores = (own_q @ own_k.T / math.sqrt(d)).masked_fill(
-            ~torch.ones(length, length, dtype=bool).tril(), -math.inf
-        )
+        own = slice(head * head_dim, (head + 1) * head_dim)
+        first = head // group_size * head_dim
+        shared = slice(first, first + head_dim)
+        own_q = w[f"blocks.{i}.attn.q_gain"][head] * spec_rotate(rms(q[:, own]), dims, base)
+        own_k = spec_rotate(rms(k[:, shared]), dims, base)
+        own_v = v[:, shared]
+        scores = (own_q @ own_k.T / math.sqrt(head_dim)).masked_fill(later, -math.inf)
         y = scores.softmax(-1) @ own_v
         if i >= cfg.num_layers - cfg.xsa_last_n:
-            unit = own_v / own_v.norm(dim=1, keepdim=True)
-            y = y - (y * unit).sum(1, keepdim=True) * unit
+            y = spec_xsa(y, own_v)
         heads.append(y)
     return torch.cat(heads, 1) @ w[f"blocks.{i}.attn.proj.weight"].T
 
 
-def spec_model(w, cfg, ids, targets):
-    """(T,) token ids -> (T,) nats."""
-
-    def smeared(x):
-        g, previous = w["smear.gate"].sigmoid(), torch.cat((0 * x[:1], x[:-1]))
-        if cfg.smear_mask_bos:
-            previous[ids == BOS] = 0
-        return (1 - g) * x + g * previous
-
+def spec_embedding(w, cfg, ids):
+    """(T,) token ids -> (T, dim): what enters the first block."""
     x = w["tok_emb"][ids]
     if cfg.bigram_vocab_size:
-        last, t = cfg.bigram_vocab_size - 1, ids.tolist()
-        buckets = [last] + [((36313 * t[i]) ^ (27191 * t[i - 1])) % last for i in range(1, len(t))]
-        x = x + w["bigram.scale"] * w["bigram.embed"][buckets] @ w["bigram.proj.weight"].T
+        x = x + spec_bigram(w, cfg, ids)
     if cfg.smear_gate and cfg.smear_pos == "pre_norm":
-        x = smeared(x)
+        x = spec_smear(w, cfg, ids, x)
     x = rms(x)
     if cfg.smear_gate and cfg.smear_pos == "post_norm":
-        x = smeared(x)
-    x0, stack, encoders, hidden_slope = (
-        x,
-        [],
-        cfg.num_layers // 2,
-        0.5 if cfg.mlp_act == "leaky_relu2" else 0.0,
-    )
-    with_value = [int(n) for n in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
+        x = spec_smear(w, cfg, ids, x)
+    return x
+
+
+def spec_model(w, cfg, ids, targets):
+    """(T,) token ids -> (T,) nats."""
+    x = x0 = spec_embedding(w, cfg, ids)
+    stack = []
+    encoders = cfg.num_layers // 2
+    slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
     for i in range(cfg.num_layers):
         if i >= encoders and stack:
             x = x + w["skip_weights"][i - encoders] * stack.pop()
-        mix, scale = w[f"blocks.{i}.resid_mix"], (i + 1) ** -0.5 if cfg.ln_scale else 1.0
-        x, extra_v = mix[0] * x + mix[1] * x0, 0.0
-        if i in with_value:
-            table = (
-                w["value_embed.scale"]
-                * w["value_embed.embed"][ids]
-                @ w["value_embed.proj.weight"].T
-            )
-            extra_v = w["value_embed.block_scales"][with_value.index(i)] * table
-        x = x + w[f"blocks.{i}.attn_scale"] * spec_attention(w, cfg, i, scale * rms(x), extra_v)
+        mix = w[f"blocks.{i}.resid_mix"]
+        x = mix[0] * x + mix[1] * x0
+        scale = (i + 1) ** -0.5 if cfg.ln_scale else 1.0
+        value_bias = 0.0
+        if cfg.ve_enabled:
+            value_bias = spec_value_embedding(w, cfg, i, ids)
+        x = x + w[f"blocks.{i}.attn_scale"] * spec_attention(w, cfg, i, scale * rms(x), value_bias)
         z = scale * rms(x) @ w[f"blocks.{i}.mlp.fc.weight"].T
-        z = torch.where(z > 0, z, hidden_slope * z) ** 2
+        z = torch.where(z > 0, z, slope * z) ** 2
         x = x + w[f"blocks.{i}.mlp_scale"] * (z @ w[f"blocks.{i}.mlp.proj.weight"].T)
         if i < encoders:
             stack.append(x)
@@ -202,7 +175,7 @@ def spec_model(w, cfg, ids, targets):
             "plain": PLAIN,
             "default": {},
             "all": ALL,
-            **{name: PLAIN | on for name, on in TECHNIQUES.items()},
+            **{name: PLAIN | on for name, (on, _) in TECHNIQUES.items()},
             "masked_pre_norm": dict(smear_mask_bos=True),
             "one_block": dict(num_layers=1),
             "even_depth": dict(num_layers=2),
@@ -218,7 +191,8 @@ def test_the_model_is_the_specification(knobs):
     cfg = config(**knobs)
     model, (ids, targets) = make(cfg), rows(cfg, length=cfg.window)
     w = {name: p.detach().double() for name, p in model.named_parameters()}
-    expected = torch.stack([spec_model(w, cfg, i, t) for i, t in zip(ids, targets)])
+    pairs = zip(ids, targets, strict=True)
+    expected = torch.stack([spec_model(w, cfg, row, target) for row, target in pairs])
     torch.testing.assert_close(model(ids, targets).double(), expected, rtol=2e-4, atol=2e-4)
 
 
@@ -263,7 +237,8 @@ def test_a_shorter_row_gives_the_same_predictions():
 def test_rows_of_a_batch_do_not_mix():
     cfg = config(**ALL)
     model, (ids, targets) = make(cfg), rows(cfg, 3)
-    alone = torch.cat([model(i[None], t[None]) for i, t in zip(ids, targets)])
+    pairs = zip(ids, targets, strict=True)
+    alone = torch.cat([model(row[None], target[None]) for row, target in pairs])
     torch.testing.assert_close(model(ids, targets), alone, rtol=1e-5, atol=1e-5)
 
 
@@ -285,11 +260,10 @@ def test_the_plain_model_has_no_tensor_of_a_technique():
 
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_a_technique_adds_its_tensors_only_and_is_live(name):
-    off, on = (
-        make(config(**PLAIN)),
-        make(config(**PLAIN, **TECHNIQUES[name]) if name != "smear_gate" else config()),
-    )
-    assert on.state_dict().keys() - off.state_dict().keys() == KEYS.get(name, set())
+    knobs, names = TECHNIQUES[name]
+    off = make(config(**PLAIN))
+    on = make(config(**(PLAIN | knobs)))
+    assert on.state_dict().keys() - off.state_dict().keys() == names
     assert off.state_dict().keys() <= on.state_dict().keys()
     on.load_state_dict(off.state_dict(), strict=False)
     ids, targets = rows(config())
@@ -323,9 +297,17 @@ def test_parameter_counts_are_those_of_the_seeds(knobs, expected):
         assert sum(p.numel() for p in GPT(Config(init="default", **knobs)).parameters()) == expected
 
 
-# ── technique by technique ──
+# ── SmearGate ──
+def spec_smear(w, cfg, ids, x):
+    g = w["smear.gate"].sigmoid()
+    previous = torch.cat((0 * x[:1], x[:-1]))
+    if cfg.smear_mask_bos:
+        previous[ids == BOS] = 0
+    return (1 - g) * x + g * previous
+
+
 def test_smear_blends_each_dimension_with_the_previous_token():
-    smear, x = SmearGate(config()), torch.randn(1, 3, 32)
+    smear, x = train_gpt.SmearGate(config()), torch.randn(1, 3, 32)
     assert torch.equal(smear.gate, torch.zeros(32))  # so half of each at the start
     shifted = torch.stack((0 * x[:, 0], x[:, 0], x[:, 1]), 1)
     torch.testing.assert_close(smear(x, torch.zeros(1, 3)), 0.5 * x + 0.5 * shifted)
@@ -340,19 +322,25 @@ def test_smear_blends_each_dimension_with_the_previous_token():
 @pytest.mark.parametrize("masked", (False, True))
 def test_smear_crosses_a_document_start_only_unmasked(smear_pos, masked):
     cfg = config(smear_pos=smear_pos, smear_mask_bos=masked)
-    model, (ids, targets) = (
-        GPT(cfg),
-        rows(config(), 1),
-    )  # its zero projections let no other information through
+    # Its zero projections let no other information through
+    model, (ids, targets) = GPT(cfg), rows(config(), 1)
     other = ids.clone()
     other[0, 6] = 2 + (ids[0, 6] + 7) % 60  # the token before the document start at 7
     change = (model(ids, targets) - model(other, targets))[0]
     assert change[6] != 0 and bool(change[7] != 0) != masked and not change[8:].any()
 
 
+# ── BigramHash ──
+def spec_bigram(w, cfg, ids):
+    last = cfg.bigram_vocab_size - 1
+    t = ids.tolist()
+    buckets = [last] + [((36313 * t[i]) ^ (27191 * t[i - 1])) % last for i in range(1, len(t))]
+    return w["bigram.scale"] * w["bigram.embed"][buckets] @ w["bigram.proj.weight"].T
+
+
 def test_bigram_rows_start_in_the_last_bucket_and_no_hash_falls_there():
     cfg = config(bigram_vocab_size=7, bigram_dim=7, model_dim=8, num_heads=2)
-    bigram = BigramHash(cfg)
+    bigram = train_gpt.BigramHash(cfg)
     with torch.no_grad():
         bigram.embed.copy_(torch.eye(7))
         bigram.proj.weight.copy_(torch.eye(8)[:, :7])
@@ -365,7 +353,7 @@ def test_bigram_rows_start_in_the_last_bucket_and_no_hash_falls_there():
 
 def test_bigram_hash_of_the_seed_configuration():
     ids = torch.tensor([[1, 1023, 5]])
-    bigram = BigramHash(Config(bigram_vocab_size=10240, bigram_dim=1, model_dim=16))
+    bigram = train_gpt.BigramHash(Config(bigram_vocab_size=10240, bigram_dim=1, model_dim=16))
     with torch.no_grad():
         bigram.embed.copy_(torch.arange(10240.0)[:, None])
         bigram.proj.weight.fill_(1)
@@ -378,8 +366,28 @@ def test_bigram_hash_of_the_seed_configuration():
     ]
 
 
+def test_bigram_starts_with_a_table_of_zeros():
+    bigram = GPT(config(bigram_vocab_size=17, bigram_dim=8)).bigram
+    assert not bigram.embed.any() and bigram.scale == 0.05
+    torch.testing.assert_close(*orthonormal(bigram.proj.weight), rtol=0, atol=1e-5)
+
+
+def test_bigram_projection_gain():
+    weight = GPT(config(bigram_vocab_size=9, bigram_proj_gain=20**-0.5)).bigram.proj.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(32) / 20, rtol=0, atol=1e-5)
+
+
+# ── ValueEmbedding ──
+def spec_value_embedding(w, cfg, i, ids):
+    blocks = [int(number) for number in cfg.ve_layers.split(",")]
+    if i not in blocks:
+        return 0.0
+    table = w["value_embed.scale"] * w["value_embed.embed"][ids] @ w["value_embed.proj.weight"].T
+    return w["value_embed.block_scales"][blocks.index(i)] * table
+
+
 def test_the_value_embedding_is_scaled_per_block():
-    ve = ValueEmbedding(config(**ALL))
+    ve = train_gpt.ValueEmbedding(config(**ALL))
     with torch.no_grad():
         ve.block_scales.copy_(torch.tensor([2.0, -1.0]))
     ids = rows(config())[0]
@@ -389,15 +397,45 @@ def test_the_value_embedding_is_scaled_per_block():
     torch.testing.assert_close(out[2], -0.5 * out[0])
 
 
+def test_the_value_embedding_starts_small(run):
+    ve = train_gpt.build_model(config(**ALL), run, sdpa).value_embed
+    assert ve.embed.std().item() == pytest.approx(0.01, rel=0.1)
+    assert ve.scale.item() == pytest.approx(0.1) and (ve.block_scales == 1).all()
+    torch.testing.assert_close(*orthonormal(ve.proj.weight), rtol=0, atol=1e-5)
+
+
+# ── XSA ──
+def spec_xsa(y, own_v):
+    unit = own_v / own_v.norm(dim=1, keepdim=True)
+    return y - (y * unit).sum(1, keepdim=True) * unit
+
+
 def test_xsa_leaves_nothing_along_the_own_value():
     y, v = torch.randn(2, 5, 8, 16), torch.randn(2, 5, 2, 16)
-    out = exclude_self(y, v)
+    out = train_gpt.exclude_self(y, v)
     own = v.repeat_interleave(4, dim=2)  # head h -> kv head h // 4
     assert (F.cosine_similarity(out, own, dim=-1).abs() < 1e-5).all()
     removed = y - out
     assert (F.cosine_similarity(removed, own, dim=-1).abs() > 1 - 1e-4).all()
 
 
+# ── LN scale ──
+def test_ln_scale_is_one_over_the_root_of_the_depth():
+    x = torch.randn(2, 32)
+    for i, block in enumerate(GPT(config(num_layers=4, ln_scale=True)).blocks):
+        torch.testing.assert_close(block.norm(x), (i + 1) ** -0.5 * rms_norm(x))
+
+
+# ── NTK ──
+def test_ntk_base_of_975():
+    cfg = Config(rope_dims=16, rope_ntk_len=1024, train_seq_len=2048)
+    cos, sin = rotary_tables(cfg, torch.float32)
+    angle = torch.atan2(sin[1, 0], cos[1, 0]).double()  # at position 1: base^(-2k / 16)
+    assert len(angle) == 8 and angle[0] == pytest.approx(1.0)
+    assert angle[1].item() ** -8 == pytest.approx(22082, abs=1) == 10000 * 2 ** (16 / 14)
+
+
+# ── attention ──
 def test_query_head_h_reads_kv_head_h_over_ratio():
     v = torch.arange(3.0)[None, None, :, None].expand(1, 4, 3, 8)  # kv head n holds n everywhere
     y = sdpa(torch.randn(1, 4, 6, 8), torch.randn(1, 4, 3, 8), v)
@@ -514,30 +552,15 @@ def test_the_softcap_bounds_every_logit(cap):
     assert nats.max() <= 2 * cap + math.log(64) and nats.max() > cap
 
 
-def test_ln_scale_is_one_over_the_root_of_the_depth():
-    x = torch.randn(2, 32)
-    for i, block in enumerate(GPT(config(num_layers=4, ln_scale=True)).blocks):
-        torch.testing.assert_close(block.norm(x), (i + 1) ** -0.5 * rms_norm(x))
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_norm_gives_unit_rms_to_an_embedding_of_the_initial_size(dtype):
-    y = rms_norm(
-        (0.005 * torch.randn(4, 512)).to(dtype)
-    )  # bf16's own epsilon of 0.008 would flatten it
+    # bf16's own epsilon of 0.008 would flatten it
+    y = rms_norm((0.005 * torch.randn(4, 512)).to(dtype))
     assert y.dtype == dtype
     torch.testing.assert_close(y.float().square().mean(-1).sqrt(), torch.ones(4), rtol=0.02, atol=0)
 
 
 # ── rotary embedding ──
-def test_ntk_base_of_975():
-    cfg = Config(rope_dims=16, rope_ntk_len=1024, train_seq_len=2048)
-    cos, sin = rotary_tables(cfg, torch.float32)
-    angle = torch.atan2(sin[1, 0], cos[1, 0]).double()  # at position 1: base^(-2k / 16)
-    assert len(angle) == 8 and angle[0] == pytest.approx(1.0)
-    assert angle[1].item() ** -8 == pytest.approx(22082, abs=1) == 10000 * 2 ** (16 / 14)
-
-
 def test_rope_tables_do_not_depend_on_the_scored_length():
     (short, _), (long, _) = (
         rotary_tables(config(rope_ntk_len=12, eval_seq_len=n), torch.float32) for n in (8, 96)
@@ -566,45 +589,37 @@ def test_partial_rope_leaves_the_other_dimensions_alone():
 
 
 # ── initial weights and dtypes ──
+def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what must be the identity, the identity): of the rows or of the columns, the fewer ones."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    gram = matrix.T @ matrix if tall else matrix @ matrix.T
+    return gram, torch.eye(len(gram))
+
+
 def test_initial_values(run):
-    w = train_gpt.build_model(config(**ALL, vocab_size=64), run, sdpa).state_dict()
+    w = train_gpt.build_model(config(**PLAIN), run, sdpa).state_dict()
     for name, p in w.items():
-        kind = (
-            name.rpartition("blocks.")[2].partition(".")[2] if name.startswith("blocks.") else name
-        )
-        if kind in ("attn.proj.weight", "mlp.proj.weight", "smear.gate", "bigram.embed"):
+        kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
+        if kind in ("attn.proj.weight", "mlp.proj.weight"):
             assert not p.any(), name
-        elif kind in ("attn_scale", "mlp_scale", "skip_weights", "value_embed.block_scales"):
+        elif kind in ("attn_scale", "mlp_scale", "skip_weights"):
             assert (p == 1).all(), name
         elif kind == "resid_mix":
             assert (p[0] == 1).all() and not p[1].any()
-        elif kind in ("attn.q_gain", "bigram.scale", "value_embed.scale"):
-            assert (
-                p == {"attn.q_gain": 1.5, "bigram.scale": 0.05, "value_embed.scale": 0.1}[kind]
-            ).all()
-        elif kind in ("tok_emb", "value_embed.embed"):
-            assert p.std() == pytest.approx(
-                {"tok_emb": 0.005, "value_embed.embed": 0.01}[kind], rel=0.1
-            )
-        else:  # matrices: orthonormal rows or columns
-            gram = p @ p.T if p.shape[0] <= p.shape[1] else p.T @ p
-            torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5, msg=name)
-
-
-def test_bigram_projection_gain():
-    weight = GPT(config(bigram_vocab_size=9, bigram_proj_gain=20**-0.5)).bigram.proj.weight
-    torch.testing.assert_close(weight @ weight.T, torch.eye(32) / 20, rtol=0, atol=1e-5)
+        elif kind == "attn.q_gain":
+            assert (p == 1.5).all()
+        elif kind == "tok_emb":
+            assert p.std() == pytest.approx(0.005, rel=0.1)
+        else:
+            gram, identity = orthonormal(p)
+            torch.testing.assert_close(gram, identity, rtol=0, atol=1e-5, msg=name)
 
 
 def test_default_init_is_that_of_a_torch_linear():
     model = GPT(config(init="default", model_dim=64))
     for block in model.blocks:
-        for layer in (
-            block.attn.c_q,
-            block.attn.c_k,
-            block.attn.c_v,
-            block.mlp.fc,
-        ):  # U(+-1 / sqrt(columns))
+        # U(+-1 / sqrt(columns))
+        for layer in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):
             assert 0.95 / 8 < layer.weight.abs().max() <= 1 / 8
             assert layer.weight.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
         assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
@@ -618,7 +633,8 @@ def test_every_parameter_has_its_own_memory():
 def test_the_seed_determines_the_weights(run):
     cfg = config(**ALL)
     a, b, c = (train_gpt.build_model(config(**ALL, seed=seed), run, sdpa) for seed in (3, 3, 4))
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
     assert not torch.equal(a.tok_emb, c.tok_emb)
     assert not torch.equal(a.blocks[0].mlp.fc.weight, c.blocks[0].mlp.fc.weight)
     assert cfg.digest() == config(**ALL, seed=4).digest()
@@ -633,6 +649,6 @@ def test_bf16_activations_follow_fp32_and_gradients_stay_fp32(knobs):
     for model in (exact, low):
         model(*batch).mean().backward()
     torch.testing.assert_close(low(*batch), exact(*batch), rtol=0.1, atol=0.2)
-    for (name, p), q in zip(low.named_parameters(), exact.parameters()):
+    for (name, p), q in zip(low.named_parameters(), exact.parameters(), strict=True):
         assert p.dtype == p.grad.dtype == torch.float32
         assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.95, name

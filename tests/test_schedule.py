@@ -1,9 +1,10 @@
 """The schedule is a pure function of (steps done, training seconds), checked on a simulated clock.
 
-Failures that these tests would have caught: warm-down, SWA and QAT configured but never reached because fewer steps fit
-the budget (#1681, #48, #145's fixed step 6,000); the same WARMDOWN_ITERS decaying from step 1 on one GPU and never on
-eight (#1107); step-time jitter switching QAT on and off (#1002); runs of 601 s and more against a cap of 600 s (#1908,
-#1956); noise and QAT on the same weights at once (#975).
+Failures that these tests would have caught: warm-down, SWA and QAT configured but never reached
+because fewer steps fit the budget (#1681, #48, #145's fixed step 6,000); the same WARMDOWN_ITERS
+decaying from step 1 on one GPU and never on eight (#1107); step-time jitter switching QAT on and
+off (#1002); runs of 601 s and more against a cap of 600 s (#1908, #1956); noise and QAT on the same
+weights at once (#975).
 """
 
 import re
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import Config, StepPlan, Schedule, budget_spent, timeline
+from train_gpt import Config, Schedule, StepPlan, budget_spent, timeline
 
 UNCAPPED = dict(iterations=10**6)
 SPEEDS = pytest.mark.parametrize("speed", [0.5, 1.0, 3.0])
@@ -20,18 +21,35 @@ PLANNED = 0.09  # seconds per step at speed 1: 6,666 steps in 600 s
 
 
 def drive(cfg: Config, seconds) -> tuple[list[StepPlan], float]:
-    """The training loop on a simulated clock (seconds per step, or seconds(knobs)): every step's knobs, and the end."""
-    schedule, taken, elapsed = Schedule(cfg), [], 0.0
+    """The training loop on a simulated clock: every step's plan, and the seconds at the end.
+
+    seconds: of a step, or a function of its plan.
+    """
+    schedule = Schedule(cfg)
+    taken = []
+    elapsed = 0.0
     while len(taken) < cfg.iterations and not budget_spent(cfg, len(taken), elapsed):
-        k = schedule.at(len(taken), elapsed)
-        taken.append(k)
-        elapsed += seconds(k) if callable(seconds) else seconds
+        now = schedule.at(len(taken), elapsed)
+        taken.append(now)
+        elapsed += seconds(now) if callable(seconds) else seconds
     return taken, elapsed
 
 
 def first(taken: list[StepPlan], wanted) -> int:
-    """The first step whose knobs are wanted."""
-    return next(step for step, k in enumerate(taken) if wanted(k))
+    """The first step whose plan is wanted."""
+    return next(step for step, now in enumerate(taken) if wanted(now))
+
+
+def decays(now: StepPlan) -> bool:
+    return now.lr_scale < 1
+
+
+def quantises(now: StepPlan) -> bool:
+    return now.qat
+
+
+def averages(now: StepPlan) -> bool:
+    return now.snapshot
 
 
 def seeds_scale(budget: float, warmdown: int, step: int, elapsed: float) -> float:
@@ -41,7 +59,7 @@ def seeds_scale(budget: float, warmdown: int, step: int, elapsed: float) -> floa
     return remaining / length if length and remaining <= length else 1.0
 
 
-# ── Learning rate and momentum ────────────────────────────────────────────────────────────────────────────────────
+# ── Learning rate and momentum ────────────────────────────────────────────────────────────────────
 @settings(deadline=None)
 @given(
     step=st.integers(1, 30_000),
@@ -76,9 +94,10 @@ def test_every_output_is_bounded_for_any_clock(step, elapsed, budget, frac, warm
         warmdown_iters=warmdown,
         muon_momentum_warmup_steps=ramp,
     )
-    k = Schedule(cfg).at(step, elapsed)
-    assert 0 <= k.lr_scale <= 1 and 0.92 - 1e-12 <= k.momentum <= 0.99 + 1e-12
-    assert k == Schedule(cfg).at(step, elapsed)  # the same on every rank that is told the same time
+    now = Schedule(cfg).at(step, elapsed)
+    assert 0 <= now.lr_scale <= 1 and 0.92 - 1e-12 <= now.momentum <= 0.99 + 1e-12
+    # The same on every rank that is told the same time
+    assert now == Schedule(cfg).at(step, elapsed)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +114,7 @@ def test_without_a_ramp_the_momentum_is_the_final_one_from_the_start():
     assert Schedule(Config(muon_momentum_warmup_steps=0)).at(0, 0.0).momentum == 0.99
 
 
-# ── Speed: what a faster or slower machine does ───────────────────────────────────────────────────────────────────
+# ── Speed: what a faster or slower machine does ───────────────────────────────────────────────────
 PHASES = {
     "fractions of the run": dict(
         qat_start_kind="time_frac",
@@ -116,9 +135,7 @@ PHASES = {
 def test_every_phase_fires_and_the_budget_holds_at_any_speed(kind, speed):
     cfg = Config(qat_enabled=True, swa_enabled=True, **PHASES[kind], **UNCAPPED)
     taken, total = drive(cfg, PLANNED / speed)
-    warmdown, qat, swa = (
-        first(taken, on) for on in (lambda k: k.lr_scale < 1, lambda k: k.qat, lambda k: k.snapshot)
-    )
+    warmdown, qat, swa = (first(taken, on) for on in (decays, quantises, averages))
     assert 0 < warmdown < qat < swa < len(taken)
     assert 600 - 2 * PLANNED / speed < total <= 600  # all of the budget, and no more
     assert taken[-1].lr_scale < 3 / 2500  # the decay ends at 0, not before and not above
@@ -134,10 +151,7 @@ def test_fractions_of_the_run_begin_at_that_share_of_the_time_at_any_speed(speed
         **UNCAPPED,
     )
     taken, _ = drive(cfg, PLANNED / speed)
-    begins = [
-        first(taken, on) / len(taken)
-        for on in (lambda k: k.lr_scale < 1, lambda k: k.qat, lambda k: k.snapshot)
-    ]
+    begins = [first(taken, on) / len(taken) for on in (decays, quantises, averages)]
     assert begins == pytest.approx([1 - 0.453, 0.683, 0.814], abs=0.001)
 
 
@@ -147,7 +161,7 @@ def test_an_lr_scale_trigger_begins_where_the_specification_says(speed):
         Config(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, **UNCAPPED),
         PLANNED / speed,
     )
-    assert first(taken, lambda k: k.qat) / len(taken) == pytest.approx(
+    assert first(taken, quantises) / len(taken) == pytest.approx(
         1 - 0.7 * 3000 / len(taken), abs=0.001
     )
 
@@ -162,7 +176,7 @@ def test_a_warmdown_longer_than_the_run_decays_from_the_second_step():
 @pytest.mark.parametrize("slowdown", [1.06, 1.5, 3.0])
 def test_steps_that_become_dearer_overrun_by_less_than_that_one_steps_extra(slowdown):
     cfg = Config(qat_enabled=True, qat_start_kind="time_frac", qat_start=0.683, **UNCAPPED)
-    _, total = drive(cfg, lambda k: PLANNED * (slowdown if k.qat else 1))
+    _, total = drive(cfg, lambda now: PLANNED * (slowdown if now.qat else 1))
     assert total <= 600 + PLANNED * (slowdown - 1)
 
 
@@ -173,7 +187,7 @@ def test_the_budget_is_never_exceeded_at_a_steady_speed(seconds, budget):
     assert total <= budget * (1 + 1e-9) or total == seconds  # the first step is always taken
 
 
-# ── The bound of ITERATIONS ───────────────────────────────────────────────────────────────────────────────────────
+# ── The bound of ITERATIONS ───────────────────────────────────────────────────────────────────────
 def test_a_run_without_a_budget_depends_on_steps_alone():
     cfg = Config(
         max_wallclock_seconds=0.0,
@@ -185,10 +199,10 @@ def test_a_run_without_a_budget_depends_on_steps_alone():
     )
     fast, slow = (drive(cfg, seconds)[0] for seconds in (1e-6, 1e6))
     assert fast == slow and len(fast) == 1000
-    assert [k.lr_scale for k in fast] == pytest.approx(
+    assert [now.lr_scale for now in fast] == pytest.approx(
         [min((1000 - step) / 400, 1) for step in range(1000)]
     )
-    assert first(fast, lambda k: k.qat) == 250
+    assert first(fast, quantises) == 250
 
 
 def test_a_warmdown_without_a_budget_may_cover_the_first_step_too():
@@ -214,13 +228,10 @@ def test_iterations_that_end_before_the_budget_still_see_the_whole_schedule():
     )
     taken, total = drive(cfg, PLANNED)
     assert len(taken) == 1000 and total == pytest.approx(90)
-    assert first(taken, lambda k: k.lr_scale < 1) == 701 and taken[-1].lr_scale == pytest.approx(
-        1 / 300
-    )
-    assert first(taken, lambda k: k.qat) == 500
-    assert (
-        first(taken, lambda k: k.snapshot) == 889
-    )  # scale < 0.4 from step 881 on; after step 889, 890 are done
+    assert first(taken, decays) == 701 and taken[-1].lr_scale == pytest.approx(1 / 300)
+    assert first(taken, quantises) == 500
+    # The scale is below 0.4 from step 881 on; after step 889, 890 are done
+    assert first(taken, averages) == 889
 
 
 def test_the_budget_ends_a_run_that_iterations_would_continue():
@@ -228,7 +239,7 @@ def test_the_budget_ends_a_run_that_iterations_would_continue():
     assert len(taken) == 555 and total <= 50
 
 
-# ── Triggers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Triggers ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "kind, value, start",
     [
@@ -248,12 +259,12 @@ def test_each_kind_of_trigger_starts_where_its_name_says(kind, value, start):
         qat_start_kind=kind,
         qat_start=value,
     )
-    assert first(drive(cfg, 1.0)[0], lambda k: k.qat) == start
+    assert first(drive(cfg, 1.0)[0], quantises) == start
 
 
 def test_145s_fraction_of_iterations_is_its_step_6000():
     cfg = Config(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.30, iterations=20_000)
-    assert first(drive(cfg, 0.0645)[0], lambda k: k.qat) == 6000
+    assert first(drive(cfg, 0.0645)[0], quantises) == 6000
 
 
 def test_a_trigger_that_fired_stays_on_when_a_stall_is_made_up_for():
@@ -262,9 +273,8 @@ def test_a_trigger_that_fired_stays_on_when_a_stall_is_made_up_for():
     )
     stalled, caught_up = (10, 300.0), (4000, 310.0)
     fresh, latched = Schedule(cfg).at(*caught_up), Schedule(cfg)
-    assert (
-        not fresh.qat and not fresh.snapshot and fresh.lr_scale == 1.0
-    )  # by itself this moment starts nothing
+    # By itself this moment starts nothing
+    assert not fresh.qat and not fresh.snapshot and fresh.lr_scale == 1.0
     assert latched.at(*stalled).qat
     later = latched.at(*caught_up)
     assert later.qat and later.snapshot and later.lr_scale == 1.0
@@ -280,7 +290,8 @@ def test_a_toggle_that_is_off_never_acts(toggle):
     }[toggle]
     acts = [
         any(
-            k.qat or k.snapshot or k.qna for k in drive(Config(**{toggle: requested}, **on), 0.5)[0]
+            now.qat or now.snapshot or now.qna
+            for now in drive(Config(**{toggle: requested}, **on), 0.5)[0]
         )
         for requested in (False, True)
     ]
@@ -305,15 +316,15 @@ def test_noise_and_qat_never_act_in_the_same_step(kind, start, stop, seconds):
         iterations=500,
         warmdown_frac=0.6,
     )
-    for k in drive(cfg, seconds)[0]:
-        assert not (k.qat and k.qna)
-        assert k.qna == (0 if k.qat or k.lr_scale < stop else 2.0 * k.lr_scale)
+    for now in drive(cfg, seconds)[0]:
+        assert not (now.qat and now.qna)
+        assert now.qna == (0 if now.qat or now.lr_scale < stop else 2.0 * now.lr_scale)
 
 
-# ── Snapshots ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Snapshots ─────────────────────────────────────────────────────────────────────────────────────
 def snapshots(cfg: Config, seconds: float = 1.0) -> list[int]:
     """The number of steps done when each snapshot is taken."""
-    return [step + 1 for step, k in enumerate(drive(cfg, seconds)[0]) if k.snapshot]
+    return [step + 1 for step, now in enumerate(drive(cfg, seconds)[0]) if now.snapshot]
 
 
 def test_snapshots_are_taken_every_so_many_steps_once_the_trigger_fired():
@@ -351,7 +362,7 @@ def test_an_ema_needs_no_snapshot():
     assert snapshots(Config(ema_enabled=True, swa_start_kind="always", iterations=200)) == []
 
 
-# ── The printed timeline ──────────────────────────────────────────────────────────────────────────────────────────
+# ── The printed timeline ──────────────────────────────────────────────────────────────────────────
 ALL = dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.15, qna_enabled=True)
 
 
@@ -363,10 +374,10 @@ def test_the_timeline_says_what_a_run_at_that_speed_does(average, speed):
     text = timeline(cfg, PLANNED / speed)
     assert text.startswith(f"{len(taken)} steps of {PLANNED / speed * 1e3:.1f} ms")
     acts = {
-        "warmdown": lambda k: k.lr_scale < 1,
-        "QNA": lambda k: k.qna > 0,
-        "QAT": lambda k: k.qat,
-        average: lambda k: k.snapshot,
+        "warmdown": decays,
+        "QNA": lambda now: now.qna > 0,
+        "QAT": quantises,
+        average: averages,
     }
     starts = {name: first(taken, on) for name, on in acts.items()}
     assert dict(re.findall(r"(\w+) from step (\d+)", text)) == {
@@ -386,10 +397,8 @@ def test_the_timeline_is_silent_about_what_was_not_requested():
     "never, cfg",
     [
         ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.0)),
-        (
-            "QAT",
-            dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
-        ),  # of 20,000 steps; 6,666 fit the budget
+        # Of 20,000 steps; 6,666 fit the budget
+        ("QAT", dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5)),
         ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7, warmdown_iters=0)),
         ("SWA", dict(swa_enabled=True, swa_start_kind="iter_frac", swa_start_frac=0.5)),
         ("SWA", dict(swa_enabled=True, swa_every=7000)),
