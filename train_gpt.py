@@ -979,7 +979,7 @@ def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n")
 
 
-# ── 3 Data ────────────────────────────────────────────────────────────────────────────────────
+# ── 3 Data ────────────────────────────────────────────────────────────────────────────────────────
 # In: shards of tokens and their tokenizer. Out: the rows of each step, and the validation
 # targets with the bytes that they stand for.
 # Promise: a step holds the same rows on any number of ranks; every token is checked as it is
@@ -1301,7 +1301,7 @@ class Validation:
         )
 
 
-# ── 4 Grid ────────────────────────────────────────────────────────────────────────────────────
+# ── 4 Grid ────────────────────────────────────────────────────────────────────────────────────────
 # In: weights (..., rows, columns). Out: integer codes and fp16 steps, and back.
 # Promise: the only definition of quantisation; QAT, QNA, SQWA and export all call it.
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
@@ -1402,7 +1402,7 @@ class Grid(NamedTuple):
         return self.dequantise(codes, scale)
 
 
-# ── 5 Model ───────────────────────────────────────────────────────────────────────────────────
+# ── 5 Model ───────────────────────────────────────────────────────────────────────────────────────
 # In: token ids (batch, time). Out: nats per target.
 # Promise: one forward path for training and scoring; causal; a technique that is off is absent:
 # no parameters, no arithmetic. Each technique is one class or function here, marked with its knob,
@@ -1927,7 +1927,7 @@ def build_model(cfg: Config, run: Run, attend: Attend) -> GPT:
     return GPT(cfg, run.dtype, attend).to(run.device)
 
 
-# ── 6 Schedule ────────────────────────────────────────────────────────────────────────────────
+# ── 6 Schedule ────────────────────────────────────────────────────────────────────────────────────
 # In: steps done and training seconds. Out: what the next step does.
 # Promise: pure functions of these two, but for triggers, which stay on once they have fired; so
 # every rank that is told the same time does the same.
