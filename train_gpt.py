@@ -1938,7 +1938,26 @@ class StepPlan(NamedTuple):
     momentum: float
     qat: bool = False
     qna: float = 0.0  # width of the noise, in quantisation steps; 0: none
-    snapshot: bool = False  # SWA or SQWA takes one after the step
+    snapshot: bool = False  # of the weights, after the step
+
+
+# Phase (its toggle: NAME_ENABLED) -> the field of StepPlan by which it acts
+PHASES = {"QNA": "qna", "QAT": "qat", "SWA": "snapshot", "SQWA": "snapshot"}
+
+
+def plan_step(cfg: Config, step: int, lr_scale: float, fired: set[str]) -> StepPlan:
+    """What a step does at this learning rate, given the triggers that have fired."""
+    qat = "qat" in fired
+    qna = 0.0
+    if cfg.qna_enabled and not qat and lr_scale >= cfg.qna_stop_scale:
+        qna = cfg.qna_magnitude * lr_scale
+    snapshot = "swa" in fired and (step + 1) % cfg.swa_every == 0
+    return StepPlan(lr_scale, momentum_at(cfg, step), qat, qna, snapshot)
+
+
+def phases_wanted(cfg: Config) -> list[str]:
+    """The phases that the run asks for, in the order of the timeline."""
+    return [name for name in PHASES if getattr(cfg, f"{name.lower()}_enabled")]
 
 
 def steps_left(cfg: Config, step: int, elapsed: float) -> float:
@@ -1998,6 +2017,8 @@ class Schedule:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.fired: set[str] = set()
+        # Fields of the plan that anything acts by
+        self.in_use = {PHASES[name] for name in phases_wanted(cfg)}
 
     def at(self, step: int, elapsed: float) -> StepPlan:
         """The plan of the next step, `step` steps and `elapsed` seconds of training being done."""
@@ -2006,18 +2027,11 @@ class Schedule:
         lr_scale = learning_rate_scale(cfg, step, left)
 
         reached = partial(trigger_reached, cfg, step, step + left, lr_scale)
-        if cfg.qat_enabled and reached(cfg.qat_start_kind, cfg.qat_start):
+        if "qat" in self.in_use and reached(cfg.qat_start_kind, cfg.qat_start):
             self.fired.add("qat")
-        averaging = cfg.swa_enabled or cfg.sqwa_enabled
-        if averaging and reached(cfg.swa_start_kind, cfg.swa_start_frac):
+        if "snapshot" in self.in_use and reached(cfg.swa_start_kind, cfg.swa_start_frac):
             self.fired.add("swa")
-
-        qat = "qat" in self.fired
-        qna = 0.0
-        if cfg.qna_enabled and not qat and lr_scale >= cfg.qna_stop_scale:
-            qna = cfg.qna_magnitude * lr_scale
-        snapshot = "swa" in self.fired and (step + 1) % cfg.swa_every == 0
-        return StepPlan(lr_scale, momentum_at(cfg, step), qat, qna, snapshot)
+        return plan_step(cfg, step, lr_scale, self.fired)
 
 
 def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
@@ -2027,37 +2041,27 @@ def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
     return elapsed + elapsed / step > cfg.max_wallclock_seconds
 
 
-def phases_acting(now: StepPlan) -> dict[str, bool]:
-    """Phase -> whether it acts in this step, in the order of the timeline."""
-    return {
-        "warmdown": now.lr_scale < 1,
-        "QNA": now.qna > 0,
-        "QAT": now.qat,
-        "SWA": now.snapshot,
-        "SQWA": now.snapshot,
-    }
-
-
 def timeline(cfg: Config, step_seconds: float) -> str:
     """Planned step and second of every phase asked for, or NEVER.
 
     Found by running the schedule itself at a constant speed.
     """
-    wanted = {
-        "warmdown": cfg.warmdown_iters or cfg.warmdown_frac,
-        "QNA": cfg.qna_enabled,
-        "QAT": cfg.qat_enabled,
-        "SWA": cfg.swa_enabled,
-        "SQWA": cfg.sqwa_enabled,
-    }
-    starts = {name: "NEVER" for name, on in wanted.items() if on}
+    starts = {}
+    if cfg.warmdown_iters or cfg.warmdown_frac:
+        starts["warmdown"] = "NEVER"
+    for name in phases_wanted(cfg):
+        starts[name] = "NEVER"
+
     schedule = Schedule(cfg)
     step = 0
     elapsed = 0.0
     while step < cfg.iterations and not budget_spent(cfg, step, elapsed):
-        acting = phases_acting(schedule.at(step, elapsed))
-        for name, start in starts.items():
-            if start == "NEVER" and acting[name]:
+        now = schedule.at(step, elapsed)
+        acting = [name for name, field in PHASES.items() if getattr(now, field)]
+        if now.lr_scale < 1:
+            acting.append("warmdown")
+        for name in acting:
+            if starts.get(name) == "NEVER":
                 starts[name] = f"step {step} ({elapsed:.0f} s)"
         step += 1
         elapsed = step * step_seconds
@@ -2239,12 +2243,12 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
 
 
 class MuonShare(NamedTuple):
-    """One bank, and what this rank updates of it: weights, gradients, momenta (n, rows, columns)."""
+    """What one rank updates of a bank: its share, each (matrices, rows, columns)."""
 
-    bank: Tensor  # the weights of all ranks, (ranks, entries)
     weights: Tensor
     gradients: Tensor
     momenta: Tensor
+    bank: Tensor  # the weights of all ranks, (ranks, entries)
 
 
 def muon_update(share: MuonShare, lr: float, momentum: float, cfg: Config, orthogonalise) -> None:
@@ -2295,7 +2299,8 @@ class Optimiser:
         stacks = [flat.matrices(b) for b in (flat.weights, flat.gradients, self.first_moments)]
         self.shares = []
         for bank, *parts in zip(banks, *stacks, strict=True):
-            self.shares.append(MuonShare(bank, *[part[run.rank] for part in parts]))
+            own = [part[run.rank] for part in parts]
+            self.shares.append(MuonShare(*own, bank))
         self.adamw = self.make_adamw()
 
     def make_adamw(self) -> torch.optim.AdamW:
@@ -2329,7 +2334,7 @@ class Optimiser:
         self.flat.gather(self.muon(self.cfg.matrix_lr * now.lr_scale, now.momentum))
 
     def muon(self, lr: float, momentum: float) -> Iterator[Tensor]:
-        """Updates this rank's share of each bank; yields each bank, (ranks, entries), after it."""
+        """Updates this rank's share of each bank; yields each bank, (ranks, entries)."""
         for share in self.shares:
             muon_update(share, lr, momentum, self.cfg, self.orthogonalise)
             yield share.bank
@@ -2595,7 +2600,8 @@ class Average:
 
 
 # ── 9 Train ───────────────────────────────────────────────────────────────────────────────────────
-# In: a model, its plan of export, training and validation tokens. Out: trained weights and averages.
+# In: a model, its plan of export, training and validation tokens. Out: trained weights, averages,
+# checkpoints.
 # Promise: a step that is not finite never reaches the weights; a run that was stopped goes on from
 # its last checkpoint as if it had not been; every wait of the host for the device is said.
 CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
@@ -3032,7 +3038,7 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Validation of the live weights and an estimate of the size, off the clock. A host sync."""
+        """Score of the live weights and an estimate of the size, off the clock. A host sync."""
         paused = time.perf_counter()
         live = self.score_weights()
         size = 0
