@@ -37,7 +37,8 @@ from ablation.report import (
 from ablation.runner import Runner, gpu_gate, run_elsewhere, run_here, shell
 from ablation.statistics import record_rule
 from ablation.study import ROOT, Matrix, matrix, read_study
-from ablation.submission import build_submission, check_submission
+from ablation.check import check_submission
+from ablation.submission import build_submission
 from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import Refusal
 

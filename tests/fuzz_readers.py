@@ -56,7 +56,8 @@ with instrumented:
     from ablation.runner import shell
     from ablation.statistics import record_rule
     from ablation.study import Matrix, matrix, read_study
-    from ablation.submission import check_submission, render, summarise
+    from ablation.check import check_submission
+    from ablation.submission import render, summarise
 
 CPU_SECONDS, MEMORY = 10, 1 << 30
 REFUSALS = (train_gpt.Refusal, prepare_data.UserError)
@@ -815,7 +816,7 @@ def submission(data: bytes, folder: Path) -> None:
         for name, content in files.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes(content)
-    with mock.patch("ablation.submission.wrong_logs", lambda folder, results: []):
+    with mock.patch("ablation.check.wrong_logs", lambda folder, results: []):
         problems = read(check_submission, target)
     promise(
         all(type(p) is str and p.isprintable() and len(p) <= 6000 for p in problems)

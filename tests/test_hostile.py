@@ -35,7 +35,7 @@ from ablation.page import html_page
 from ablation.records import load
 from ablation.report import Finished, notes, tables, write_report
 from ablation.study import STUDY_KEYS, Study, matrix, read_study
-from ablation.submission import MAX_CODE_BYTES, check_submission
+from ablation.check import MAX_CODE_BYTES, check_submission
 from train_gpt import (
     Config,
     Refusal,
@@ -879,7 +879,7 @@ def test_a_report_commands_no_terminal_either(study, tmp_path, capsys, text):
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A good submission, whose script is not run."""
-    monkeypatch.setattr("ablation.submission.wrong_logs", lambda folder, results: [])
+    monkeypatch.setattr("ablation.check.wrong_logs", lambda folder, results: [])
     (tmp_path / "submission").mkdir()
     for name, content in fuzz_readers.submission_of(good_results()).items():
         (tmp_path / "submission" / name).write_bytes(content)

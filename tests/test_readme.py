@@ -18,7 +18,7 @@ from conftest import make_data
 from demo_picture import demo_picture
 
 import train_gpt
-from ablation.submission import check_submission
+from ablation.check import check_submission
 
 ROOT = readme_tables.ROOT
 README = (ROOT / "README.md").read_text()

@@ -23,7 +23,8 @@ import pytest
 from conftest import TINY
 
 import train_gpt
-from ablation.submission import build_submission, check_submission, render, summarise
+from ablation.check import check_submission
+from ablation.submission import build_submission, render, summarise
 from train_gpt import Config, Refusal
 
 ABOUT = dict(
@@ -76,7 +77,7 @@ def folder(built, tmp_path) -> Path:
 @pytest.fixture
 def trusting(monkeypatch) -> None:
     """Does not ask the script of a folder, which takes seconds."""
-    monkeypatch.setattr("ablation.submission.wrong_logs", lambda folder, results: [])
+    monkeypatch.setattr("ablation.check.wrong_logs", lambda folder, results: [])
 
 
 def read(path: Path) -> dict:
@@ -765,7 +766,7 @@ def test_the_stub_alone_is_good(stub):
 )
 def test_the_import_of_the_script_must_have_no_side_effect(stub, monkeypatch, line, words):
     monkeypatch.setenv("SECRET", "1")
-    monkeypatch.setattr("ablation.submission.IMPORT_SECONDS", 2)
+    monkeypatch.setattr("ablation.check.IMPORT_SECONDS", 2)
     assert_caught(stub(line), "train_gpt.py", *words)
 
 

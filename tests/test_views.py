@@ -331,7 +331,9 @@ def test_no_two_matrices_share_their_noise(bench):
 def test_off_is_absent(bench):
     b = bench(**ALL)
     versions = {name: (p.data_ptr(), p._version) for name, p in b.params.items()}
-    assert b.views.stacks == {} and b.views.enter(StepPlan(1.0, 0.9), 0) == [] and not b.run.activity
+    assert (
+        b.views.stacks == {} and b.views.enter(StepPlan(1.0, 0.9), 0) == [] and not b.run.activity
+    )
     b.views.leave([])
     assert versions == {
         name: (p.data_ptr(), p._version) for name, p in b.params.items()
