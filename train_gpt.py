@@ -2096,13 +2096,14 @@ class FlatParameters:
         weights    | embed | bank | bank | ... | scalar | smear |
         gradients  | embed | bank | bank | ... | scalar | smear | loss | stop |
 
-    A group is one slice, so that AdamW sees one tensor. A bank of 5 matrices on 3 ranks, each of
-    which updates its own share:
+    The step's loss and a stop flag travel with the gradients. A group is one slice, so that AdamW
+    sees one tensor. A bank is filled up with zeros to an equal share per rank, here 5 matrices on
+    3 ranks; each rank updates its share (Optimiser):
 
         | matrix 0  matrix 1 | matrix 2  matrix 3 | matrix 4  zeros |
           rank 0               rank 1               rank 2
 
-    The step's loss and a stop flag travel with the gradients. Every tensor is aligned.
+    run: world and rank, and the device.
     """
 
     def __init__(self, params: dict[str, nn.Parameter], run: Run):
@@ -2117,7 +2118,7 @@ class FlatParameters:
         self.weights = torch.zeros(size, device=run.device)
         self.gradients = torch.zeros(size + 2, device=run.device)
         self.proper_gradients = self.gradients[:size]
-        self.loss = self.gradients[size]
+        self.loss = self.gradients[size]  # of the step
         self.stop = self.gradients[size + 1]  # 1: this rank was told to stop
 
         gradients = self.views(self.gradients)
@@ -2272,6 +2273,7 @@ def muon_update(share: MuonShare, lr: float, momentum: float, cfg: Config, ortho
 def adamw_rates(cfg: Config) -> dict[str, tuple[float, float]]:
     """Optimiser of a Role -> (learning rate, beta2) of its AdamW group."""
     return {
+        # tables; vectors and scalars; the SmearGate
         "embed": (cfg.tied_embed_lr, cfg.beta2),
         "scalar": (cfg.scalar_lr, cfg.beta2),
         "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2),
@@ -2279,11 +2281,10 @@ def adamw_rates(cfg: Config) -> dict[str, tuple[float, float]]:
 
 
 class Optimiser:
-    """Muon for matrices, AdamW for the rest.
+    """Muon for the matrices inside the model, AdamW for the rest.
 
-    Each rank updates its share of each Muon bank; AdamW does the same on every rank.
-
-    The moments lie in buffers like the weights. No host sync.
+    Each rank updates its share of each Muon bank; AdamW does all of its work on every rank. The
+    moments lie in buffers like the weights. No host sync.
     """
 
     def __init__(self, flat: FlatParameters, cfg: Config, run: Run):
@@ -2351,7 +2352,7 @@ class Qat:
 
     What:   w -> codes(w) * scale(w), the round trip of the export grid.
     Why:    training moves the weights to where rounding costs least.
-    Source: #989; toggle QAT_ENABLED, from QAT_START on.
+    Source: #989; toggle QAT_ENABLED, from QAT_START_KIND and QAT_START on.
     Care:   grids and tensors are those of the exporter, bit for bit; the seeds' own grids were not
             (#194), or covered other tensors (#975, #145): QAT_SCOPE, QAT_GRID rebuild them.
     """
@@ -2392,7 +2393,7 @@ class Qna:
 
     What:   w -> w + width * scale(w) * u, u uniform in [-1/2, 1/2); width: QNA_MAGNITUDE times the
             learning-rate scale, 0 once QAT has begun.
-    Why:    weights learn to bear errors as large as those of rounding, and no gradient is lost.
+    Why:    weights learn to bear errors as large as those of rounding, before QAT rounds them.
     Source: #975; toggle QNA_ENABLED.
     Care:   noise depends on SEED, step and stack alone: every rank, and a run that goes on, draws
             the same. scale(w) is the exported one (#975's noise was 12 times below it).
@@ -2875,9 +2876,10 @@ class Trainer:
             f"step {self.steps}: not finite: loss {self.loss}, gradient norm {norm}, "
             f"first gradient: {bad[0] if bad else 'none'}"
         )
-        nine_before = self.skipped[-9:-8] == [self.steps - 9]
+        # The ninth last one that was left out is nine steps back: nine in a row before this one
+        too_many = self.skipped[-9:-8] == [self.steps - 9]
         refuse(
-            self.cfg.nonfinite == "stop" or nine_before,
+            self.cfg.nonfinite == "stop" or too_many,
             f"{problem}; lower MATRIX_LR or GRAD_CLIP_NORM; NONFINITE=skip leaves out up to 9 such "
             "steps in a row",
             5,
