@@ -49,7 +49,7 @@ import train_gpt
 from train_gpt import (
     COMPRESSORS,
     GPT,
-    Average,
+    Averages,
     Config,
     Grid,
     StepPlan,
@@ -642,7 +642,7 @@ def techniques(b: Bench, trainer: Trainer) -> None:
             )
     for name, does in (("ema", "update"), ("swa", "snapshot"), ("sqwa", "snapshot")):
         on = {f"{other}_enabled": other == name for other in ("ema", "swa", "sqwa")}
-        average = Average(
+        average = Averages(
             dataclasses.replace(cfg, average="auto", strict=False, **on), run, model, flat, plan
         )
         host = {n: p.detach().cpu().clone() for n, p in live.items()}

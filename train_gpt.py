@@ -2548,7 +2548,7 @@ class Sqwa(Swa):
         return as_shipped(self.source[name], self.plan[name])
 
 
-class Average:
+class Averages:
     """The averages that the run collects: an EMA, and the mean of snapshots (SWA or SQWA).
 
     All are of the latent weights, on the device, the same on every rank. No host sync.
@@ -2718,7 +2718,7 @@ class Trainer:
         self.schedule = Schedule(cfg)
         self.optimiser = Optimiser(self.flat, cfg, run)
         self.views = WeightViews(cfg, run, self.model, self.flat, self.plan)
-        self.average = Average(cfg, run, self.model, self.flat, self.plan)
+        self.averages = Averages(cfg, run, self.model, self.flat, self.plan)
         if cfg.warmdown_iters or cfg.warmdown_frac:
             warmdown = Activity(scope="learning rates", unit="lr scale at the end")
             run.activity["WARMDOWN"] = warmdown
@@ -2743,7 +2743,7 @@ class Trainer:
 
         There is no random state: weights and noise depend on SEED and step, as do the data.
         """
-        groups = self.average.tensors()
+        groups = self.averages.tensors()
         if not self.done():
             groups["first"] = self.flat.views(self.optimiser.first_moments)
             groups["second"] = {}
@@ -2759,7 +2759,7 @@ class Trainer:
 
     def facts(self) -> dict:
         """What a checkpoint says beside its tensors, as JSON can hold it."""
-        snapshots = self.average.snapshots
+        snapshots = self.averages.snapshots
         activity = {n: dataclasses.asdict(a) for n, a in self.run.activity.items()}
         return {
             "config": self.cfg.knobs("seed", *COMPARED),
@@ -2798,8 +2798,8 @@ class Trainer:
             self.saved = self.elapsed
             self.schedule.fired = set(facts["fired"])
             count = int(facts["snapshots"])
-            if self.average.snapshots:
-                self.average.snapshots.count = count
+            if self.averages.snapshots:
+                self.averages.snapshots.count = count
             for name, w in self.tensors().items():
                 w.copy_(tensors[name].view_as(w))
             for state in self.optimiser.adamw.state.values():
@@ -2862,7 +2862,7 @@ class Trainer:
     def update(self, now: StepPlan) -> None:
         """New weights and averages; notes which toggles have acted."""
         self.optimiser.step(now)
-        acting = self.views.acting(now) + self.average.update(now.snapshot)
+        acting = self.views.acting(now) + self.averages.update(now.snapshot)
         if now.lr_scale < 1:
             acting.append("WARMDOWN")
         for name in acting:
@@ -2897,7 +2897,7 @@ class Trainer:
         weights = self.flat.weights.clone()
         variants = [view.at_full_strength() for view in self.views.techniques.values()]
         variants.append(StepPlan(1.0, self.cfg.muon_momentum))
-        snapshot = self.average.snapshots is not None
+        snapshot = self.averages.snapshots is not None
         seconds = []
         loader = batches(self.cfg, self.run, self.split)
         for n in range(self.cfg.warmup_steps):
@@ -3952,7 +3952,7 @@ def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
     for name, state in trained.averages.items():
         activity = run.activity[name.upper()]
         activity.effect = probe.loss(trainer.model, state) - probe.base
-        activity.cost_ms = run.milliseconds(partial(trainer.average.update, name != "ema"))
+        activity.cost_ms = run.milliseconds(partial(trainer.averages.update, name != "ema"))
 
 
 def prove_model_toggles(
@@ -4404,7 +4404,7 @@ def collect_averages(cfg: Config, run: Run, trainer: Trainer) -> Trained:
     """Copies the live weights and every average, and chooses what is shipped."""
     live = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     averages = {}
-    for name, state in trainer.average.results().items():
+    for name, state in trainer.averages.results().items():
         averages[name] = {key: w.clone() for key, w in state.items()}
 
     for name in cfg.collected():

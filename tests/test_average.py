@@ -1,8 +1,8 @@
-"""SWA, EMA and SQWA: the right mean, of the latent weights, the same on every rank, and really exported.
+"""SWA, EMA and SQWA: the right mean, of the latent weights, the same on every rank, and exported.
 
-Would have caught: #194's and #989's bf16 sums of the tables, #199's first sum in bf16 (BPB 2.62), #194's headline run
-without the average it reports, #549's average that was collected and never applied, #975's SQWA that lives on rank 0
-alone, and windows that never open (#199's step 10,000).
+Would have caught: #194's and #989's bf16 sums of the tables, #199's first sum in bf16 (BPB 2.62),
+#194's headline run without the average it reports, #549's average that was collected and never
+applied, #975's SQWA that lives on rank 0 alone, and windows that never open (#199's step 10,000).
 """
 
 import json
@@ -15,15 +15,15 @@ from test_optimiser import ALL, make_trainer, normal, on_ranks
 
 import train_gpt
 from train_gpt import (
-    Average,
+    Averages,
     FlatParameters,
-    StepPlan,
     Run,
+    StepPlan,
+    as_shipped,
     build_model,
     export_plan,
-    sdpa,
-    as_shipped,
     read_artifact,
+    sdpa,
 )
 
 TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
@@ -36,7 +36,7 @@ KINDS = {
 
 
 class Bench:
-    """An Average over weights that the test moves as it likes."""
+    """Averages of weights that the test moves as it likes."""
 
     def __init__(self, cfg):
         self.run = Run(cfg)
@@ -45,7 +45,7 @@ class Bench:
         with torch.no_grad():
             for i, p in enumerate(self.params.values()):
                 p.copy_(normal(*p.shape, seed=1000 + i))
-        self.average = Average(
+        self.averages = Averages(
             cfg, self.run, model, FlatParameters(self.params, self.run), self.plan
         )
 
@@ -58,7 +58,7 @@ class Bench:
 
     def error(self, name: str, expected: dict[str, np.ndarray], of=lambda name: True) -> float:
         """Relative rms error of an average over the tensors `of`."""
-        found = self.average.results()[name]
+        found = self.averages.results()[name]
         differences = [
             (found[n].double().numpy() - w).ravel() for n, w in expected.items() if of(n)
         ]
@@ -81,8 +81,8 @@ def test_swa_is_the_mean_of_the_snapshots_alone(bench):
     for step in range(30):
         weights, snapshot = b.move(step), step % 3 == 2
         taken += [weights] * snapshot
-        assert b.average.update(snapshot) == ["SWA"] * snapshot
-    assert b.error("swa", mean(taken)) < 3e-7 and b.average.snapshots.count == 10
+        assert b.averages.update(snapshot) == ["SWA"] * snapshot
+    assert b.error("swa", mean(taken)) < 3e-7 and b.averages.snapshots.count == 10
 
 
 @pytest.mark.parametrize("decay", (0.0, 0.6, 0.997, 1.0))
@@ -93,7 +93,7 @@ def test_ema_is_its_recurrence_from_the_initial_weights(bench, decay):
         expected = {
             name: decay * expected[name] + (1 - decay) * w for name, w in b.move(step).items()
         }
-        assert b.average.update(False) == ["EMA"]
+        assert b.averages.update(False) == ["EMA"]
     assert b.error("ema", expected) < 1e-6
 
 
@@ -113,7 +113,7 @@ def test_sqwa_is_the_mean_of_what_the_artifact_would_have_held(bench, ema):
                 for name, w in source.items()
             }
         ] * snapshot
-        assert b.average.update(snapshot) == ["EMA"] * ema + ["SQWA"] * snapshot
+        assert b.averages.update(snapshot) == ["EMA"] * ema + ["SQWA"] * snapshot
     assert len(taken) == 3 and b.error("sqwa", mean(taken)) < 3e-7
     assert b.error("sqwa", {name: p.detach().numpy() for name, p in b.params.items()}) > 0.05
 
@@ -126,7 +126,7 @@ def bf16_error(bench):
         for step in range(snapshots):
             weights = b.move(step, by=0.001)
             total = {name: w + (total[name] if total else 0) for name, w in weights.items()}
-            b.average.update(True)
+            b.averages.update(True)
         return b.error("swa", {name: w / snapshots for name, w in total.items()}, of)
 
     return measure
@@ -152,26 +152,26 @@ def test_latent_weights_are_averaged_while_qat_is_on(tiny, kind):
         tiny(**ALL, **KINDS[kind], qat_enabled=True, quant_bits_mlp=3, quant_bits_attn=3)
     )
     loader, latent = train_gpt.batches(trainer.cfg, trainer.run, trainer.split), []
-    names, params = zip(*trainer.model.named_parameters())
+    names, params = zip(*trainer.model.named_parameters(), strict=True)
     ema = [p.detach().clone() for p in params]
-    for step in range(4):
+    for _step in range(4):
         trainer.step(next(loader), StepPlan(1.0, 0.9, qat=True, snapshot=kind != "ema"))
         live = [p.detach().clone() for p in params]
         torch._foreach_lerp_(ema, live, 1 - 0.6)
-        source = dict(zip(names, [w.clone() for w in ema] if "ema" in kind else live))
+        source = dict(zip(names, [w.clone() for w in ema] if "ema" in kind else live, strict=True))
         latent.append(
             {n: as_shipped(w, trainer.plan[n]) for n, w in source.items()}
             if "sqwa" in kind
             else source
         )
     loader.close()
-    found = trainer.average.results()[kind[:4].rstrip("_")]
+    found = trainer.averages.results()[kind[:4].rstrip("_")]
     for name, w in found.items():
         expected = latent[-1][name] if kind == "ema" else sum(state[name] for state in latent) / 4
         torch.testing.assert_close(w, expected, rtol=1e-5, atol=1e-6, msg=name)
     on_grid = [
         torch.equal(p, as_shipped(p, trainer.plan[n]))
-        for n, p in zip(names, params)
+        for n, p in zip(names, params, strict=True)
         if n.endswith("fc.weight")
     ]
     assert len(on_grid) == 3 and not any(on_grid)  # else the test could not tell latent from seen
@@ -182,7 +182,7 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
     cfg = tiny(**KINDS[kind], swa_start_frac=0.9, swa_every=1, quant_clip="amax")
     expected, states = {}, []
 
-    class Spy(Average):
+    class Spy(Averages):
         def __init__(self, cfg, run, model, flat, plan):
             super().__init__(cfg, run, model, flat, plan)
             expected.update(names=list(self.live), plan=plan)
@@ -198,7 +198,7 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
             )
             return names
 
-    monkeypatch.setattr(train_gpt, "Average", Spy)
+    monkeypatch.setattr(train_gpt, "Averages", Spy)
     report = train_gpt.main(cfg)
     states = states[
         cfg.warmup_steps : cfg.warmup_steps + cfg.iterations
@@ -209,18 +209,18 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
     else:
         taken = [ema if "ema" in kind else live for live, ema, snapshot in states if snapshot]
         taken = (
-            [[as_shipped(w, plan[n]) for n, w in zip(names, state)] for state in taken]
+            [[as_shipped(w, plan[n]) for n, w in zip(names, state, strict=True)] for state in taken]
             if "sqwa" in kind
             else taken
         )
         weights, count, first = (
-            [sum(column) / len(taken) for column in zip(*taken)],
+            [sum(column) / len(taken) for column in zip(*taken, strict=True)],
             3,
             3,
         )  # lr scale 0.75, 0.5, 0.25
         assert len(taken) == 3
     state = read_artifact(train_gpt.Path(report["artifact_path"]))[1]
-    for name, w, live in zip(names, weights, states[-1][0]):
+    for name, w, live in zip(names, weights, states[-1][0], strict=True):
         assert torch.equal(state[name], as_shipped(w, plan[name])), name
         assert not torch.equal(state[name], as_shipped(live, plan[name])) or not live.any(), name
     toggle = report["toggles"][cfg.shipped_average.upper()]
@@ -232,10 +232,8 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
     assert toggle["tensors"] == len(names) and report["averaged_val_bpb"] != report["live_val_bpb"]
     log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
     of = "EMA" if "of_ema" in kind else "live weights"
-    assert (
-        f"average: {cfg.shipped_average} of {of}, {count} snapshots, steps [{first}] to [5]; applied: yes"
-        in log
-    )
+    taken = f"{count} snapshots, steps [{first}] to [5]"
+    assert f"average: {cfg.shipped_average} of {of}, {taken}; applied: yes" in log
     assert log.count("average: ") == len(cfg.collected()) and log.count("applied: yes") == 1
     assert (
         "average: ema of live weights, 6 snapshots, steps [0] to [5]; applied: no (AVERAGE=auto)"
@@ -252,14 +250,14 @@ def test_averaging_does_not_change_the_training(tiny, kind):
     for trainer in trainers:
         trainer.train()
     assert trainers[0].loss == trainers[1].loss
-    for p, q in zip(*(trainer.model.parameters() for trainer in trainers)):
+    for p, q in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
         assert torch.equal(p, q)
 
 
 def test_off_is_absent(bench):
     b = bench()
-    assert b.average.ema is None and b.average.snapshots is None
-    assert b.average.update(False) == [] and b.average.results() == {}
+    assert b.averages.ema is None and b.averages.snapshots is None
+    assert b.averages.update(False) == [] and b.averages.results() == {}
     assert not b.run.activity
 
 
@@ -289,7 +287,7 @@ def averages(rank: int, world: int, configs: dict) -> dict:
     for kind, cfg in configs.items():
         trainer = make_trainer(cfg)
         trainer.train()
-        results[kind] = {name: dict(state) for name, state in trainer.average.results().items()}
+        results[kind] = {name: dict(state) for name, state in trainer.averages.results().items()}
     return results
 
 

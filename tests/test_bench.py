@@ -24,7 +24,7 @@ import bench
 import train_gpt
 from train_gpt import (
     COMPRESSORS,
-    Average,
+    Averages,
     Config,
     FlatParameters,
     Grid,
@@ -164,7 +164,7 @@ def test_averages_equal_those_of_host_copies(trainer, kind):
     on = {f"{name}_enabled": name in kind.split(" of ") for name in ("ema", "swa", "sqwa")}
     t = trainer(**on, ema_decay=0.75)
     t.flat.weights.copy_(coarse(t.flat.weights))
-    average = Average(t.cfg, t.run, t.model, t.flat, t.plan)
+    average = Averages(t.cfg, t.run, t.model, t.flat, t.plan)
     live = dict(t.model.named_parameters())
     ema = {n: p.detach().clone() for n, p in live.items()} if "ema" in kind else {}
     sums = {n: torch.zeros_like(p) for n, p in live.items()} if kind != "ema" else {}

@@ -25,7 +25,7 @@ from train_gpt import (
     CLIP_QUANTILES,
     KERNELS,
     PACKAGES,
-    Average,
+    Averages,
     Config,
     FlatParameters,
     Grid,
@@ -381,7 +381,7 @@ def averages(cfg: Config, device: str) -> dict[str, dict[str, torch.Tensor]]:
     run = run_on(cfg, device)
     model = build_model(cfg, run, sdpa)
     params = dict(model.named_parameters())
-    average = Average(cfg, run, model, FlatParameters(params, run), export_plan(cfg, model))
+    average = Averages(cfg, run, model, FlatParameters(params, run), export_plan(cfg, model))
     with torch.no_grad():
         for step in range(6):
             for i, p in enumerate(params.values()):

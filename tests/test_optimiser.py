@@ -1,7 +1,8 @@
-"""Muon, AdamW, the flat buffers of weights and gradients, and the same training on 1, 2 and 3 ranks.
+"""Muon, AdamW, the flat buffers, and the same training on 1, 2 and 3 ranks.
 
-Would have caught: #199's gates that were in no optimiser group, #989's weight decay that never reached Muon, #975's
-clip of each rank's own gradients before they are averaged, and ranks that drift apart.
+Would have caught: #199's gates that were in no optimiser group, #989's weight decay that never
+reached Muon, #975's clip of each rank's own gradients before they are averaged, and ranks that
+drift apart.
 """
 
 import dataclasses
@@ -20,11 +21,11 @@ from launch import serve
 import train_gpt
 from train_gpt import (
     FlatParameters,
-    StepPlan,
     Optimiser,
     Run,
     Schedule,
     Split,
+    StepPlan,
     Trainer,
     Validation,
     build_model,
@@ -79,7 +80,7 @@ def child(rank: int, world: int, folder: str, work, arguments) -> None:
 
 
 def on_ranks(world: int, folder, work, *arguments) -> list:
-    """What work(rank, world, *arguments) returns on each of `world` processes joined by gloo; 60 s at most."""
+    """What work(rank, world, *arguments) returns on each of `world` processes joined by gloo."""
     serve()
     context = mp.start_processes(
         child, (world, str(folder), work, arguments), world, join=False, start_method="forkserver"
@@ -177,7 +178,7 @@ def test_the_mean_gradient_is_clipped_not_each_ranks_own(worlds, world):
 @pytest.mark.parametrize("world", (2, 3))
 def test_muon_gives_the_same_on_several_ranks(worlds, world):
     for result in worlds[world]:
-        for found, alone in zip(result["muon"], worlds[1][0]["muon"]):
+        for found, alone in zip(result["muon"], worlds[1][0]["muon"], strict=True):
             torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -289,7 +290,7 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
     for _ in range(2):  # the second step must start from zero
         trainer.step(batch, StepPlan(1.0, 0.9))
     loss, flat = trainer.model(*batch).mean(), trainer.flat.gradients
-    for p, gradient in zip(params, torch.autograd.grad(loss, params)):
+    for p, gradient in zip(params, torch.autograd.grad(loss, params), strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7)
         assert (
             p.grad.data_ptr() == places[id(p)]
@@ -309,14 +310,14 @@ def test_the_clip_is_that_of_torch(clip):
         [train_gpt.parameter(torch.zeros(n), train_gpt.CONTROL) for n in (3, 5, 1)]
         for _ in range(2)
     )
-    flat = FlatParameters(dict(zip("abc", params)), ALONE)
+    flat = FlatParameters(dict(zip("abc", params, strict=True)), ALONE)
     flat.gradients[-2] = 7.0
-    for i, (p, copy) in enumerate(zip(params, copies)):
+    for i, (p, copy) in enumerate(zip(params, copies, strict=True)):
         p.grad.copy_(normal(*p.shape, seed=i))
         copy.grad = p.grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(copies, clip or math.inf)
     assert flat.reduce(clip) == pytest.approx((7.0, norm.item(), 0.0))
-    for p, copy in zip(params, copies):
+    for p, copy in zip(params, copies, strict=True):
         torch.testing.assert_close(p.grad, copy.grad)
 
 
@@ -349,22 +350,24 @@ def test_the_flat_buffers_hold_every_tensor_once_aligned_and_in_equal_chunks(tin
         for name, p in model.named_parameters()
     } == {True} and len(flat.banks) == 5
     # A bank: its matrices in order, then zeros
-    for (names, *_), share, weights, gradient in zip(
+    for bank, share, weights, gradients in zip(
         flat.banks,
         flat.shares(flat.weights),
         flat.matrices(flat.weights),
         flat.matrices(flat.gradients),
         strict=True,
     ):
-        slots, own, gradient = weights.flatten(0, 1), share[-1], gradient[-1]
-        assert all(torch.equal(slot, before[name]) for name, slot in zip(names, slots))
-        assert len(slots) - len(names) < world and not slots[len(names) :].any()
+        slots, own, gradient = weights.flatten(0, 1), share[-1], gradients[-1]
+        filled = len(bank.names)
+        for name, slot in zip(bank.names, slots[:filled], strict=True):
+            assert torch.equal(slot, before[name])
+        assert len(slots) - filled < world and not slots[filled:].any()
         assert (
             own.data_ptr() == weights[-1].data_ptr()
             and own.is_contiguous()
             and gradient.shape == weights[-1].shape
         )
-        model.get_parameter(names[0]).grad.fill_(7.0)
+        model.get_parameter(bank.names[0]).grad.fill_(7.0)
         assert (gradient[0] == 7.0).all() or world > 1
 
 
@@ -380,7 +383,7 @@ def spec_orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
-    """Decay first and decoupled, then the scaled update, at the learning rate and momentum of the step."""
+    """Decay first and decoupled, then the scaled update, at the step's rate and momentum."""
     cfg = tiny(**ALL, muon_wd=0.5, matrix_lr=0.1)
     model = build_model(cfg, Run(cfg), sdpa)
     optimiser = Optimiser(flat := FlatParameters(dict(model.named_parameters()), ALONE), cfg, ALONE)
@@ -405,7 +408,7 @@ def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
 
 @pytest.mark.parametrize("shape", ((32, 32), (96, 32), (16, 64)), ids=str)
 def test_muon_agrees_with_torch(shape):
-    """torch.optim.Muon works in bf16: 3 significant digits, five matrix steps; 2 % of the update."""
+    """torch.optim.Muon works in bf16: 3 digits, five matrix steps; 2 % of the update."""
     (ours,), theirs = matrices(shape).values(), torch.nn.Parameter(normal(*shape))
     optimiser = Optimiser(
         flat := FlatParameters({"w": ours} | other_parameter(), ALONE),
@@ -427,7 +430,7 @@ def test_a_batch_of_matrices_is_orthogonalised_one_by_one():
     stack = normal(7, 12, 20) * torch.logspace(-6, 3, 7)[:, None, None]
     for g in (stack, stack.mT):
         together = newton_schulz(g, 5)
-        for one, matrix in zip(together, g):
+        for one, matrix in zip(together, g, strict=True):
             torch.testing.assert_close(one, newton_schulz(matrix[None], 5)[0], rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(
                 one.double(), spec_orthogonalise(matrix), rtol=1e-3, atol=1e-3

@@ -1,10 +1,12 @@
-"""A run that was stopped goes on as if it had not been: bit for bit on the CPU, in every mode, on 1 and 2 ranks.
+"""A run that was stopped goes on as if it had not been: bit for bit on the CPU, in every mode.
 
-Would have caught: runs that start again from step 0 or with another schedule, data order or optimiser (#1960's lost GPU
-window), pods that take everything with them (#1728, #637), and a torn checkpoint that loads.
+On 1 and 2 ranks. Would have caught: runs that start again from step 0 or with another schedule,
+data order or optimiser (#1960's lost GPU window), pods that take everything with them (#1728,
+#637), and a torn checkpoint that loads.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -189,7 +191,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny):
 
 
 class Clock:
-    """Every reading is 1/128 s after the one before: a wallclock budget that can be compared bit for bit."""
+    """Every reading is 1/128 s after the one before: budgets can be compared bit for bit."""
 
     def __call__(self):
         ticks = iter(range(10**9))
@@ -203,7 +205,7 @@ class StoppedClock(Clock):
 
 
 def test_a_wallclock_run_goes_on_with_the_time_that_is_left(tiny):
-    """QAT, SWA and the warm-down start at shares of the time: the clock, not the step, is what must come back."""
+    """QAT, SWA and the warm-down start at shares of the time: the clock must come back."""
     knobs = BASE | dict(
         max_wallclock_seconds=0.4,
         iterations=1000,
@@ -216,8 +218,8 @@ def test_a_wallclock_run_goes_on_with_the_time_that_is_left(tiny):
         swa_start_kind="lr_scale",
         swa_start_frac=0.7,
         swa_every=2,
-        train_log_every=10**6,
-    )  # a line in the log would be one more reading of the clock
+        train_log_every=10**6,  # a line in the log would be one more reading of the clock
+    )
     whole, broken = tiny(**knobs), tiny(**knobs)
     assert codes(finish(whole, prepare=Clock())) == [0]
     assert codes(finish(broken, prepare=StoppedClock())) == [143]
@@ -249,10 +251,10 @@ def test_a_run_within_a_real_budget_spends_no_more_than_it(tiny):
     assert read_container(folder(cfg) / CHECKPOINTS[0])[0]["activity"]["WARMDOWN"]["effect"] < -0.8
 
 
-# ── which checkpoint ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── which checkpoint ──────────────────────────────────────────────────────────────────────────────
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory) -> tuple[Config, Config]:
-    """An uninterrupted run, and one with two checkpoints (after 6 and 12 of 18 steps), both on disk."""
+    """An uninterrupted run, and one with checkpoints after 6 and 12 of its 18 steps on disk."""
     logs = tmp_path_factory.mktemp("stopped") / "logs"
     paths = dict(
         data_path=str(data), tokenizer_path=str(data / "tokenizer.model"), logs_dir=str(logs)
@@ -339,7 +341,7 @@ def test_without_a_whole_checkpoint_the_run_is_refused_and_nothing_is_touched(co
     before = {
         path.name: path.read_bytes() for path in folder(copy).iterdir() if path.suffix != ".log"
     }
-    with pytest.raises(Refusal, match="RESUME=1: no checkpoint in .* is whole") as refused:
+    with pytest.raises(Refusal, match=r"RESUME=1: no checkpoint in .* is whole") as refused:
         main(copy)
     after = {
         path.name: path.read_bytes() for path in folder(copy).iterdir() if path.suffix != ".log"
@@ -397,7 +399,7 @@ def test_a_run_stopped_after_training_exports_and_scores_without_training_again(
     assert report["resumed"] == [] and "warm-up and compile" not in report["seconds"]
 
 
-# ── whose checkpoint ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── whose checkpoint ──────────────────────────────────────────────────────────────────────────────
 def test_settings_come_from_the_checkpoint(stopped, copy):
     """Only RUN_ID, LOGS_DIR and where the data are."""
     main(
@@ -416,10 +418,9 @@ def test_settings_come_from_the_checkpoint(stopped, copy):
     [("matrix_lr", 0.5), ("seed", 7), ("num_layers", 2), ("quant_bits_mlp", 5), ("iterations", 99)],
 )
 def test_another_training_setting_is_refused_with_both_values(copy, name, value):
-    with pytest.raises(
-        Refusal,
-        match=f"^{name.upper()}={value}: RESUME=1 RUN_ID=broken was made with {getattr(copy, name)}",
-    ):
+    kept = getattr(copy, name)
+    message = f"^{name.upper()}={value}: RESUME=1 RUN_ID=broken was made with {kept}"
+    with pytest.raises(Refusal, match=message):
         main(dataclasses.replace(copy, given=frozenset({name.upper()}), **{name: value}))
 
 
@@ -441,7 +442,7 @@ def test_another_script_is_refused_and_the_one_that_began_is_kept(copy, monkeypa
     monkeypatch.setattr(train_gpt, "CODE_SHA256", "0" * 64)
     monkeypatch.setattr(train_gpt, "SOURCE", b"other")
     with pytest.raises(
-        Refusal, match="was begun by another script; go on with .*broken/train_gpt.py"
+        Refusal, match=r"was begun by another script; go on with .*broken/train_gpt.py"
     ):
         main(copy)
     assert (folder(copy) / "train_gpt.py").read_bytes() != b"other"
@@ -469,7 +470,7 @@ def test_a_contradiction_is_refused(knobs, name):
         Config(**knobs)
 
 
-# ── the cost, and the interval ────────────────────────────────────────────────────────────────────────────────────
+# ── the cost, and the interval ────────────────────────────────────────────────────────────────────
 def test_checkpoints_come_at_their_interval_and_never_more_than_two(tiny):
     cfg = tiny(**BASE | dict(iterations=10**6, checkpoint_every=0.15, train_log_every=10**6))
     seen = set()
@@ -484,7 +485,7 @@ def test_checkpoints_come_at_their_interval_and_never_more_than_two(tiny):
             return len(seen) >= 5
 
         run.until(five)
-    gaps = [b[1] - a[1] for a, b in zip(sorted(seen), sorted(seen)[1:])]
+    gaps = [b[1] - a[1] for a, b in itertools.pairwise(sorted(seen))]
     assert all(gap >= 0.15 for gap in gaps) and min(gaps) < 0.5
 
 

@@ -1,9 +1,9 @@
 """QAT and QNA: the weights that the forward pass sees, and the latent ones behind them.
 
-Would have caught: #975's QAT that touched none of its quantised tensors, #549's class flag that torch 2.9 never
-re-traced, #145's recompile on the clock and its table outside of QAT, #989's tensors that were fake-quantised but
-shipped as fp16 (and the reverse), #194's fake grid that was not the shipped one, and #975's noise 12 times below the
-real step.
+Would have caught: #975's QAT that touched none of its quantised tensors, #549's class flag that
+torch 2.9 never re-traced, #145's recompile on the clock and its table outside of QAT, #989's
+tensors that were fake-quantised but shipped as fp16 (and the reverse), #194's fake grid that was
+not the shipped one, and #975's noise 12 times below the real step.
 """
 
 import functools
@@ -17,18 +17,18 @@ import train_gpt
 from train_gpt import (
     FlatParameters,
     Grid,
-    StepPlan,
     Run,
     Split,
+    StepPlan,
     Trainer,
     Validation,
     WeightViews,
     batches,
     build_model,
-    export_plan,
     encode_artifact,
-    sdpa,
+    export_plan,
     read_artifact,
+    sdpa,
 )
 
 ALL = dict(
@@ -263,7 +263,7 @@ def test_the_gradient_is_that_of_the_seen_weights(trainer, phase):
     )
     t.optimiser.step = lambda k: None
     t.step((ids, targets), StepPlan(1.0, 0.9, **phase))
-    for (name, p), gradient in zip(t.model.named_parameters(), by_hand):
+    for (name, p), gradient in zip(t.model.named_parameters(), by_hand, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7, msg=name)
         assert torch.equal(p, before[name]), name
 
@@ -299,7 +299,7 @@ def test_noise_without_the_floor_uses_the_step_of_the_row(bench):
 
 def test_noise_scales_with_its_width(bench):
     b = bench(qna_enabled=True)
-    for full, half in zip(b.noise(1.0).values(), b.noise(0.5).values()):
+    for full, half in zip(b.noise(1.0).values(), b.noise(0.5).values(), strict=True):
         torch.testing.assert_close(half, full / 2, rtol=0, atol=1e-6)
 
 
@@ -366,7 +366,10 @@ def test_before_it_starts_training_is_that_of_a_build_without_it(trainer, monkey
     plain, _ = trainer()
     plain.train()
     assert t.loss == plain.loss
-    assert all(torch.equal(a, b) for a, b in zip(t.model.parameters(), plain.model.parameters()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(t.model.parameters(), plain.model.parameters(), strict=True)
+    )
 
 
 def test_turning_qat_on_changes_the_training(trainer):
@@ -374,15 +377,19 @@ def test_turning_qat_on_changes_the_training(trainer):
     for knobs in (dict(), LATE_QAT, dict(qat_enabled=True)):
         t, _ = trainer(**knobs, train_log_every=1, iterations=8, warmdown_iters=8)
         seen = []
-        t.report = lambda k: seen.append((t.loss, k.qat))
+
+        def note(now: StepPlan, t=t, seen=seen) -> None:
+            seen.append((t.loss, now.qat))
+
+        t.report = note
         t.train()
         losses.append([loss for loss, _ in seen])
         first = {0: 8, 1: 5, 2: 0}[len(losses) - 1]  # lr scale (8 - step) / 8 < 0.5 from step 5
         assert [on for _, on in seen] == [step >= first for step in range(8)]
     off, late, always = losses
-    assert late[:5] == off[:5] and all(a != b for a, b in zip(late[5:], off[5:]))
+    assert late[:5] == off[:5] and all(a != b for a, b in zip(late[5:], off[5:], strict=True))
     assert all(
-        a != b for a, b in zip(always[1:], off[1:])
+        a != b for a, b in zip(always[1:], off[1:], strict=True)
     )  # at step 0 the projections are zero on any grid
 
 
@@ -425,7 +432,9 @@ def test_compiled_equals_eager_after_every_phase_flip_and_never_compiles_again(
     assert losses[compiled] == pytest.approx(losses[eager], abs=2e-5)
     none, noisy, snapped, again, _ = losses[compiled]
     assert none == again and abs(noisy - none) > 1e-3 and abs(snapped - none) > 1e-3
-    for (name, p), q in zip(compiled.model.named_parameters(), eager.model.parameters()):
+    for (name, p), q in zip(
+        compiled.model.named_parameters(), eager.model.parameters(), strict=True
+    ):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-3, msg=name)
     assert {name: len(a.steps) for name, a in compiled.run.activity.items()} == {
         "QNA": 5,
