@@ -25,7 +25,7 @@ from train_gpt import (
     EMBED_ROLE,
     GPT,
     MLP_ROLE,
-    Average,
+    Averages,
     BigramHash,
     ByteTable,
     Config,
@@ -487,7 +487,7 @@ def test_five_steps_are_those_of_the_seed(exact, tmp_path, monkeypatch, golden):
     weights = dict(trainer.model.named_parameters())
     assert by_role(weights).keys() == golden["weights"].keys()
     check_weights(weights, golden["weights"])
-    averages = list(trainer.average.results().values())
+    averages = list(trainer.averages.results().values())
     assert len(averages) == (golden["average"] is not None)
     for average in averages:
         check_weights(average, golden["average"])
@@ -892,7 +892,7 @@ def test_tensors_are_stored_and_faked_as_the_seed_does(seed):
 
 # ── Averages ──────────────────────────────────────────────────────────────────────────────────────
 class Parts:
-    """Parameters by name with their roles: all that Average asks of a model."""
+    """Parameters by name with their roles: all that Averages ask of a model."""
 
     def __init__(self, shapes: dict[str, list[int]], roles: dict[str, Role]):
         self.params = {
@@ -903,10 +903,10 @@ class Parts:
     def named_parameters(self):
         return self.params.items()
 
-    def average(self, cfg: Config, plan: dict) -> tuple[Average, dict[str, torch.Tensor]]:
-        """An Average of these, and the weights to set before each update."""
+    def average(self, cfg: Config, plan: dict) -> tuple[Averages, dict[str, torch.Tensor]]:
+        """Averages of these, and the weights to set before each update."""
         flat = FlatParameters(self.params, ALONE)
-        return Average(cfg, ALONE, self, flat, plan), flat.views(flat.weights)
+        return Averages(cfg, ALONE, self, flat, plan), flat.views(flat.weights)
 
 
 AVERAGED = {"embedding": [9, 8], "block0.attention.query": [8, 8], "skip_weight": [2, 8]}
