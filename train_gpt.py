@@ -1797,7 +1797,7 @@ def leaky_relu2(z: Tensor) -> Tensor:
     return F.leaky_relu(z, 0.5).square()
 
 
-ACTIVATIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2}
+ACTIVATION_FUNCTIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2}
 
 
 class MLP(nn.Module):
@@ -1807,7 +1807,7 @@ class MLP(nn.Module):
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.fc = Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init])
-        self.activation = ACTIVATIONS[cfg.mlp_act]
+        self.activation = ACTIVATION_FUNCTIONS[cfg.mlp_act]
         self.proj = Linear(hidden, cfg.model_dim, MLP_ROLE)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ training path (one forward path serves both), NTK bases that depend on the lengt
 (#975), a bigram table whose last bucket is also a hash, an RMSNorm with bf16's epsilon, #199's
 toggles whose parameters nothing used, and any look-ahead.
 
-A technique is a row of TECHNIQUES, its lines of the specification, and a section of its own.
+A technique is one section: its specification, which says where it acts (`acts`), the knobs that
+switch it on and the tensors that it adds (TECHNIQUES), and tests of its own.
 """
 
 import math
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 import train_gpt
 from train_gpt import (
-    ACTIVATIONS,
+    ACTIVATION_FUNCTIONS,
     BOS,
     GPT,
     Config,
@@ -44,24 +45,23 @@ SMALL = dict(
     eval_stride=8,
 )
 PLAIN = dict(smear_gate=False)
-TECHNIQUES = {  # name: what switches it on, what it is called in the weights
-    "smear_gate": (dict(smear_gate=True), {"smear.gate"}),
-    "bigram": (
-        dict(bigram_vocab_size=17, bigram_dim=8),
-        {"bigram.embed", "bigram.proj.weight", "bigram.scale"},
-    ),
-    "value_embedding": (
-        dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"),
-        {f"value_embed.{name}" for name in ("embed", "proj.weight", "scale", "block_scales")},
-    ),
-    "xsa": (dict(xsa_last_n=2), set()),
-    "ln_scale": (dict(ln_scale=True), set()),
+# name: (what switches it on, the tensors that it adds)
+TECHNIQUES = {
     "partial_rope": (dict(rope_dims=4), set()),
-    "ntk": (dict(rope_ntk_len=12), set()),
     "leaky_relu2": (dict(mlp_act="leaky_relu2"), set()),
 }
-ALL = {knob: value for on, _ in TECHNIQUES.values() for knob, value in on.items()}
-ALL |= dict(smear_pos="post_norm", smear_mask_bos=True)
+# Where: the specifications of what acts there, each a function that does nothing where it is off
+SPEC = {"before_norm": [], "after_norm": [], "values": [], "gathered": [], "norms": [], "base": []}
+
+
+def acts(place: str):
+    """Puts the specification of a technique into its place."""
+
+    def mark(function):
+        SPEC[place].append(function)
+        return function
+
+    return mark
 
 
 def config(**knobs) -> Config:
@@ -103,15 +103,16 @@ def spec_rotate(x, dims, base):
     return torch.cat((turned.real, turned.imag, x[:, dims:]), 1)
 
 
-def spec_attention(w, cfg, i, x, value_bias):
+def spec_attention(w, cfg, i, x, ids):
     head_dim = cfg.model_dim // cfg.num_heads
     group_size = cfg.num_heads // cfg.num_kv_heads
     dims = cfg.rope_dims or head_dim
     base = cfg.rope_base
-    if cfg.rope_ntk_len:
-        base *= (cfg.train_seq_len / cfg.rope_ntk_len) ** (dims / (dims - 2))
+    for technique in SPEC["base"]:
+        base = technique(cfg, dims, base)
     q, k, v = (x @ w[f"blocks.{i}.attn.c_{name}.weight"].T for name in "qkv")
-    v = v + value_bias
+    for technique in SPEC["values"]:
+        v = technique(w, cfg, i, ids, v)
     later = ~torch.ones(len(x), len(x), dtype=bool).tril()
     heads = []
     for head in range(cfg.num_heads):
@@ -123,22 +124,34 @@ def spec_attention(w, cfg, i, x, value_bias):
         own_v = v[:, shared]
         scores = (own_q @ own_k.T / math.sqrt(head_dim)).masked_fill(later, -math.inf)
         y = scores.softmax(-1) @ own_v
-        if i >= cfg.num_layers - cfg.xsa_last_n:
-            y = spec_xsa(y, own_v)
+        for technique in SPEC["gathered"]:
+            y = technique(cfg, i, y, own_v)
         heads.append(y)
     return torch.cat(heads, 1) @ w[f"blocks.{i}.attn.proj.weight"].T
+
+
+def spec_mlp(w, cfg, i, x):
+    slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
+    z = x @ w[f"blocks.{i}.mlp.fc.weight"].T
+    z = torch.where(z > 0, z, slope * z) ** 2
+    return z @ w[f"blocks.{i}.mlp.proj.weight"].T
+
+
+def spec_norm(cfg, i, x):
+    x = rms(x)
+    for technique in SPEC["norms"]:
+        x = technique(cfg, i, x)
+    return x
 
 
 def spec_embedding(w, cfg, ids):
     """(T,) token ids -> (T, dim): what enters the first block."""
     x = w["tok_emb"][ids]
-    if cfg.bigram_vocab_size:
-        x = x + spec_bigram(w, cfg, ids)
-    if cfg.smear_gate and cfg.smear_pos == "pre_norm":
-        x = spec_smear(w, cfg, ids, x)
+    for technique in SPEC["before_norm"]:
+        x = technique(w, cfg, ids, x)
     x = rms(x)
-    if cfg.smear_gate and cfg.smear_pos == "post_norm":
-        x = spec_smear(w, cfg, ids, x)
+    for technique in SPEC["after_norm"]:
+        x = technique(w, cfg, ids, x)
     return x
 
 
@@ -147,24 +160,223 @@ def spec_model(w, cfg, ids, targets):
     x = x0 = spec_embedding(w, cfg, ids)
     stack = []
     encoders = cfg.num_layers // 2
-    slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
     for i in range(cfg.num_layers):
         if i >= encoders and stack:
             x = x + w["skip_weights"][i - encoders] * stack.pop()
         mix = w[f"blocks.{i}.resid_mix"]
         x = mix[0] * x + mix[1] * x0
-        scale = (i + 1) ** -0.5 if cfg.ln_scale else 1.0
-        value_bias = 0.0
-        if cfg.ve_enabled:
-            value_bias = spec_value_embedding(w, cfg, i, ids)
-        x = x + w[f"blocks.{i}.attn_scale"] * spec_attention(w, cfg, i, scale * rms(x), value_bias)
-        z = scale * rms(x) @ w[f"blocks.{i}.mlp.fc.weight"].T
-        z = torch.where(z > 0, z, slope * z) ** 2
-        x = x + w[f"blocks.{i}.mlp_scale"] * (z @ w[f"blocks.{i}.mlp.proj.weight"].T)
+        attention = spec_attention(w, cfg, i, spec_norm(cfg, i, x), ids)
+        x = x + w[f"blocks.{i}.attn_scale"] * attention
+        x = x + w[f"blocks.{i}.mlp_scale"] * spec_mlp(w, cfg, i, spec_norm(cfg, i, x))
         if i < encoders:
             stack.append(x)
     z = cfg.logit_softcap * torch.tanh(rms(x) @ w["tok_emb"].T / cfg.logit_softcap)
     return z.logsumexp(1) - z[torch.arange(len(ids)), targets]
+
+
+def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what must be the identity, the identity): of the rows or of the columns, the fewer ones."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    gram = matrix.T @ matrix if tall else matrix @ matrix.T
+    return gram, torch.eye(len(gram))
+
+
+# ── BigramHash ──
+TECHNIQUES["bigram"] = (
+    dict(bigram_vocab_size=17, bigram_dim=8),
+    {"bigram.embed", "bigram.proj.weight", "bigram.scale"},
+)
+
+
+@acts("before_norm")
+def spec_bigram(w, cfg, ids, x):
+    if not cfg.bigram_vocab_size:
+        return x
+    last = cfg.bigram_vocab_size - 1
+    t = ids.tolist()
+    buckets = [last] + [((36313 * t[i]) ^ (27191 * t[i - 1])) % last for i in range(1, len(t))]
+    return x + w["bigram.scale"] * w["bigram.embed"][buckets] @ w["bigram.proj.weight"].T
+
+
+def test_bigram_rows_start_in_the_last_bucket_and_no_hash_falls_there():
+    cfg = config(bigram_vocab_size=7, bigram_dim=7, model_dim=8, num_heads=2)
+    bigram = train_gpt.BigramHash(cfg)
+    with torch.no_grad():
+        bigram.embed.copy_(torch.eye(7))
+        bigram.proj.weight.copy_(torch.eye(8)[:, :7])
+        bigram.scale.fill_(1)
+    ids = torch.randint(0, 64, (50, 30))
+    bucket = bigram(torch.zeros(50, 30, 8), ids).argmax(-1)
+    assert (bucket[:, 0] == 6).all() and set(bucket[:, 1:].flatten().tolist()) == set(range(6))
+    assert bucket[0, 5] == ((36313 * int(ids[0, 5])) ^ (27191 * int(ids[0, 4]))) % 6
+
+
+def test_bigram_hash_of_the_seed_configuration():
+    ids = torch.tensor([[1, 1023, 5]])
+    bigram = train_gpt.BigramHash(Config(bigram_vocab_size=10240, bigram_dim=1, model_dim=16))
+    with torch.no_grad():
+        bigram.embed.copy_(torch.arange(10240.0)[:, None])
+        bigram.proj.weight.fill_(1)
+        bigram.scale.fill_(1)
+    # (36313 * 1023) ^ (27191 * 1) and (36313 * 5) ^ (27191 * 1023), modulo 10239
+    assert bigram(torch.zeros(1, 3, 16), ids)[0, :, 0].tolist() == [
+        10239,
+        37141520 % 10239,
+        27964660 % 10239,
+    ]
+
+
+def test_bigram_starts_with_a_table_of_zeros():
+    bigram = GPT(config(bigram_vocab_size=17, bigram_dim=8)).bigram
+    assert not bigram.embed.any() and bigram.scale == 0.05
+    torch.testing.assert_close(*orthonormal(bigram.proj.weight), rtol=0, atol=1e-5)
+
+
+def test_bigram_projection_gain():
+    weight = GPT(config(bigram_vocab_size=9, bigram_proj_gain=20**-0.5)).bigram.proj.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(32) / 20, rtol=0, atol=1e-5)
+
+
+# ── SmearGate ──
+TECHNIQUES["smear_gate"] = (dict(smear_gate=True), {"smear.gate"})
+
+
+def spec_smear(w, cfg, ids, x):
+    g = w["smear.gate"].sigmoid()
+    previous = torch.cat((0 * x[:1], x[:-1]))
+    if cfg.smear_mask_bos:
+        previous[ids == BOS] = 0
+    return (1 - g) * x + g * previous
+
+
+@acts("before_norm")
+def spec_smear_before_norm(w, cfg, ids, x):
+    on = cfg.smear_gate and cfg.smear_pos == "pre_norm"
+    return spec_smear(w, cfg, ids, x) if on else x
+
+
+@acts("after_norm")
+def spec_smear_after_norm(w, cfg, ids, x):
+    on = cfg.smear_gate and cfg.smear_pos == "post_norm"
+    return spec_smear(w, cfg, ids, x) if on else x
+
+
+def test_smear_blends_each_dimension_with_the_previous_token():
+    smear, x = train_gpt.SmearGate(config()), torch.randn(1, 3, 32)
+    assert torch.equal(smear.gate, torch.zeros(32))  # so half of each at the start
+    shifted = torch.stack((0 * x[:, 0], x[:, 0], x[:, 1]), 1)
+    torch.testing.assert_close(smear(x, torch.zeros(1, 3)), 0.5 * x + 0.5 * shifted)
+    with torch.no_grad():
+        smear.gate[:2] = torch.tensor([50.0, -50.0])
+    y = smear(x, torch.zeros(1, 3))
+    torch.testing.assert_close(y[0, :, 0], F.pad(x[0, :-1, 0], (1, 0)))
+    torch.testing.assert_close(y[0, :, 1], x[0, :, 1])
+
+
+@pytest.mark.parametrize("smear_pos", ("pre_norm", "post_norm"))
+@pytest.mark.parametrize("masked", (False, True))
+def test_smear_crosses_a_document_start_only_unmasked(smear_pos, masked):
+    cfg = config(smear_pos=smear_pos, smear_mask_bos=masked)
+    # Its zero projections let no other information through
+    model, (ids, targets) = GPT(cfg), rows(config(), 1)
+    other = ids.clone()
+    other[0, 6] = 2 + (ids[0, 6] + 7) % 60  # the token before the document start at 7
+    change = (model(ids, targets) - model(other, targets))[0]
+    assert change[6] != 0 and bool(change[7] != 0) != masked and not change[8:].any()
+
+
+# ── ValueEmbedding ──
+TECHNIQUES["value_embedding"] = (
+    dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"),
+    {f"value_embed.{name}" for name in ("embed", "proj.weight", "scale", "block_scales")},
+)
+
+
+@acts("values")
+def spec_value_embedding(w, cfg, i, ids, v):
+    blocks = [int(number) for number in cfg.ve_layers.split(",")]
+    if not cfg.ve_enabled or i not in blocks:
+        return v
+    table = w["value_embed.scale"] * w["value_embed.embed"][ids] @ w["value_embed.proj.weight"].T
+    return v + w["value_embed.block_scales"][blocks.index(i)] * table
+
+
+def test_the_value_embedding_is_scaled_per_block():
+    ve = train_gpt.ValueEmbedding(config(**ALL))
+    with torch.no_grad():
+        ve.block_scales.copy_(torch.tensor([2.0, -1.0]))
+    ids = rows(config())[0]
+    out = ve(ids, torch.float32)
+    assert out.keys() == {0, 2} and out[0].shape == (2, 24, 16)
+    torch.testing.assert_close(out[0], 2 * 0.1 * ve.embed[ids] @ ve.proj.weight.T)
+    torch.testing.assert_close(out[2], -0.5 * out[0])
+
+
+def test_the_value_embedding_starts_small(run):
+    ve = train_gpt.build_model(config(**ALL), run, sdpa).value_embed
+    assert ve.embed.std().item() == pytest.approx(0.01, rel=0.1)
+    assert ve.scale.item() == pytest.approx(0.1) and (ve.block_scales == 1).all()
+    torch.testing.assert_close(*orthonormal(ve.proj.weight), rtol=0, atol=1e-5)
+
+
+# ── XSA ──
+TECHNIQUES["xsa"] = (dict(xsa_last_n=2), set())
+
+
+@acts("gathered")
+def spec_xsa(cfg, i, y, own_v):
+    if i < cfg.num_layers - cfg.xsa_last_n:
+        return y
+    unit = own_v / own_v.norm(dim=1, keepdim=True)
+    return y - (y * unit).sum(1, keepdim=True) * unit
+
+
+def test_xsa_leaves_nothing_along_the_own_value():
+    y, v = torch.randn(2, 5, 8, 16), torch.randn(2, 5, 2, 16)
+    out = train_gpt.exclude_self(y, v)
+    own = v.repeat_interleave(4, dim=2)  # head h -> kv head h // 4
+    assert (F.cosine_similarity(out, own, dim=-1).abs() < 1e-5).all()
+    removed = y - out
+    assert (F.cosine_similarity(removed, own, dim=-1).abs() > 1 - 1e-4).all()
+
+
+# ── LN scale ──
+TECHNIQUES["ln_scale"] = (dict(ln_scale=True), set())
+
+
+@acts("norms")
+def spec_ln_scale(cfg, i, x):
+    return x * (i + 1) ** -0.5 if cfg.ln_scale else x
+
+
+def test_ln_scale_is_one_over_the_root_of_the_depth():
+    x = torch.randn(2, 32)
+    for i, block in enumerate(GPT(config(num_layers=4, ln_scale=True)).blocks):
+        torch.testing.assert_close(block.norm(x), (i + 1) ** -0.5 * rms_norm(x))
+
+
+# ── NTK ──
+TECHNIQUES["ntk"] = (dict(rope_ntk_len=12), set())
+
+
+@acts("base")
+def spec_ntk(cfg, dims, base):
+    if not cfg.rope_ntk_len:
+        return base
+    return base * (cfg.train_seq_len / cfg.rope_ntk_len) ** (dims / (dims - 2))
+
+
+def test_ntk_base_of_975():
+    cfg = Config(rope_dims=16, rope_ntk_len=1024, train_seq_len=2048)
+    cos, sin = rotary_tables(cfg, torch.float32)
+    angle = torch.atan2(sin[1, 0], cos[1, 0]).double()  # at position 1: base^(-2k / 16)
+    assert len(angle) == 8 and angle[0] == pytest.approx(1.0)
+    assert angle[1].item() ** -8 == pytest.approx(22082, abs=1) == 10000 * 2 ** (16 / 14)
+
+
+# ── all of them together ──
+ALL = {knob: value for on, _ in TECHNIQUES.values() for knob, value in on.items()}
+ALL |= dict(smear_pos="post_norm", smear_mask_bos=True)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +394,7 @@ def spec_model(w, cfg, ids, targets):
             "all_even_depth": dict(ALL, num_layers=4, ve_layers="3"),
             "odd_depth": dict(num_layers=5, num_kv_heads=1),
             "long_rows": dict(ALL, eval_seq_len=40),
-            "no_grouping": dict(num_kv_heads=4, xsa_last_n=3),
+            "no_grouping": dict(ALL, num_kv_heads=4),
             "numbers": dict(logit_softcap=2.0, rope_base=50.0, mlp_mult=1.5),
         }.items()
     ],
@@ -297,144 +509,6 @@ def test_parameter_counts_are_those_of_the_seeds(knobs, expected):
         assert sum(p.numel() for p in GPT(Config(init="default", **knobs)).parameters()) == expected
 
 
-# ── SmearGate ──
-def spec_smear(w, cfg, ids, x):
-    g = w["smear.gate"].sigmoid()
-    previous = torch.cat((0 * x[:1], x[:-1]))
-    if cfg.smear_mask_bos:
-        previous[ids == BOS] = 0
-    return (1 - g) * x + g * previous
-
-
-def test_smear_blends_each_dimension_with_the_previous_token():
-    smear, x = train_gpt.SmearGate(config()), torch.randn(1, 3, 32)
-    assert torch.equal(smear.gate, torch.zeros(32))  # so half of each at the start
-    shifted = torch.stack((0 * x[:, 0], x[:, 0], x[:, 1]), 1)
-    torch.testing.assert_close(smear(x, torch.zeros(1, 3)), 0.5 * x + 0.5 * shifted)
-    with torch.no_grad():
-        smear.gate[:2] = torch.tensor([50.0, -50.0])
-    y = smear(x, torch.zeros(1, 3))
-    torch.testing.assert_close(y[0, :, 0], F.pad(x[0, :-1, 0], (1, 0)))
-    torch.testing.assert_close(y[0, :, 1], x[0, :, 1])
-
-
-@pytest.mark.parametrize("smear_pos", ("pre_norm", "post_norm"))
-@pytest.mark.parametrize("masked", (False, True))
-def test_smear_crosses_a_document_start_only_unmasked(smear_pos, masked):
-    cfg = config(smear_pos=smear_pos, smear_mask_bos=masked)
-    # Its zero projections let no other information through
-    model, (ids, targets) = GPT(cfg), rows(config(), 1)
-    other = ids.clone()
-    other[0, 6] = 2 + (ids[0, 6] + 7) % 60  # the token before the document start at 7
-    change = (model(ids, targets) - model(other, targets))[0]
-    assert change[6] != 0 and bool(change[7] != 0) != masked and not change[8:].any()
-
-
-# ── BigramHash ──
-def spec_bigram(w, cfg, ids):
-    last = cfg.bigram_vocab_size - 1
-    t = ids.tolist()
-    buckets = [last] + [((36313 * t[i]) ^ (27191 * t[i - 1])) % last for i in range(1, len(t))]
-    return w["bigram.scale"] * w["bigram.embed"][buckets] @ w["bigram.proj.weight"].T
-
-
-def test_bigram_rows_start_in_the_last_bucket_and_no_hash_falls_there():
-    cfg = config(bigram_vocab_size=7, bigram_dim=7, model_dim=8, num_heads=2)
-    bigram = train_gpt.BigramHash(cfg)
-    with torch.no_grad():
-        bigram.embed.copy_(torch.eye(7))
-        bigram.proj.weight.copy_(torch.eye(8)[:, :7])
-        bigram.scale.fill_(1)
-    ids = torch.randint(0, 64, (50, 30))
-    bucket = bigram(torch.zeros(50, 30, 8), ids).argmax(-1)
-    assert (bucket[:, 0] == 6).all() and set(bucket[:, 1:].flatten().tolist()) == set(range(6))
-    assert bucket[0, 5] == ((36313 * int(ids[0, 5])) ^ (27191 * int(ids[0, 4]))) % 6
-
-
-def test_bigram_hash_of_the_seed_configuration():
-    ids = torch.tensor([[1, 1023, 5]])
-    bigram = train_gpt.BigramHash(Config(bigram_vocab_size=10240, bigram_dim=1, model_dim=16))
-    with torch.no_grad():
-        bigram.embed.copy_(torch.arange(10240.0)[:, None])
-        bigram.proj.weight.fill_(1)
-        bigram.scale.fill_(1)
-    # (36313 * 1023) ^ (27191 * 1) and (36313 * 5) ^ (27191 * 1023), modulo 10239
-    assert bigram(torch.zeros(1, 3, 16), ids)[0, :, 0].tolist() == [
-        10239,
-        37141520 % 10239,
-        27964660 % 10239,
-    ]
-
-
-def test_bigram_starts_with_a_table_of_zeros():
-    bigram = GPT(config(bigram_vocab_size=17, bigram_dim=8)).bigram
-    assert not bigram.embed.any() and bigram.scale == 0.05
-    torch.testing.assert_close(*orthonormal(bigram.proj.weight), rtol=0, atol=1e-5)
-
-
-def test_bigram_projection_gain():
-    weight = GPT(config(bigram_vocab_size=9, bigram_proj_gain=20**-0.5)).bigram.proj.weight
-    torch.testing.assert_close(weight @ weight.T, torch.eye(32) / 20, rtol=0, atol=1e-5)
-
-
-# ── ValueEmbedding ──
-def spec_value_embedding(w, cfg, i, ids):
-    blocks = [int(number) for number in cfg.ve_layers.split(",")]
-    if i not in blocks:
-        return 0.0
-    table = w["value_embed.scale"] * w["value_embed.embed"][ids] @ w["value_embed.proj.weight"].T
-    return w["value_embed.block_scales"][blocks.index(i)] * table
-
-
-def test_the_value_embedding_is_scaled_per_block():
-    ve = train_gpt.ValueEmbedding(config(**ALL))
-    with torch.no_grad():
-        ve.block_scales.copy_(torch.tensor([2.0, -1.0]))
-    ids = rows(config())[0]
-    out = ve(ids, torch.float32)
-    assert out.keys() == {0, 2} and out[0].shape == (2, 24, 16)
-    torch.testing.assert_close(out[0], 2 * 0.1 * ve.embed[ids] @ ve.proj.weight.T)
-    torch.testing.assert_close(out[2], -0.5 * out[0])
-
-
-def test_the_value_embedding_starts_small(run):
-    ve = train_gpt.build_model(config(**ALL), run, sdpa).value_embed
-    assert ve.embed.std().item() == pytest.approx(0.01, rel=0.1)
-    assert ve.scale.item() == pytest.approx(0.1) and (ve.block_scales == 1).all()
-    torch.testing.assert_close(*orthonormal(ve.proj.weight), rtol=0, atol=1e-5)
-
-
-# ── XSA ──
-def spec_xsa(y, own_v):
-    unit = own_v / own_v.norm(dim=1, keepdim=True)
-    return y - (y * unit).sum(1, keepdim=True) * unit
-
-
-def test_xsa_leaves_nothing_along_the_own_value():
-    y, v = torch.randn(2, 5, 8, 16), torch.randn(2, 5, 2, 16)
-    out = train_gpt.exclude_self(y, v)
-    own = v.repeat_interleave(4, dim=2)  # head h -> kv head h // 4
-    assert (F.cosine_similarity(out, own, dim=-1).abs() < 1e-5).all()
-    removed = y - out
-    assert (F.cosine_similarity(removed, own, dim=-1).abs() > 1 - 1e-4).all()
-
-
-# ── LN scale ──
-def test_ln_scale_is_one_over_the_root_of_the_depth():
-    x = torch.randn(2, 32)
-    for i, block in enumerate(GPT(config(num_layers=4, ln_scale=True)).blocks):
-        torch.testing.assert_close(block.norm(x), (i + 1) ** -0.5 * rms_norm(x))
-
-
-# ── NTK ──
-def test_ntk_base_of_975():
-    cfg = Config(rope_dims=16, rope_ntk_len=1024, train_seq_len=2048)
-    cos, sin = rotary_tables(cfg, torch.float32)
-    angle = torch.atan2(sin[1, 0], cos[1, 0]).double()  # at position 1: base^(-2k / 16)
-    assert len(angle) == 8 and angle[0] == pytest.approx(1.0)
-    assert angle[1].item() ** -8 == pytest.approx(22082, abs=1) == 10000 * 2 ** (16 / 14)
-
-
 # ── attention ──
 def test_query_head_h_reads_kv_head_h_over_ratio():
     v = torch.arange(3.0)[None, None, :, None].expand(1, 4, 3, 8)  # kv head n holds n everywhere
@@ -537,9 +611,8 @@ def test_a_kernel_that_was_chosen_is_in_the_compiled_graph_too(name):
 
 def test_activations():
     z = torch.tensor([-2.0, 0.0, 3.0])
-    assert ACTIVATIONS["relu2"](z).tolist() == [0, 0, 9] and ACTIVATIONS["leaky_relu2"](
-        z
-    ).tolist() == [1, 0, 9]
+    assert ACTIVATION_FUNCTIONS["relu2"](z).tolist() == [0, 0, 9]
+    assert ACTIVATION_FUNCTIONS["leaky_relu2"](z).tolist() == [1, 0, 9]
 
 
 @pytest.mark.parametrize("cap", (1.0, 30.0))
@@ -589,13 +662,6 @@ def test_partial_rope_leaves_the_other_dimensions_alone():
 
 
 # ── initial weights and dtypes ──
-def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what must be the identity, the identity): of the rows or of the columns, the fewer ones."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    gram = matrix.T @ matrix if tall else matrix @ matrix.T
-    return gram, torch.eye(len(gram))
-
-
 def test_initial_values(run):
     w = train_gpt.build_model(config(**PLAIN), run, sdpa).state_dict()
     for name, p in w.items():
