@@ -985,7 +985,7 @@ def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
 # Promise: a step holds the same rows on any number of ranks; every token is checked as it is
 # read; bytes are counted by the challenge's rule and compared with the decoded text.
 
-# A shard is a header of little-endian int32 (magic, version, tokens, zeros), then uint16 tokens.
+# A shard: a header of little-endian int32 (magic, version, tokens, zeros), then uint16 tokens
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_INTS = 256
@@ -998,8 +998,8 @@ AGAIN = "prepare the data again (python prepare_data.py --help)"
 def read_numbers(path: Path, kind: str, start: int, n: int) -> np.ndarray:
     """`n` numbers of numpy type `kind`, from byte `start` on; fewer where the file ends.
 
-    Care: numpy.fromfile takes a failing disk for the end of the file, and a mapped file that is
-    cut while the run reads it kills the process. pread does neither.
+    Care: numpy.fromfile takes a failing disk for the end of the file; a mapped file that is cut
+    while the run reads it kills the process. pread does neither.
     """
     width = np.dtype(kind).itemsize
     try:
@@ -1014,12 +1014,11 @@ def read_numbers(path: Path, kind: str, start: int, n: int) -> np.ndarray:
 
 
 def count_tokens(path: Path) -> int:
-    """Tokens of one shard. Refusal where this is no shard, or where header and size disagree."""
+    """Tokens of one shard. Refusal where it is none, or where header and size disagree."""
     # A pipe would keep us waiting
     refuse(not path.is_file(), f"{path}: no plain file; {AGAIN}")
     header = read_numbers(path, "<i4", 0, SHARD_HEADER_INTS)
     size = path.stat().st_size
-
     start = header[:2].tolist()
     refuse(
         len(header) < SHARD_HEADER_INTS or start != [SHARD_MAGIC, SHARD_VERSION],
@@ -1035,7 +1034,7 @@ def count_tokens(path: Path) -> int:
 
 
 class Split:
-    """The shards of one split, in the order of their names, as one endless stream of tokens."""
+    """The shards of one split, in the order of their names, as one endless stream."""
 
     def __init__(self, cfg: Config, name: str):
         self.vocab_size = cfg.vocab_size
@@ -1051,7 +1050,7 @@ class Split:
         )
 
     def take(self, start: int, n: int) -> np.ndarray:
-        """Tokens [start, start + n) of the repeated stream, (n,) int64, each of them checked."""
+        """Tokens [start, start + n) of the repeated stream, (n,) int64, each one checked."""
         parts = []
         while n > 0:
             start %= self.tokens
@@ -1084,7 +1083,7 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(path: Path, splits: dict[str, Split]) -> Manifest:
-    """The manifest, as far as it concerns these splits. Refusal where it cannot be read as one."""
+    """The manifest, as far as it concerns these splits. Refusal where it is none."""
     try:
         content = json.loads(path.read_text())
         shards = {}
@@ -1106,8 +1105,8 @@ def differing_shards(
 ) -> list[str]:
     """Names of the shards that are missing, stray, or of another size or sha256 than promised.
 
-    hashes: those that were computed. Training shards are too large to be read for this, so that
-    the manifest's own is taken for theirs.
+    hashes: those that were computed. Training shards are too large to be read for this: the
+    manifest's own hash is taken for theirs.
     """
     believed = {name: sha256 for name, (_, sha256) in manifest.shards.items()}
     known = believed | hashes
@@ -1115,7 +1114,6 @@ def differing_shards(
     for split in splits.values():
         for path in split.paths:
             actual[path.name] = (path.stat().st_size, known.get(path.name))
-
     names = manifest.shards.keys() | actual.keys()
     return sorted(name for name in names if manifest.shards.get(name) != actual.get(name))
 
@@ -1161,8 +1159,9 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     hashes = {}
     for path in splits["val"].paths:
         hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-
-    found = {"path": str(Path(cfg.data_path)), "tokenizer_sha256": tokenizer, "val_sha256": hashes}
+    found = {"path": str(Path(cfg.data_path))}
+    found["tokenizer_sha256"] = tokenizer
+    found["val_sha256"] = hashes
     for name, split in splits.items():
         found[f"{name}_shards"] = len(split.paths)
         found[f"{name}_tokens"] = split.tokens
@@ -1173,11 +1172,11 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
 def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64.
 
-    The rows of a step are evenly spaced in the stream, so that they are not of one document; each
-    goes on where its predecessor of the step before ended, and an epoch sees every token once.
-    Two steps are read ahead.
+    The rows of a step are evenly spaced in the stream, so that they are not of one document. Each
+    goes on where it ended in the step before, and an epoch sees every token once. Two steps are
+    read ahead.
 
-    Care: every rank reads and checks the tokens of the whole step, so that all refuse, or none.
+    Care: every rank reads and checks the tokens of the whole step: all refuse, or none.
     """
     length = cfg.train_seq_len
     rows = cfg.train_batch_tokens // length
@@ -1220,8 +1219,8 @@ def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
 class ByteTable:
     """The UTF-8 bytes that a target stands for, by the challenge's rule.
 
-    A control piece counts 0, a byte piece 1, any other the bytes of its text. A leading word mark
-    counts as the one byte of a space, except behind a control piece, where no space is decoded.
+    A control piece counts 0, a byte piece 1, any other the bytes of its text. A leading word
+    mark is a space of one byte, except behind a control piece, where no space is decoded.
     """
 
     WORD_MARK = "\u2581"
@@ -1254,8 +1253,8 @@ class ByteTable:
     def verify(self, tokens: np.ndarray, documents: int = 64) -> None:
         """Refusal unless the table agrees with the decoded text of the first documents.
 
-        Care: another tokenizer of the same size decodes the tokens to some text too. It would
-        not have chosen these tokens for it: that shows as soon as half of the documents differ.
+        Care: another tokenizer of the same size decodes the tokens to some text, too, but would
+        have written that text in other tokens. Refused where half of the documents differ so.
         """
         starts = np.flatnonzero(tokens == BOS)[: documents + 1]
         odd = 0
@@ -1282,7 +1281,7 @@ class ByteTable:
 class Validation:
     """The validation targets: target t is token t + 1.
 
-    tokens: (n + 1,) int32 on the device. target_bytes: (n,). doc_starts: where documents begin.
+    tokens: (n + 1,) int32 on the device. target_bytes: (n,). doc_starts: tokens that open one.
     """
 
     def __init__(self, cfg: Config, run: Run, split: Split):
@@ -1336,9 +1335,9 @@ class Grid(NamedTuple):
     codes: "sym" -top..top, "asym" one more below.
     floor: the step is at least 1 / top.
 
-    Care: with the floor all rows of weights below 1 share one fixed step. That makes their codes
-    small, and cheap to compress, and the grid of small weights coarse. #145, #199, #194 and #975
-    shipped it so; without it their sizes and losses cannot be had again.
+    Care: with the floor all rows of weights below 1 share one fixed step. That makes their
+    codes small, so cheap to compress, and the grid of small weights coarse. #145, #199, #194
+    and #975 shipped it so; without it their sizes and losses cannot be had again.
     """
 
     bits: int
@@ -1354,7 +1353,7 @@ class Grid(NamedTuple):
     def scale(self, w: Tensor) -> Tensor:
         """Step of each row, (..., rows, 1) fp32 but rounded to fp16.
 
-        Where several quantiles are tried, each matrix takes the one with the least squared error.
+        Of several quantiles each matrix takes the one with the least squared error.
         """
         magnitude = w.abs()
         steps = [self.step(row_quantile(magnitude, q)) for q in CLIP_QUANTILES[self.clip]]
@@ -1404,13 +1403,13 @@ class Grid(NamedTuple):
 
 # ── 5 Model ───────────────────────────────────────────────────────────────────────────────────────
 # In: token ids (batch, time). Out: nats per target.
-# Promise: one forward path for training and scoring; causal; a technique that is off is absent:
-# no parameters, no arithmetic. Each technique is one class or function here, marked with its knob,
-# and one `if` where it is wired: in GPT, Block, Attention or rotary_tables.
+# Promise: one forward path for training and scoring, and a causal one. A technique that is off is
+# absent: no parameters, no arithmetic. Each is one class or function, marked with its knob, and
+# one `if` where it is wired: in GPT, Block, Attention or rotary_tables.
 
 
 class Role(NamedTuple):
-    """A parameter's policy, given where it is created: its optimiser, and its bits at export."""
+    """A parameter's policy, given where it is created: optimiser, and bits at export."""
 
     optimiser: str  # muon | embed | scalar | smear: the groups of Optimiser
     bits: str | None = None  # the knob with its bits; None: never quantised
@@ -1442,9 +1441,7 @@ INITS = {
 class Linear(nn.Module):
     """y = x W^T in the dtype of x; optimiser, views and exporter see the fp32 weight."""
 
-    def __init__(
-        self, columns: int, rows: int, role: Role, init: Callable[[Tensor], Tensor] = nn.init.zeros_
-    ):
+    def __init__(self, columns: int, rows: int, role: Role, init: Callable = nn.init.zeros_):
         super().__init__()
         self.weight = parameter(init(torch.empty(rows, columns)), role)
 
@@ -1487,8 +1484,8 @@ class SmearGate(nn.Module):
     What:   (1 - g) x_t + g x_{t-1}, with g = sigmoid(gate) per dimension; zeros before a row.
     Why:    the previous token is known before the first attention, which need not fetch it.
     Source: pull request #194 (after the norm: #989); toggle SMEAR_GATE.
-    Care:   in a row of several documents the first token of each sees the last of the one before;
-            SMEAR_MASK_BOS (#1851) puts zeros there. The gate starts at one half, not at none.
+    Care:   in a row of several documents the first token of each sees the last of the one
+            before; SMEAR_MASK_BOS (#1851) puts zeros there. g starts at one half, not at zero.
     """
 
     def __init__(self, cfg: Config):
@@ -1542,7 +1539,7 @@ class ValueEmbedding(nn.Module):
     """ValueEmbedding: a second token table whose rows are added to V.
 
     What:   V of block b += block_scale_b * scale * proj(embed[id]).
-    Why:    late blocks attend to what a token is, which the stream may have overwritten by then.
+    Why:    late blocks attend to the token itself, which the stream may have overwritten.
     Source: pull requests #549 and #975; toggle VE_ENABLED, blocks VE_LAYERS.
     Care:   one table and one projection for all its blocks: computed once, scaled per block.
     """
@@ -1552,7 +1549,8 @@ class ValueEmbedding(nn.Module):
         self.blocks = [int(number) for number in cfg.ve_layers.split(",")]
         kv_dim = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         self.embed = parameter(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
-        self.proj = Linear(cfg.ve_dim, kv_dim, Role("scalar", "quant_bits_bigram"), INITS["ortho"])
+        role = Role("scalar", "quant_bits_bigram")
+        self.proj = Linear(cfg.ve_dim, kv_dim, role, INITS["ortho"])
         self.scale = parameter(torch.tensor(0.1), CONTROL)
         self.block_scales = parameter(torch.ones(len(self.blocks)), CONTROL)
 
@@ -1570,7 +1568,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     What:   y - (y . u) u, with u the unit vector of the own value; per head.
     Why:    the stream has the own token already; attention is left for the others.
     Source: pull request #975; toggle XSA_LAST_N.
-    Care:   a query head uses the value of its own group, head h that of kv head h // group size.
+    Care:   a query head uses the value of its own group: head h that of h // group size.
 
     y (batch, time, heads, head_dim), v (batch, time, kv heads, head_dim) -> as y.
     """
@@ -1604,10 +1602,10 @@ def stretched_base(cfg: Config, dims: int) -> float:
     """NTK: a larger rotary base for rows longer than ROPE_NTK_LEN.
 
     What:   base * (TRAIN_SEQ_LEN / ROPE_NTK_LEN) ** (dims / (dims - 2)), if that is larger.
-    Why:    the slowest pair turns as far over a training row as it did over ROPE_NTK_LEN tokens.
+    Why:    the slowest pair turns as far over a training row as over ROPE_NTK_LEN before.
     Source: pull request #975; toggle ROPE_NTK_LEN.
-    Care:   it grows with the TRAINING row, for rows of every length. #975 took the length of the
-            row at hand, so that short scoring windows met another model than was trained.
+    Care:   it grows with the TRAINING row, for rows of every length. #975 took the length of
+            the row at hand, so that short scoring windows met another model than was trained.
     """
     stretch = max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2))
     return cfg.rope_base * stretch
@@ -1622,7 +1620,6 @@ def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     base = cfg.rope_base
     if cfg.rope_ntk_len:
         base = stretched_base(cfg, dims)
-
     frequency = base ** (-torch.arange(0, dims, 2) / dims)
     position = torch.arange(max(cfg.train_seq_len, cfg.window))
     angle = torch.outer(position, frequency)[:, None]
@@ -1630,7 +1627,7 @@ def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding: the first 2 * pairs dimensions of a head turn with the position.
+    """Rotary position embedding of the first 2 * pairs dimensions of each head.
 
     Pair k is dimensions (k, k + pairs): in halves, not interleaved.
     x (batch, time, heads, head_dim) -> the same shape.
@@ -1668,7 +1665,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> T
 
 
 def attention_function(name: str) -> Attend:
-    """The kernel of this name. ImportError, or RuntimeError when it is called: it does not work."""
+    """The kernel of this name; ImportError, or RuntimeError when called, where it fails."""
     if name in KERNELS:
         return partial(sdpa, kernel=KERNELS[name])
     module, _ = PACKAGES[name]
@@ -1747,7 +1744,7 @@ def choose_attention(cfg: Config, run: Run) -> Attend:
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    Queries and keys are RMS-normed per head and rotated; queries carry one learned gain per head.
+    Queries and keys are RMS-normed per head and rotated; queries have a learned gain per head.
     x (batch, time, model_dim) -> the same shape.
     """
 
@@ -1845,10 +1842,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Blocks in a U-Net; embedding and head are one matrix. fp32 parameters, `dtype` activations.
+    """Blocks in a U-Net; embedding and head are one matrix.
 
     The first half of the blocks are encoders: each keeps its output, and the decoders take these
-    back, the last one first, with a gain per dimension.
+    back, the last one first, with a gain per dimension. Parameters are fp32, activations `dtype`.
     """
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Attend = sdpa):
@@ -1875,7 +1872,7 @@ class GPT(nn.Module):
             else:
                 self.entry.append(self.smear)
 
-        # What is added to the values of some blocks: (ids, dtype) -> {block: (batch, time, kv_dim)}
+        # What is added to V of some blocks: (ids, dtype) -> {block: (batch, time, kv_dim)}
         self.value_biases = []
         if cfg.ve_enabled:
             self.value_embed = ValueEmbedding(cfg)
