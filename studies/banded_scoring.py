@@ -2,10 +2,12 @@
 
     python studies/banded_scoring.py logs/bench/banded_scoring.json --data data/text
 
-Sliding windows of L tokens with stride 64 run each token L / 64 times. In a band every layer attends to exactly the previous
-L - 1 tokens of one long row, so each token is run about once. Two models per seed, alike but for the training: one as usual in
-rows of L, one in rows of 4 L with the band. Each is scored on the same targets with fixed windows, sliding windows, and the band
-(rows of 8 L, of which the first L only give context), also with the first 4 tokens of the row kept in sight of all.
+Sliding windows of L tokens with stride 64 run each token L / 64 times. In a band every layer
+attends to exactly the previous L - 1 tokens of one long row, so each token is run about once. Two
+models per seed, alike but for the training: one as usual in rows of L, one in rows of 4 L with the
+band. Each is scored on the same targets with fixed windows, sliding windows, and the band (rows of
+8 L, of which the first L only give context), also with the first 4 tokens of the row kept in sight
+of all.
 """
 
 import dataclasses
@@ -14,18 +16,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import typer
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from ablation.statistics import paired
 from train_gpt import Config, Run, Split, Trainer, Validation
 
-L, ROW = 256, 2048
+L = 256
+ROW = 2048
 SIZE = dict(
     model_dim=96,
     num_heads=4,
@@ -38,31 +42,49 @@ SIZE = dict(
     muon_momentum_warmup_steps=100,
     warmdown_frac=0.5,
     train_log_every=100,
+    # How long the rotary table is.
     eval_seq_len=ROW,
-)  # EVAL_SEQ_LEN: how long the rotary table is
-MODES = {  # name: (row, new targets per row, band, kept first tokens)
-    "fixed": (L, 0, 0, 0),
-    "sliding, stride 64": (L, 64, 0, 0),
-    "banded": (ROW, ROW - L, L, 0),
-    "banded, 4 kept": (ROW, ROW - L, L, 4),
+)
+
+
+class Mode(NamedTuple):
+    """A way to score. stride: new targets per row, 0: all; band 0: causal; kept: first tokens."""
+
+    row: int
+    stride: int
+    band: int
+    kept: int
+
+
+SLIDING = "sliding, stride 64"
+MODES = {
+    "fixed": Mode(L, 0, 0, 0),
+    SLIDING: Mode(L, 64, 0, 0),
+    "banded": Mode(ROW, ROW - L, L, 0),
+    "banded, 4 kept": Mode(ROW, ROW - L, L, 4),
 }
 
 
 class BandedAttention:
-    """train_gpt.sdpa, but each query sees itself, the previous band - 1 keys and the first `kept`; band 0: all before it."""
+    """train_gpt.sdpa, but each query sees itself, the previous band - 1 keys and the first `kept`.
 
-    band, kept = 0, 0
+    Band 0: all before it.
+    """
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    band = 0
+    kept = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[1]
         if self.band == 0 or n <= self.band:
             return train_gpt.sdpa(q, k, v)
-        age = torch.arange(n)[:, None] - torch.arange(n)
-        mask = (age >= 0) & ((age < self.band) | (torch.arange(n) < self.kept))
+        positions = torch.arange(n)
+        age = positions[:, None] - positions
+        mask = (age >= 0) & ((age < self.band) | (positions < self.kept))
+        # (batch, heads, time, head_dim)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(
-            1, 2
-        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2)
 
 
 def scores(cfg: Config, run: Run, val: Validation, banded: bool) -> dict[str, dict]:
@@ -72,42 +94,69 @@ def scores(cfg: Config, run: Run, val: Validation, banded: bool) -> dict[str, di
     trainer = Trainer(cfg, run, model, train_gpt.export_plan(cfg, model), Split(cfg, "train"), val)
     attend.band = L if banded else 0
     trainer.train()
+
+    training = "banded" if banded else "usual"
     found = {}
-    for mode, (row, stride, attend.band, attend.kept) in MODES.items():
+    for name, mode in MODES.items():
+        attend.band = mode.band
+        attend.kept = mode.kept
         how = dataclasses.replace(
-            cfg, eval_seq_len=row, eval_stride=stride or 64, eval_batch_seqs=32 * L // row
+            cfg,
+            eval_seq_len=mode.row,
+            eval_stride=mode.stride or 64,
+            eval_batch_seqs=32 * L // mode.row,
         )
-        score = train_gpt.score(how, run, model, val, train_gpt.windows(0, val.n, row, stride))
-        found[mode] = dict(bpb=score.bpb, seconds=score.seconds)
+        rows = train_gpt.windows(0, val.n, mode.row, mode.stride)
+        score = train_gpt.score(how, run, model, val, rows)
+        found[name] = dict(bpb=score.bpb, seconds=score.seconds)
         run.log(
-            f"{'banded' if banded else 'usual'} training, seed {cfg.seed}, {mode}: {score.bpb:.5f} BPB, {score.seconds:.1f} s"
+            f"{training} training, seed {cfg.seed}, {name}: "
+            f"{score.bpb:.5f} BPB, {score.seconds:.1f} s"
         )
     return found
 
 
+def gap_cell(runs: dict[str, dict], mode: str) -> str:
+    """A mode less sliding windows in mBPB: mean and 95 % interval over paired seeds."""
+    if mode == SLIDING:
+        return "0"
+    base = {int(seed): run[SLIDING]["bpb"] for seed, run in runs.items()}
+    values = {int(seed): run[mode]["bpb"] for seed, run in runs.items()}
+    gap = paired(base, values)
+    return f"{1e3 * gap.mean:+.2f} ({1e3 * gap.low:+.2f} to {1e3 * gap.high:+.2f})"
+
+
 def table(report: dict) -> str:
-    """GitHub Markdown: each mode less sliding windows in mBPB, mean and 95 % interval over paired seeds, and its seconds."""
+    """GitHub Markdown: each mode against sliding windows, and its seconds."""
     lines = [
         "| training | scoring | BPB | mBPB against sliding | seconds |",
         "|---|---|---:|---:|---:|",
     ]
     for training, runs in report["runs"].items():
         for mode in MODES:
-            base, values = (
-                {int(seed): r[m]["bpb"] for seed, r in runs.items()}
-                for m in ("sliding, stride 64", mode)
-            )
-            gap = paired(base, values) if mode != "sliding, stride 64" else None
-            words = (
-                f"{1e3 * gap.mean:+.2f} ({1e3 * gap.low:+.2f} to {1e3 * gap.high:+.2f})"
-                if gap
-                else "0"
-            )
-            bpb, seconds = (
-                sum(r[mode][key] for r in runs.values()) / len(runs) for key in ("bpb", "seconds")
-            )
-            lines.append(f"| {training} | {mode} | {bpb:.4f} | {words} | {seconds:.1f} |")
+            bpb = sum(run[mode]["bpb"] for run in runs.values()) / len(runs)
+            seconds = sum(run[mode]["seconds"] for run in runs.values()) / len(runs)
+            gap = gap_cell(runs, mode)
+            lines.append(f"| {training} | {mode} | {bpb:.4f} | {gap} | {seconds:.1f} |")
     return "\n".join(lines)
+
+
+def train_and_score_all(wanted: list[int], settings: dict) -> tuple[dict, dict]:
+    """Both trainings of every seed: {training: {seed: scores}}, and the environment."""
+    runs: dict = {"usual": {}, "banded": {}}
+    for seed in wanted:
+        for training, length in (("usual", L), ("banded", 4 * L)):
+            cfg = Config(
+                **SIZE,
+                **settings,
+                seed=seed,
+                train_seq_len=length,
+                run_id=f"{training}{seed}",
+            )
+            run = Run(cfg)
+            val = Validation(cfg, run, Split(cfg, "val"))
+            runs[training][seed] = scores(cfg, run, val, training == "banded")
+    return runs, train_gpt.environment(run)
 
 
 def main(
@@ -119,26 +168,16 @@ def main(
 ) -> None:
     """Train and score both models for every seed; write the JSON and print the table."""
     torch.set_num_threads(1)
-    runs: dict = {"usual": {}, "banded": {}}
+    wanted = [int(seed) for seed in seeds.split(",")]
     with tempfile.TemporaryDirectory() as logs:
-        for seed in map(int, seeds.split(",")):
-            for training, length in (("usual", L), ("banded", 4 * L)):
-                cfg = Config(
-                    **SIZE,
-                    data_path=str(data),
-                    tokenizer_path=str(data / "tokenizer.model"),
-                    seed=seed,
-                    iterations=steps,
-                    train_seq_len=length,
-                    val_max_tokens=targets,
-                    logs_dir=logs,
-                    run_id=f"{training}{seed}",
-                )
-                run = Run(cfg)
-                runs[training][seed] = scores(
-                    cfg, run, Validation(cfg, run, Split(cfg, "val")), training == "banded"
-                )
-        environment = train_gpt.environment(run)
+        settings = dict(
+            data_path=str(data),
+            tokenizer_path=str(data / "tokenizer.model"),
+            iterations=steps,
+            val_max_tokens=targets,
+            logs_dir=logs,
+        )
+        runs, environment = train_and_score_all(wanted, settings)
     report = dict(
         date=time.strftime("%Y-%m-%d"),
         command=f"python studies/banded_scoring.py {out} --data {data} --seeds {seeds} "

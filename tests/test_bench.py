@@ -1,7 +1,9 @@
-"""bench.py: each twin computes what its fast part computes, the FLOPs are those of the model's shapes, and a report is whole.
+"""bench.py: each twin computes what its fast part computes, FLOPs are those of the model's shapes,
+and a report is whole.
 
-No test looks at an absolute time. Would have caught: an optimisation that changes the result, an MFU of another model's
-FLOPs, a figure in a table that no file holds, an entropy coder timed without its coding.
+No test looks at an absolute time. Would have caught: an optimisation that changes the result, an
+MFU of another model's FLOPs, a figure in a table that no file holds, an entropy coder timed without
+its coding.
 """
 
 import contextlib
@@ -22,6 +24,26 @@ from torch import nn
 
 import bench
 import train_gpt
+from benchmarks.after_training import like_trained
+from benchmarks.machine import (
+    Bench,
+    Floor,
+    Measured,
+    forward_flops,
+    human,
+    muon_flops,
+    muon_matrices,
+)
+from benchmarks.report import BENCH, SCHEMA_VERSION, table
+from benchmarks.training import step_floors
+from benchmarks.twins import (
+    plain_average,
+    plain_batches,
+    plain_muon,
+    plain_reduce,
+    plain_score,
+    plain_view,
+)
 from train_gpt import (
     COMPRESSORS,
     Averages,
@@ -35,7 +57,7 @@ from train_gpt import (
 
 REFERENCE = Config()  # seed #194's model and batch
 COMMITTED = [
-    path for path in sorted(bench.BENCH.glob("*.json")) if "quick" in json.loads(path.read_text())
+    path for path in sorted(BENCH.glob("*.json")) if "quick" in json.loads(path.read_text())
 ]
 TWINS = {
     "gradient norm and clip",
@@ -98,7 +120,7 @@ def trainer(tiny):
 def test_muon_equals_one_matrix_at_a_time(trainer):
     t = trainer(muon_wd=0.1)
     live, gradients = (t.flat.views(buffer) for buffer in (t.flat.weights, t.flat.gradients))
-    names = list(bench.muon_matrices(t.model))
+    names = list(muon_matrices(t.model))
     plain, momenta = [live[n].clone() for n in names], [torch.zeros_like(live[n]) for n in names]
     before = [live[n].clone() for n in names]
     for step in range(3):
@@ -106,9 +128,9 @@ def test_muon_equals_one_matrix_at_a_time(trainer):
             gradients[name].copy_(normal(*live[name].shape, seed=100 * step + i))
         with torch.no_grad():
             t.flat.gather(t.optimiser.muon(0.05, 0.9))
-        bench.plain_muon(plain, [gradients[n] for n in names], momenta, 0.05, 0.9, t.cfg)
+        plain_muon(plain, [gradients[n] for n in names], momenta, 0.05, 0.9, t.cfg)
     assert len(names) == 6 * 3 + 1
-    for name, w, old in zip(names, plain, before):
+    for name, w, old in zip(names, plain, before, strict=True):
         assert not torch.equal(w, old)
         torch.testing.assert_close(live[name], w, rtol=0, atol=1e-5, msg=name)
 
@@ -122,7 +144,7 @@ def test_score_equals_full_logits_one_window_at_a_time(trainer, kind):
         "documents": document_windows(t.val, 64, 16),
     }[kind]
     found = train_gpt.score(t.cfg, t.run, t.forward, t.val, rows)
-    assert found.bpb == pytest.approx(bench.plain_score(t.model, t.val, rows), abs=1e-6)
+    assert found.bpb == pytest.approx(plain_score(t.model, t.val, rows), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +170,7 @@ def test_fake_quantisation_equals_the_formula_bit_for_bit(trainer, bits, clip, c
     fast = t.flat.weights.clone()
     t.views.leave(kept)
     grids = t.views.techniques["QAT"].grids
-    with bench.plain_view(live, grids):
+    with plain_view(live, grids):
         assert torch.equal(t.flat.weights, fast) and not torch.equal(fast, latent)
     assert torch.equal(t.flat.weights, latent) and len(grids) > 18
 
@@ -160,7 +182,7 @@ def coarse(weights: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ("ema", "swa", "sqwa", "sqwa of ema"))
 def test_averages_equal_those_of_host_copies(trainer, kind):
-    """To the last bit: nothing is rounded before the codes, so no value can cross a boundary of them."""
+    """To the last bit: nothing is rounded before the codes, so no value can cross a boundary."""
     on = {f"{name}_enabled": name in kind.split(" of ") for name in ("ema", "swa", "sqwa")}
     t = trainer(**on, ema_decay=0.75)
     t.flat.weights.copy_(coarse(t.flat.weights))
@@ -172,14 +194,14 @@ def test_averages_equal_those_of_host_copies(trainer, kind):
     for step in range(4):
         t.flat.weights += coarse(0.1 * normal(*t.flat.weights.shape, seed=step))
         average.update(kind != "ema")
-        bench.plain_average(live, ema, sums, 0.75, t.plan if "sqwa" in kind else None)
+        plain_average(live, ema, sums, 0.75, t.plan if "sqwa" in kind else None)
 
     results = average.results()
     means = results.get("sqwa") or results.get("swa")
-    for name in live:
+    for name, weights in live.items():
         if ema:
             assert torch.equal(results["ema"][name], ema[name]), name
-            assert not torch.equal(ema[name], live[name])
+            assert not torch.equal(ema[name], weights)
         if sums:
             assert torch.equal(means[name], sums[name] / 4), name
 
@@ -191,9 +213,9 @@ def test_batches_equal_synchronous_reads(tiny, rank, world):
         SimpleNamespace(rank=rank, world=world, cuda=False, device=torch.device("cpu")),
     )
     split = Split(cfg, "train")
-    fast, plain = train_gpt.batches(cfg, run, split), bench.plain_batches(cfg, run, split)
+    fast, plain = train_gpt.batches(cfg, run, split), plain_batches(cfg, run, split)
     for _ in range(5):
-        for a, b in zip(next(fast), next(plain)):
+        for a, b in zip(next(fast), next(plain), strict=True):
             assert torch.equal(a, b) and a.shape[1] == cfg.train_seq_len
     fast.close()
 
@@ -208,12 +230,12 @@ def reductions(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, list,
     for i, p in enumerate(params.values()):
         p.grad.copy_(normal(*p.shape, seed=10 * rank + i))
     copies = [nn.Parameter(torch.zeros_like(p)) for p in params.values()]
-    for copy, p in zip(copies, params.values()):
+    for copy, p in zip(copies, params.values(), strict=True):
         copy.grad = p.grad.clone()
     norm = flat.reduce(0.3)[1]
     return (
         norm,
-        bench.plain_reduce(copies, world, 0.3),
+        plain_reduce(copies, world, 0.3),
         [p.grad for p in params.values()],
         [copy.grad for copy in copies],
     )
@@ -228,13 +250,13 @@ def test_the_flat_reduction_equals_a_loop_over_parameters(tmp_path, world):
         assert torch.cat([g.flatten() for g in gradients]).norm().item() == pytest.approx(
             0.3, rel=1e-5
         )
-        for g, p in zip(gradients, plain):
+        for g, p in zip(gradients, plain, strict=True):
             torch.testing.assert_close(g, p, rtol=0, atol=1e-6)
 
 
 # ── floors ──
 def test_the_flops_are_those_of_the_reference_shapes():
-    flops = bench.forward_flops(REFERENCE)
+    flops = forward_flops(REFERENCE)
     assert flops.linear / 1e6 == pytest.approx(
         52.95, abs=0.005
     ) and flops.attention / 1e6 == pytest.approx(23.08, abs=0.005)
@@ -245,13 +267,13 @@ def test_the_flops_are_those_of_the_reference_shapes():
 def test_the_matrices_and_their_newton_schulz_flops_are_those_of_the_reference():
     with torch.device("meta"):
         model = train_gpt.GPT(REFERENCE)
-    shapes = bench.muon_matrices(model).values()
+    shapes = muon_matrices(model).values()
     assert len(shapes) == 66 and sum(map(math.prod, shapes)) == 25_952_256
-    assert bench.muon_flops(shapes, 5) / 1e9 == pytest.approx(314, abs=1)
+    assert muon_flops(shapes, 5) / 1e9 == pytest.approx(314, abs=1)
     techniques = dict(bigram_vocab_size=4096, ve_enabled=True)
     more = (
-        bench.forward_flops(dataclasses.replace(REFERENCE, **techniques)).linear
-        - bench.forward_flops(REFERENCE).linear
+        forward_flops(dataclasses.replace(REFERENCE, **techniques)).linear
+        - forward_flops(REFERENCE).linear
     )
     assert more == 2 * (128 * 512 + 128 * 256)  # their projections; tables cost none
 
@@ -264,47 +286,47 @@ def test_the_floor_of_a_step_adds_up_to_that_of_the_reference():
         device=torch.device("cuda"),
         broadcast=lambda value: value,
     )
-    b = bench.Bench(REFERENCE, run, quick=False)
+    b = Bench(REFERENCE, run, quick=False)
     b.flop_rate, b.bandwidth = 790e12, lambda size, host: 4.3e12  # of one H200, measured
     with torch.device("meta"):
         model = train_gpt.GPT(REFERENCE)
-    forward, backward, step = bench.step_floors(b, model, REFERENCE.train_batch_tokens)
+    forward, backward, step = step_floors(b, model, REFERENCE.train_batch_tokens)
     assert (
         step.seconds == pytest.approx(0.230, rel=0.05)
         and 1.8 < backward.seconds / forward.seconds < 2
     )
     eight = SimpleNamespace(**{**vars(run), "world": 8})
     b.run = eight
-    assert bench.step_floors(b, model, REFERENCE.train_batch_tokens // 8)[
-        2
-    ].seconds == pytest.approx(step.seconds / 8, rel=1e-3)
+    assert step_floors(b, model, REFERENCE.train_batch_tokens // 8)[2].seconds == pytest.approx(
+        step.seconds / 8, rel=1e-3
+    )
 
 
 def test_work_is_timed_in_turns_and_each_rate_follows_from_its_row(run):
-    b, order = bench.Bench(REFERENCE, run, quick=True), []
+    b, order = Bench(REFERENCE, run, quick=True), []
     seconds = b.time(lambda: order.append("a"), lambda: order.append("b"), block=False)
     assert order == ["a", "b"] * 5 and seconds.shape == (2, 3) and (seconds > 0).all()
     b.time(lambda: order.append("c"), warm=False)
     assert 1 <= order.count("c") <= 3
     samples = torch.tensor([[0.2, 0.1, 0.3], [0.5, 0.4, 0.9]]).double().numpy()
-    b.add("g", "n", samples, bench.Floor(0.05, "how"), (100, "tokens/s"), "twin", "note")
+    b.add(Measured("g", "n", samples, Floor(0.05, "how"), (100, "tokens/s"), "twin", "note"))
     row = b.rows[-1]
     assert (row["ms"], row["twin_ms"], row["rate"], row["ratio"], row["n"]) == (200, 500, 500, 4, 3)
     assert row["speedup"] == 3 and row["spread"] == pytest.approx(0.8) and row["floor_ms"] == 50
 
 
 def test_numbers_are_spelt_for_people():
-    assert [bench.human(v, "B") for v in (999, 1234567, 5e15, 0)] == [
+    assert [human(v, "B") for v in (999, 1234567, 5e15, 0)] == [
         "999 B",
         "1.23 MB",
         "5 PB",
         "0 B",
     ]
-    assert bench.human(12345.6, "tokens/s") == "12,300 tokens/s"
+    assert human(12345.6, "tokens/s") == "12,300 tokens/s"
 
 
 def test_weights_of_the_export_are_spread_by_row_and_column_as_trained_ones_are():
-    w = bench.like_trained((600, 400), torch.Generator().manual_seed(0))
+    w = like_trained((600, 400), torch.Generator().manual_seed(0))
     for dim in (0, 1):
         assert 0.4 < w.square().mean(dim).sqrt().log().std() < 0.6
     codes, _ = Grid(6, "quantile", "sym", True).quantise(w)
@@ -312,7 +334,7 @@ def test_weights_of_the_export_are_spread_by_row_and_column_as_trained_ones_are(
     assert (
         3.5 < torch.special.entr(share).sum() / math.log(2) < 5
     )  # bits, in the range of real artifacts
-    assert bench.like_trained((), torch.Generator()).shape == () and bench.like_trained(
+    assert like_trained((), torch.Generator()).shape == () and like_trained(
         (7,), torch.Generator()
     ).shape == (7,)
 
@@ -344,7 +366,7 @@ def quick(data, tmp_path_factory) -> SimpleNamespace:
 
 def check(report: dict, needed: set[str]) -> None:
     """What holds for every report, whatever machine it is from."""
-    assert report["schema"] == bench.SCHEMA_VERSION and "bench.py run" in report["command"]
+    assert report["schema"] == SCHEMA_VERSION and "bench.py run" in report["command"]
     assert {
         "device",
         "torch",
@@ -382,9 +404,13 @@ def test_a_quick_run_writes_a_whole_report_and_prints_its_table(quick):
     check(
         report,
         ROWS
-        | {f"compress, {name} {entry[2]}" for name, entry in COMPRESSORS.items() if name != "none"},
+        | {
+            f"compress, {name} {entry.level}"
+            for name, entry in COMPRESSORS.items()
+            if name != "none"
+        },
     )
-    assert bench.table(report) in quick.out and quick.out.rstrip().endswith(f"wrote {quick.path}")
+    assert table(report) in quick.out and quick.out.rstrip().endswith(f"wrote {quick.path}")
     assert (
         report["command"].endswith("python bench.py run --name mine --quick")
         and "MODEL_DIM=32 " in report["command"]
@@ -401,7 +427,7 @@ def test_a_quick_run_writes_a_whole_report_and_prints_its_table(quick):
 def test_the_rates_of_a_report_agree_with_its_settings(quick):
     report = json.loads(quick.path.read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    step, flops = rows["step, whole"], bench.forward_flops(quick.cfg)
+    step, flops = rows["step, whole"], forward_flops(quick.cfg)
     assert step["rate"] == pytest.approx(512 / step["ms"] * 1e3, rel=1e-4) and step["share"] == 1
     ceiling = max(row["rate"] for row in report["rows"] if row["name"].startswith("matmul"))
     assert (
@@ -416,7 +442,7 @@ def test_every_compressor_says_its_bytes_and_ans_is_coded(quick):
         if row["group"] == "export"
     }
     notes = {
-        name: rows[f"compress, {name} {entry[2]}"]
+        name: rows[f"compress, {name} {entry.level}"]
         for name, entry in COMPRESSORS.items()
         if name != "none"
     }
@@ -438,7 +464,10 @@ def test_a_run_leaves_nothing_but_its_report(quick):
 
 
 def test_no_fast_part_is_three_times_slower_than_its_twin(quick):
-    """In turns, the best of three pairs: a busy neighbour does not fail it. (Threads take longer to wake than so few rows.)"""
+    """In turns, the best of three pairs: a busy neighbour does not fail it.
+
+    (Threads take longer to wake than so few rows.)
+    """
     report = json.loads(quick.path.read_text())
     slow = {
         row["name"]: row["speedup_p90"]
@@ -464,6 +493,7 @@ def test_two_ranks_make_one_report(quick, tmp_path):
         ],
         cwd=ROOT,
         env=environment(quick.cfg),
+        check=False,
         capture_output=True,
         text=True,
         timeout=120,
@@ -514,7 +544,7 @@ def test_bad_settings_end_with_one_line(monkeypatch, capsys, tmp_path, name, val
 def test_show_prints_both_tables_of_a_report(quick, capsys):
     report = json.loads(quick.path.read_text())
     assert bench.main(["show", str(quick.path)]) == 0
-    assert capsys.readouterr().out == bench.table(report) + "\n"
+    assert capsys.readouterr().out == table(report) + "\n"
     assert bench.main(["show", str(quick.path), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("|")]
@@ -537,4 +567,4 @@ def test_a_committed_report_is_whole_and_sane(path):
     for name in TWINS - {"wait for data"}:
         assert rows[name]["speedup"] > 0.5, name
     assert rows["step, whole"]["ms"] > 0.7 * (rows["forward"]["ms"] + rows["backward"]["ms"])
-    assert bench.table(report, markdown=True).count("\n|") > 20
+    assert table(report, markdown=True).count("\n|") > 20

@@ -55,9 +55,8 @@ NETWORK = {
     "wandb",
     "xmlrpc",
 }
-SCRIPTS = [
-    path for pattern in ("*.py", "ablation/*.py", "studies/*.py") for path in ROOT.glob(pattern)
-]
+FOLDERS = ("ablation", "benchmarks", "studies")
+SCRIPTS = [path for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py")]
 OURS = [*SCRIPTS, *ROOT.glob("tests/**/*.py")]
 MADE = pytest.mark.skipif(
     not (Path(sys.prefix) / "installed").exists(), reason="only make installs what the locks say"
@@ -193,7 +192,7 @@ def test_every_package_we_import_is_required():
             canonicalize_name(Requirement(line).name) for line in metadata.requires(parent)
         }
     own, distributions = (
-        {path.stem for path in OURS} | {"ablation", "studies"},
+        {path.stem for path in OURS} | set(FOLDERS),
         metadata.packages_distributions(),
     )
     tops = (

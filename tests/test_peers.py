@@ -1,11 +1,13 @@
-"""bench.py peers: public scripts as black boxes, ours beside them; here fake scripts that print the two log formats.
+"""bench.py peers: public scripts as black boxes, ours beside them.
 
-Would have caught: a variable of the caller's shell that changes a black box (#1048, #212), a log parser that matches the script's
-own source (#13), a file of bytes per token read as validation tokens, a failed run that stops the rest, a record that names
-folders of the machine it was made on, FlashAttention 2 published as 3.
+Here fake scripts that print the two log formats. Would have caught: a variable of the caller's
+shell that changes a black box (#1048, #212), a log parser that matches the script's own source
+(#13), a file of bytes per token read as validation tokens, a failed run that stops the rest, a
+record that names folders of the machine it was made on, FlashAttention 2 published as 3.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import time
@@ -17,7 +19,8 @@ import sentencepiece
 import torch
 from conftest import ROOT
 
-import bench as peers
+import bench as command_line
+from benchmarks import peers
 from prepare_data import file_sha256
 from train_gpt import ByteTable, Config, sdpa
 
@@ -46,7 +49,8 @@ FAKE_1855 = (
     + """
 print("1/20000 train_loss: 9.0 train_time: 0.0m tok/s: 17921784")
 for step, seconds in ((10, 8), (20, 16), (30, 26), (40, 37)):
-    print(f"{step}/20000 train_loss: 4.0 train_time: {seconds / 60:.1f}m tok/s: {step * 786432 / seconds:.0f}")
+    speed = step * 786432 / seconds
+    print(f"{step}/20000 train_loss: 4.0 train_time: {seconds / 60:.1f}m tok/s: {speed:.0f}")
     if step == 20:
         print("layer_loop:enabled step:20 frac:0.350 encoder:[0] decoder:[1]")
 print("40/20000 val_loss: 3.3 val_bpb: 1.9500")
@@ -62,12 +66,35 @@ OURS = (
     + """
 os.mkdir("run")
 scores = {"live": {"bpb": 1.91}, "quantised": {"bpb": 1.92}, "sliding": {"bpb": 1.89}}
-config = dict(num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, vocab_size=1024, mlp_mult=3.0, train_seq_len=2048,
-              train_batch_tokens=524288)
-json.dump(dict(steps=40, train_seconds=20.0, step_ms_median=495.0, eval_seconds=9.0, total_bytes=15000002, scores=scores,
-               config=config, peak_memory_bytes=2**34), open("run/result.json", "w"))
+config = dict(
+    num_layers=11,
+    model_dim=512,
+    num_heads=8,
+    num_kv_heads=4,
+    vocab_size=1024,
+    mlp_mult=3.0,
+    train_seq_len=2048,
+    train_batch_tokens=524288,
+)
+result = dict(
+    steps=40,
+    train_seconds=20.0,
+    step_ms_median=495.0,
+    eval_seconds=9.0,
+    total_bytes=15000002,
+    scores=scores,
+    config=config,
+    peak_memory_bytes=2**34,
+)
+json.dump(result, open("run/result.json", "w"))
+events = (
+    dict(event="start"),
+    dict(event="step", step_ms=510.0),
+    dict(event="step", step_ms=490.0),
+    dict(event="val"),
+)
 with open("run/metrics.jsonl", "w") as file:
-    for event in (dict(event="start"), dict(event="step", step_ms=510.0), dict(event="step", step_ms=490.0), dict(event="val")):
+    for event in events:
         print(json.dumps(event), file=file)
 """
 )
@@ -75,7 +102,7 @@ with open("run/metrics.jsonl", "w") as file:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Shards with some 70,000 validation tokens, and the tokenizer, from Python's own help topics."""
+    """Shards with some 70,000 validation tokens, and the tokenizer, from Python's help topics."""
     from pydoc_data.topics import topics
 
     folder = tmp_path_factory.mktemp("data")
@@ -109,7 +136,10 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def bench(data, tmp_path, monkeypatch):
-    """bench(*arguments, ours=..., NAME=source...) -> (exit code, report or None, folder of the runs), as on an H100."""
+    """bench(*arguments, ours=..., NAME=source...), as on an H100.
+
+    Returns exit code, report or None, folder of the runs.
+    """
     monkeypatch.setattr(peers, "nominal", lambda: 989e12)
 
     def call(*arguments: str, ours: str = OURS, **scripts: str):
@@ -119,7 +149,7 @@ def bench(data, tmp_path, monkeypatch):
             f"--script={name}={tmp_path}/{name}.py:{name.removeprefix('pr')[:4]}"
             for name in scripts
         ]
-        code = peers.main(
+        code = command_line.main(
             [
                 "peers",
                 *places,
@@ -174,7 +204,10 @@ def test_repeated_blocks_count_each_time_that_they_run():
         for text in (kind.shared, kind.theirs, "VOCAB_SIZE=1024 TRAIN_LOG_EVERY=10")
         for name, value in peers.pairs_of(text).items()
     }
-    ends = "layer_loop:enabled step:20 frac:0.35\nstopping_early: wallclock_cap train_time: 1000ms step: 40/20000\n"
+    ends = (
+        "layer_loop:enabled step:20 frac:0.35\n"
+        "stopping_early: wallclock_cap train_time: 1000ms step: 40/20000\n"
+    )
     found = peers.read_output(ends, peers.Peer("x", "", Path("x"), env, kind))
     assert found["blocks"] == 14  # half the steps run 11 blocks, half 17
     deep = Config.from_env(
@@ -238,7 +271,7 @@ def test_counts_of_steps_shrink_with_the_budget_and_are_published_ones_at_full_l
 
 
 def test_our_script_takes_every_setting_and_as_194_is_194(bench):
-    _, record, out = bench(pr194=FAKE_194, pr1855=FAKE_1855)
+    _, _, out = bench(pr194=FAKE_194, pr1855=FAKE_1855)
     configs = {}
     for name in ("ours_as_pr194", "ours_as_pr1855", "ours_best"):
         configs[name] = Config.from_env(json.loads((out / name / "seen.json").read_text())["env"])
@@ -353,7 +386,7 @@ def test_bytes_per_token_lie_apart_and_are_those_of_the_text(bench, data):
     assert (np.fromfile(out / "data_with_bytes" / name, "<u2", offset=1024) == tokens).all()
     sp = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
     starts = np.flatnonzero(tokens == 1)
-    for a, b in zip(starts[:-1], starts[1:]):
+    for a, b in itertools.pairwise(starts):
         assert sizes[a:b].sum() == len(sp.decode(tokens[a:b].tolist()).encode())
     table = ByteTable(Config(tokenizer_path=str(data / "tokenizer.model"), vocab_size=384))
     assert record["setup"]["val_bytes"] == table.count(tokens).sum()
@@ -452,7 +485,7 @@ def test_show_prints_the_table_of_peers_and_says_what_each_run_is(bench, tmp_pat
         f"--path=pr1855:{peers.STAND_IN}", pr194=FAKE_194, pr1855="raise SystemExit(3)"
     )
     capsys.readouterr()
-    assert peers.main(["show", str(tmp_path / "out.json"), "--markdown"]) == 0
+    assert command_line.main(["show", str(tmp_path / "out.json"), "--markdown"]) == 0
     text = capsys.readouterr().out
     assert (
         text.rstrip() == peers.table(record, markdown=True)

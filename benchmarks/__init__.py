@@ -1,0 +1,11 @@
+"""The parts of bench.py, in the order in which data flows.
+
+twins           the plainest code that computes the same
+machine         rates of this machine, their floors, the stop-watch
+training        stages before and during training
+after_training  stages of scoring, export, data
+measure         all stages -> a report
+
+peers           public scripts and ours -> a report of another kind
+report          the tables of a report of either kind
+"""
