@@ -1412,7 +1412,7 @@ class Role(NamedTuple):
     """A parameter's policy, given where it is created: optimiser, and bits at export."""
 
     optimiser: str  # muon | embed | scalar | smear: the groups of Optimiser
-    bits: str | None = None  # the knob with its bits; None: never quantised
+    bits: str | None = None  # the knob with its bits; None: stays fp32
 
 
 CONTROL = Role("scalar")
