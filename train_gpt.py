@@ -1,7 +1,7 @@
 """Train a small GPT under a wallclock budget, ship it in 16,000,000 bytes, score what was shipped.
 
-    shards -> batches -> training steps      (QAT and QNA change what the forward pass sees)
-           -> averages: SWA, EMA, SQWA       (or the live weights)
+    shards -> batches -> training steps      (views change what the forward pass sees)
+           -> averages                       (or the live weights)
            -> prune, quantise, compress      -> artifact.bin, on disk
            -> read back                      -> windows over the validation tokens
            -> nats of every target, once     -> bits per byte
@@ -1302,7 +1302,7 @@ class Validation:
 
 # ── 4 Grid ────────────────────────────────────────────────────────────────────────────────────────
 # In: weights (..., rows, columns). Out: integer codes and fp16 steps, and back.
-# Promise: the only definition of quantisation; QAT, QNA, SQWA and export all call it.
+# Promise: the only definition of quantisation; views, averages and export all call it.
 def row_quantile(magnitude: Tensor, q: float) -> Tensor:
     """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, without sorting whole rows.
 
@@ -2339,9 +2339,10 @@ class Optimiser:
 
 
 # ── 8 Views and averages ──────────────────────────────────────────────────────────────────────────
-# In: the latent weights. Out: what a forward pass sees of them (QAT, QNA), and their averages over
-# steps (SWA, EMA, SQWA), both by the grid that the artifact uses.
-# Promise: the latent weights themselves are never changed, and every rank does the same arithmetic.
+# In: the latent weights. Out: what a forward pass sees of them (views), and their averages over
+# steps, wherever they are quantised by the grid of the artifact.
+# Promise: a view changes the latent weights for no longer than a step, an average never, and every
+# rank does the same arithmetic.
 
 
 class Qat:
@@ -2419,7 +2420,8 @@ class Qna:
             weights.add_(grid.scale(weights) * now.qna * noise)
 
 
-VIEWS = {"QAT": Qat, "QNA": Qna}  # the toggle is the name with _ENABLED
+# Toggle without _ENABLED -> view
+VIEWS = {"QAT": Qat, "QNA": Qna}
 
 
 class WeightViews:
@@ -2432,7 +2434,7 @@ class WeightViews:
 
     def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
         exported = {name: how for name, how in plan.items() if isinstance(how, Grid)}
-        self.techniques: dict[str, Qat | Qna] = {}
+        self.techniques = {}  # name -> its view
         self.stacks: dict[str, list[tuple[Grid, Tensor]]] = {}
         for name, technique in VIEWS.items():
             if not getattr(cfg, f"{name.lower()}_enabled"):
@@ -2502,8 +2504,8 @@ class Swa:
     name = "swa"
     of = "live weights"
 
-    def __init__(self, cfg: Config, model: GPT, source: State):
-        self.source = source
+    def __init__(self, cfg: Config, model: GPT, averages: Averages):
+        self.source = averages.live
         self.count = 0
         self.sums = {}
         for name, p in model.named_parameters():
@@ -2535,32 +2537,37 @@ class Sqwa(Swa):
 
     name = "sqwa"
 
-    def __init__(self, cfg: Config, model: GPT, live: State, ema: Ema | None, plan: dict):
-        super().__init__(cfg, model, ema.weights if ema else live)
-        self.plan = plan
-        if ema:
+    def __init__(self, cfg: Config, model: GPT, averages: Averages):
+        super().__init__(cfg, model, averages)
+        self.plan = averages.plan
+        if averages.ema:
+            self.source = averages.ema.weights
             self.of = "EMA"
 
     def snapshot(self, name: str) -> Tensor:
         return as_shipped(self.source[name], self.plan[name])
 
 
+# Toggle without _ENABLED -> mean of snapshots; one at most is on
+SNAPSHOTS = {"SWA": Swa, "SQWA": Sqwa}
+
+
 class Averages:
-    """The averages that the run collects: an EMA, and the mean of snapshots (SWA or SQWA).
+    """The averages that the run collects: an EMA, and a mean of snapshots.
 
     All are of the latent weights, on the device, the same on every rank. No host sync.
     """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
         self.live = flat.views(flat.weights)
+        self.plan = plan
         self.ema: Ema | None = None
         self.snapshots: Swa | None = None
         if cfg.ema_enabled:
             self.ema = Ema(cfg, flat)
-        if cfg.swa_enabled:
-            self.snapshots = Swa(cfg, model, self.live)
-        if cfg.sqwa_enabled:
-            self.snapshots = Sqwa(cfg, model, self.live, self.ema, plan)
+        for name, technique in SNAPSHOTS.items():
+            if getattr(cfg, f"{name.lower()}_enabled"):
+                self.snapshots = technique(cfg, model, self)
 
         entries = sum(weights.numel() for weights in self.live.values())
         for name in cfg.collected():
@@ -3455,7 +3462,7 @@ def role_grid(cfg: Config, role: Role) -> Grid:
 
 
 def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
-    """How each tensor is shipped: the one decision that QAT, QNA, SQWA and the exporter share."""
+    """How each tensor is shipped: the one decision that views, averages and the exporter share."""
     return {name: planned(cfg, name, p) for name, p in model.named_parameters()}
 
 
@@ -3925,7 +3932,7 @@ def prove_toggles(
 
 
 def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
-    """QAT, QNA: the loss with the weights that the forward pass sees, against the latent ones."""
+    """Views: the loss with the weights that the forward pass sees, against the latent ones."""
     trainer = trained.trainer
     views = trainer.views
     for name, view in views.techniques.items():
@@ -3941,9 +3948,9 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
 
 
 def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
-    """SWA, EMA, SQWA: the loss with the average against the live weights.
+    """Averages: the loss with the average against the live weights.
 
-    The milliseconds of SWA and SQWA include those of an EMA that is on too.
+    The milliseconds of a mean of snapshots include those of an EMA that is on too.
     """
     trainer = trained.trainer
     for name, state in trained.averages.items():
