@@ -10,11 +10,23 @@ import train_gpt
 from ablation.page import html_page
 from ablation.records import check_alike, load, metric
 from ablation.runner import Ledger
-from ablation.statistics import detectable, factorial, paired, record_rule, summary, verdict, welch
+from ablation.statistics import (
+    Comparison,
+    detectable,
+    factorial,
+    paired,
+    record_rule,
+    summary,
+    verdict,
+    welch,
+)
 from ablation.study import Matrix, product_arms
 from train_gpt import COMPARED, Refusal
 
-METRICS = {  # name -> (heading, unit, digits)
+Table = tuple[list[str], list[list]]  # header, rows
+
+# name -> (heading, unit, digits)
+METRICS = {
     "val_bpb": ("final", "BPB", 5),
     "live_val_bpb": ("live", "BPB", 5),
     "float_val_bpb": ("float", "BPB", 5),
@@ -26,27 +38,36 @@ METRICS = {  # name -> (heading, unit, digits)
 }
 
 
+# suffix of a metric's name -> (unit, digits)
+UNITS = {
+    "bpb": ("BPB", 5),
+    "_ms": ("ms", 2),
+    "seconds": ("s", 2),
+    "bytes": ("bytes", 0),
+    "loss": ("nats", 5),
+}
+
+
 def heading_of(name: str) -> tuple[str, str, int]:
     """(heading, unit, digits) of a metric."""
-    units = {
-        "bpb": ("BPB", 5),
-        "_ms": ("ms", 2),
-        "seconds": ("s", 2),
-        "bytes": ("bytes", 0),
-        "loss": ("nats", 5),
-    }
-    unit, digits = next((u for suffix, u in units.items() if name.endswith(suffix)), ("", 5))
-    return METRICS.get(name, (name.removeprefix("scores.").removeprefix("toggles."), unit, digits))
+    if name in METRICS:
+        return METRICS[name]
+    heading = name.removeprefix("scores.").removeprefix("toggles.")
+    for suffix, (unit, digits) in UNITS.items():
+        if name.endswith(suffix):
+            return heading, unit, digits
+    return heading, "", 5
 
 
 def titled(name: str) -> str:
     """A metric as the head of a column: with its unit, where it has one."""
-    return ", ".join(filter(None, heading_of(name)[:2]))
+    heading, unit, _ = heading_of(name)
+    return f"{heading}, {unit}" if unit else heading
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What there is of a matrix: results by arm and seed, and reasons of the failed trials by trial."""
+    """What there is of a matrix: results by arm and seed, and why the failed trials failed."""
 
     matrix: Matrix
     runs: dict[str, dict[int, dict]]
@@ -100,81 +121,85 @@ def spell(values: dict[int, float], digits: int) -> str:
     if not values:
         return "-"
     s = summary(values)
-    return f"{s.mean:,.{digits}f}" + (f" ± {s.sd:.{digits}f}" if s.n > 1 else "")
+    deviation = f" ± {s.sd:.{digits}f}" if s.n > 1 else ""
+    return f"{s.mean:,.{digits}f}{deviation}"
 
 
-def arm_table(found: Finished) -> tuple[list[str], list[list]]:
+ARM_METRICS = ("live_val_bpb", "float_val_bpb", "quantised_val_bpb", "val_bpb", "quant_gap_bpb")
+COST_METRICS = ("step_ms_median", "steps", "total_bytes")
+
+
+def arm_table(found: Finished) -> Table:
     """One row per arm, failed trials included."""
     study = found.matrix.study
     extra = [name for name in study.metrics + study.show if name not in METRICS]
-    names = [
-        "live_val_bpb",
-        "float_val_bpb",
-        "quantised_val_bpb",
-        "val_bpb",
-        "quant_gap_bpb",
-        *extra,
-        "step_ms_median",
-        "steps",
-        "total_bytes",
-    ]
-    rows, told = (
-        [],
-        any("published" in facts or "expect" in facts for facts in study.facts.values()),
-    )
+    names = [*ARM_METRICS, *extra, *COST_METRICS]
+    header = ["arm", "settings", "n", *map(titled, names)]
+    told = any("published" in facts or "expect" in facts for facts in study.facts.values())
+    if told:
+        header.append("published, expected")
+
+    rows = []
     for arm in found.matrix.arms:
-        lost = [
-            f"s{name.rpartition('-s')[2]} {why}"
-            for name, why in found.failed.items()
-            if name.rpartition("-s")[0] == arm
-        ]
+        settings = " ".join(f"{key}={value}" for key, value in study.arms[arm].items())
         figures = [spell(found.values(arm, name), heading_of(name)[2]) for name in names]
-        facts = study.facts.get(arm, {})
-        published = {
-            **facts.get("published", {}),
-            **{k: facts[k] for k in ("expect", "note") if k in facts},
-        }
-        words = "; ".join(
-            f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v}"
-            for k, v in published.items()
-        )
-        rows.append(
-            [
-                arm,
-                " ".join(f"{k}={v}" for k, v in study.arms[arm].items()),
-                str(len(found.runs.get(arm, {})))
-                + (f", failed: {'; '.join(lost)}" if lost else ""),
-                *figures,
-                *[words] * told,
-            ]
-        )
-    return ["arm", "settings", "n", *map(titled, names), *["published, expected"] * told], rows
+        row = [arm, settings, run_count(found, arm), *figures]
+        if told:
+            row.append(published(study.facts.get(arm, {})))
+        rows.append(row)
+    return header, rows
 
 
-def pairs(found: Finished) -> Iterator[tuple[str, str, str, dict, dict]]:
-    """(name of a, name of b, metric, values of a, values of b): each arm against the reference in every metric of the
-    study, then its own comparisons, where `arm:metric` names a figure of one arm."""
-    study, arms, metrics = (
-        found.matrix.study,
-        found.matrix.arms,
-        dict.fromkeys(found.matrix.study.metrics),
-    )
-    metrics |= dict.fromkeys(
-        ["step_ms_median", "steps"] if found.matrix.equal == "time" else []
-    )  # what an arm costs
+def run_count(found: Finished, arm: str) -> str:
+    """How many runs an arm has, and why the others failed."""
+    lost = []
+    for trial, reason in found.failed.items():
+        name, _, seed = trial.rpartition("-s")
+        if name == arm:
+            lost.append(f"s{seed} {reason}")
+    count = str(len(found.runs.get(arm, {})))
+    return f"{count}, failed: {'; '.join(lost)}" if lost else count
+
+
+def published(facts: dict) -> str:
+    """What others have published of an arm, or what the study expects of it."""
+    said = dict(facts.get("published", {}))
+    for key in ("expect", "note"):
+        if key in facts:
+            said[key] = facts[key]
+    words = []
+    for key, value in said.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        words.append(f"{key}: {text}")
+    return "; ".join(words)
+
+
+def pairs(found: Finished) -> Iterator[tuple[tuple[str, str], str, dict, dict]]:
+    """((name of a, name of b), metric, values of a, values of b) of every comparison.
+
+    Each arm against the reference in every metric of the study, then the study's own comparisons,
+    where `arm:metric` names a figure of one arm.
+    """
+    study = found.matrix.study
+    arms = found.matrix.arms
+    metrics = list(study.metrics)
+    if found.matrix.equal == "time":
+        # what an arm costs
+        metrics += ["step_ms_median", "steps"]
+
     against = [(study.reference, arm) for arm in arms if arm != study.reference]
-    for a, b in dict.fromkeys(against + list(study.compare)):
-        (a, own_a), (b, own_b) = (
-            (side.partition(":")[0], side.partition(":")[2]) for side in (a, b)
-        )
-        if a in arms and b in arms:
-            for name in [own_a] if own_a else metrics:
-                names = (f"{a}:{own_a}" if own_a else a, f"{b}:{own_b}" if own_b else b)
-                left, right = found.values(a, name), found.values(b, own_b or name)
-                if (left and right) or not any(
-                    found.values(arm, name) for arm in arms
-                ):  # a name that nothing has is shown
-                    yield *names, name, left, right
+    for left, right in dict.fromkeys(against + list(study.compare)):
+        a, _, own_a = left.partition(":")
+        b, _, own_b = right.partition(":")
+        if a not in arms or b not in arms:
+            continue
+        for name in [own_a] if own_a else dict.fromkeys(metrics):
+            values_a = found.values(a, name)
+            values_b = found.values(b, own_b or name)
+            # a name that nothing has is shown
+            unknown = not any(found.values(arm, name) for arm in arms)
+            if (values_a and values_b) or unknown:
+                yield (left, right), name, values_a, values_b
 
 
 COMPARISON_HEADER = [
@@ -193,20 +218,21 @@ COMPARISON_HEADER = [
 def comparison_row(
     names: tuple[str, str], name: str, a: dict[int, float], b: dict[int, float]
 ) -> list:
+    """b - a, in the columns of COMPARISON_HEADER."""
     heading, unit, digits = heading_of(name)
+    difference = f"{names[1]} - {names[0]}"
     try:
-        test, loose = paired(a, b), welch(a, b)
+        test = paired(a, b)
+        loose = welch(a, b)
     except Refusal as refusal:
-        return [f"{names[1]} - {names[0]}", heading, *["-"] * 6, f"not compared: {refusal}"]
-    mean, low, high, least = (
-        f"{x:+.{digits}f}" for x in (test.mean, test.low, test.high, detectable(test.sd, test.n))
-    )
+        return [difference, heading, *["-"] * 6, f"not compared: {refusal}"]
+    least = detectable(test.sd, test.n)
     return [
-        f"{names[1]} - {names[0]}",
+        difference,
         titled(name),
-        mean,
-        f"{low} to {high}",
-        least.removeprefix("+"),
+        f"{test.mean:+.{digits}f}",
+        f"{test.low:+.{digits}f} to {test.high:+.{digits}f}",
+        f"{least:.{digits}f}",
         f"{test.t:.2f} ({test.df:.0f})",
         f"{test.p:.2g}",
         f"{loose.p:.2g} (df {loose.df:.1f})",
@@ -214,106 +240,122 @@ def comparison_row(
     ]
 
 
-def comparison_table(found: Finished) -> tuple[list[str], list[list]]:
-    """Same-seed differences, Welch's test beside them, and what can be said. Figures of one shared training are left out."""
-    rows = [
-        comparison_row((a, b), name, left, right)
-        for a, b, name, left, right in pairs(found)
-        if left != right or not left
-    ]
+def comparison_table(found: Finished) -> Table:
+    """Same-seed differences, Welch's test beside them, and what can be said.
+
+    Figures of one shared training are left out: they are the same.
+    """
+    rows = []
+    for names, name, a, b in pairs(found):
+        if a != b or not a:
+            rows.append(comparison_row(names, name, a, b))
     return COMPARISON_HEADER, rows
 
 
-def factorial_table(found: Finished) -> tuple[list[str], list[list]]:
+FACTORIAL_HEADER = ["effect", "metric", "mean", "95 % CI", "p", "in words"]
+
+
+def factorial_table(found: Finished) -> Table:
     """Main effects and interactions of a factorial study."""
-    study, rows = found.matrix.study, []
-    cells = dict(
-        zip(
-            itertools.product(*study.factors.values()), product_arms(study.factors, str(study.path))
-        )
-    )
-    for name in study.metrics if study.factors else ():
+    study = found.matrix.study
+    if not study.factors:
+        return FACTORIAL_HEADER, []
+    cells = itertools.product(*study.factors.values())
+    arms = product_arms(study.factors, str(study.path))
+    arm_of = dict(zip(cells, arms, strict=True))
+
+    rows = []
+    for name in study.metrics:
         heading, _, digits = heading_of(name)
-        values = {
-            cell: found.values(arm, name) for cell, arm in cells.items() if found.values(arm, name)
-        }
+        values = {cell: found.values(arm, name) for cell, arm in arm_of.items()}
+        values = {cell: by_seed for cell, by_seed in values.items() if by_seed}
         try:
             contrasts = factorial(values, study.factors)
         except Refusal as refusal:
             rows.append(["-", heading, "-", "-", "-", f"not computed: {refusal}"])
             continue
-        rows += [
-            [
-                c.term,
-                titled(name),
-                f"{c.mean:+.{digits}f}",
-                f"{c.low:+.{digits}f} to {c.high:+.{digits}f}",
-                f"{c.p:.2g}",
-                "not distinguishable from 0"
-                if c.low <= 0 <= c.high
-                else "lower"
-                if c.mean < 0
-                else "higher",
-            ]
-            for c in contrasts
-        ]
-    return ["effect", "metric", "mean", "95 % CI", "p", "in words"], rows
+        for contrast in contrasts:
+            interval = f"{contrast.low:+.{digits}f} to {contrast.high:+.{digits}f}"
+            mean = f"{contrast.mean:+.{digits}f}"
+            words = in_words(contrast)
+            p = f"{contrast.p:.2g}"
+            rows.append([contrast.term, titled(name), mean, interval, p, words])
+    return FACTORIAL_HEADER, rows
+
+
+def in_words(contrast: Comparison) -> str:
+    if contrast.low <= 0 <= contrast.high:
+        return "not distinguishable from 0"
+    return "lower" if contrast.mean < 0 else "higher"
 
 
 def record_lines(found: Finished) -> list[str]:
     """The challenge's rule for every arm against the reference."""
-    reference, lines, tested = found.matrix.study.reference, [], False
-    for arm in found.runs:
-        new, old = found.values(arm, "val_bpb"), found.values(reference, "val_bpb")
-        alike = {
-            run["scored"] for name in (arm, reference) for run in found.runs.get(name, {}).values()
-        }
-        if arm != reference and min(len(new), len(old)) >= 2 and len(alike) == 1:
-            run = found.all()[0]
-            rule, tested = record_rule(new, old, run["val_tokens"] / run["val_bytes"]), True
-            if rule.holds:
-                lines.append(
-                    f"{arm} is below {reference} by {rule.difference:.5f} BPB, more than the {rule.margin:.5f} BPB "
-                    f"(0.005 nats) of the record rule, at p = {rule.p:.2g}."
-                )
+    reference = found.matrix.study.reference
+    old = found.values(reference, "val_bpb")
+    lines = []
+    tested = False
+    for arm, runs in found.runs.items():
+        new = found.values(arm, "val_bpb")
+        both = [*runs.values(), *found.runs.get(reference, {}).values()]
+        modes = {run["scored"] for run in both}
+        if arm == reference or min(len(new), len(old)) < 2 or len(modes) != 1:
+            continue
+        tested = True
+        run = found.all()[0]
+        rule = record_rule(new, old, run["val_tokens"] / run["val_bytes"])
+        if rule.holds:
+            lines.append(
+                f"{arm} is below {reference} by {rule.difference:.5f} BPB, more than the "
+                f"{rule.margin:.5f} BPB (0.005 nats) of the record rule, at p = {rule.p:.2g}."
+            )
+    if tested and not lines:
+        return [f"No arm is below {reference} by 0.005 nats at p < 0.01 (the record rule)."]
+    return lines
+
+
+def made_on(found: Finished) -> str:
+    """The runs, the machine and what was scored, in one sentence."""
+    runs = found.all()
+    r = runs[0]
+    trained = sum(not run.get("checkpoint") for run in runs)
     return (
-        lines
-        or [f"No arm is below {reference} by 0.005 nats at p < 0.01 (the record rule)."] * tested
+        f"{len(runs)} runs, {trained} trainings, on {r['device']}, ranks: {r['world_size']}, "
+        f"threads per rank: {r['threads_per_rank']}, trainings side by side: "
+        f"{found.matrix.size.jobs}, torch {r['torch']}; scored: {r['val_tokens']:,} targets, "
+        f"{r['val_bytes']:,} bytes; code {r['code_sha256'][:12]}."
     )
 
 
 def notes(found: Finished) -> list[str]:
     """How it was made, in sentences."""
-    m, runs = found.matrix, found.all()
-    waiting = [
-        t.id
-        for t in m.trials
-        if t.id not in found.failed and t.seed not in found.runs.get(t.arm, {})
-    ]
-    lines = [
-        m.study.question,
-        f"Source: {m.study.source}" if m.study.source else "",
-        m.study.limits,
-        m.size.note,
-    ]
-    if runs:
-        r = runs[0]
-        trained = sum(1 for run in runs if not run.get("checkpoint"))
-        lines += [
-            f"{len(runs)} runs, {trained} trainings, on {r['device']}, ranks: {r['world_size']}, threads per rank: "
-            f"{r['threads_per_rank']}, trainings side by side: {m.size.jobs}, torch {r['torch']}; scored: "
-            f"{r['val_tokens']:,} targets, {r['val_bytes']:,} bytes; code {r['code_sha256'][:12]}.",
-            *record_lines(found),
-            "Differences are between runs of one seed, and not shown where arms share the figure with their training; "
-            "intervals are 95 % t-intervals, not corrected for their number.",
-        ]
-    budget = f"{m.size.steps} steps" if m.equal == "steps" else f"{m.size.seconds:g} s of training"
-    lines += [f"Command: {m.command()} ({budget} each)."]
-    lines += [f"NOT RUN YET: {', '.join(waiting)}."] if waiting else []
+    matrix = found.matrix
+    study = matrix.study
+    source = f"Source: {study.source}" if study.source else ""
+    lines = [study.question, source, study.limits, matrix.size.note]
+    if found.all():
+        lines.append(made_on(found))
+        lines += record_lines(found)
+        lines.append(
+            "Differences are between runs of one seed, and not shown where arms share the figure "
+            "with their training; intervals are 95 % t-intervals, not corrected for their number."
+        )
+
+    budget = f"{matrix.size.seconds:g} s of training"
+    if matrix.equal == "steps":
+        budget = f"{matrix.size.steps} steps"
+    lines.append(f"Command: {matrix.command()} ({budget} each).")
+    waiting = []
+    for trial in matrix.trials:
+        if trial.id not in found.failed and trial.seed not in found.runs.get(trial.arm, {}):
+            waiting.append(trial.id)
+    if waiting:
+        lines.append(f"NOT RUN YET: {', '.join(waiting)}.")
     return [line for line in lines if line]
 
 
-def tables(found: Finished) -> dict[str, tuple[list[str], list[list]]]:
+def tables(found: Finished) -> dict[str, Table]:
+    """The tables that have rows, by title."""
     made = {
         "Arms": arm_table(found),
         "Differences": comparison_table(found),
@@ -322,26 +364,30 @@ def tables(found: Finished) -> dict[str, tuple[list[str], list[list]]]:
     return {title: table for title, table in made.items() if table[1]}
 
 
+def title_of(matrix: Matrix) -> str:
+    return f"{matrix.study.title} ({matrix.size.name}, equal {matrix.equal})"
+
+
 def markdown_report(found: Finished) -> str:
     """The report as Markdown."""
-    parts = [
-        f"# {found.matrix.study.title} ({found.matrix.size.name}, equal {found.matrix.equal})",
-        *notes(found),
-    ]
-    parts += [f"## {title}\n\n{markdown_table(*table)}" for title, table in tables(found).items()]
+    parts = [f"# {title_of(found.matrix)}", *notes(found)]
+    for title, (header, rows) in tables(found).items():
+        parts.append(f"## {title}\n\n{markdown_table(header, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
 def write_report(matrix: Matrix) -> list[Path]:
     """report.md and report.html in the folder of the matrix."""
     found = load_matrix(matrix)
-    lost = [
-        {"arm": n.rpartition("-s")[0], "seed": int(n.rpartition("-s")[2]), "failed": why}
-        for n, why in found.failed.items()
-    ]
-    title = f"{matrix.study.title} ({matrix.size.name}, equal {matrix.equal})"
-    page = html_page(title, notes(found), tables(found), found.all() + lost)
-    pages = {"report.md": markdown_report(found), "report.html": page}
+    lost = []
+    for trial, reason in found.failed.items():
+        arm, _, seed = trial.rpartition("-s")
+        lost.append({"arm": arm, "seed": int(seed), "failed": reason})
+    runs = found.all() + lost
+    pages = {
+        "report.md": markdown_report(found),
+        "report.html": html_page(title_of(matrix), notes(found), tables(found), runs),
+    }
     for name, text in pages.items():
         train_gpt.write_atomic(matrix.folder / name, text.encode("utf-8", "replace"))
     return [matrix.folder / name for name in pages]
@@ -354,7 +400,6 @@ def markdown_table(header: list, rows: list[list]) -> str:
         text = "-" if value is None else str(value)
         return "<br>".join(re.sub(r"([\\|<])", r"\\\1", text).splitlines())
 
-    lines = [[cell(value) for value in line] for line in (header, *rows)]
-    return "\n".join(
-        "| " + " | ".join(line) + " |" for line in [lines[0], ["---"] * len(header), *lines[1:]]
-    )
+    lines = [[cell(value) for value in row] for row in (header, *rows)]
+    lines.insert(1, ["---"] * len(header))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
