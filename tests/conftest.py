@@ -2,17 +2,17 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
-os.environ |= (
-    {} if os.environ.get("GOLF_GPU") == "1" else {"CUDA_VISIBLE_DEVICES": ""}
-)  # the suite pins fp32 numbers
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests run side by side; set before torch is imported
+# The suite pins fp32 numbers, and its tests run side by side. Both are read when torch is imported.
+if os.environ.get("GOLF_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import hypothesis
 import numpy as np
 import pytest
 import sentencepiece
@@ -20,7 +20,43 @@ import torch
 
 import train_gpt
 
-torch.set_num_threads(1)
+THREADS = int(os.environ["OMP_NUM_THREADS"])
+torch.set_num_threads(THREADS)
+
+# Which kernels compute: the same in every process of a test. (Another choice is another rounding.)
+KERNELS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+INHERITED = ("PATH", "HOME", "TMPDIR", *KERNELS)
+
+# No example of hypothesis is slow or fast by itself: the machine may be busy.
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("suite")
+
+
+# ── Time. No test is about seconds: limits only end what hangs ────────────────────────────────────────────────────
+HANG = 600.0  # seconds for what takes a few: only a deadlock takes more (TCP gives up after 924)
+
+
+def until(happened, story=str) -> None:
+    """Waits for what always comes; fails, with the story, where something hangs."""
+    end = time.monotonic() + HANG
+    while not happened():
+        if time.monotonic() > end:
+            pytest.fail(f"hangs: waited {HANG:.0f} s\n{story()}")
+        time.sleep(0.01)
+
+
+def slowdown() -> float:
+    """Seconds that one second of computing takes at this moment: 1 on a quiet machine, more on a busy one."""
+    wall = time.perf_counter()
+    used = time.thread_time()
+    while time.thread_time() - used < 0.1:
+        pass
+    return max((time.perf_counter() - wall) / 0.1, 1.0)
+
 
 TINY = dict(
     vocab_size=384,
@@ -123,13 +159,10 @@ def run(tiny):
 
 
 def environment(cfg: train_gpt.Config) -> dict[str, str]:
-    """The environment variables that give this configuration, on top of a clean PATH."""
+    """The environment variables that give this configuration, on top of what a test inherits."""
     knobs = {
         f.name.upper(): str(int(v) if isinstance(v := getattr(cfg, f.name), bool) else v)
         for f in train_gpt.KNOBS
     }
-    return (
-        {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR")}
-        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        | knobs
-    )
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    return inherited | {"CUDA_VISIBLE_DEVICES": ""} | knobs

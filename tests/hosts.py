@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import HANG
+
 ROOT = os.geteuid() == 0
 ENV = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
 LINK = "link0"  # the interface on both hosts
@@ -45,7 +47,7 @@ class Hosts:
         for init in self.inits:
             init.stdin.close()
             try:
-                init.wait(10)
+                init.wait(HANG)
             finally:
                 init.kill()
 
@@ -173,7 +175,7 @@ class Loopback:
     def __exit__(self, *_) -> None:
         for process in self.started:
             process.terminate()
-            process.wait(60)
+            process.wait(HANG)
 
     def run(self, host: int, argv: list[str], env: dict[str, str], **options) -> subprocess.Popen:
         self.started.append(subprocess.Popen(argv, env=env, **options))

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -11,7 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import HANG, ROOT, THREADS, environment, until
 
 import train_gpt
 
@@ -29,9 +30,12 @@ def serve() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens at, from below those that the system gives to outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def child(env: dict, output: str, prepare) -> None:
@@ -40,7 +44,7 @@ def child(env: dict, output: str, prepare) -> None:
         os.dup2(os.open(f"{output}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(env)
-    train_gpt.torch.set_num_threads(1)
+    train_gpt.torch.set_num_threads(THREADS)
     if prepare:
         prepare()
     raise SystemExit(train_gpt.command_line([]))
@@ -58,23 +62,26 @@ class Launch:
     def folder(self) -> Path:
         return Path(self.cfg.logs_dir) / self.cfg.run_id
 
-    def wait(self, seconds: float = 60) -> list[int]:
-        """Exit codes (-9: killed); fails when that takes too long, as a deadlock would."""
-        end = time.monotonic() + seconds
+    def wait(self) -> list[int]:
+        """Exit codes (-9: killed)."""
+        end = time.monotonic() + HANG
         for process in self.processes:
             process.join(max(end - time.monotonic(), 0.01))
         assert all(process.exitcode is not None for process in self.processes), (
-            f"still at work after {seconds} s: {self.stderr()}"
+            f"still at work after {HANG:.0f} s: {self.stderr()}"
         )
-        return [process.exitcode for process in self.processes]
+        return codes(self)
 
-    def until(self, happened, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
-        while not happened():
-            assert any(p.is_alive() for p in self.processes) and time.monotonic() < end, (
-                self.stderr()
-            )
-            time.sleep(0.005)
+    def until(self, happened) -> None:
+        """Waits for something that happens while the run is at work."""
+
+        def happened_at_work() -> bool:
+            if happened():
+                return True
+            assert any(process.is_alive() for process in self.processes), self.stderr()
+            return False
+
+        until(happened_at_work, self.stderr)
 
     def log(self) -> str:
         path = self.folder / "train.log"
@@ -126,12 +133,10 @@ def launch(cfg: train_gpt.Config, world: int = 1, prepare=None, **variables: str
             process.join()
 
 
-def finish(
-    cfg: train_gpt.Config, world: int = 1, prepare=None, seconds: float = 60, **variables: str
-) -> Launch:
+def finish(cfg: train_gpt.Config, world: int = 1, prepare=None, **variables: str) -> Launch:
     """The run until its end."""
     with launch(cfg, world, prepare, **variables) as run:
-        run.wait(seconds)
+        run.wait()
     return run
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import rich.console
-from conftest import ROOT, TINY
+from conftest import HANG, ROOT, TINY, until
 
 import ablate
 import train_gpt
@@ -539,12 +539,14 @@ def test_a_terminated_study_ends_its_runs_and_goes_on_later(study, tmp_path):
     process = subprocess.Popen(
         call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not len(list(folder.glob("*/metrics.jsonl"))) == 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
+
+    def both_have_begun() -> bool:
+        assert process.poll() is None, process.stderr.read()
+        return len(list(folder.glob("*/metrics.jsonl"))) == 2
+
+    until(both_have_begun)
     process.terminate()
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=HANG)[1]
     assert process.returncode == 130 and "goes on where" in error
     m = matrix(made, "small", "steps", (1,), folder)
     locks = [path.open("w") for path in folder.glob(".*.lock")]
@@ -596,7 +598,7 @@ def test_submitit_runs_the_same_matrix_as_jobs(study, tmp_path):
         "--launcher",
         "local",
     ]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout + done.stderr
     m = matrix(made, "small", "steps", (1,), folder)
     assert Runner(m).todo == [] and (folder / "report.html").exists()

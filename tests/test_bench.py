@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, environment
+from conftest import HANG, ROOT, TINY, environment
 from test_optimiser import ALL, make_trainer, normal, on_ranks
 from torch import nn
 
@@ -496,7 +496,7 @@ def test_two_ranks_make_one_report(quick, tmp_path):
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr
     [path] = tmp_path.iterdir()

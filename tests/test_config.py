@@ -18,7 +18,7 @@ from itertools import takewhile
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HANG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -745,7 +745,7 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
         env=base | variables,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=HANG,
     )
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, environment, read_shard, write_shard
+from conftest import HANG, ROOT, environment, read_shard, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -590,7 +590,7 @@ def test_a_folder_as_tokenizer_is_refused_and_does_not_abort_the_process(tiny, d
         text=True,
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=HANG,
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: TOKENIZER_PATH={data}: ")

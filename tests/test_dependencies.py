@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment
+from conftest import HANG, ROOT, environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -287,11 +287,11 @@ else:
         env=environment(cfg),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG,
     )
     assert done.returncode == 0 and "RESULT val_bpb" in done.stdout, done.stderr
     assert not log.exists(), log.read_text()
-    subprocess.run([sys.executable, "-c", program, "heard"], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program, "heard"], check=True, timeout=HANG)
     assert log.read_text() == "socket.getaddrinfo\n"
 
 

@@ -22,7 +22,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import HANG, ROOT, TINY
 
 import train_gpt
 from train_gpt import KNOBS, Config, main
@@ -301,7 +301,7 @@ print(state() == before)
         env=env,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=HANG,
     )
     assert (done.stdout, done.stderr, done.returncode) == ("True\n", "", 0)
 

@@ -8,14 +8,13 @@ drift apart.
 import dataclasses
 import math
 import os
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import TINY
+from conftest import THREADS, TINY, until
 from launch import serve
 
 import train_gpt
@@ -70,7 +69,7 @@ def make_trainer(cfg) -> Trainer:
 
 # ── workers on several ranks ──
 def child(rank: int, world: int, folder: str, work, arguments) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
@@ -85,12 +84,11 @@ def on_ranks(world: int, folder, work, *arguments) -> list:
     context = mp.start_processes(
         child, (world, str(folder), work, arguments), world, join=False, start_method="forkserver"
     )
-    deadline = time.monotonic() + 60
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"{world} ranks hang")
+    try:
+        until(lambda: context.join(timeout=1), lambda: f"{world} ranks")
+    finally:
+        for process in context.processes:
+            process.kill()
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
 
 

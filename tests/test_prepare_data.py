@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -466,30 +465,33 @@ def test_two_runs_into_one_folder_are_refused(tmp_path, made, capsys):
         assert "another run" in refusal(capsys, *made[1], "--out", tmp_path / "out")
 
 
+DIES_AT_SHARD_3 = f"""
+import os, runpy, signal, sys
+
+def heed(event, arguments):
+    if event == "open" and "fineweb_train_000003" in str(arguments[0]):
+        os.killpg(0, signal.SIGKILL)
+
+sys.addaudithook(heed)
+runpy.run_path({str(ROOT / "prepare_data.py")!r}, run_name="__main__")
+"""
+
+
 def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tmp_path, model):
-    source = write_jsonl(tmp_path / "in.jsonl", make_documents(3000))
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(1000))
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    command = [
-        sys.executable,
-        ROOT / "prepare_data.py",
-        "text",
-        source,
-        "--tokenizer",
-        model,
-        "--workers",
-        "1",
-    ]
-    command = [str(part) for part in (*command, "--shard-tokens", "2000", "--out", out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not (partial / "fineweb_train_000002.bin").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    options = ["text", source, "--tokenizer", model, "--workers", "1", "--shard-tokens", "2000"]
+    command = [str(part) for part in (*options, "--out", out)]
+    killed = subprocess.run(
+        [sys.executable, "-c", DIES_AT_SHARD_3, *command],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert killed.returncode == -signal.SIGKILL
     assert not out.exists() and partial.exists()
-    assert run(*command[2:]) == 0
+    assert run(*command) == 0
     assert not partial.exists()
-    assert run(*command[2:-1], tmp_path / "fresh") == 0
+    assert run(*command[:-1], tmp_path / "fresh") == 0
     assert tree_hash(out) == tree_hash(tmp_path / "fresh")
 
 

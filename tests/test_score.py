@@ -7,7 +7,6 @@ the ranks (#975); test-time training that scores what it has already learned (#5
 
 import math
 import os
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import write_shard
+from conftest import THREADS, until, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import free_port, serve
@@ -406,13 +405,13 @@ def enter_rank(rank: int, job, port: int, folder: str, arguments: tuple) -> None
         RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
     )
     os.environ |= {name: str(value) for name, value in place.items()}
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.save(job(*arguments), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def two_ranks(job, *arguments, folder: Path, seconds: float) -> list:
-    """[job(*arguments) on rank 0, on rank 1] of a gloo group; fails when that takes too long, as a deadlock would."""
+def two_ranks(job, *arguments, folder: Path) -> list:
+    """[job(*arguments) on rank 0, on rank 1] of a gloo group."""
     port = free_port()
     serve()
     ranks = torch.multiprocessing.start_processes(
@@ -422,12 +421,8 @@ def two_ranks(job, *arguments, folder: Path, seconds: float) -> list:
         join=False,
         start_method="forkserver",
     )
-    end = time.monotonic() + seconds
     try:
-        while not ranks.join(timeout=0.5):
-            assert time.monotonic() < end, (
-                f"deadlock? {job.__name__} on 2 ranks takes over {seconds:.0f} s"
-            )
+        until(lambda: ranks.join(timeout=0.5), lambda: f"{job.__name__} on 2 ranks")
     finally:
         for process in ranks.processes:
             process.kill()
@@ -455,7 +450,7 @@ def test_two_ranks_score_and_learn_the_same_as_one(setting, tmp_path):
         return {mode: setting(**knobs) for mode, knobs in (MODES | {"ttt uneven": uneven}).items()}
 
     alone = score_everything(settings())
-    first, second = two_ranks(score_everything, settings(), folder=tmp_path, seconds=100)
+    first, second = two_ranks(score_everything, settings(), folder=tmp_path)
     for mode, (bpb, _) in alone.items():
         assert (
             first[mode][0]

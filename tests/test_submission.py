@@ -766,7 +766,8 @@ def test_the_stub_alone_is_good(stub):
 )
 def test_the_import_of_the_script_must_have_no_side_effect(stub, monkeypatch, line, words):
     monkeypatch.setenv("SECRET", "1")
-    monkeypatch.setattr("ablation.check.IMPORT_SECONDS", 2)
+    if b"sleep" in line:  # the others may take their time
+        monkeypatch.setattr("ablation.check.IMPORT_SECONDS", 2)
     assert_caught(stub(line), "train_gpt.py", *words)
 
 
