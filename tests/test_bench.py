@@ -24,6 +24,7 @@ from torch import nn
 
 import bench
 import train_gpt
+from benchmarks import after_training
 from benchmarks.after_training import like_trained
 from benchmarks.machine import (
     Bench,
@@ -313,6 +314,16 @@ def test_work_is_timed_in_turns_and_each_rate_follows_from_its_row(run):
     row = b.rows[-1]
     assert (row["ms"], row["twin_ms"], row["rate"], row["ratio"], row["n"]) == (200, 500, 500, 4, 3)
     assert row["speedup"] == 3 and row["spread"] == pytest.approx(0.8) and row["floor_ms"] == 50
+
+
+def test_the_compilation_of_all_ways_to_score_is_a_row_of_the_start_up(monkeypatch):
+    run = SimpleNamespace(world=1, cuda=False, compile=True)
+    b = Bench(REFERENCE, run, quick=True)
+    monkeypatch.setattr(after_training, "score_mode", lambda b, trainer, mode: 0.5)
+    after_training.scoring(b, None)
+    (row,) = b.rows
+    assert (row["group"], row["name"]) == ("start-up", "compile for scoring")
+    assert row["ms"] == 500 * len(after_training.MODES) and row["spread"] is None
 
 
 def test_numbers_are_spelt_for_people():
