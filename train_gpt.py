@@ -31,6 +31,7 @@ Sections, in the order in which the data flow; each knows only those above it:
 
 from __future__ import annotations
 
+import base64
 import bisect
 import concurrent.futures
 import contextlib
@@ -58,7 +59,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -409,6 +410,9 @@ class Config:
         "zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma", "ans"), seeds="145 199 975"
     )
     compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
+    pack_code: str = export_knob(
+        "lzma", "", "the script that counts and ships: packed, or none", choices=("lzma", "none")
+    )
     cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
     fit_to_cap: bool = export_knob(
         False, "", "over the cap: add the least pruning that fits, and report its cost"
@@ -764,7 +768,8 @@ def help_text() -> (
 
 
 # ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-SOURCE = Path(__file__).read_bytes()
+# the readable source, which a packed script hands over (see LOADER)
+SOURCE = globals().get("__source__") or Path(__file__).read_bytes()
 CODE_SHA256, SCHEMA_VERSION = (
     hashlib.sha256(SOURCE).hexdigest(),
     1,
@@ -3050,7 +3055,8 @@ class Trainer:
         size = 0
         if self.run.rank == 0:
             weights = dict(self.model.named_parameters())
-            size = len(SOURCE) + len(encode_artifact(self.cfg, weights, self.plan, level=1))
+            artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
+            size = len(shipped_code(self.cfg)) + len(artifact)
         self.started += time.perf_counter() - paused
         self.run.log(
             f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
@@ -3596,6 +3602,74 @@ def prune(cfg: Config, state: State, fraction: float) -> State:
     return pruned
 
 
+PACKED_NAME = "train_gpt.packed.py"  # in the folder of a run, beside train_gpt.py
+READABLE_NAME = "train_gpt.readable.py"  # in a submission, whose train_gpt.py is the packed one
+MAX_SOURCE_BYTES = 1 << 24
+XZ_PRESET = 9 | lzma.PRESET_EXTREME
+
+# The packed script. It runs the source under the name of the file that holds it readable, and
+# gives the lines of tracebacks itself, should that file not be there.
+LOADER = """\
+# train_gpt.py, packed without loss by PACK_CODE=lzma. To read it: train_gpt.readable.py beside it,
+# or put print(__source__.decode()) in place of the last line.
+import base64, linecache, lzma, sys, traceback
+
+__source__ = lzma.decompress(base64.b85decode("{code}"))
+__readable__ = __file__.removesuffix(".py") + ".readable.py"
+__lines__ = __source__.decode().splitlines(keepends=True)
+linecache.cache[__readable__] = len(__source__), None, __lines__, __readable__
+if __name__ == "__main__":
+    sys.excepthook = traceback.print_exception  # asks linecache; the built-in one may not
+exec(compile(__source__, __readable__, "exec"))
+"""
+
+
+@cache
+def pack_code(source: bytes, how: str) -> bytes:
+    """Packed code: the script that is counted and shipped.
+
+    What:   "lzma": LOADER with the source as xz in base85, one file of ASCII text that runs as
+            the source does; "none": the source itself.
+    Why:    code counts towards the cap, layout and comments should not.
+    Source: what records ship; toggle PACK_CODE.
+    Care:   lossless, so SOURCE and the hash of the code are the same when run packed.
+    """
+    if how == "none":
+        return source
+    code = base64.b85encode(lzma.compress(source, preset=XZ_PRESET)).decode()
+    return LOADER.replace("{code}", code).encode()
+
+
+def unpack_code(script: bytes) -> bytes:
+    """The source in a packed script. ValueError on any that pack_code would not have made.
+
+    Nothing of the script is run: it has to be LOADER, but for the code.
+    """
+    head, tail = (part.encode() for part in LOADER.split("{code}"))
+    if not (script.startswith(head) and script.endswith(tail)):
+        raise ValueError("no packed script of this loader")
+    code = script[len(head) : len(script) - len(tail)]
+    try:
+        source = lzma_decompress(base64.b85decode(code), MAX_SOURCE_BYTES + 1)
+    except (ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"no packed source ({error})") from None
+    if len(source) > MAX_SOURCE_BYTES:
+        raise ValueError(f"a source above {MAX_SOURCE_BYTES:,} bytes")
+    return source
+
+
+def shipped_code(cfg: Config) -> bytes:
+    """The script whose bytes count: in the size estimate, FIT_TO_CAP, the cap and result.json."""
+    return pack_code(SOURCE, cfg.pack_code)
+
+
+def write_code(cfg: Config, folder: Path) -> None:
+    """The script as it was run, readable; and packed, where that is what counts."""
+    write_atomic(folder / "train_gpt.py", SOURCE)
+    if cfg.pack_code != "none":
+        write_atomic(folder / PACKED_NAME, shipped_code(cfg))
+
+
 class Exported(NamedTuple):
     """The artifact, and what it took."""
 
@@ -3617,7 +3691,7 @@ def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: flo
     blob = b""
     if run.rank == 0:
         blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
-    total = run.broadcast(len(blob)) + len(SOURCE)
+    total = run.broadcast(len(blob)) + len(shipped_code(cfg))
     run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
     return Exported(blob, total, fraction, cfg)
 
@@ -4093,7 +4167,8 @@ def build_result(
     bpb = {name: score.bpb for name, score in scores.items()}
     steps = trained.trainer.steps if trained else 0
     artifact_bytes = path.stat().st_size
-    total = len(SOURCE) + artifact_bytes
+    code_bytes = len(shipped_code(cfg))
+    total = code_bytes + artifact_bytes
 
     add_scoring_toggles(run, bpb, steps)
     toggles = {name: activity.row(steps) for name, activity in run.activity.items()}
@@ -4117,7 +4192,7 @@ def build_result(
         artifact_path=str(path),
         scored=mode,
         artifact_bytes=artifact_bytes,
-        code_bytes=len(SOURCE),
+        code_bytes=code_bytes,
         total_bytes=total,
         cap_bytes=cfg.cap_bytes,
         under_cap=total <= cfg.cap_bytes,
@@ -4352,7 +4427,7 @@ def log_start(cfg: Config, run: Run) -> None:
     run.log(f"settings: {chosen or 'all defaults'}")
     run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)
     if run.rank == 0:
-        write_atomic(run.dir / "train_gpt.py", SOURCE)
+        write_code(cfg, run.dir)
 
 
 def load_inputs(cfg: Config, run: Run) -> Inputs:

@@ -47,7 +47,7 @@ from ablation.submission import (
     unlike,
 )
 from prepare_data import printable
-from train_gpt import Refusal
+from train_gpt import READABLE_NAME, Refusal
 
 MAX_FILES = 200  # of a folder that is worth reading
 MAX_PROBLEMS = 100  # that are told
@@ -181,10 +181,14 @@ def wrong_seed_files(folder: Path, seeds: list) -> list[str]:
 def wrong_files(folder: Path, results: Results) -> list[str]:
     """A script or a tokenizer that is not that of the results."""
     first = results[min(results)]
-    check_hash(folder / "train_gpt.py", "train_gpt.py", first["code_sha256"])
+    script = folder / "train_gpt.py"
+    source = check_hash(script, script.name, first["code_sha256"], unpacked=True)
+    readable = folder / READABLE_NAME
+    if readable.exists() or source != script.read_bytes():
+        check_hash(readable, readable.name, first["code_sha256"])
     if ships_tokenizer(first):
         check_hash(folder / TOKENIZER, TOKENIZER, first["data"]["tokenizer_sha256"])
-    size = (folder / "train_gpt.py").stat().st_size
+    size = max(len(source), script.stat().st_size)
     if size > MAX_CODE_BYTES:
         problem = f"{size:,} bytes, over {MAX_CODE_BYTES:,}"
         return [f"train_gpt.py: {problem}; no script of a person is that long"]

@@ -1,5 +1,6 @@
 """Leaderboard folders: how one is written. ablation/check.py compares with the same rendering."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from ablation.records import (
     shown,
 )
 from ablation.report import markdown_table
-from train_gpt import Refusal
+from train_gpt import PACKED_NAME, READABLE_NAME, Refusal, unpack_code
 
 # sha256 of fineweb_1024_bpe.model; any other tokenizer lies in the folder under this name
 OFFICIAL_TOKENIZER = "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a"
@@ -430,9 +431,7 @@ def build_submission(folders: list[Path], out: Path, about: dict) -> Path:
     }
     sources = {"requirements.txt": Path(train_gpt.__file__).with_name("requirements.txt")}
     for seed, folder in origin.items():
-        source = folder / "train_gpt.py"
-        check_hash(source, f"{source}", results[seed]["code_sha256"])
-        sources["train_gpt.py"] = source
+        sources |= script_files(folder, results[seed])
         sources[f"train_seed{seed}.log"] = folder / "train.log"
         sources[f"result_seed{seed}.json"] = folder / "result.json"
 
@@ -445,16 +444,35 @@ def build_submission(folders: list[Path], out: Path, about: dict) -> Path:
     return out
 
 
-def check_hash(path: Path, name: str, expected: str) -> None:
-    """Refusal unless the file is there and has this sha256."""
+def script_files(folder: Path, result: dict) -> dict[str, Path]:
+    """What ships of the script of a run: the very file that was counted, and the readable one."""
+    readable = folder / "train_gpt.py"
+    check_hash(readable, f"{readable}", result["code_sha256"])
+    if result["config"].get("pack_code", "none") == "none":
+        return {"train_gpt.py": readable}
+    packed = folder / PACKED_NAME
+    check_hash(packed, f"{packed}", result["code_sha256"], unpacked=True)
+    return {"train_gpt.py": packed, READABLE_NAME: readable}
+
+
+def check_hash(path: Path, name: str, expected: str, unpacked: bool = False) -> bytes:
+    """The file's contents. Refusal unless it is there and has this sha256.
+
+    unpacked: of a packed script it is the source that has it, and that is returned.
+    """
     remedy = "put back the file of the runs"
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        content = path.read_bytes()
     except OSError as error:
         problem = f"{name}: {error.strerror}; {remedy}, sha256 {shown(expected)}"
         raise Refusal(problem) from None
+    if unpacked:
+        with contextlib.suppress(ValueError):
+            content = unpack_code(content)
+    found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise Refusal(f"{name}: sha256 {found}, but the results say {shown(expected)}; {remedy}")
+    return content
 
 
 def write_folder(out: Path, texts: dict[str, str], sources: dict[str, Path]) -> None:

@@ -34,6 +34,7 @@ from train_gpt import (
     LANE,
     MAGIC,
     MAX_RAW_BYTES,
+    PACKED_NAME,
     Config,
     Grid,
     Refusal,
@@ -767,7 +768,7 @@ def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_el
 def code_and_artifact(report: dict) -> tuple[int, int]:
     """Bytes of the two files that ship, from the disk."""
     folder = train_gpt.Path(report["artifact_path"]).parent
-    return (folder / "train_gpt.py").stat().st_size, (folder / "artifact.bin").stat().st_size
+    return (folder / PACKED_NAME).stat().st_size, (folder / "artifact.bin").stat().st_size
 
 
 def test_the_sizes_that_are_reported_are_those_of_the_files_on_disk(tiny):
@@ -817,7 +818,7 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
 ):
     knobs = dict(prune_pct=start, keep_float_max_numel=64, compressor=compressor, compress_level=6)
     cfg, state, plan = product(**knobs)
-    code, steps = len(train_gpt.SOURCE), int(round((0.9 - start) / 0.005))
+    code, steps = len(train_gpt.shipped_code(cfg)), int(round((0.9 - start) / 0.005))
 
     def size(coder, share: float) -> int:
         return code + len(encode_artifact(coder, prune(cfg, state, share), plan))

@@ -365,6 +365,7 @@ def test_a_complete_run_is_left_alone_and_keeps_its_exit_code(tiny):
         "metrics.jsonl",
         "result.json",
         "train_gpt.py",
+        train_gpt.PACKED_NAME,
     }
 
 

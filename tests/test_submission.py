@@ -25,7 +25,7 @@ from conftest import TINY
 import train_gpt
 from ablation.check import check_submission
 from ablation.submission import build_submission, render, summarise
-from train_gpt import Config, Refusal
+from train_gpt import PACKED_NAME, READABLE_NAME, Config, Refusal
 
 ABOUT = dict(
     author="A. Author",
@@ -124,6 +124,7 @@ def forge(folder: Path, key: str, value, seeds=tuple(SEEDS)) -> None:
 def ship(folder: Path, source: bytes) -> None:
     """Another script, with everything in agreement with its size and hash."""
     (folder / "train_gpt.py").write_bytes(source)
+    (folder / READABLE_NAME).unlink()
     for seed in SEEDS:
         path = folder / f"result_seed{seed}.json"
         artifact = read(path)["artifact_bytes"]
@@ -151,9 +152,11 @@ def test_a_built_folder_is_good(built):
 
 def test_a_built_folder_has_these_files(built, runs, data):
     names = {"README.md", "submission.json", "train_gpt.py", "requirements.txt", "tokenizer.model"}
+    names.add(READABLE_NAME)
     names |= {name for n in SEEDS for name in (f"train_seed{n}.log", f"result_seed{n}.json")}
     assert {p.name for p in built.iterdir()} == names
-    assert (built / "train_gpt.py").read_bytes() == (runs[0] / "train_gpt.py").read_bytes()
+    for name, origin in (("train_gpt.py", PACKED_NAME), (READABLE_NAME, "train_gpt.py")):
+        assert (built / name).read_bytes() == (runs[0] / origin).read_bytes()
     assert (built / "tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
     for run in runs:
         seed = read(run / "result.json")["seed"]
@@ -330,6 +333,14 @@ REFUSED_RUNS = {  # what is done to the folders of seeds 1337, 7, 1 -> words of 
     "no source": (
         lambda runs: (runs[1] / "train_gpt.py").unlink(),
         ["seed7/train_gpt.py", "No such file"],
+    ),
+    "no packed script": (
+        lambda runs: (runs[1] / PACKED_NAME).unlink(),
+        [f"seed7/{PACKED_NAME}", "No such file"],
+    ),
+    "other packed script": (
+        lambda runs: replace(runs[1] / PACKED_NAME, "exec(", "print("),
+        [f"seed7/{PACKED_NAME}", "sha256"],
     ),
     "bad JSON": (
         lambda runs: (runs[1] / "result.json").write_text("{"),
@@ -644,6 +655,12 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
         lambda f: replace(f / "train_gpt.py", "import", "import  "),
         ["train_gpt.py", "sha256"],
     ),
+    "other loader": (
+        lambda f: replace(f / "train_gpt.py", "exec(", "import os; exec("),
+        ["train_gpt.py", "sha256"],
+    ),
+    "no readable script": (without(READABLE_NAME), [READABLE_NAME, "No such file"]),
+    "other readable script": (writing(READABLE_NAME, "x"), [READABLE_NAME, "sha256"]),
     "forged bytes of code": (lambda f: forge(f, "code_bytes", 5), [SEED7, "code_bytes is 5"]),
     "over the cap": (
         lambda f: forge(f, "artifact_bytes", 16_000_000, [7]),
