@@ -1,19 +1,31 @@
-"""Ablations that can be trusted: studies as data, clean runs, honest statistics, reports, submission folders.
+"""Ablations that can be trusted: studies as data, clean runs, honest statistics, reports,
+submission folders.
 
-    python ablate.py run studies/pr989_qat_x_swa.toml --size small            # train what is missing, then report
-    python ablate.py report studies/pr989_qat_x_swa.toml --size small         # Markdown, and one HTML page
-    python ablate.py compare 'logs/base-s*' 'logs/mine-s*'                    # two sets of runs
+    python ablate.py run studies/pr989_qat_x_swa.toml --size small
+        Train what is missing of a study, then report.
+
+    python ablate.py report studies/pr989_qat_x_swa.toml --size small
+        Markdown, and one HTML page.
+
+    python ablate.py compare 'logs/base-s*' 'logs/mine-s*'
+        Two sets of runs.
+
     python ablate.py sweep studies/pr989_qat_x_swa.toml --grid MATRIX_LR=0.01,0.02,0.04
-    python ablate.py submission logs/mine-s1 logs/mine-s2 --out records/mine --author A --github-id a --name Mine
-    python ablate.py check records/mine
+        One or two settings over a grid.
 
-The file reads in the order in which data flows:
-STUDY.toml -> arms -> trials (arm x seed) -> processes -> run folders -> statistics -> report -> submission folder.
-Format of a study: see README, or any file in studies/.
+    python ablate.py submission logs/mine-s1 logs/mine-s2 --out records/mine
+        --author A --github-id a --name Mine
+        A leaderboard folder.
+
+    python ablate.py check records/mine
+        From that folder alone.
+
+This file is the command line; the package ablation does the work, in the order in which data
+flows: STUDY.toml -> arms -> trials (arm x seed) -> processes -> run folders -> statistics ->
+report -> submission folder. Any file in studies/ shows the format of a study.
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import signal
@@ -25,7 +37,8 @@ from typing import Annotated
 import typer
 
 import train_gpt
-from ablation.records import check_alike, differing, load, metric
+from ablation.check import check_submission
+from ablation.records import check_alike, differing, find_runs, metric
 from ablation.report import (
     COMPARISON_HEADER,
     comparison_row,
@@ -36,8 +49,7 @@ from ablation.report import (
 )
 from ablation.runner import Runner, gpu_gate, run_elsewhere, run_here, shell
 from ablation.statistics import record_rule
-from ablation.study import ROOT, Matrix, matrix, read_study
-from ablation.check import check_submission
+from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study
 from ablation.submission import build_submission
 from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import Refusal
@@ -52,6 +64,7 @@ def say(text: str) -> None:
     print("\n".join(map(printable, text.split("\n"))))
 
 
+# ── Options ───────────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
     """Which matrix."""
@@ -68,16 +81,17 @@ class StudyOptions:
     ] = None
 
     def matrix(self) -> Matrix:
+        """The trials. Refusal on a wrong option, and on a wrong study."""
         if self.equal not in ("steps", "time"):
             raise Refusal(f"--equal {self.equal}: choose steps or time")
         try:
-            seeds = tuple(int(s) for s in self.seeds.split(",") if s)
+            seeds = tuple(int(seed) for seed in self.seeds.split(",") if seed)
         except ValueError:
             raise Refusal(f"--seeds {self.seeds}: give whole numbers separated by commas") from None
-        m = matrix(read_study(self.study), self.size, self.equal, seeds, self.out)
-        return dataclasses.replace(
-            m, size=dataclasses.replace(m.size, ranks=self.ranks or m.size.ranks)
-        )
+        made = matrix(read_study(self.study), self.size, self.equal, seeds, self.out)
+        if not self.ranks:
+            return made
+        return dataclasses.replace(made, size=dataclasses.replace(made.size, ranks=self.ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +116,43 @@ class RunOptions(StudyOptions):
         typer.Option(min=0, help="wait until every GPU is less busy, percent; 0: do not look"),
     ] = 0.0
 
+    def limits(self) -> tuple[float, float, float]:
+        """What gpu_gate waits for."""
+        return self.cool_down, self.max_celsius, self.max_busy
+
+    def trials(self) -> tuple[str, ...]:
+        """Those that --only names; empty: all."""
+        return tuple(name for name in self.only.split(",") if name)
+
+    def check(self, made: Matrix) -> None:
+        """Refusal on options that do not fit each other or the matrix."""
+        if self.launcher not in ("here", "slurm", "local"):
+            raise Refusal(f"--launcher {self.launcher}: choose here, slurm or local")
+        jobs = made.size.jobs
+        if any(self.limits()) and jobs > 1:
+            raise Refusal(
+                f"--cool-down, --max-celsius, --max-busy: {jobs} trainings run side by side; "
+                "set its jobs to 1"
+            )
+
+    def repeated(self, made: Matrix) -> list[str]:
+        """The arguments of a job that runs a part of this matrix."""
+        seeds = dict.fromkeys(trial.seed for trial in made.trials)
+        options = {
+            "size": made.size.name,
+            "equal": made.equal,
+            "out": made.folder,
+            "seeds": ",".join(map(str, seeds)),
+            "ranks": made.size.ranks,
+            "cool-down": self.cool_down,
+            "max-celsius": self.max_celsius,
+            "max-busy": self.max_busy,
+        }
+        words = ["run", str(made.study.path.absolute())]
+        if self.retry:
+            words.append("--retry")
+        return words + [f"--{name}={value}" for name, value in options.items()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(RunOptions):
@@ -110,59 +161,45 @@ class SweepOptions(RunOptions):
     grid: Annotated[list[str], typer.Option(help="KNOB=v1,v2,...; once or twice")]
 
 
+# ── Run and report ────────────────────────────────────────────────────────────────────────────────
+def print_plan(runner: Runner) -> None:
+    """Every command that would run, with its projected seconds."""
+    made = runner.matrix
+    for trial in runner.todo:
+        shares = f", shares the training of {trial.donor}" if trial.donor else ""
+        print(f"# {trial.id}: about {runner.seconds(trial):.0f} s{shares}")
+        print(shell(trial, made.size))
+    print(
+        f"# {len(runner.todo)} of {len(made.trials)} trials to run, "
+        f"about {runner.remaining() / 60:.0f} min"
+    )
+
+
 @app.command()
 @options_as_parameters(RunOptions)
 def run(options: RunOptions) -> None:
     """Run what is missing of a study, then write its report. Exit code 1 when a trial failed."""
-    m, only = options.matrix(), tuple(name for name in options.only.split(",") if name)
-    limits = (options.cool_down, options.max_celsius, options.max_busy)
-    if options.launcher not in ("here", "slurm", "local"):
-        raise Refusal(f"--launcher {options.launcher}: choose here, slurm or local")
-    if any(limits) and m.size.jobs > 1:
-        raise Refusal(
-            f"--cool-down, --max-celsius, --max-busy: {m.size.jobs} trainings run side by side; set its jobs to 1"
-        )
-    runner = Runner(m, options.retry, only, lambda: gpu_gate(*limits))
+    made = options.matrix()
+    only = options.trials()
+    options.check(made)
+    runner = Runner(made, options.retry, only, lambda: gpu_gate(*options.limits()))
     if runner.failed:
         print(f"{len(runner.failed)} trials failed before and stay so (--retry runs them again)")
     if options.dry_run:
-        for trial in runner.todo:
-            shares = f", shares the training of {trial.donor}" if trial.donor else ""
-            print(
-                f"# {trial.id}: about {runner.seconds(trial):.0f} s{shares}\n{shell(trial, m.size)}"
-            )
-        print(
-            f"# {len(runner.todo)} of {len(m.trials)} trials to run, about {runner.remaining() / 60:.0f} min"
-        )
+        print_plan(runner)
         return
+
     if options.launcher == "here":
         run_here(runner)
     else:
-        seeds = ",".join(str(seed) for seed in dict.fromkeys(t.seed for t in m.trials))
-        said = {
-            "size": m.size.name,
-            "equal": m.equal,
-            "out": m.folder,
-            "seeds": seeds,
-            "ranks": m.size.ranks,
-            "cool-down": limits[0],
-            "max-celsius": limits[1],
-            "max-busy": limits[2],
-        }
-        run_elsewhere(
-            runner,
-            options.launcher,
-            [
-                "run",
-                str(m.study.path.absolute()),
-                *["--retry"] * options.retry,
-                *(f"--{name}={value}" for name, value in said.items()),
-            ],
-        )
-    for path in [] if only else write_report(m):
-        print(f"wrote {path}")
-    after = Runner(m, only=only)
-    raise typer.Exit(int(bool(after.todo) or any(t.id in after.failed for t in after.chosen)))
+        run_elsewhere(runner, options.launcher, options.repeated(made))
+    if not only:
+        for path in write_report(made):
+            print(f"wrote {path}")
+
+    after = Runner(made, only=only)
+    failed = any(trial.id in after.failed for trial in after.chosen)
+    raise typer.Exit(int(bool(after.todo) or failed))
 
 
 @app.command()
@@ -174,25 +211,50 @@ def report(options: StudyOptions) -> None:
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
 
+# ── Compare ───────────────────────────────────────────────────────────────────────────────────────
 def run_set(patterns: str) -> list[dict]:
-    """The runs whose folders match one of these patterns, separated by commas; Refusal unless they are one arm."""
-    folders = [
-        Path(name)
-        for name in sorted({name for pattern in patterns.split(",") for name in glob.glob(pattern)})
-    ]
-    folders = [folder for folder in folders if (folder / "result.json").exists()]
-    if not folders:
+    """The runs whose folders match one of these patterns, separated by commas.
+
+    Refusal unless they are one arm.
+    """
+    runs = find_runs(patterns.split(","))
+    if not runs:
         raise Refusal(
-            f"{patterns}: no folder with a result.json matches; quote the pattern, as in 'logs/base-s*'"
+            f"{patterns}: no folder with a result.json matches; "
+            "quote the pattern, as in 'logs/base-s*'"
         )
-    runs = [load(folder) for folder in folders]
-    for run in runs:
-        if run["exit_code"]:
+    for found in runs:
+        if found["exit_code"]:
             raise Refusal(
-                f"{run['name']}: exit code {run['exit_code']}; only good runs are compared, leave it out"
+                f"{found['name']}: exit code {found['exit_code']}; only good runs are compared, "
+                "leave it out"
             )
     check_alike(runs, config=True)
     return runs
+
+
+def figures(runs: list[dict], name: str) -> dict[int, float]:
+    """Seed -> a figure, for the runs that have it."""
+    found = {r["seed"]: metric(r, name) for r in runs}
+    return {seed: value for seed, value in found.items() if value is not None}
+
+
+def comparison_rows(left: list[dict], right: list[dict], metrics: str) -> list[list]:
+    """One row per figure that both sides have. Refusal where there is none."""
+    rows = []
+    for name in metrics.split(","):
+        a = figures(left, name)
+        b = figures(right, name)
+        if a and b:
+            digits = heading_of(name)[2]
+            row = comparison_row(("a", "b"), name, a, b)
+            rows.append([*row, spell(a, digits), spell(b, digits)])
+    if not rows:
+        raise Refusal(
+            f"--metrics {metrics}: no run of both sides has one of them; "
+            "see the keys of result.json"
+        )
+    return rows
 
 
 @app.command()
@@ -205,89 +267,81 @@ def compare(
         str, typer.Option(help="figures of result.json, with commas")
     ] = "val_bpb,quant_gap_bpb,step_ms_median",
 ) -> None:
-    """Compare two sets of runs: b - a, seed by seed, with Welch's test and the record rule beside it."""
-    left, right = run_set(a), run_set(b)
+    """Compare two sets of runs: b - a, seed by seed, with Welch's test and the record rule
+    beside it.
+    """
+    left = run_set(a)
+    right = run_set(b)
     check_alike(left + right, config=False)
-    say(
-        f"a: {a}, {len(left)} runs\nb: {b}, {len(right)} runs\nsettings that differ: "
-        f"{differing(left[0]['config'], right[0]['config']) or 'none'}\n"
-    )
-    rows = []
-    for name in metrics.split(","):
-        values = [
-            {r["seed"]: v for r in side if (v := metric(r, name)) is not None}
-            for side in (left, right)
-        ]
-        if all(values):
-            rows.append(
-                [
-                    *comparison_row(("a", "b"), name, *values),
-                    *(spell(v, heading_of(name)[2]) for v in values),
-                ]
-            )
-    if not rows:
-        raise Refusal(
-            f"--metrics {metrics}: no run of both sides has one of them; see the keys of result.json"
-        )
+    settings = differing(left[0]["config"], right[0]["config"]) or "none"
+    say(f"a: {a}, {len(left)} runs\nb: {b}, {len(right)} runs\nsettings that differ: {settings}\n")
+    rows = comparison_rows(left, right, metrics)
     say(markdown_table([*COMPARISON_HEADER, "a", "b"], rows))
-    new, old = ({r["seed"]: r["val_bpb"] for r in side} for side in (right, left))
+
+    old = {r["seed"]: r["val_bpb"] for r in left}
+    new = {r["seed"]: r["val_bpb"] for r in right}
     rule = record_rule(new, old, left[0]["val_tokens"] / left[0]["val_bytes"])
+    holds = "holds" if rule.holds else "does not hold"
     print(
-        f"\nRecord rule, b against a: {'holds' if rule.holds else 'does not hold'} (a - b {rule.difference:+.5f} BPB against a "
-        f"margin of {rule.margin:.5f} BPB = 0.005 nats; one-sided Welch p = {rule.p:.3g}, needed below 0.01)"
+        f"\nRecord rule, b against a: {holds} (a - b {rule.difference:+.5f} BPB against a "
+        f"margin of {rule.margin:.5f} BPB = 0.005 nats; "
+        f"one-sided Welch p = {rule.p:.3g}, needed below 0.01)"
     )
+
+
+# ── Sweep ─────────────────────────────────────────────────────────────────────────────────────────
+def sweep_tables(base: Study, scale: Size, factors: dict[str, str]) -> dict[str, dict]:
+    """The tables of a study that varies these knobs of the reference arm; "": the top level."""
+    env = {**base.env, **scale.env, **base.arms[base.reference]}
+    size = dataclasses.asdict(scale)
+    for key in ("name", "arms", "env", "seeds"):
+        del size[key]
+    return {
+        "": {
+            "title": f"Sweep of {', '.join(factors)} on {base.name}",
+            "seeds": list(scale.seeds or base.seeds),
+            "metrics": list(base.metrics),
+        },
+        "env": {knob: value for knob, value in env.items() if knob not in factors},
+        f"size.{scale.name}": size,
+        "factorial": {knob: values.split(",") for knob, values in factors.items()},
+    }
+
+
+def toml(tables: dict[str, dict]) -> str:
+    """The tables as TOML: JSON's strings, numbers and lists are TOML's, too."""
+    lines = []
+    for name, table in tables.items():
+        if name:
+            lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        lines.append("")
+    return "\n".join(lines)
 
 
 @app.command()
 @options_as_parameters(SweepOptions)
 def sweep(options: SweepOptions) -> None:
-    """Write a study that varies one or two settings of a study's reference arm over a grid, and run it."""
-    base, factors = (
-        read_study(options.study),
-        dict(entry.partition("=")[::2] for entry in options.grid),
-    )
+    """Write a study that varies one or two settings of a study's reference arm, and run it."""
+    base = read_study(options.study)
+    factors = dict(entry.partition("=")[::2] for entry in options.grid)
     if not 1 <= len(factors) <= 2 or not all(factors.values()):
         raise Refusal(f"--grid {options.grid}: give one or two, each as KNOB=v1,v2,...")
     if options.size not in base.sizes:
         raise Refusal(f"{base.path}: no size {options.size}; choose from {', '.join(base.sizes)}")
+
+    text = toml(sweep_tables(base, base.sizes[options.size], factors))
     digest = hashlib.sha256(repr(sorted(factors.items())).encode()).hexdigest()[:6]
-    path = ROOT / "logs/runs" / f"sweep_{'_'.join(factors).lower()}_{base.name}_{digest}.toml"
+    name = f"sweep_{'_'.join(factors).lower()}_{base.name}_{digest}.toml"
+    path = ROOT / "logs/runs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    scale = base.sizes[options.size]
-    env = {**base.env, **scale.env, **base.arms[base.reference]}
-    size = {
-        k: v
-        for k, v in dataclasses.asdict(scale).items()
-        if k not in ("name", "arms", "env", "seeds")
-    }
-    title = f"Sweep of {', '.join(factors)} on {base.name}"
-    blocks = {
-        "": {
-            "title": title,
-            "seeds": list(scale.seeds or base.seeds),
-            "metrics": list(base.metrics),
-        },
-        "env": {k: v for k, v in env.items() if k not in factors},
-        f"size.{options.size}": size,
-        "factorial": {knob: values.split(",") for knob, values in factors.items()},
-    }
-    lines = [
-        line
-        for name, table in blocks.items()
-        for line in [
-            f"[{name}]" * bool(name),
-            *(f"{key} = {json.dumps(value)}" for key, value in table.items()),
-            "",
-        ]
-    ]
-    train_gpt.write_atomic(path, "\n".join(lines).encode())
+    train_gpt.write_atomic(path, text.encode())
     print(f"wrote {path}")
-    run(
-        **{f.name: getattr(options, f.name) for f in dataclasses.fields(RunOptions)}
-        | {"study": path}
-    )
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunOptions)}
+    run(**values | {"study": path})
 
 
+# ── Submission ────────────────────────────────────────────────────────────────────────────────────
 @app.command()
 def submission(
     runs: Annotated[list[Path], typer.Argument(help="run folders, one per seed")],
@@ -309,9 +363,11 @@ def submission(
 def check(
     folder: Annotated[Path, typer.Argument(help="a submission folder; nothing outside it is read")],
 ) -> None:
-    """Check a submission folder by itself: figures against logs, files, hashes, bytes, times, import. Exit code 1: a problem."""
+    """Check a submission folder by itself: figures against logs, files, hashes, bytes, times,
+    import. Exit code 1: a problem.
+    """
     problems = check_submission(folder)
-    print("\n".join(f"PROBLEM {p}" for p in problems) or f"{folder}: good")
+    print("\n".join(f"PROBLEM {problem}" for problem in problems) or f"{folder}: good")
     raise typer.Exit(int(bool(problems)))
 
 
@@ -321,7 +377,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a terminated study ends its runs, as an interrupted one does
+    # A terminated study ends its runs, as an interrupted one does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,6 +1,18 @@
-"""What runs leave behind, as read from a disk: every file is checked for size, form and type before it is believed."""
+"""What runs leave behind, read from a disk and not believed unseen.
+
+A run, as the rest of the package sees it, is a dict: all keys of its result.json, `name` (its
+folder) and `events` (its metrics.jsonl). It is read from one of two places:
+
+    FOLDER/TRIAL/result.json, metrics.jsonl    where it ran; logs/runs is full of these
+    FOLDER/results.jsonl, metrics.jsonl        all runs of a study at one size, to be committed:
+                                               a line per run, and a line per event
+
+Every file is checked for size, form and type before a figure of it is used.
+"""
 
 import contextlib
+import fnmatch
+import glob
 import json
 import math
 import stat
@@ -10,26 +22,20 @@ from pathlib import Path
 import train_gpt
 from train_gpt import Refusal
 
-PLACES = {
-    f.name for f in train_gpt.KNOBS if f.metadata["scope"] in ("run", "seed")
-}  # knobs that make no other arm
+RESULTS = "results.jsonl"
+METRICS = "metrics.jsonl"
 
+# Of a file, or of a folder, that is worth reading
+MAX_BYTES = 1 << 24
+# Of a log
+MAX_LOG_BYTES = 1 << 28
+# Levels of a JSON value
+MAX_DEPTH = 20
 
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSON-lines file; what a crash or a stranger left otherwise is passed over."""
-    found = []
-    if path.is_file() and path.stat().st_size > MAX_LOG_BYTES:
-        raise Refusal(
-            f"{path}: {path.stat().st_size:,} bytes, over {MAX_LOG_BYTES:,}; no run writes that: move it away"
-        )
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    ):
-        with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [event for event in found if isinstance(event, dict)]
+# Knobs that make no other arm
+PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] in ("run", "seed")}
 
-
+# What runs must have in common to stand in one table
 FINGERPRINT = (
     "code_sha256",
     "data.val_sha256",
@@ -46,99 +52,39 @@ FINGERPRINT = (
     "torch",
 )
 
-
-def lookup(run: dict, key: str):
-    """run["data"]["val_sha256"] for data.val_sha256; "(absent)" where there is none."""
-    for part in key.split("."):
-        run = run.get(part, "(absent)") if isinstance(run, dict) else "(absent)"
-    return run
-
-
-def differing(a: dict, b: dict) -> str:
-    """The settings of an arm in which two configurations differ, as environment variables."""
-    names = sorted(
-        name for name in (a.keys() | b.keys()) - PLACES if lookup(a, name) != lookup(b, name)
-    )
-    return ", ".join(
-        f"{name.upper()}={lookup(a, name)} against {lookup(b, name)}" for name in names
-    )
-
-
-def check_alike(runs: list[dict], config: bool) -> None:
-    """Refusal for runs of other code, data or machine than the first; with config, for one arm, also of other settings or
-    with a seed that another run has. runs: result.json each, plus name."""
-    by_seed = {}
-    for run in runs:
-        for key in FINGERPRINT + ("config_sha256",) * config:
-            mine, its = lookup(runs[0], key), lookup(run, key)
-            if mine != its:
-                settings = (
-                    f" ({differing(runs[0]['config'], run['config'])})"
-                    if key == "config_sha256"
-                    else ""
-                )
-                raise Refusal(
-                    f"{key} is {mine} in {runs[0]['name']} but {its} in {run['name']}{settings}; such runs cannot be "
-                    "put together"
-                )
-        if config and run["seed"] in by_seed:
-            raise Refusal(
-                f"{by_seed[run['seed']]} and {run['name']} both have seed {run['seed']}; keep one of them"
-            )
-        by_seed[run["seed"]] = run["name"]
-
-
-def metric(run: dict, name: str) -> float | None:
-    """A figure of a result: a key, a dotted path such as scores.documents.bpb, or float_val_bpb (the weights to ship, before
-    quantisation). None where the run has none."""
-    if name == "float_val_bpb":
-        return (
-            run["averaged_val_bpb"]
-            if run.get("averaged_val_bpb") is not None
-            else run.get("live_val_bpb")
-        )
-    value = lookup(run, name)
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def load(folder: Path) -> dict:
-    """result.json of a run folder, with the folder as `name` and metrics.jsonl as `events`."""
-    result = read_json(folder / "result.json", f"{folder}/result.json", RESULT_SHAPE)
-    if min(result["val_tokens"], result["val_bytes"]) < 1:
-        raise Refusal(
-            f"{folder}/result.json: scored {result['val_tokens']} targets of {result['val_bytes']} bytes; run it again"
-        )
-    return result | {"name": str(folder), "events": read_lines(folder / "metrics.jsonl")}
-
-
-MAX_BYTES = 1 << 24  # of a file or folder that is worth reading
-MAX_LOG_BYTES = 1 << 28
-
-# Shapes of JSON: the types that a value may have, or a shape for each required key ("*": for every key)
-TEXT, WHOLE, NUMBER, PERHAPS = (str,), (int,), (int, float), (int, float, type(None))
+# ── Shapes of JSON ────────────────────────────────────────────────────────────────────────────────
+# The types that a value may have, or a shape for each required key ("*": for every key)
+TEXT = (str,)
+WHOLE = (int,)
+NUMBER = (int, float)
+PERHAPS = (int, float, type(None))
 
 RESULT_SHAPE = {
-    **dict.fromkeys(
-        ["date", "scored", "device", "torch", "python", "code_sha256", "config_sha256"], TEXT
-    ),
-    **dict.fromkeys(
-        [
-            "exit_code",
-            "seed",
-            "world_size",
-            "threads_per_rank",
-            "artifact_bytes",
-            "code_bytes",
-            "total_bytes",
-            "val_tokens",
-            "val_bytes",
-        ],
-        WHOLE,
-    ),
-    **dict.fromkeys(("val_bpb", "val_loss", "quantised_val_bpb", "eval_seconds"), NUMBER),
-    **dict.fromkeys(
-        ("steps", "train_seconds", "live_val_bpb", "averaged_val_bpb"), PERHAPS
-    ),  # null where nothing was trained
+    "date": TEXT,
+    "scored": TEXT,
+    "device": TEXT,
+    "torch": TEXT,
+    "python": TEXT,
+    "code_sha256": TEXT,
+    "config_sha256": TEXT,
+    "exit_code": WHOLE,
+    "seed": WHOLE,
+    "world_size": WHOLE,
+    "threads_per_rank": WHOLE,
+    "artifact_bytes": WHOLE,
+    "code_bytes": WHOLE,
+    "total_bytes": WHOLE,
+    "val_tokens": WHOLE,
+    "val_bytes": WHOLE,
+    "val_bpb": NUMBER,
+    "val_loss": NUMBER,
+    "quantised_val_bpb": NUMBER,
+    "eval_seconds": NUMBER,
+    # null where nothing was trained
+    "steps": PERHAPS,
+    "train_seconds": PERHAPS,
+    "live_val_bpb": PERHAPS,
+    "averaged_val_bpb": PERHAPS,
     "config": {"seed": WHOLE, "tokenizer_path": TEXT, "ttt_mode": TEXT},
     "non_default": {"*": (str, int, float, bool)},
     "seconds": {"*": NUMBER},
@@ -154,44 +100,47 @@ RESULT_SHAPE = {
     },
     "data": {"tokenizer_sha256": TEXT, "val_sha256": {"*": TEXT}, "manifest": TEXT},
 }
-
-NUMBER_HOOKS = ("parse_int", "parse_float", "parse_constant")
+# A line of results.jsonl
+RESULT_LINE_SHAPE = {"trial": TEXT, "arm": TEXT, "seed": WHOLE, "result": RESULT_SHAPE}
 
 
 def shown(value) -> str:
+    """A value as a message may quote it."""
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def leaves(value, depth: int = 0) -> Iterator[float]:
     """Every number in a JSON value. ValueError when it is nested deeper than any result."""
-    if depth > 20:
+    if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
-    for part in (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
-        yield from leaves(part, depth + 1)
-    if type(value) in NUMBER:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from leaves(part, depth + 1)
+    elif type(value) in NUMBER:
         yield value
 
 
 def misfits(value, shape: tuple | dict, where: str) -> Iterator[str]:
-    """What in a JSON value does not have this shape."""
+    """What in a JSON value does not have this shape, as words."""
     if not isinstance(shape, dict):
         if type(value) not in shape:
             yield f"{where}: {shown(value)}, not {' or '.join(kind.__name__ for kind in shape)}"
-    elif not isinstance(value, dict):
+        return
+    if not isinstance(value, dict):
         yield f"{where}: {shown(value)}, not an object"
-    else:
-        for key in value if "*" in shape else shape:
+        return
+    for key in value if "*" in shape else shape:
+        if key in value:
             part = shape.get(key, shape.get("*"))
-            yield from (
-                misfits(value[key], part, f"{where}.{key}")
-                if key in value
-                else [f"{where}.{key}: missing"]
-            )
+            yield from misfits(value[key], part, f"{where}.{key}")
+        else:
+            yield f"{where}.{key}: missing"
 
 
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────
 def read_text(path: Path, name: str) -> str:
     """Refusal when it is missing, no plain file, too large or no UTF-8."""
     try:
@@ -204,34 +153,234 @@ def read_text(path: Path, name: str) -> str:
         raise Refusal(f"{name}: cannot be read ({reason}); build it again from runs") from None
 
 
-def read_json(path: Path, name: str, shape: dict) -> dict:
-    """A JSON object of this shape. Refusal on anything else: NaN, doubled keys, absurd numbers, other types."""
+def object_of(pairs: list[tuple]) -> dict:
+    """A JSON object. ValueError when it has a key twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return made
 
-    def unique(pairs: list[tuple]) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands there twice")
-        return dict(pairs)
 
-    def number(text: str) -> float:
-        value = (
-            math.inf
-            if len(text) > 40
-            else int(text)
-            if text.lstrip("-").isdecimal()
-            else float(text)
-        )
-        if not abs(value) < 1e18:
-            raise ValueError(f"no number to work with: {text[:20]}")
-        return value
+def number_of(text: str) -> float:
+    """A JSON number. ValueError for NaN, infinity and what is too large or long to be one."""
+    value = math.inf
+    if len(text) <= 40:
+        value = int(text) if text.lstrip("-").isdecimal() else float(text)
+    if not abs(value) < 1e18:
+        raise ValueError(f"no number to work with: {text[:20]}")
+    return value
 
+
+def parse_json(text: str, name: str, shape: dict) -> dict:
+    """A JSON object of this shape.
+
+    Refusal on anything else: NaN, doubled keys, absurd numbers, other types, deep nesting.
+    """
     try:
         value = json.loads(
-            read_text(path, name), object_pairs_hook=unique, **dict.fromkeys(NUMBER_HOOKS, number)
+            text,
+            object_pairs_hook=object_of,
+            parse_int=number_of,
+            parse_float=number_of,
+            parse_constant=number_of,
         )
-        sum(leaves(value))  # visits each
+        for _ in leaves(value):
+            pass
         problem = next(misfits(value, shape, name), None)
     except (ValueError, RecursionError) as error:
         problem = f"{name}: no good JSON ({error})"
     if problem:
         raise Refusal(f"{problem}; build it again from runs")
     return value
+
+
+def read_json(path: Path, name: str, shape: dict) -> dict:
+    """A JSON object of this shape from a file. Refusal on anything else."""
+    return parse_json(read_text(path, name), name, shape)
+
+
+def read_log(path: Path) -> str:
+    """The text of a log; "" where there is none. Refusal when it is too large."""
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    if size > MAX_LOG_BYTES:
+        raise Refusal(
+            f"{path}: {size:,} bytes, over {MAX_LOG_BYTES:,}; no run writes that: move it away"
+        )
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file.
+
+    What a crash or a stranger left otherwise is passed over.
+    """
+    found = []
+    for line in read_log(path).splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [event for event in found if isinstance(event, dict)]
+
+
+# ── Runs ──────────────────────────────────────────────────────────────────────────────────────────
+def run_of(result: dict, name: str, source: str, events: list[dict]) -> dict:
+    """A run from its parts. Refusal when nothing was scored. source: the file, for a message."""
+    tokens = result["val_tokens"]
+    size = result["val_bytes"]
+    if min(tokens, size) < 1:
+        raise Refusal(f"{source}: scored {tokens} targets of {size} bytes; run it again")
+    return result | {"name": name, "events": events}
+
+
+def load(folder: Path) -> dict:
+    """The run of a run folder."""
+    source = f"{folder}/result.json"
+    result = read_json(folder / "result.json", source, RESULT_SHAPE)
+    return run_of(result, str(folder), source, read_lines(folder / METRICS))
+
+
+def load_lines(folder: Path) -> dict[str, dict]:
+    """Trial -> run, of results.jsonl and metrics.jsonl; empty where there are none."""
+    lines = read_log(folder / RESULTS).split("\n")
+    if lines == [""]:
+        return {}
+    events: dict[str, list[dict]] = {}
+    for event in read_lines(folder / METRICS):
+        events.setdefault(str(event.pop("trial", "")), []).append(event)
+
+    runs = {}
+    for number, text in enumerate(lines, start=1):
+        if not text:
+            continue
+        source = f"{folder}/{RESULTS}, line {number}"
+        line = parse_json(text, source, RESULT_LINE_SHAPE)
+        trial = line["trial"]
+        if trial in runs:
+            raise Refusal(f"{source}: {shown(trial)} stands there twice; build it again from runs")
+        runs[trial] = run_of(line["result"], str(folder / trial), source, events.get(trial, []))
+    return runs
+
+
+class RunStore:
+    """The runs of a study at one size: a folder each, or a line each.
+
+    A trial's own folder counts before its line, so that what runs now replaces what was kept.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.kept = load_lines(folder)
+
+    def find(self, trial: str) -> dict | None:
+        """The run of a trial, or None where it left no result."""
+        if (self.folder / trial / "result.json").exists():
+            return load(self.folder / trial)
+        return self.kept.get(trial)
+
+
+def split_trial(trial: str) -> tuple[str, str]:
+    """(arm, seed) of the name of a trial, ARM-sSEED."""
+    arm, _, seed = trial.rpartition("-s")
+    return arm, seed
+
+
+def keep(folder: Path, runs: dict[str, dict]) -> None:
+    """Writes trial -> run as results.jsonl and metrics.jsonl; load_lines gives them back."""
+    results = []
+    metrics = []
+    for trial, run in runs.items():
+        result = {key: value for key, value in run.items() if key not in ("name", "events")}
+        line = {
+            "trial": trial,
+            "arm": split_trial(trial)[0],
+            "seed": result["seed"],
+            "result": result,
+        }
+        results.append(json.dumps(line) + "\n")
+        metrics += [json.dumps({"trial": trial, **event}) + "\n" for event in run["events"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    train_gpt.write_atomic(folder / RESULTS, "".join(results).encode())
+    train_gpt.write_atomic(folder / METRICS, "".join(metrics).encode())
+
+
+def find_runs(patterns: list[str]) -> list[dict]:
+    """The runs whose folders match one of these shell patterns, whether a folder or a line each."""
+    found = {}
+    for pattern in patterns:
+        outer = Path(pattern).parent
+        for folder in map(Path, glob.glob(str(outer))):
+            for run in load_lines(folder).values():
+                if fnmatch.fnmatchcase(Path(run["name"]).name, Path(pattern).name):
+                    found[run["name"]] = run
+        for folder in map(Path, glob.glob(pattern)):
+            if (folder / "result.json").exists():
+                found[str(folder)] = load(folder)
+    return [found[name] for name in sorted(found)]
+
+
+# ── Figures of a run, and runs that may be put together ───────────────────────────────────────────
+def lookup(run: dict, key: str):
+    """run["data"]["val_sha256"] for data.val_sha256; "(absent)" where there is none."""
+    value = run
+    for part in key.split("."):
+        value = value.get(part, "(absent)") if isinstance(value, dict) else "(absent)"
+    return value
+
+
+def metric(run: dict, name: str) -> float | None:
+    """A figure of a run, or None where it has none.
+
+    name: a key, a dotted path such as scores.documents.bpb, or float_val_bpb (the weights to
+    ship, before quantisation).
+    """
+    if name == "float_val_bpb":
+        averaged = run.get("averaged_val_bpb")
+        return averaged if averaged is not None else run.get("live_val_bpb")
+    value = lookup(run, name)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def differing(a: dict, b: dict) -> str:
+    """The settings of an arm in which two configurations differ, as environment variables."""
+    names = sorted((a.keys() | b.keys()) - PLACES)
+    return ", ".join(
+        f"{name.upper()}={lookup(a, name)} against {lookup(b, name)}"
+        for name in names
+        if lookup(a, name) != lookup(b, name)
+    )
+
+
+def check_agree(first: dict, run: dict, key: str) -> None:
+    """Refusal unless two runs have the same value at this key."""
+    wanted = lookup(first, key)
+    found = lookup(run, key)
+    if wanted == found:
+        return
+    settings = ""
+    if key == "config_sha256":
+        settings = f" ({differing(first['config'], run['config'])})"
+    raise Refusal(
+        f"{key} is {wanted} in {first['name']} but {found} in {run['name']}{settings}; "
+        "such runs cannot be put together"
+    )
+
+
+def check_alike(runs: list[dict], config: bool) -> None:
+    """Refusal for runs of other code, data or machine than the first.
+
+    config: the runs are of one arm, so their settings must agree too, and their seeds differ.
+    """
+    keys = FINGERPRINT
+    if config:
+        keys += ("config_sha256",)
+    names: dict[int, str] = {}
+    for run in runs:
+        for key in keys:
+            check_agree(runs[0], run, key)
+        seed = run["seed"]
+        if config and seed in names:
+            raise Refusal(
+                f"{names[seed]} and {run['name']} both have seed {seed}; keep one of them"
+            )
+        names[seed] = run["name"]

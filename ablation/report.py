@@ -8,7 +8,7 @@ from pathlib import Path
 
 import train_gpt
 from ablation.page import html_page
-from ablation.records import check_alike, load, metric
+from ablation.records import RunStore, check_alike, metric
 from ablation.runner import Ledger
 from ablation.statistics import (
     Comparison,
@@ -89,10 +89,12 @@ def load_matrix(matrix: Matrix) -> Finished:
     """The finished and failed trials. Refusal when a log says other settings than the study, or when the runs are of
     different code, data or hardware."""
     runs, failed = {}, Ledger(matrix.folder).failures(matrix.trials)
+    store = RunStore(matrix.folder)
     for trial in matrix.trials:
-        if trial.id in failed or not (trial.folder / "result.json").exists():
+        run = None if trial.id in failed else store.find(trial.id)
+        if run is None:
             continue
-        run = load(trial.folder) | {"arm": trial.arm}
+        run = run | {"arm": trial.arm}
         logged = run["config"]
         if run["exit_code"]:
             failed[trial.id] = (

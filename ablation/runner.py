@@ -1,4 +1,9 @@
-"""Runs what is missing of a matrix: clean processes, nothing twice, nothing lost."""
+"""Runs what is missing of a matrix: clean processes, nothing twice, nothing lost.
+
+In: a Matrix. Out: a run folder per trial, and a line in ledger.jsonl when a trial starts and
+when it ends. A finished trial is never run again, a failed one stays failed until it is asked
+for, and one that a crash or an interruption cut off is set aside and run again.
+"""
 
 import contextlib
 import fcntl
@@ -14,54 +19,130 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import rich.console
 import rich.live
 import rich.table
 
 import train_gpt
-from ablation.records import load, read_lines
-from ablation.study import ROOT, Matrix, Size, Trial, clean_environment, command
+from ablation.records import METRICS, RunStore, load, read_lines, split_trial
+from ablation.study import ROOT, Matrix, Size, Trial
 from train_gpt import COMPARED, Refusal
 
+# Of a machine, all that a process needs to start
+MACHINE = (
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "SYSTEMROOT",
+)
 
+# Ends of a process that was told to stop
+INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+GO_ON = "interrupted; the same command goes on where this one stopped"
+
+# Seconds that a run takes besides its phases, and that one takes of which nothing is known
+START_SECONDS = 5
+GUESSED_SECONDS = 10
+# Seconds that a run has to end once it was told to
+STOP_SECONDS = 30
+# Of what a failed run printed
+TAIL_BYTES = 20_000
+
+
+# ── One process ───────────────────────────────────────────────────────────────────────────────────
+def clean_environment(trial: Trial, size: Size) -> dict[str, str]:
+    """The whole environment of a run: its settings, and from ours only what a process needs."""
+    env = {name: os.environ[name] for name in MACHINE if name in os.environ}
+    if size.threads:
+        env |= {"OMP_NUM_THREADS": str(size.threads), "GOMP_SPINCOUNT": "1000"}
+    return env | trial.env
+
+
+def command(size: Size) -> list[str]:
+    """torchrun where there are several ranks; one process needs no launcher."""
+    words = [sys.executable]
+    if size.ranks > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size.ranks}"]
+    return [*words, "train_gpt.py"]
+
+
+def shell(trial: Trial, size: Size) -> str:
+    """The command of a trial as one line for a shell, with the whole environment that it gets."""
+    words = ["env", "-i", 'PATH="$PATH"']
+    for name, value in clean_environment(trial, size).items():
+        if name != "PATH":
+            words.append(f"{name}={shlex.quote(value)}")
+    return " ".join([*words, shlex.join(command(size))])
+
+
+def told_reason(lines: list[str], code: int) -> tuple[int, str]:
+    """(exit code, reason) of a run that left no result, from the last lines that it printed.
+
+    torchrun itself ends with 1, whatever the rank's code, but our errors name theirs.
+    """
+    errors = [line for line in lines if line.startswith("error: ")]
+    told = errors or lines[-1:] or ["no output"]
+    named = re.findall(r"\[exit (\d+):", told[-1])
+    if named:
+        return int(named[-1]), told[-1]
+    return code or 1, told[-1]
+
+
+# ── The ledger ────────────────────────────────────────────────────────────────────────────────────
 class Ledger:
-    """ledger.jsonl of a matrix: one line when a trial starts and one when it ends, whatever its end."""
+    """ledger.jsonl of a matrix: one line when a trial starts and one when it ends, however."""
 
     def __init__(self, folder: Path):
-        self.path, self.lock = folder / "ledger.jsonl", threading.Lock()
+        self.path = folder / "ledger.jsonl"
+        self.lock = threading.Lock()
 
     def write(self, trial: Trial, event: str, **facts) -> None:
-        now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        record = dict(
-            trial=trial.id, event=event, time=now, config_sha256=trial.cfg.digest(), **facts
-        )
+        """Appends a line, on a line of its own even where a crash cut off the one before."""
+        record = {
+            "trial": trial.id,
+            "event": event,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "config_sha256": trial.cfg.digest(),
+            **facts,
+        }
+        line = json.dumps(record) + "\n"
         with self.lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(
-                "\n" * (file.tell() > 0 and not self.path.read_bytes().endswith(b"\n"))
-                + json.dumps(record)
-                + "\n"
-            )
+            if file.tell() > 0 and not self.path.read_bytes().endswith(b"\n"):
+                file.write("\n")
+            file.write(line)
 
     def failures(self, trials: list[Trial]) -> dict[str, str]:
-        """Trial -> reason, for those of these trials whose last attempt with these settings ended badly."""
-        last = {
-            (str(e.get("trial")), str(e.get("config_sha256"))): e for e in read_lines(self.path)
-        }
-        ends = {t.id: last.get((t.id, t.cfg.digest()), {}) for t in trials}
-        return {
-            name: f"FAILED (exit {e.get('exit_code')}): {e.get('reason')}"
-            for name, e in ends.items()
-            if e.get("event") == "end" and e.get("exit_code") != 0
-        }
+        """Trial -> reason, where the last attempt with these settings ended badly."""
+        last = {}
+        for line in read_lines(self.path):
+            last[str(line.get("trial")), str(line.get("config_sha256"))] = line
+
+        found = {}
+        for trial in trials:
+            line = last.get((trial.id, trial.cfg.digest()), {})
+            code = line.get("exit_code")
+            if line.get("event") == "end" and code != 0:
+                found[trial.id] = f"FAILED (exit {code}): {line.get('reason')}"
+        return found
 
 
+# ── The runner ────────────────────────────────────────────────────────────────────────────────────
 class Runner:
-    """Runs what is missing of a matrix. A finished trial is never run again, a failed one stays failed (--retry runs it
-    again and keeps the old attempt's line in the ledger), one that a crash cut off is set aside and run again."""
+    """Runs what is missing of a matrix.
+
+    results: trial -> run of the finished ones; failed: trial -> reason; todo: what is missing.
+    A retried trial keeps the lines of its old attempts in the ledger. before: called before
+    each trial, and may wait for the machine.
+    """
 
     def __init__(
         self,
@@ -70,108 +151,165 @@ class Runner:
         only: tuple[str, ...] = (),
         before: Callable[[], None] = lambda: None,
     ):
-        self.matrix, self.before, self.ledger = matrix, before, Ledger(matrix.folder)
+        self.matrix = matrix
+        self.before = before
+        self.ledger = Ledger(matrix.folder)
+        self.store = RunStore(matrix.folder)
         self.running: dict[str, subprocess.Popen] = {}
-        self.lock, self.stopping = threading.Lock(), False
+        self.lock = threading.Lock()
+        self.stopping = False
+
         self.failed = {} if retry else self.ledger.failures(matrix.trials)
-        self.results = {
-            t.id: r for t in matrix.trials if t.id not in self.failed and (r := self.finished(t))
-        }
-        self.chosen = [t for t in matrix.trials if not only or t.id in only]
+        self.results: dict[str, dict] = {}
+        for trial in matrix.trials:
+            if trial.id not in self.failed:
+                self.adopt(trial)
+        self.chosen = [trial for trial in matrix.trials if not only or trial.id in only]
         if len(self.chosen) < len(set(only)):
             raise Refusal(
                 f"--only {','.join(only)}: not all are trials of {matrix.study.name}; see --dry-run"
             )
-        self.todo = [t for t in self.chosen if t.id not in self.results and t.id not in self.failed]
+        self.todo = list(self.waiting(self.chosen))
+
+    def waiting(self, trials: list[Trial]) -> Iterator[Trial]:
+        """Those that have neither finished nor failed."""
+        for trial in trials:
+            if trial.id not in self.results and trial.id not in self.failed:
+                yield trial
+
+    def adopt(self, trial: Trial) -> None:
+        """Takes up the result of a trial, if it ended well."""
+        result = self.finished(trial)
+        if result is not None:
+            self.results[trial.id] = result
 
     def finished(self, trial: Trial) -> dict | None:
-        """The result of a trial that ended well, else None. Refusal if it came from other code, settings, data or ranks."""
-        if (
-            not (trial.folder / "result.json").exists()
-            or (result := load(trial.folder))["exit_code"]
-        ):
+        """The result of a trial that ended well, else None.
+
+        Refusal if it came from other code, settings, data or ranks.
+        """
+        result = self.store.find(trial.id)
+        if result is None or result["exit_code"]:
             return None
-        wanted = {
+        for found, wanted in (
+            (result, self.identity(trial)),
+            (result["config"], trial.cfg.knobs(*COMPARED) | {"data_path": trial.cfg.data_path}),
+            (result, {"config_sha256": trial.cfg.digest()}),
+        ):
+            for name, value in wanted.items():
+                if found.get(name) != value:
+                    raise Refusal(
+                        f"{trial.folder}: finished with {name} {found.get(name)}, now {value}; "
+                        "move the folder away, or use --out"
+                    )
+        return result
+
+    def identity(self, trial: Trial) -> dict:
+        """What a result of this trial must say of code, seed and ranks."""
+        return {
             "code_sha256": train_gpt.CODE_SHA256,
             "seed": trial.seed,
             "world_size": self.matrix.size.ranks,
         }
-        settings = trial.cfg.knobs(*COMPARED) | {"data_path": trial.cfg.data_path}
-        for there, expected in (
-            (result, wanted),
-            (result["config"], settings),
-            (result, {"config_sha256": trial.cfg.digest()}),
-        ):
-            for name, value in expected.items():
-                if there.get(name) != value:
-                    raise Refusal(
-                        f"{trial.folder}: finished with {name} {there.get(name)}, now {value}; move the folder away, "
-                        "or use --out"
-                    )
-        return result
 
     def seconds(self, trial: Trial) -> float:
-        """Projected wall seconds: as a finished trial of this arm took, else the size's budget."""
-        mine = [
-            r for name, r in list(self.results.items()) if name.rpartition("-s")[0] == trial.arm
+        """Projected wall seconds: as finished trials of this arm took, else the size's budget."""
+        known = [
+            sum(result["seconds"].values()) + START_SECONDS
+            for name, result in list(self.results.items())
+            if split_trial(name)[0] == trial.arm
         ]
-        known = [sum(r["seconds"].values()) + 5 for r in mine]
-        return (
-            sum(known) / len(known)
-            if known
-            else (self.matrix.size.seconds if trial.donor is None else 0) + 10
-        )
+        if known:
+            return sum(known) / len(known)
+        budget = self.matrix.size.seconds if trial.donor is None else 0
+        return budget + GUESSED_SECONDS
 
     def remaining(self) -> float:
-        waiting = [t for t in self.todo if t.id not in self.results and t.id not in self.failed]
-        return sum(map(self.seconds, waiting)) / self.matrix.size.jobs
+        """Projected wall seconds of all that is missing."""
+        return sum(map(self.seconds, self.waiting(self.todo))) / self.matrix.size.jobs
 
     def run(self, log: Callable[[str], None]) -> None:
-        """Runs the groups, `jobs` at a time, in order. An interruption ends what runs, and writes no end of it."""
+        """Runs the groups in order, `jobs` at a time. log: gets a line per trial.
+
+        An interruption ends what runs, and writes no end of it: it runs again next time.
+        """
         self.matrix.folder.mkdir(parents=True, exist_ok=True)
-        groups = [[t for t in group if t in self.todo] for group in self.matrix.groups()]
+        groups = [
+            [trial for trial in group if trial in self.todo] for group in self.matrix.groups()
+        ]
         with ThreadPoolExecutor(self.matrix.size.jobs) as pool:
             try:
-                for future in [
-                    pool.submit(self.run_group, group, log) for group in groups if group
-                ]:
+                futures = [pool.submit(self.run_group, group, log) for group in groups if group]
+                for future in futures:
                     future.result()
             except BaseException as error:
-                with self.lock:
-                    self.stopping = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.running.values()):
-                    process.terminate()
-                for process in list(self.running.values()):
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(30)
-                    process.kill()
+                self.stop(pool)
                 if isinstance(error, KeyboardInterrupt):
-                    raise Refusal(
-                        "interrupted; the same command goes on where this one stopped", 130
-                    ) from None
+                    raise Refusal(GO_ON, 130) from None
                 raise
 
+    def stop(self, pool: ThreadPoolExecutor) -> None:
+        """Starts nothing more, and ends what runs."""
+        with self.lock:
+            self.stopping = True
+        pool.shutdown(wait=False, cancel_futures=True)
+        processes = list(self.running.values())
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            process.kill()
+
     def run_group(self, group: list[Trial], log: Callable[[str], None]) -> None:
-        """A training and what shares it. Its checkpoint is removed at the end; a later arm that would share it trains."""
+        """A training and what shares it.
+
+        Its checkpoint is removed at the end; a later arm that would share it trains.
+        """
         for trial in group:
             if trial.donor in self.failed:
                 self.end(trial, -1, f"its training {trial.donor} failed")
             else:
                 self.before()
                 self.run_trial(trial)
-            outcome = (
-                self.failed.get(trial.id) or f"val bpb {self.results[trial.id]['val_bpb']:.5f}"
-            )
-            done = len(self.results) + len(self.failed)
-            log(
-                f"[{done}/{len(self.matrix.trials)}] {trial.id}: {outcome}; about {self.remaining() / 60:.0f} min left"
-            )
-        (self.matrix.folder / (group[0].donor or group[0].id) / "checkpoint.bin").unlink(
-            missing_ok=True
+            log(self.progress(trial))
+        donor = group[0].donor or group[0].id
+        (self.matrix.folder / donor / "checkpoint.bin").unlink(missing_ok=True)
+
+    def progress(self, trial: Trial) -> str:
+        """The line of a trial that has just ended."""
+        done = len(self.results) + len(self.failed)
+        outcome = self.failed.get(trial.id)
+        if not outcome:
+            outcome = f"val bpb {self.results[trial.id]['val_bpb']:.5f}"
+        return (
+            f"[{done}/{len(self.matrix.trials)}] {trial.id}: {outcome}; "
+            f"about {self.remaining() / 60:.0f} min left"
         )
 
-    def start(self, trial: Trial, output, lock) -> subprocess.Popen:
+    def run_trial(self, trial: Trial) -> None:
+        """Runs one trial and writes down how it ended."""
+        lock_path = self.matrix.folder / f".{trial.id}.lock"
+        with tempfile.TemporaryFile() as output, lock_path.open("w") as lock:
+            code = self.start(trial, output, lock).wait()
+            del self.running[trial.id]
+            size = output.seek(0, os.SEEK_END)
+            output.seek(max(0, size - TAIL_BYTES))
+            lines = output.read().decode(errors="replace").strip().splitlines()
+        lock_path.unlink(missing_ok=True)
+        if self.stopping or code in INTERRUPTED:
+            raise Refusal(f"{trial.id}: {GO_ON}", 130)
+
+        try:
+            code, reason = self.outcome(trial, code, lines)
+            if code == 0:
+                self.adopt(trial)
+        except Refusal as refusal:  # an unreadable or foreign result
+            code = code or 5
+            reason = str(refusal)
+        self.end(trial, code, reason)
+
+    def start(self, trial: Trial, output: IO, lock: IO) -> subprocess.Popen:
         """The process of a trial; it holds the trial's lock, even when this program is gone."""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,18 +317,12 @@ class Runner:
             raise Refusal(
                 f"{trial.id}: a process of an earlier start still runs it; end that first"
             ) from None
-        if trial.folder.exists():  # cut off by a crash
-            attempts = itertools.count(1)
-            trial.folder.rename(
-                next(
-                    p
-                    for n in attempts
-                    if not (p := trial.folder.with_name(f"{trial.id}.cut{n}")).exists()
-                )
-            )
+        if trial.folder.exists():
+            set_aside(trial.folder)
         env = clean_environment(trial, self.matrix.size)
         if trial.donor and not (self.matrix.folder / trial.donor / "checkpoint.bin").exists():
             del env["CHECKPOINT"]  # that training is over: this trial trains
+
         with self.lock:
             if self.stopping:
                 raise Refusal(f"{trial.id}: interrupted", 130)
@@ -205,91 +337,68 @@ class Runner:
             )
         return self.running[trial.id]
 
-    def run_trial(self, trial: Trial) -> None:
-        """Runs one trial and writes down how it ended."""
-        lock_path = self.matrix.folder / f".{trial.id}.lock"
-        with tempfile.TemporaryFile() as output, lock_path.open("w") as lock:
-            code = self.start(trial, output, lock).wait()
-            del self.running[trial.id]
-            output.seek(max(0, output.seek(0, os.SEEK_END) - 20_000))
-            lines = output.read().decode(errors="replace").strip().splitlines()
-        lock_path.unlink(missing_ok=True)
-        if self.stopping or code in (
-            130,
-            143,
-            -signal.SIGINT,
-            -signal.SIGTERM,
-        ):  # no end is written: it runs again next time
-            raise Refusal(
-                f"{trial.id}: interrupted; the same command goes on where this one stopped", 130
-            )
-        try:
-            code, reason = self.outcome(trial, code, lines)
-            if code == 0 and (result := self.finished(trial)):
-                self.results[trial.id] = result
-        except Refusal as refusal:  # an unreadable or foreign result
-            code, reason = code or 5, str(refusal)
-        self.end(trial, code, reason)
-
     @staticmethod
     def outcome(trial: Trial, code: int, lines: list[str]) -> tuple[int, str]:
-        """(exit code, reason) of a run; torchrun itself ends with 1, whatever the rank's code."""
-        if (trial.folder / "result.json").exists():
-            code = load(trial.folder)["exit_code"]
-            return code, train_gpt.EXIT_CODES.get(code, "unknown exit code")
-        told = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["no output"]
-        exits = re.findall(r"\[exit (\d+):", told[-1])
-        return int(exits[-1]) if exits else code or 1, told[-1]
+        """(exit code, reason) of a run. code: of its process. lines: the last that it printed."""
+        if not (trial.folder / "result.json").exists():
+            return told_reason(lines, code)
+        code = load(trial.folder)["exit_code"]
+        return code, train_gpt.EXIT_CODES.get(code, "unknown exit code")
 
     def end(self, trial: Trial, code: int, reason: str) -> None:
+        """Writes down how a trial ended."""
         self.ledger.write(trial, "end", exit_code=code, reason=reason)
         self.failed |= self.ledger.failures([trial])
 
 
-def shell(trial: Trial, size: Size) -> str:
-    """The command of a trial as one line for a shell, with the whole environment that it gets."""
-    env = [
-        f"{name}={shlex.quote(value)}"
-        for name, value in clean_environment(trial, size).items()
-        if name != "PATH"
-    ]
-    return " ".join(["env", "-i", 'PATH="$PATH"', *env, shlex.join(command(size))])
+def set_aside(folder: Path) -> None:
+    """Renames the folder of a run that a crash cut off to FOLDER.cut1, .cut2 and so on."""
+    for attempt in itertools.count(1):
+        aside = folder.with_name(f"{folder.name}.cut{attempt}")
+        if not aside.exists():
+            folder.rename(aside)
+            return
 
 
+# ── Here, or elsewhere ────────────────────────────────────────────────────────────────────────────
 def watch(runner: Runner) -> rich.table.Table:
-    """What is running: arm, seed, step, seconds left."""
+    """What is running: trial, step, loss, seconds left."""
     title = (
         f"{runner.matrix.study.name}: {len(runner.results)} done, {len(runner.failed)} failed, "
         f"about {runner.remaining() / 60:.0f} min left"
     )
     table = rich.table.Table("trial", "step", "loss", "time left", title=title)
-    for trial in [t for t in runner.matrix.trials if t.id in runner.running]:
-        events = read_lines(trial.folder / "metrics.jsonl")
-        step = next((e for e in reversed(events) if e.get("event") == "step"), {})
-        left = runner.seconds(trial) - (events[-1].get("t", 0) if events else 0)
-        table.add_row(
-            trial.id,
-            str(step.get("step", "-")),
-            str(step.get("loss", "-"))[:6],
-            f"{max(left, 0):.0f} s",
-        )
+    for trial in runner.matrix.trials:
+        if trial.id not in runner.running:
+            continue
+        events = read_lines(trial.folder / METRICS)
+        steps = [event for event in events if event.get("event") == "step"]
+        step = steps[-1] if steps else {}
+        passed = events[-1].get("t", 0) if events else 0
+        left = max(runner.seconds(trial) - passed, 0)
+        loss = str(step.get("loss", "-"))[:6]
+        table.add_row(trial.id, str(step.get("step", "-")), loss, f"{left:.0f} s")
     return table
 
 
 def run_here(runner: Runner) -> None:
-    """All in this machine, with one live display on a terminal and one line per trial elsewhere."""
+    """All in this machine: a live display on a terminal, and one line per trial elsewhere."""
     console = rich.console.Console()
     if not console.is_terminal:
         runner.run(lambda line: print(line, flush=True))
         return
-    with rich.live.Live(
+    display = rich.live.Live(
         get_renderable=lambda: watch(runner), refresh_per_second=1, console=console
-    ):
+    )
+    with display:
         runner.run(lambda line: console.print(line, markup=False, highlight=False))
 
 
 def run_elsewhere(runner: Runner, cluster: str, arguments: list[str]) -> None:
-    """One job per training through submitit (cluster: slurm; local starts all at once), each a call of `ablate.py run --only`."""
+    """One job per training through submitit, each a call of `ablate.py run --only`.
+
+    cluster: slurm, or local, which starts all at once. arguments: of `ablate.py`.
+    """
     try:
         import submitit
     except ImportError:
@@ -300,58 +409,69 @@ def run_elsewhere(runner: Runner, cluster: str, arguments: list[str]) -> None:
     executor = submitit.AutoExecutor(folder=runner.matrix.folder / "jobs", cluster=cluster)
     jobs = []
     for group in runner.matrix.groups():
-        if mine := [t for t in group if t in runner.todo]:
-            minutes, gpus = (
-                math.ceil(3 * sum(map(runner.seconds, mine)) / 60) + 30,
-                size.ranks if cluster == "slurm" else 0,
-            )
-            executor.update_parameters(
-                timeout_min=minutes, name=runner.matrix.study.name, gpus_per_node=gpus
-            )
-            call = [
-                sys.executable,
-                str(ROOT / "ablate.py"),
-                *arguments,
-                "--only",
-                ",".join(t.id for t in mine),
-            ]
-            jobs.append(
-                executor.submit(
-                    submitit.helpers.CommandFunction(call, cwd=str(ROOT), verbose=False)
-                )
-            )
+        mine = [trial for trial in group if trial in runner.todo]
+        if not mine:
+            continue
+        executor.update_parameters(
+            timeout_min=math.ceil(3 * sum(map(runner.seconds, mine)) / 60) + 30,
+            name=runner.matrix.study.name,
+            gpus_per_node=size.ranks if cluster == "slurm" else 0,
+        )
+        only = ",".join(trial.id for trial in mine)
+        call = [sys.executable, str(ROOT / "ablate.py"), *arguments, "--only", only]
+        function = submitit.helpers.CommandFunction(call, cwd=str(ROOT), verbose=False)
+        jobs.append(executor.submit(function))
+
     for job in jobs:
         print(f"job {job.job_id}: {job.state}", flush=True)
     for job in jobs:
-        if error := job.exception():
+        error = job.exception()
+        if error:
             print(f"job {job.job_id} failed: {str(error).strip().splitlines()[-1]}", flush=True)
 
 
-def gpu_gate(cool_down: float, max_celsius: float, max_busy: float) -> None:
-    """Sleeps cool_down seconds, then until every GPU is idle and cool (0: no limit). Refusal where no GPU can be asked, and
-    after 15 minutes of waiting."""
-    time.sleep(cool_down)
-    query = [
-        "nvidia-smi",
-        "--query-gpu=utilization.gpu,temperature.gpu",
-        "--format=csv,noheader,nounits",
-    ]
-    for _ in range(90 if max_celsius or max_busy else 0):
-        try:
-            answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-            found = [tuple(map(float, line.split(","))) for line in answer.strip().splitlines()]
-            if all(
-                busy <= (max_busy or math.inf) and celsius <= (max_celsius or math.inf)
-                for busy, celsius in found
-            ):
-                return
-        except (OSError, ValueError, subprocess.CalledProcessError) as error:
-            raise Refusal(
-                f"--max-celsius, --max-busy: nvidia-smi does not answer ({error}); leave them out"
-            ) from None
-        time.sleep(10)
-    if max_celsius or max_busy:
+# ── GPUs that are idle and cool ───────────────────────────────────────────────────────────────────
+GPU_QUERY = [
+    "nvidia-smi",
+    "--query-gpu=utilization.gpu,temperature.gpu",
+    "--format=csv,noheader,nounits",
+]
+GPU_POLL_SECONDS = 10
+# 15 minutes
+GPU_POLLS = 90
+
+
+def gpu_states() -> list[tuple[float, float]]:
+    """(percent busy, Celsius) of each GPU. Refusal where no GPU can be asked."""
+    found = []
+    try:
+        done = subprocess.run(GPU_QUERY, capture_output=True, text=True, check=True)
+        for line in done.stdout.strip().splitlines():
+            busy, celsius = line.split(",")
+            found.append((float(busy), float(celsius)))
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         raise Refusal(
-            f"GPUs are not idle and cool after 15 minutes: (% busy, Celsius) {found}; stop what uses them, or raise "
-            "the limits"
-        )
+            f"--max-celsius, --max-busy: nvidia-smi does not answer ({error}); leave them out"
+        ) from None
+    return found
+
+
+def gpu_gate(cool_down: float, max_celsius: float, max_busy: float) -> None:
+    """Sleeps cool_down seconds, then until every GPU is idle and cool (0: no limit).
+
+    Refusal where no GPU can be asked, and after 15 minutes of waiting.
+    """
+    time.sleep(cool_down)
+    if not max_celsius and not max_busy:
+        return
+    for _ in range(GPU_POLLS):
+        found = gpu_states()
+        idle = all(busy <= (max_busy or math.inf) for busy, _ in found)
+        cool = all(celsius <= (max_celsius or math.inf) for _, celsius in found)
+        if idle and cool:
+            return
+        time.sleep(GPU_POLL_SECONDS)
+    raise Refusal(
+        "GPUs are not idle and cool after 15 minutes: (% busy, Celsius) "
+        f"{found}; stop what uses them, or raise the limits"
+    )

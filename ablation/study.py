@@ -1,12 +1,17 @@
-"""Studies as data: STUDY.toml -> arms -> trials (arm x seed), every setting checked before anything starts."""
+"""Studies as data: a TOML file -> arms -> trials (arm x seed).
 
+In: a TOML file, a size and a kind of budget. Out: a Matrix, the trials in the order in which
+they run. Every name, type and setting is checked here, before anything starts: a setting that
+train_gpt.py does not know is refused, and so is one that no Config would take.
+"""
+
+import dataclasses
 import difflib
 import itertools
 import math
-import os
 import re
 import stat
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,26 +21,43 @@ import train_gpt
 from ablation.records import leaves
 from train_gpt import Config, Refusal
 
-ROOT = (
-    Path(__file__).resolve().parents[1]
-)  # runs start here, so that relative paths of a study are below it
+# Runs start here, so that relative paths of a study are below it
+ROOT = Path(__file__).resolve().parents[1]
 
+# Keys of the tables of a study, and the types of their values
 STUDY_KEYS = {
-    **dict.fromkeys(("title", "source", "question", "limits", "reference"), str),
-    **dict.fromkeys(("seeds", "metrics", "show", "compare"), list),
-    **dict.fromkeys(("env", "size", "arm", "factorial"), dict),
+    "title": str,
+    "source": str,
+    "question": str,
+    "limits": str,
+    "reference": str,
+    "seeds": list,
+    "metrics": list,
+    "show": list,
+    "compare": list,
+    "env": dict,
+    "size": dict,
+    "arm": dict,
+    "factorial": dict,
 }
-
 SIZE_KEYS = {
-    **dict.fromkeys(("ranks", "jobs", "threads", "steps"), int),
-    **dict.fromkeys(("seeds", "arms", "time_arms"), list),
+    "ranks": int,
+    "jobs": int,
+    "threads": int,
+    "steps": int,
+    "seeds": list,
+    "arms": list,
+    "time_arms": list,
     "seconds": (int, float),
     "note": str,
     "env": dict,
 }
-
 ARM_KEYS = {"published": dict, "expect": str, "note": str}
 
+# The least value of each number of a size
+LEAST = {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}
+
+# The runner sets these itself
 OWN = {
     "RUN_ID",
     "LOGS_DIR",
@@ -44,40 +66,56 @@ OWN = {
     "EVAL_ONLY",
     "ITERATIONS",
     "MAX_WALLCLOCK_SECONDS",
-}  # the runner sets these
+}
+KNOBS = {f.name.upper() for f in train_gpt.KNOBS}
+SETTINGS = KNOBS | set(train_gpt.ALIASES) | set(train_gpt.UNSUPPORTED)
 
-SETTINGS = (
-    {f.name.upper() for f in train_gpt.KNOBS} | set(train_gpt.ALIASES) | set(train_gpt.UNSUPPORTED)
-)
-
+# Names of arms, sizes and studies, which become names of folders
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,200}")
 
-MAX_TRIALS = 10_000  # of a study: more is a mistake, or meant to keep us busy
+# More is a mistake, or meant to keep us busy
+MAX_TRIALS = 10_000
+MAX_STUDY_BYTES = 1 << 20
+# tomli takes memory by the square of them
+MAX_DOTS = 100
+
+EXAMPLE = "studies/pr989_qat_x_swa.toml"
 
 
 @dataclass(frozen=True)
 class Size:
-    """One scale of a study. steps and seconds are the budgets of --equal steps and --equal time."""
+    """One scale of a study.
+
+    steps, seconds: the budgets of --equal steps and --equal time.
+    ranks: processes of a run. jobs: trainings side by side.
+    threads: per rank; 0: as the machine has.
+    arms: which run at this size; empty: all.
+    time_arms: the same for --equal time; arms whose steps cost alike have nothing to add there.
+    """
 
     name: str
     steps: int
     seconds: float
     ranks: int = 1
-    jobs: int = 1  # trainings side by side
-    threads: int = 1  # per rank; 0: as the machine has
+    jobs: int = 1
+    threads: int = 1
     seeds: tuple[int, ...] = ()
-    arms: tuple[str, ...] = ()  # empty: all
-    time_arms: tuple[
-        str, ...
-    ] = ()  # of --equal time: arms whose steps cost alike have nothing to add; empty: arms
+    arms: tuple[str, ...] = ()
+    time_arms: tuple[str, ...] = ()
     note: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a TOML file says. arms: name -> settings on top of env; facts: name -> published figures, expectation, note.
-    metrics are compared; show stands in the table of arms only."""
+    """What a TOML file says.
+
+    arms: name -> settings on top of env.
+    facts: name -> published figures, expectation, note.
+    factors: of a factorial, name -> levels.
+    metrics are compared; show stands in the table of arms only.
+    compare: pairs of arms, besides each arm against the reference.
+    """
 
     path: Path
     title: str
@@ -100,21 +138,31 @@ class Study:
         return self.path.stem
 
 
+# ── Tables of a study ─────────────────────────────────────────────────────────────────────────────
+def spelt(value: bool | int | float | str) -> str:
+    """A value as an environment variable has it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
 def settings(table: dict, where: str) -> dict[str, str]:
-    """The environment variables of a TOML table. Refusal on a name that train_gpt.py does not know, or a nested value."""
+    """The environment variables of a TOML table.
+
+    Refusal on a name that train_gpt.py does not know, and on a nested value.
+    """
     found = {}
     for key, value in table.items():
-        if key not in SETTINGS or key in OWN:
+        if key in OWN:
+            raise Refusal(f"{where}: {key}={value}: is set by ablate.py itself; remove it")
+        if key not in SETTINGS:
             close = difflib.get_close_matches(key, SETTINGS - OWN, 1, 0.5)
-            unknown = f"no such setting; did you mean {', '.join(close) or '--help'}?"
-            raise Refusal(
-                f"{where}: {key}={value}: {'is set by ablate.py itself; remove it' if key in OWN else unknown}"
-            )
+            meant = ", ".join(close) or "--help"
+            raise Refusal(f"{where}: {key}={value}: no such setting; did you mean {meant}?")
         if not isinstance(value, (str, int, float)) or not str(value).isprintable():
             raise Refusal(
-                f"{where}: {key}={value}: must be a number, a boolean or a string without control characters"
+                f"{where}: {key}={value}: must be a number, a boolean or a string "
+                "without control characters"
             )
-        found[key] = str(int(value)) if isinstance(value, bool) else str(value)
+        found[key] = spelt(value)
     return found
 
 
@@ -132,39 +180,48 @@ def split_arm(table: dict, where: str) -> tuple[dict[str, str], dict]:
     """(settings, facts) of one arm: upper-case keys are settings, lower-case ones facts."""
     if not isinstance(table, dict):
         raise Refusal(f"{where} = {table!r}: must be a table of settings")
-    facts = typed({k: v for k, v in table.items() if k != k.upper()}, ARM_KEYS, where)
-    return settings({k: v for k, v in table.items() if k == k.upper()}, where), facts
+    upper = {key: value for key, value in table.items() if key == key.upper()}
+    lower = {key: value for key, value in table.items() if key != key.upper()}
+    facts = typed(lower, ARM_KEYS, where)
+    return settings(upper, where), facts
+
+
+def check_factors(factors: dict[str, list], where: str) -> None:
+    """Refusal unless each factor has two or more different levels, and not too many in all."""
+    for key, levels in factors.items():
+        if isinstance(levels, list):
+            different = {str(level).lower() for level in levels}
+            if 1 < len(levels) == len(different):
+                continue
+        raise Refusal(
+            f"{where}: {key} = {levels!r}: a factor needs a list of two or more different levels"
+        )
+    if math.prod(map(len, factors.values())) > MAX_TRIALS:
+        raise Refusal(
+            f"{where}: more than {MAX_TRIALS:,} combinations of {', '.join(factors)}; "
+            "leave out levels"
+        )
 
 
 def product_arms(factors: dict[str, list], where: str) -> dict[str, dict[str, str]]:
-    """The arms of a full factorial: {"qat": [0, 1], "swa": [0, 1]} -> qat-0_swa-0, qat-0_swa-1, ..."""
-    for key, levels in factors.items():
-        if not isinstance(levels, list) or not 1 < len(levels) == len(
-            {str(level).lower() for level in levels}
-        ):
-            raise Refusal(
-                f"{where}: {key} = {levels!r}: a factor needs a list of two or more different levels"
-            )
-    if math.prod(map(len, factors.values())) > MAX_TRIALS:
-        raise Refusal(
-            f"{where}: more than {MAX_TRIALS:,} combinations of {', '.join(factors)}; leave out levels"
-        )
-    cells = itertools.product(
-        *([(key, level) for level in levels] for key, levels in factors.items())
-    )
-    return (
-        {
-            "_".join(f"{k}-{v}".lower() for k, v in cell): settings(
-                {k.upper(): v for k, v in cell}, where
-            )
-            for cell in cells
-        }
-        if factors
-        else {}
-    )
+    """The arms of a full factorial.
+
+    {"qat": [0, 1], "swa": [0, 1]} -> qat-0_swa-0, qat-0_swa-1, qat-1_swa-0, qat-1_swa-1
+    """
+    check_factors(factors, where)
+    if not factors:
+        return {}
+    arms = {}
+    for levels in itertools.product(*factors.values()):
+        cell = dict(zip(factors, levels, strict=True))
+        name = "_".join(f"{factor}-{level}".lower() for factor, level in cell.items())
+        env = {factor.upper(): level for factor, level in cell.items()}
+        arms[name] = settings(env, where)
+    return arms
 
 
 def read_size(name: str, table: dict, where: str) -> Size:
+    """A [size.NAME]. Refusal on unknown keys, wrong types and numbers out of range."""
     if not isinstance(table, dict) or not {"steps", "seconds"} <= table.keys():
         raise Refusal(
             f"{where}: needs steps and seconds, the budgets of --equal steps and --equal time"
@@ -174,119 +231,140 @@ def read_size(name: str, table: dict, where: str) -> Size:
     for key in ("arms", "time_arms"):
         if not all(isinstance(arm, str) for arm in lists.get(key, ())):
             raise Refusal(f"{where}: {key} = {table[key]!r}: must be names of arms")
-    size = Size(name=name, **{**table, **lists, "env": settings(table.get("env", {}), where)})
-    for key, least in {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}.items():
-        if not least <= getattr(size, key) < 1e9:
-            raise Refusal(f"{where}: {key} = {getattr(size, key)}: must be {least} or more")
+    env = settings(table.get("env", {}), where)
+    size = Size(name=name, **{**table, **lists, "env": env})
+
+    for key, least in LEAST.items():
+        value = getattr(size, key)
+        if not least <= value < 1e9:
+            raise Refusal(f"{where}: {key} = {value}: must be {least} or more")
     return size
 
 
+# ── The file ──────────────────────────────────────────────────────────────────────────────────────
+def parse_toml(text: str) -> dict:
+    """The tables of a TOML text. ValueError where it is none, or meant to keep us busy."""
+    dots = [line.count(".") for line in text.split("\n")]
+    if max(dots) > MAX_DOTS:
+        raise ValueError(f"a line with more than {MAX_DOTS} dots")
+    data = tomli.loads(text)
+    for _ in leaves(data):  # ValueError where it is nested too deeply
+        pass
+    return data
+
+
 def read_toml(path: Path) -> dict:
-    """The tables of a TOML file. Refusal on any other file, and on one that would keep us busy or fill the memory."""
+    """The tables of a TOML file.
+
+    Refusal on any other file, and on one that would keep us busy or fill the memory.
+    """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > 1 << 20:
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_STUDY_BYTES:
             raise Refusal(f"{path}: no plain file of at most 1 MiB; give the path of a study")
-        text = path.read_text(encoding="utf-8")
-        if (
-            max((line.count(".") for line in text.split("\n")), default=0) > 100
-        ):  # tomli takes memory by the square of them
-            raise ValueError("a line with more than 100 dots")
-        data = tomli.loads(text)
-        list(leaves(data))  # ValueError where it is nested too deeply
-        return data
+        return parse_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal(
-            f"{path}: {error.strerror}; give the path of a study, such as studies/pr989_qat_x_swa.toml"
+            f"{path}: {error.strerror}; give the path of a study, such as {EXAMPLE}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: no valid TOML ({error}); correct it") from None
 
 
-def read_study(path: Path) -> Study:
-    """The study in a TOML file. Refusal on anything unknown, mistyped, missing, or that no Config would take."""
-    data = read_toml(path)
+def study_of(data: dict, path: Path) -> Study:
+    """The study that these tables make, with each table checked by itself."""
     typed(data, STUDY_KEYS, str(path))
-    sizes = {
-        name: read_size(name, table, f"{path}: size.{name}")
-        for name, table in data.get("size", {}).items()
-    }
-    split = {
-        name: split_arm(table, f"{path}: arm.{name}") for name, table in data.get("arm", {}).items()
-    }
-    arms = product_arms(data.get("factorial", {}), f"{path}: factorial")
-    arms |= {
-        name: {**arms.get(name, {}), **env} for name, (env, _) in split.items()
-    }  # of a cell: its facts
-    study = Study(
-        path,
-        data.get("title", path.stem),
-        data.get("question", ""),
-        data.get("source", ""),
-        data.get("limits", ""),
-        tuple(data.get("seeds", (1, 2, 3))),
-        data.get("reference", next(iter(arms), "")),
-        tuple(data.get("metrics", ("val_bpb", "quant_gap_bpb", "step_ms_median"))),
-        tuple(data.get("show", ())),
-        tuple(tuple(pair) if isinstance(pair, list) else () for pair in data.get("compare", ())),
-        settings(data.get("env", {}), f"{path}: env"),
-        sizes,
-        arms,
-        {name: facts for name, (_, facts) in split.items()},
-        {key: list(map(str, levels)) for key, levels in data.get("factorial", {}).items()},
+    sizes = {}
+    for name, table in data.get("size", {}).items():
+        sizes[name] = read_size(name, table, f"{path}: size.{name}")
+
+    own = {}
+    facts = {}
+    for name, table in data.get("arm", {}).items():
+        own[name], facts[name] = split_arm(table, f"{path}: arm.{name}")
+    factors = data.get("factorial", {})
+    arms = product_arms(factors, f"{path}: factorial")
+    # A table that is named like a cell of the factorial adds to that cell
+    arms |= {name: {**arms.get(name, {}), **env} for name, env in own.items()}
+
+    compare = [tuple(pair) if isinstance(pair, list) else () for pair in data.get("compare", ())]
+    return Study(
+        path=path,
+        title=data.get("title", path.stem),
+        question=data.get("question", ""),
+        source=data.get("source", ""),
+        limits=data.get("limits", ""),
+        seeds=tuple(data.get("seeds", (1, 2, 3))),
+        reference=data.get("reference", next(iter(arms), "")),
+        metrics=tuple(data.get("metrics", ("val_bpb", "quant_gap_bpb", "step_ms_median"))),
+        show=tuple(data.get("show", ())),
+        compare=tuple(compare),
+        env=settings(data.get("env", {}), f"{path}: env"),
+        sizes=sizes,
+        arms=arms,
+        facts=facts,
+        factors={key: list(map(str, levels)) for key, levels in factors.items()},
     )
-    named = {
-        str(side).partition(":")[0]
-        for side in itertools.chain(
-            [study.reference],
-            *study.compare,
-            *(scale.arms + scale.time_arms for scale in sizes.values()),
-        )
-    }
-    for problem, message in [
-        (
-            not all(
-                len(pair) == 2 and all(isinstance(side, str) for side in pair)
-                for pair in study.compare
-            ),
-            "compare: needs pairs of arms",
-        ),
-        (not sizes, "no [size.NAME]; give at least one"),
-        (len(arms) < 2, "fewer than two arms; add [arm.NAME] or [factorial]"),
-        (
-            not all(
-                type(seed) is int and seed >= 0
-                for group in (study, *sizes.values())
-                for seed in group.seeds
-            ),
-            "seeds must be whole numbers, 0 or more",
-        ),
-        (
-            not all(isinstance(name, str) for name in study.metrics + study.show),
-            "metrics and show must be names of figures of result.json",
-        ),
-        (
-            any(len(set(scale.arms)) < len(scale.arms) for scale in sizes.values()),
-            "an arm stands twice in a size",
-        ),
-        (named - arms.keys(), f"no such arm: {', '.join(map(str, named - arms.keys()))}"),
-        (
-            not all(NAME.fullmatch(arm) for arm in (*arms, *sizes)),
-            "names may hold letters, digits and _ . = - only",
-        ),
-        (
-            not NAME.fullmatch(path.stem),
-            "its file name, which names the folder of its runs, must be such a name; rename it",
-        ),
-    ]:
-        if problem:
-            raise Refusal(f"{path}: {message}")
+
+
+def arms_named(study: Study) -> set[str]:
+    """The arms that the reference, the comparisons and the sizes name."""
+    sides = [study.reference, *itertools.chain(*study.compare)]
+    for size in study.sizes.values():
+        sides += size.arms + size.time_arms
+    return {str(side).partition(":")[0] for side in sides}
+
+
+def is_pair(pair: tuple) -> bool:
+    return len(pair) == 2 and all(isinstance(side, str) for side in pair)
+
+
+def contradictions(study: Study) -> Iterator[str]:
+    """What is wrong with a study as a whole, although each of its tables is well formed."""
+    sizes = study.sizes.values()
+    seeds = [seed for group in (study, *sizes) for seed in group.seeds]
+    unknown = arms_named(study) - study.arms.keys()
+
+    if not all(is_pair(pair) for pair in study.compare):
+        yield "compare: needs pairs of arms"
+    if not sizes:
+        yield "no [size.NAME]; give at least one"
+    if len(study.arms) < 2:
+        yield "fewer than two arms; add [arm.NAME] or [factorial]"
+    if not all(type(seed) is int and seed >= 0 for seed in seeds):
+        yield "seeds must be whole numbers, 0 or more"
+    if not all(isinstance(name, str) for name in study.metrics + study.show):
+        yield "metrics and show must be names of figures of result.json"
+    if any(len(set(size.arms)) < len(size.arms) for size in sizes):
+        yield "an arm stands twice in a size"
+    if unknown:
+        yield f"no such arm: {', '.join(sorted(unknown))}"
+    if not all(NAME.fullmatch(name) for name in (*study.arms, *study.sizes)):
+        yield "names may hold letters, digits and _ . = - only"
+    if not NAME.fullmatch(study.name):
+        yield ("its file name, which names the folder of its runs, must be such a name; rename it")
+
+
+def read_study(path: Path) -> Study:
+    """The study in a TOML file.
+
+    Refusal on anything unknown, mistyped or missing. Whether a Config takes the settings is
+    checked by matrix.
+    """
+    study = study_of(read_toml(path), path)
+    for problem in contradictions(study):
+        raise Refusal(f"{path}: {problem}")
     return study
 
 
+# ── Trials: one run each, and which of them share a training ──────────────────────────────────────
 @dataclass(frozen=True)
 class Trial:
-    """One run: an arm with a seed. donor: the trial whose checkpoint it exports or scores again (None: it trains)."""
+    """One run: an arm with a seed.
+
+    env: all its settings, as environment variables.
+    donor: the trial whose checkpoint it exports or scores again; None: it trains.
+    """
 
     arm: str
     seed: int
@@ -302,7 +380,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A study at one size and one kind of budget: the trials, in the order in which they run."""
+    """A study at one size and one kind of budget (equal: steps or time)."""
 
     study: Study
     size: Size
@@ -313,21 +391,20 @@ class Matrix:
 
     def command(self) -> str:
         """What a user types to make these runs (in the default folder)."""
-        seeds = tuple(dict.fromkeys(t.seed for t in self.trials))
-        chosen = (
-            ""
-            if seeds == (self.size.seeds or self.study.seeds)
-            else f" --seeds {','.join(map(str, seeds))}"
-        )
-        return f"python ablate.py run {from_root(self.study.path)} --size {self.size.name} --equal {self.equal}{chosen}"
+        words = ["python ablate.py run", from_root(self.study.path)]
+        words += ["--size", self.size.name, "--equal", self.equal]
+        seeds = tuple(dict.fromkeys(trial.seed for trial in self.trials))
+        if seeds != (self.size.seeds or self.study.seeds):
+            words += ["--seeds", ",".join(map(str, seeds))]
+        return " ".join(words)
 
     def groups(self) -> list[list[Trial]]:
         """Each training with the trials that share it."""
-        return [
-            [t, *(f for f in self.trials if f.donor == t.id)]
-            for t in self.trials
-            if t.donor is None
-        ]
+        groups = {trial.id: [trial] for trial in self.trials if trial.donor is None}
+        for trial in self.trials:
+            if trial.donor is not None:
+                groups[trial.donor].append(trial)
+        return list(groups.values())
 
 
 def from_root(path: Path) -> str:
@@ -336,82 +413,71 @@ def from_root(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
+def budget(size: Size, equal: str) -> dict[str, str]:
+    """The settings that give all arms the same number of steps, or the same time."""
+    if equal == "steps":
+        return {"ITERATIONS": str(size.steps), "MAX_WALLCLOCK_SECONDS": "0"}
+    return {"MAX_WALLCLOCK_SECONDS": str(size.seconds)}
+
+
+def new_trial(study: Study, env: dict[str, str], arm: str, seed: int, folder: Path) -> Trial:
+    """A trial that trains. env: of size and budget. Refusal where no Config takes its settings."""
+    name = f"{arm}-s{seed}"
+    whole = {**study.env, **env, "SEED": str(seed), "RUN_ID": name, "LOGS_DIR": from_root(folder)}
+    try:
+        cfg = Config.from_env(whole)
+    except Refusal as refusal:
+        raise Refusal(f"{study.path}: arm {arm}: {refusal}") from None
+    return Trial(arm, seed, folder / name, whole, cfg)
+
+
+def share(trial: Trial, donor: Trial) -> Trial:
+    """The trial as one that starts from the donor's checkpoint.
+
+    What it would inherit from that checkpoint must not replace a default of its own, so each
+    setting that differs is given.
+    """
+    given = {
+        name.upper(): spelt(value)
+        for name, value in trial.cfg.knobs("grid", "export", "eval").items()
+        if getattr(donor.cfg, name) != value
+    }
+    given["CHECKPOINT"] = from_root(donor.folder / "checkpoint.bin")
+    return dataclasses.replace(trial, env=trial.env | given, donor=donor.id)
+
+
 def matrix(
     study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out: Path | None = None
 ) -> Matrix:
-    """All trials, seed by seed (A B A B, so that drift of the machine hits all arms alike). Arms whose training settings
-    agree (Config.training_scopes) share one training. Every setting is checked here, before anything starts."""
+    """All trials, seed by seed (A B A B, so that drift of the machine hits all arms alike).
+
+    Arms whose training settings agree (Config.training_scopes) share one training. Refusal on
+    a setting that no Config takes: everything is checked here, before anything starts.
+    """
     if size not in study.sizes:
         raise Refusal(f"{study.path}: no size {size}; choose from {', '.join(study.sizes)}")
-    scale, trials, donors = study.sizes[size], [], {}
+    scale = study.sizes[size]
     folder = (out or ROOT / "logs/runs" / study.name / f"{size}-{equal}").absolute()
-    budget = {
-        "steps": {"ITERATIONS": str(scale.steps), "MAX_WALLCLOCK_SECONDS": "0"},
-        "time": {"MAX_WALLCLOCK_SECONDS": str(scale.seconds)},
-    }[equal]
-    arms, seeds = (
-        scale.time_arms * (equal == "time") or scale.arms or tuple(study.arms),
-        seeds or scale.seeds or study.seeds,
-    )
+    seeds = seeds or scale.seeds or study.seeds
+    arms = scale.arms or tuple(study.arms)
+    if equal == "time" and scale.time_arms:
+        arms = scale.time_arms
     if len(arms) * len(seeds) > MAX_TRIALS:
         raise Refusal(
-            f"{study.path}: {len(arms)} arms with {len(seeds)} seeds: over {MAX_TRIALS:,} trials; leave some out"
+            f"{study.path}: {len(arms)} arms with {len(seeds)} seeds: over {MAX_TRIALS:,} trials; "
+            "leave some out"
         )
+
+    trials = []
+    donors: dict[tuple, Trial] = {}
     for seed in seeds:
         for arm in arms:
-            env = {**study.env, **scale.env, **study.arms[arm], **budget, "SEED": str(seed)}
-            env |= {"RUN_ID": f"{arm}-s{seed}", "LOGS_DIR": from_root(folder)}
-            try:
-                cfg = Config.from_env(env)
-            except Refusal as refusal:
-                raise Refusal(f"{study.path}: arm {arm}: {refusal}") from None
-            key = (cfg.digest(*cfg.training_scopes), cfg.data_path)
-            donor = donors.setdefault(key, Trial(arm, seed, folder / env["RUN_ID"], env, cfg))
-            if (
-                donor.arm != arm
-            ):  # what it inherits from the checkpoint must not replace a default of its own
-                differing = {
-                    n.upper(): v
-                    for n, v in cfg.knobs("grid", "export", "eval").items()
-                    if getattr(donor.cfg, n) != v
-                }
-                env |= {n: str(int(v) if isinstance(v, bool) else v) for n, v in differing.items()}
-                env["CHECKPOINT"] = from_root(donor.folder / "checkpoint.bin")
-            trials.append(
-                Trial(
-                    arm,
-                    seed,
-                    folder / env["RUN_ID"],
-                    env,
-                    cfg,
-                    donor.id if donor.arm != arm else None,
-                )
-            )
-    if not trials or len({t.id for t in trials}) < len(trials):
+            env = {**scale.env, **study.arms[arm], **budget(scale, equal)}
+            trial = new_trial(study, env, arm, seed, folder)
+            training = (trial.cfg.digest(*trial.cfg.training_scopes), trial.cfg.data_path)
+            donor = donors.setdefault(training, trial)
+            trials.append(trial if donor.arm == arm else share(trial, donor))
+
+    if not trials or len({trial.id for trial in trials}) < len(trials):
         raise Refusal(f"{study.path}: no seed, or a seed stands there twice")
     return Matrix(study, scale, equal, folder, arms, trials)
-
-
-def clean_environment(trial: Trial, size: Size) -> dict[str, str]:
-    """The whole environment of a run: its settings, and from ours only what a process needs to start."""
-    needed = (
-        "PATH",
-        "HOME",
-        "TMPDIR",
-        "LANG",
-        "LD_LIBRARY_PATH",
-        "CUDA_VISIBLE_DEVICES",
-        "CUDA_HOME",
-        "SYSTEMROOT",
-    )
-    machine = {name: os.environ[name] for name in needed if name in os.environ}
-    threads = (
-        {"OMP_NUM_THREADS": str(size.threads), "GOMP_SPINCOUNT": "1000"} if size.threads else {}
-    )
-    return machine | threads | trial.env
-
-
-def command(size: Size) -> list[str]:
-    """torchrun where there are several ranks; one process needs no launcher."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size.ranks}"]
-    return [sys.executable, *(torchrun if size.ranks > 1 else []), "train_gpt.py"]

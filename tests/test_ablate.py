@@ -22,9 +22,9 @@ from conftest import HANG, ROOT, TINY, until
 import ablate
 import train_gpt
 from ablation.report import factorial_table, load_matrix, markdown_report
-from ablation.runner import Ledger, Runner, gpu_gate, shell, watch
+from ablation.runner import Ledger, Runner, clean_environment, gpu_gate, shell, watch
 from ablation.statistics import paired, summary
-from ablation.study import Matrix, clean_environment, matrix, read_study
+from ablation.study import Matrix, matrix, read_study
 from train_gpt import Refusal
 
 BASE = {k.upper(): v for k, v in TINY.items() if k not in ("iterations", "max_wallclock_seconds")}
