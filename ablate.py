@@ -50,7 +50,7 @@ from ablation.report import (
 from ablation.runner import Runner, gpu_gate, run_elsewhere, run_here, shell
 from ablation.statistics import record_rule
 from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study
-from ablation.submission import build_submission
+from ablation.submission import ABOUT, build_submission
 from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import Refusal
 
@@ -322,7 +322,9 @@ def toml(tables: dict[str, dict]) -> str:
 @app.command()
 @options_as_parameters(SweepOptions)
 def sweep(options: SweepOptions) -> None:
-    """Write a study that varies one or two settings of a study's reference arm, and run it."""
+    """Write a study that varies one or two settings of a study's reference arm over a grid,
+    and run it.
+    """
     base = read_study(options.study)
     factors = dict(entry.partition("=")[::2] for entry in options.grid)
     if not 1 <= len(factors) <= 2 or not all(factors.values()):
@@ -342,21 +344,30 @@ def sweep(options: SweepOptions) -> None:
 
 
 # ── Submission ────────────────────────────────────────────────────────────────────────────────────
-@app.command()
-def submission(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, one per seed")],
-    out: Annotated[Path, typer.Option(help="the folder to make")],
-    author: Annotated[str, typer.Option()],
-    github_id: Annotated[str, typer.Option()],
-    name: Annotated[str, typer.Option(help="title of the run")],
-    blurb: Annotated[str, typer.Option(help="one paragraph")] = "",
+@dataclass(frozen=True, kw_only=True)
+class SubmissionOptions:
+    """Which runs, and what no log can tell."""
+
+    runs: Annotated[list[Path], typer.Argument(help="run folders, one per seed")]
+    out: Annotated[Path, typer.Option(help="the folder to make")]
+    author: Annotated[str, typer.Option()]
+    github_id: Annotated[str, typer.Option()]
+    name: Annotated[str, typer.Option(help="title of the run")]
+    blurb: Annotated[str, typer.Option(help="one paragraph")] = ""
     track: Annotated[
         str, typer.Option(help="default: 10min_16mb for three good seeds on 8xH100, else none")
-    ] = "",
-) -> None:
+    ] = ""
+
+    def about(self) -> dict[str, str]:
+        """The texts of the folder."""
+        return {key: getattr(self, key) for key in ABOUT}
+
+
+@app.command()
+@options_as_parameters(SubmissionOptions)
+def submission(options: SubmissionOptions) -> None:
     """Build the leaderboard folder from the logs of full trainings, one per seed."""
-    about = {"author": author, "github_id": github_id, "name": name, "blurb": blurb, "track": track}
-    print(f"wrote {build_submission(runs, out, about)}")
+    print(f"wrote {build_submission(options.runs, options.out, options.about())}")
 
 
 @app.command()
