@@ -4,21 +4,24 @@ import contextlib
 import multiprocessing
 import os
 import random
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 
 import pytest
-from conftest import HANG, ROOT, THREADS, environment, until
+from conftest import HANG, INHERITED, ROOT, THREADS, environment, until
 
 import train_gpt
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["train_gpt", "conftest", "test_pipeline", "torch.testing", "torch._dynamo"]
+    ["train_gpt", "conftest", "test_pipeline", "torch.testing", "torch._dynamo", "ablate", "bench"]
 )
 
 
@@ -138,6 +141,61 @@ def finish(cfg: train_gpt.Config, world: int = 1, prepare=None, **variables: str
     with launch(cfg, world, prepare, **variables) as run:
         run.wait()
     return run
+
+
+class Lent:
+    """An open file of this process that a child of the server gets too, with its lock."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self):
+        return take, (reduction.DupFd(self.number),)
+
+
+def take(lent) -> int:
+    return lent.detach()
+
+
+def script_child(argv: list[str], env: dict, output: int, kept: list[int]) -> None:
+    """A script as the main program, in this folder and environment; all that it prints goes to output."""
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    train_gpt.torch.set_num_threads(int(env.get("OMP_NUM_THREADS", THREADS)))
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+class Forked:
+    """What subprocess.Popen([python, script, ...], env=...) does, without the seconds that Python and torch need to start."""
+
+    def __init__(self, argv: list[str], env: dict, stdout, pass_fds: tuple = (), **_):
+        serve()
+        assert argv[0] == sys.executable
+        lent = [Lent(number) for number in pass_fds]
+        arguments = (list(map(str, argv[1:])), env, Lent(stdout.fileno()), lent)
+        self.process = SERVER.Process(target=script_child, args=arguments)
+        self.process.start()
+        self.terminate = self.process.terminate
+        self.kill = self.process.kill
+
+    def wait(self, timeout: float = HANG) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked script", timeout)
+        return self.process.exitcode
+
+
+def script(*argv) -> tuple[int, str]:
+    """(exit code, what it printed) of a script of this repository."""
+    env = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    with tempfile.TemporaryFile("w+") as output:
+        code = Forked([sys.executable, *argv], env, output).wait()
+        output.seek(0)
+        return code, output.read()
 
 
 def codes(run: Launch) -> list[int]:

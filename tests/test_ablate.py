@@ -14,10 +14,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rich.console
 from conftest import HANG, ROOT, TINY, until
+from launch import Forked
 
 import ablate
 import train_gpt
@@ -71,6 +73,21 @@ def study(data, tmp_path):
         return read_study(path)
 
     return make
+
+
+def start_trial(argv: list[str], **options):
+    """In place of Popen: forked where one process is enough, for it starts in milliseconds."""
+    alone = Path(argv[1]).name == "train_gpt.py"
+    return Forked(argv, **options) if alone else subprocess.Popen(argv, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_trials():
+    """What these tests start; `ablate.py run` as a program starts its trials itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick = SimpleNamespace(**vars(subprocess) | {"Popen": start_trial})
+        patch.setattr("ablation.runner.subprocess", quick)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import readme_tables
 from conftest import make_data
 from demo_picture import demo_picture
+from launch import script
 
 import train_gpt
 from ablation.check import check_submission
@@ -152,10 +153,8 @@ def test_every_make_target_that_a_page_names_exists():
     ],
 )
 def test_the_commands_start(command):
-    shown = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    assert len(shown.splitlines()) >= 10 and "--help" in shown
+    code, shown = script(*command)
+    assert code == 0 and len(shown.splitlines()) >= 10 and "--help" in shown
 
 
 def test_every_file_that_readme_names_exists():
