@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import bench
 import train_gpt
+from ablation.records import RunStore, keep
 from ablation.report import arm_table, comparison_table, factorial_table, load_matrix
 from ablation.report import markdown_table as markdown
 from ablation.runner import Ledger
@@ -27,6 +28,7 @@ from studies import banded_scoring
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PICTURE = ROOT / "docs" / "demo.svg"
 DEMO, BENCH = ROOT / "logs" / "demo", ROOT / "logs" / "bench"
+COMMITTED = ROOT / "logs" / "studies"  # the runs of studies, as lines
 
 # of the demo's log, the first (or last) line that starts so
 DEMO_LINES = (
@@ -320,7 +322,7 @@ def demo_summary() -> str:
     )
 
 
-def study(stem: str, size: str, equal: str, logs: Path = ROOT / "logs" / "studies") -> Matrix:
+def study(stem: str, size: str, equal: str, logs: Path = COMMITTED) -> Matrix:
     """The matrix of committed logs; equal time was run with three seeds."""
     folder = logs / stem / f"{size}-{equal}"
     seeds = (1, 2, 3) if equal == "time" else ()
@@ -366,23 +368,23 @@ def study_tables(stem: str, size: str, equal: str) -> str:
     return "\n\n".join(blocks)
 
 
-def adopt(logs: Path) -> None:
-    """Replaces the committed logs of each study that has been run to its end below `logs` by what tables are made of."""
+def adopt(logs: Path, kept: Path = COMMITTED) -> None:
+    """Replaces the committed logs of each study that has been run to its end below `logs`.
+
+    A run folder per trial becomes a line of results.jsonl and lines of metrics.jsonl.
+    """
     for stem, size, equal in STUDIES:
-        matrix, kept = study(stem, size, equal, logs), study(stem, size, equal)
-        if all(
-            (t.folder / "result.json").exists() or t.id in Ledger(matrix.folder).failures([t])
-            for t in matrix.trials
-        ):
-            shutil.rmtree(kept.folder, ignore_errors=True)
-            for trial in [Path(), *(Path(t.id) for t in matrix.trials)]:
-                for path in [
-                    matrix.folder / trial / name
-                    for name in ("ledger.jsonl", "result.json", "metrics.jsonl")
-                ]:
-                    if path.exists():
-                        (kept.folder / trial).mkdir(parents=True, exist_ok=True)
-                        shutil.copy(path, kept.folder / trial)
+        matrix = study(stem, size, equal, logs)
+        store = RunStore(matrix.folder)
+        found = {trial.id: store.find(trial.id) for trial in matrix.trials}
+        runs = {trial: run for trial, run in found.items() if run is not None}
+        ended = runs.keys() | Ledger(matrix.folder).failures(matrix.trials).keys()
+        if len(ended) < len(found):
+            continue
+        folder = kept / stem / matrix.folder.name
+        shutil.rmtree(folder, ignore_errors=True)
+        keep(folder, runs)
+        shutil.copy(matrix.folder / "ledger.jsonl", folder)
 
 
 def speed() -> str:
