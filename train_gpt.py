@@ -3081,6 +3081,7 @@ class Trainer:
 # In: fp32 weights by name, and a plan that says how each is shipped. Out: one file, and back.
 # Promise: what is read back is `as_shipped` of what was given, bit for bit; a damaged or hostile
 # file ends in a Refusal, in bounded time and memory, and nothing in it is ever run (no pickle).
+
 MAGIC = b"GOLFGPT\n"
 FORMAT_VERSION = 3
 HEADER = struct.Struct("<8sHHQ32s")  # its fields: see encode_container
@@ -3138,6 +3139,16 @@ COMPRESSORS = {
     "zstd": Compressor(zstd_compress, zstd_decompress, 22),
     "lzma": Compressor(lzma_compress, lzma_decompress, 6),
 }
+
+
+class NotOurs(Exception):
+    """What a file holds that encode_container would not have written."""
+
+
+def demand(fine, problem: str) -> None:
+    if not fine:
+        raise NotOurs(problem)
+
 
 # ANS. The codes become one stream of its own (below); zstd takes the rest of the file.
 COMPRESSORS["ans"] = COMPRESSORS["zstd"]
@@ -3345,15 +3356,6 @@ def ans_model(parts: dict[str, Tensor], lanes: int) -> tuple[np.ndarray, np.ndar
     return frequency.numpy().astype(int), words.astype(int)
 
 
-class NotOurs(Exception):
-    """What a file holds that encode_container would not have written."""
-
-
-def demand(fine, problem: str) -> None:
-    if not fine:
-        raise NotOurs(problem)
-
-
 def serialise(tensors: dict[str, Tensor], facts: dict, compressor: str) -> bytes:
     """safetensors, with the facts as JSON in its metadata."""
     if compressor == "ans":
@@ -3490,6 +3492,10 @@ def as_shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
     return w.to(how).float()
 
 
+def shipped_state(state: State, plan: dict) -> State:
+    return {name: as_shipped(w, plan[name]) for name, w in state.items()}
+
+
 def encode_artifact(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
     """A container of codes, scales and floats as planned; its facts: the knobs a reader needs."""
     parts = {}
@@ -3583,25 +3589,6 @@ def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str
     return sizes
 
 
-def prune(cfg: Config, state: State, fraction: float) -> State:
-    """Pruning: the smallest weights of each large matrix become 0.
-
-    What:   in each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights, w = 0 where |w| is less than
-            the smallest |w| that stays, which is number `fraction * numel` from below.
-    Why:    zeros compress well, and the smallest weights are missed least.
-    Source: #989; toggle PRUNE_PCT.
-    Care:   weights of equal magnitude stay or go together, so fewer than the fraction may go.
-    """
-    pruned = dict(state)
-    if not fraction:
-        return pruned
-    for name, w in state.items():
-        if w.ndim == 2 and w.numel() > cfg.keep_float_max_numel:
-            stays = w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
-            pruned[name] = torch.where(w.abs() < stays, 0.0, w)
-    return pruned
-
-
 PACKED_NAME = "train_gpt.packed.py"  # in the folder of a run, beside train_gpt.py
 READABLE_NAME = "train_gpt.readable.py"  # in a submission, whose train_gpt.py is the packed one
 MAX_SOURCE_BYTES = 1 << 24
@@ -3675,8 +3662,38 @@ class Exported(NamedTuple):
 
     blob: bytes  # on rank 0; empty on the others
     total: int  # bytes with the code
-    pruned: float  # fraction
     cfg: Config  # with the COMPRESSOR that was used
+    state: State  # what was quantised: fp32 weights, after pruning
+    pruned: float  # share of each large matrix
+
+
+def prune(cfg: Config, state: State, fraction: float) -> State:
+    """Pruning: the smallest weights of each large matrix become 0.
+
+    What:   in each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights, w = 0 where |w| is less than
+            the smallest |w| that stays, which is number `fraction * numel` from below.
+    Why:    zeros compress well, and the smallest weights are missed least.
+    Source: #989; toggle PRUNE_PCT.
+    Care:   weights of equal magnitude stay or go together, so fewer than the fraction may go.
+    """
+    pruned = dict(state)
+    if not fraction:
+        return pruned
+    for name, w in state.items():
+        if w.ndim == 2 and w.numel() > cfg.keep_float_max_numel:
+            stays = w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
+            pruned[name] = torch.where(w.abs() < stays, 0.0, w)
+    return pruned
+
+
+def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: float) -> Exported:
+    pruned = prune(cfg, state, fraction)
+    blob = b""
+    if run.rank == 0:
+        blob = encode_artifact(cfg, pruned, plan)
+    total = run.broadcast(len(blob)) + len(shipped_code(cfg))
+    run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
+    return Exported(blob, total, cfg, pruned, fraction)
 
 
 def export(cfg: Config, run: Run, state: State, plan: dict) -> Exported:
@@ -3685,15 +3702,6 @@ def export(cfg: Config, run: Run, state: State, plan: dict) -> Exported:
     if cfg.fit_to_cap and made.total > cfg.cap_bytes:
         made = fit_to_cap(run, state, plan, made)
     return made
-
-
-def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: float) -> Exported:
-    blob = b""
-    if run.rank == 0:
-        blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
-    total = run.broadcast(len(blob)) + len(shipped_code(cfg))
-    run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
-    return Exported(blob, total, fraction, cfg)
 
 
 PRUNE_STEP = 0.005
@@ -3735,6 +3743,8 @@ def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
 # number of ranks.
 # Promise: every target is scored exactly once, and only from the tokens before it; otherwise the
 # run ends with an error.
+
+
 class Score(NamedTuple):
     """Sums over all targets: bits per byte of text, nats per target, and what was counted."""
 
@@ -3875,7 +3885,26 @@ def score(
     return ScoreSheet(cfg, run, val).fill(forward, rows).total()
 
 
-def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np.ndarray) -> Score:
+class ScoringWay(NamedTuple):
+    """A way of scoring beside fixed and sliding windows, and the knob that asks for it.
+
+    score(cfg, run, model, forward, val): the model, and its compiled forward pass.
+    """
+
+    toggle: str
+    score: Callable[[Config, Run, GPT, Callable, Validation], Score]
+
+
+def score_documents(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
+    """No target is scored in the context of another document."""
+    return score(cfg, run, forward, val, document_windows(val, cfg.window, cfg.eval_stride))
+
+
+# In this order, as the last one changes the model; the last one that is on gives the result.
+SCORING_WAYS = {"documents": ScoringWay("DOC_ISOLATED_EVAL", score_documents)}
+
+
+def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
     """Test-time training: each chunk of the validation text is scored, then learned from.
 
     What:   SGD (momentum 0.9, clip 1, cosine over the chunks) on TTT_CHUNK_TOKENS tokens at a
@@ -3884,8 +3913,9 @@ def test_time_train(cfg: Config, run: Run, model: GPT, val: Validation, rows: np
     Source: #549, #975; toggle TTT_MODE.
     Care:   score first: a target is never learned before it is scored (#568, #677). A rank without
             rows takes part in every step all the same, or the others wait for ever (#975).
-            The model is changed: score with it last.
+            The model is changed, so it must be scored otherwise before; and not compiled.
     """
+    rows = windows(0, val.n, cfg.window, cfg.eval_stride)
     frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
     adapted = {name: p for name, p in model.named_parameters() if p not in frozen}
     flat = FlatParameters(adapted, run)
@@ -3918,6 +3948,9 @@ def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]
         yield from zip(ids, targets, strict=True)
 
 
+SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train)
+
+
 # ── 12 Report ─────────────────────────────────────────────────────────────────────────────────────
 # In: what was trained and what was scored. Out: result.json, the last table of the log, the code.
 # Promise: each toggle that was asked for is measured with and without; one that did nothing is
@@ -3925,8 +3958,6 @@ def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 
 # A way of scoring that is switched on by a knob: the knob -> the name of its score.
-SCORING_TOGGLES = {"DOC_ISOLATED_EVAL": "documents", "TTT_MODE": "ttt"}
-
 # What a run that only scores has no figures for.
 TRAINING_FIGURES = (
     "steps",
@@ -3954,7 +3985,7 @@ class Trained:
     live: State
     averages: dict[str, State]
     final: State  # the weights that are shipped, before pruning and quantisation
-    pruned: float = 0.0  # share of each large matrix that export set to 0
+    exported: Exported | None = None
     kinds: dict = field(default_factory=dict)  # kind of tensor -> how many, bytes, rounding error
     codes: dict = field(default_factory=dict)  # the codes beside their order-0 entropy
 
@@ -4001,8 +4032,23 @@ def prove_toggles(
     prove_averages(run, trained, probe)
     trained.trainer.model.load_state_dict(trained.live)
     prove_model_toggles(cfg, run, trained, probe, attend)
-    if trained.pruned:
-        run.activity["PRUNE_PCT"] = prove_pruning(cfg, trained, probe)
+    if trained.exported.pruned:
+        run.activity["PRUNE_PCT"] = prove_pruning(trained, probe)
+
+
+def prove_pruning(trained: Trained, probe: Probe) -> Activity:
+    """Pruning: the shipped weights against what would have been shipped without it."""
+    trainer = trained.trainer
+    off = shipped_state(trained.final, trainer.plan)
+    on = shipped_state(trained.exported.state, trainer.plan)
+    changed = [int((on[name] != off[name]).sum()) for name in on]
+    return Activity(
+        tensors=sum(n > 0 for n in changed),
+        params=sum(changed),
+        scope=f"export, {trained.exported.pruned:.1%}",
+        steps=[trainer.steps],
+        effect=probe.loss(trainer.model, on) - probe.loss(trainer.model, off),
+    )
 
 
 def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
@@ -4055,27 +4101,6 @@ def prove_model_toggles(
         )
 
 
-def prove_pruning(cfg: Config, trained: Trained, probe: Probe) -> Activity:
-    """Pruning: the shipped weights against what would have been shipped without it."""
-    trainer = trained.trainer
-    off = shipped_state(cfg, trained, share=0.0)
-    on = shipped_state(cfg, trained, share=trained.pruned)
-    changed = [int((on[name] != off[name]).sum()) for name in on]
-    return Activity(
-        tensors=sum(n > 0 for n in changed),
-        params=sum(changed),
-        scope=f"export, {trained.pruned:.1%}",
-        steps=[trainer.steps],
-        effect=probe.loss(trainer.model, on) - probe.loss(trainer.model, off),
-    )
-
-
-def shipped_state(cfg: Config, trained: Trained, share: float) -> State:
-    """What a reader of the artifact would get if `share` of each large matrix were pruned."""
-    pruned = prune(cfg, trained.final, share)
-    return {name: as_shipped(w, trained.trainer.plan[name]) for name, w in pruned.items()}
-
-
 def environment(run: Run) -> dict:
     """The hardware, versions and variables that figures depend on."""
     return dict(
@@ -4114,13 +4139,13 @@ def peak_memory(run: Run) -> int:
 def add_scoring_toggles(run: Run, bpb: dict[str, float], steps: int) -> None:
     """Ways of scoring that are toggles: their effect is in BPB, against plain scoring."""
     plain = "sliding" if "sliding" in bpb else "quantised"
-    for name, way in SCORING_TOGGLES.items():
-        if way in bpb:
-            run.activity[name] = Activity(
+    for name, way in SCORING_WAYS.items():
+        if name in bpb:
+            run.activity[way.toggle] = Activity(
                 scope=f"scoring, against {plain}",
                 unit="bpb",
                 steps=[steps],
-                effect=bpb[way] - bpb[plain],
+                effect=bpb[name] - bpb[plain],
             )
 
 
@@ -4129,15 +4154,11 @@ def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]
     if trained is None:
         return dict.fromkeys(TRAINING_FIGURES)
     trainer = trained.trainer
-
-    # with FIT_TO_CAP "quantised" is pruned: the gap is that of quantising alone
-    unfitted = bpb.get("unfitted", bpb["quantised"])
-    fit_cost = bpb["quantised"] - unfitted if "unfitted" in bpb else None
     return dict(
         recompiles=trainer.recompiles,
         groups=trained.kinds,
         codes=trained.codes,
-        pruned=trained.pruned,
+        pruned=trained.exported.pruned,
         resumed=trainer.resumed,
         skipped=trainer.skipped,
         steps=trainer.steps,
@@ -4149,9 +4170,21 @@ def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]
         average=cfg.shipped_average,
         live_val_bpb=bpb["live"],
         averaged_val_bpb=bpb.get("averaged"),
-        quant_gap_bpb=unfitted - bpb.get("averaged", bpb["live"]),
-        fit_cost_bpb=fit_cost,
+        **gap_figures(bpb),
     )
+
+
+def gap_figures(bpb: dict[str, float]) -> dict:
+    """What quantising costs and, apart from that, what FIT_TO_CAP's pruning costs."""
+    unfitted = bpb.get("unfitted", bpb["quantised"])
+    fit_cost = None
+    if "unfitted" in bpb:
+        fit_cost = bpb["quantised"] - unfitted
+    quant_gap = unfitted - bpb.get("averaged", bpb["live"])
+    return dict(quant_gap_bpb=quant_gap, fit_cost_bpb=fit_cost)
+
+
+GAP_FIGURES = ("quant_gap_bpb", "fit_cost_bpb")
 
 
 def build_result(
@@ -4238,7 +4271,7 @@ def final_table(r: dict) -> str:
             parts.append(text_table([(title, *columns), *lines]))
     if r.get("codes"):
         parts.append(codes_line(**r["codes"]))
-    for name in ("quant_gap_bpb", "fit_cost_bpb"):
+    for name in GAP_FIGURES:
         if r.get(name) is not None:
             parts.append(f"{name}: {r[name]:+.6f}")
     for name in r["inactive"]:
@@ -4511,13 +4544,12 @@ def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     """Exports the final weights to artifact.bin and measures what the bytes are spent on."""
     plan = trained.trainer.plan
     made = export(cfg, run, trained.final, plan)
-    trained.pruned = made.pruned
+    trained.exported = made
     sizes = None
     if run.rank == 0:
         write_atomic(run.dir / "artifact.bin", made.blob)
         kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
-        pruned = prune(cfg, trained.final, made.pruned)
-        sizes = kinds, code_size(made.cfg, pruned, plan, len(made.blob))
+        sizes = kinds, code_size(made.cfg, made.state, plan, len(made.blob))
     # the broadcast also keeps the other ranks from reading the file before it is written
     trained.kinds, trained.codes = run.broadcast(sizes)
 
@@ -4557,10 +4589,9 @@ def score_all(
         speed = "at the speed of the fixed ones"
         run.log(f"score sliding: {len(sliding):,} windows, about {seconds:.0f} s {speed}")
         keep("sliding", partial(measure, sliding))
-    if cfg.doc_isolated_eval:
-        keep("documents", lambda: measure(document_windows(val, cfg.window, cfg.eval_stride)))
-    if cfg.ttt_mode == "sgd":
-        keep("ttt", partial(test_time_train, cfg, run, model, val, sliding))
+    for name, way in SCORING_WAYS.items():
+        if getattr(cfg, way.toggle.lower()) not in (False, "none"):
+            keep(name, partial(way.score, cfg, run, model, forward, val))
     return scores
 
 
@@ -4573,9 +4604,10 @@ def weights_before_the_artifact(
     yield "live", trained.live
     if cfg.shipped_average in trained.averages:
         yield "averaged", trained.final
-    if trained.pruned > cfg.prune_pct:
+    if trained.exported.pruned > cfg.prune_pct:
         # quantised, but without what FIT_TO_CAP pruned
-        yield "unfitted", shipped_state(cfg, trained, share=cfg.prune_pct)
+        unfitted = prune(cfg, trained.final, cfg.prune_pct)
+        yield "unfitted", shipped_state(unfitted, trained.trainer.plan)
 
 
 def finish(run: Run, report: dict) -> dict:

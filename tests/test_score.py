@@ -129,8 +129,10 @@ def nats_of(cfg, run, val, model, mode: str) -> tuple[torch.Tensor, Score]:
     with pytest.MonkeyPatch.context() as patch:
         total = ScoreSheet.total
         patch.setattr(ScoreSheet, "total", lambda sheet: (sheets.append(sheet), total(sheet))[1])
-        job = train_gpt.test_time_train if mode == "ttt" else score
-        found = job(cfg, run, model, val, rows_of(cfg, val, mode))
+        if mode == "ttt":
+            found = train_gpt.test_time_train(cfg, run, model, model, val)
+        else:
+            found = score(cfg, run, model, val, rows_of(cfg, val, mode))
     return sheets[0].nats[:-1].clone(), found
 
 
