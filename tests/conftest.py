@@ -36,7 +36,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
-# ── Time. No test is about seconds: limits only end what hangs ────────────────────────────────────────────────────
+# ── Time. No test is about seconds: limits only end what hangs ────────────────────────────────────
 HANG = 600.0  # seconds for what takes a few: only a deadlock takes more (TCP gives up after 924)
 
 
@@ -50,7 +50,9 @@ def until(happened, story=str) -> None:
 
 
 def slowdown() -> float:
-    """Seconds that one second of computing takes at this moment: 1 on a quiet machine, more on a busy one."""
+    """Seconds that one second of computing takes at this moment:
+    1 on a quiet machine, more on a busy one.
+    """
     wall = time.perf_counter()
     used = time.thread_time()
     while time.thread_time() - used < 0.1:

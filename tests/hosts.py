@@ -1,8 +1,9 @@
 """Two hosts on one machine: Linux network namespaces joined by a veth pair, whose link can be cut.
 
-Each host has its own network, process ids and an init, `cat`, that ends with the pipe to the test. The kernel then ends all
-that runs there and removes the namespaces and the link: nothing is left over, even of a test that was killed. The namespaces
-have no names, so tests can run side by side. Users other than root get a user namespace around it, where the system allows it.
+Each host has its own network, process ids and an init, `cat`, that ends with the pipe to the test.
+The kernel then ends all that runs there and removes the namespaces and the link: nothing is left
+over, even of a test that was killed. The namespaces have no names, so tests can run side by side.
+Users other than root get a user namespace around it, where the system allows it.
 """
 
 import os
@@ -23,7 +24,10 @@ class Impossible(Exception):
 
 
 class Hosts:
-    """Two hosts, 0 and 1, that see each other; `with Hosts() as hosts:`. Impossible where the platform does not allow it."""
+    """Two hosts, 0 and 1, that see each other; `with Hosts() as hosts:`.
+
+    Impossible where the platform does not allow it.
+    """
 
     address = "10.77.0.1", "10.77.0.2"
     interface = LINK
@@ -60,7 +64,8 @@ class Hosts:
         ]
         if missing or sys.platform != "linux":
             raise Impossible(
-                f"network namespaces need Linux, util-linux and iproute2; missing: {missing or 'Linux'}"
+                "network namespaces need Linux, util-linux and iproute2; missing: "
+                f"{missing or 'Linux'}"
             )
         outside = (
             []
@@ -107,12 +112,16 @@ class Hosts:
             env=ENV,
             text=True,
             capture_output=True,
+            check=False,
         )
         if done.returncode:
             raise Impossible(f"ip {words}: {done.stderr.strip()}")
 
     def run(self, host: int, argv: list[str], env: dict[str, str], **options) -> subprocess.Popen:
-        """Starts a program on this host. (Signals to what this returns do not reach it; see kill.)"""
+        """Starts a program on this host.
+
+        Signals to what this returns do not reach it; see kill.
+        """
         return subprocess.Popen(
             [
                 shutil.which("nsenter", path=ENV["PATH"]),
@@ -124,12 +133,13 @@ class Hosts:
         )
 
     def cut(self, silently: bool = False) -> None:
-        """Takes the link down; silently: it stays up, but all packets go to an address that no card has, and vanish."""
+        """Takes the link down; silently: it stays up,
+        but all packets go to an address that no card has, and vanish.
+        """
         for host in (0, 1) if silently else ():
-            self.ip(
-                host,
-                f"neighbour replace {self.address[1 - host]} lladdr 02:00:00:00:00:99 nud permanent dev {LINK}",
-            )
+            other = self.address[1 - host]
+            nowhere = "02:00:00:00:00:99"
+            self.ip(host, f"neighbour replace {other} lladdr {nowhere} nud permanent dev {LINK}")
         if not silently:
             self.ip(0, f"link set {LINK} down")
 
@@ -143,6 +153,7 @@ class Hosts:
         subprocess.run(
             [*self.enter(host, "--net", "--pid"), "sh", "-c", "kill -9 -1"],
             env=ENV,
+            check=False,
             stderr=subprocess.DEVNULL,
         )
 
@@ -163,7 +174,9 @@ class Hosts:
 
 
 class Loopback:
-    """The same for machines without namespaces: both hosts are this one, and there is no link to cut."""
+    """The same for machines without namespaces: both hosts are this one,
+    and there is no link to cut.
+    """
 
     address = "127.0.0.1", "127.0.0.1"
     interface = "lo" if sys.platform == "linux" else "lo0"

@@ -1,4 +1,6 @@
-"""Runs of train_gpt.py in processes of their own that start in milliseconds, forked by a server that has imported torch."""
+"""Runs of train_gpt.py in processes of their own that start in milliseconds,
+forked by a server that has imported torch.
+"""
 
 import contextlib
 import multiprocessing
@@ -33,7 +35,9 @@ def serve() -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens at, from below those that the system gives to outgoing connections."""
+    """A port that nobody listens at,
+    from below those that the system gives to outgoing connections.
+    """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as s, contextlib.suppress(OSError):
@@ -158,7 +162,9 @@ def take(lent) -> int:
 
 
 def script_child(argv: list[str], env: dict, output: int, kept: list[int]) -> None:
-    """A script as the main program, in this folder and environment; all that it prints goes to output."""
+    """A script as the main program, in this folder and environment;
+    all that it prints goes to output.
+    """
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.chdir(ROOT)
@@ -170,7 +176,9 @@ def script_child(argv: list[str], env: dict, output: int, kept: list[int]) -> No
 
 
 class Forked:
-    """What subprocess.Popen([python, script, ...], env=...) does, without the seconds that Python and torch need to start."""
+    """What subprocess.Popen([python, script, ...], env=...) does,
+    without the seconds that Python and torch need to start.
+    """
 
     def __init__(self, argv: list[str], env: dict, stdout, pass_fds: tuple = (), **_):
         serve()

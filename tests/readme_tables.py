@@ -129,7 +129,7 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "the same, after `DIST_TIMEOUT` and some 10 s",
         "6",
         "up to the last checkpoint; `RESUME=1` on the hosts that are left",
-        "test_hosts: a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_it_is_mended, a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left",
+        "test_hosts: a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_mended, a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left",
     ),
     (
         "the ranks' weights drift apart",

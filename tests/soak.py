@@ -1,11 +1,16 @@
-"""The demo run again and again, stopped at random moments and resumed: does anything leak, hang or get lost?
+"""The demo run again and again, stopped at random moments and resumed:
+does anything leak, hang or get lost?
 
-    python tests/soak.py --seconds 3600 --out logs/bench/soak.json [--script train_gpt.py] [--ranks 2]
+    python tests/soak.py --seconds 3600 --out logs/bench/soak.json
+                         [--script train_gpt.py] [--ranks 2]
 
-Settings are those of `make train` on a CPU (data/demo must be there), with MAX_WALLCLOCK_SECONDS=60 and a checkpoint every 5 s. Each
-attempt is stopped after a random time by SIGKILL or SIGTERM, of one rank or of the launcher; the same command goes on until the run is
-complete. Every second the ranks' memory and open files are read from /proc; after each attempt the ranks that are still at work are counted, after
-each run the files of its folder. Fails when a launch hangs or a run does not come to its end; exits 1 when something grew."""
+Settings are those of `make train` on a CPU (data/demo must be there), with MAX_WALLCLOCK_SECONDS=60
+and a checkpoint every 5 s. Each attempt is stopped after a random time by SIGKILL or SIGTERM, of
+one rank or of the launcher; the same command goes on until the run is complete. Every second the
+ranks' memory and open files are read from /proc; after each attempt the ranks that are still at
+work are counted, after each run the files of its folder. Fails when a launch hangs or a run does
+not come to its end; exits 1 when something grew.
+"""
 
 import argparse
 import json
@@ -93,9 +98,8 @@ def attempt(argv: list[str], env: dict, script: str, log: Path, chance: random.R
             assert stopped is None or time.monotonic() - stopped < 600, f"hangs after {how}"
     ended = time.monotonic()
     while ranks_of(script) and time.monotonic() - ended < 40:
-        time.sleep(
-            0.5
-        )  # ranks outlive a launcher that was killed: they go on to the end, and hold the lock of their run
+        # Ranks outlive a launcher that was killed: they go on to the end, and hold the run's lock
+        time.sleep(0.5)
     said = log.read_bytes()[before:].decode(errors="replace")
     assert stopped or not launcher.returncode or "another process is at work" in said, (
         f"ends with {launcher.returncode}:\n{said}"

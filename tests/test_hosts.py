@@ -1,8 +1,10 @@
-"""Two hosts: torchrun across a real network link, the link cut while training, a host killed, and the run resumed.
+"""Two hosts: torchrun across a real network link, the link cut while training, a host killed,
+and the run resumed.
 
-Would have caught: a rank that waits for a lost one for ever, or until TCP gives up after a quarter of an hour; store calls
-whose timeout does not count once the link is silent; torchrun's own agent hanging on a lost store (--rdzv-backend=c10d);
-a run that starts again from nothing, or that differs from an uninterrupted one, after a host has gone.
+Would have caught: a rank that waits for a lost one for ever, or until TCP gives up after a quarter
+of an hour; store calls whose timeout does not count once the link is silent; torchrun's own agent
+hanging on a lost store (--rdzv-backend=c10d); a run that starts again from nothing, or that differs
+from an uninterrupted one, after a host has gone.
 """
 
 import json
@@ -28,13 +30,17 @@ LONG = dict(
 
 
 def long(tiny) -> Config:
-    """A run long enough to be cut, whose ranks wait 6 s for each other, or more where the machine is busy."""
+    """A run long enough to be cut, whose ranks wait 6 s for each other,
+    or more where the machine is busy.
+    """
     return tiny(**LONG, dist_timeout=6 * slowdown())
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Two hosts that see each other, for all tests here that one worker runs; each test starts with the link mended."""
+    """Two hosts that see each other, for all tests here that one worker runs;
+    each test starts with the link mended.
+    """
     try:
         with Hosts() as pair:
             yield pair
@@ -118,7 +124,9 @@ class Launch:
         return self.printed[host].read_text()
 
     def wait(self, hosts: tuple = ()) -> list[int]:
-        """The exit codes of the agents on these (default: all) hosts, once they and all their ranks have ended."""
+        """The exit codes of the agents on these (default: all) hosts,
+        once they and all their ranks have ended.
+        """
         hosts = hosts or self.on
 
         def ended() -> bool:
@@ -168,7 +176,10 @@ def losses(cfg: Config) -> dict[int, float]:
 
 
 def assert_complete(cfg: Config, ranks: int, alone: Config) -> dict:
-    """A run that ended well, with the losses and the score of the uninterrupted one on one rank. Returns result.json."""
+    """A run that ended well, with the losses and the score of the uninterrupted one on one rank.
+
+    Returns result.json.
+    """
     result, expected = (json.loads((folder(c) / "result.json").read_text()) for c in (cfg, alone))
     assert (result["exit_code"], result["steps"], result["world_size"]) == (
         0,
@@ -187,7 +198,7 @@ def assert_complete(cfg: Config, ranks: int, alone: Config) -> dict:
 
 
 def assert_lost(launch: Launch, host: int, other: int) -> None:
-    """The rank on this host has said which one it lost, and in which phase, and no more than that."""
+    """The rank on this host has said which one it lost, in which phase, and no more than that."""
     said = launch.text(host)
     assert (
         said.count(f"lost rank {other} in phase 'train'")
@@ -202,7 +213,9 @@ def assert_lost(launch: Launch, host: int, other: int) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
-    """uninterrupted(cfg) -> the same run, by one rank in this process; trained once for each set of knobs."""
+    """uninterrupted(cfg) -> the same run, by one rank in this process;
+    trained once for each set of knobs.
+    """
     done = {}
 
     def train(cfg: Config) -> Config:
@@ -247,7 +260,7 @@ def test_a_link_that_goes_down_ends_both_hosts_in_time(linked, tiny):
     assert cut_in_training(linked, long(tiny), silently=False) == [1, 1]
 
 
-def test_a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_it_is_mended(
+def test_a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_mended(
     linked, tiny, uninterrupted
 ):
     cfg = long(tiny)

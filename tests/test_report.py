@@ -1,7 +1,8 @@
-"""The report of an ablation: one page that stands alone, shows what was measured and nothing else, and trusts no file.
+"""The report of an ablation: one page that stands alone,
+shows what was measured and nothing else, and trusts no file.
 
-Would have caught: a figure that needs the network, a chart of runs that failed, an arm name that becomes markup, formula or
-table cell, and a mean that leaves out a seed or counts one twice.
+Would have caught: a figure that needs the network, a chart of runs that failed, an arm name that
+becomes markup, formula or table cell, and a mean that leaves out a seed or counts one twice.
 """
 
 import json
@@ -165,7 +166,7 @@ def only(chart: Chart) -> matplotlib.axes.Axes:
     return chart.figure.axes[0]
 
 
-# ── The page ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The page ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "runs",
     [[], sample(), [{"arm": "x", "seed": 1, "failed": "exit 5"}]],
@@ -260,7 +261,7 @@ def test_tables_show_their_cells_and_numbers_stand_right():
     ]
 
 
-# ── Text from files ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Text from files ───────────────────────────────────────────────────────────────────────────────
 def test_hostile_text_adds_no_element_and_no_attribute(hostile):
     def kinds(p: Page) -> list:
         return sorted({(tag, name) for tag, attrs in p.elements for name in ("", *attrs)})
@@ -299,7 +300,7 @@ def test_labels_are_short_and_say_where_they_are_cut():
     assert label("baseline") == "baseline"
 
 
-# ── Which charts ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Which charts ──────────────────────────────────────────────────────────────────────────────────
 def test_every_chart_is_there_when_its_data_are():
     p = page(sample())
     assert p.captions == set(CAPTIONS) and len(p.figures) == len(CAPTIONS)
@@ -381,7 +382,7 @@ def test_the_committed_demo_run_is_charted():
     assert any("WARMDOWN" in figure for figure in p.figures)
 
 
-# ── What they show ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── What they show ────────────────────────────────────────────────────────────────────────────────
 def test_captions_count_the_seeds():
     runs = [*sample(), finished("one")]
     rows = [measured(group(some), lambda run: run["seed"]) for some in (runs, runs[:6], runs[6:])]
@@ -504,7 +505,7 @@ def test_the_spread_says_when_arms_are_not_scored_alike():
     ]
 
 
-# ── Markdown ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Markdown ──────────────────────────────────────────────────────────────────────────────────────
 def test_a_markdown_table():
     assert markdown_table(["arm", "bpb"], [["baseline", 1.5], ["QAT", None]]) == (
         "| arm | bpb |\n| --- | --- |\n| baseline | 1.5 |\n| QAT | - |"

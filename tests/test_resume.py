@@ -457,7 +457,9 @@ def test_a_contradiction_is_refused(knobs, name):
 # ── the cost, and the interval ────────────────────────────────────────────────────────────────────
 @dataclasses.dataclass
 class NotesCheckpoints(Clock):
-    """In a child: each checkpoint that is written, as a line of steps, seconds and how many lie there."""
+    """In a child: each checkpoint that is written, as a line of steps,
+    seconds and how many lie there.
+    """
 
     notes: Path
 

@@ -1,10 +1,12 @@
 """Scoring: which targets, in which context, by whom, and in which order.
 
-Would have caught: tail targets scored 16 to 32 times (#50, #989, #194, #975); document windows that ran on into the
-next documents and scored 21 % of their targets twice (#145, #199); a deadlock when a chunk's rows do not divide among
-the ranks (#975); test-time training that scores what it has already learned (#568, #677); a wrong denominator (#2071).
+Would have caught: tail targets scored 16 to 32 times (#50, #989, #194, #975); document windows that
+ran on into the next documents and scored 21 % of their targets twice (#145, #199); a deadlock when
+a chunk's rows do not divide among the ranks (#975); test-time training that scores what it has
+already learned (#568, #677); a wrong denominator (#2071).
 """
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -55,17 +57,17 @@ SENTENCES = (
 
 
 def short_documents(data: Path, folder: Path) -> Path:
-    """The training shard and tokenizer of `data` with a validation shard of many documents shorter than a window."""
+    """The training shard and tokenizer of `data` with a validation
+    shard of many documents shorter than a window.
+    """
     from pydoc_data.topics import topics
 
     text = " ".join(" ".join(topics[name].split()) for name in sorted(topics)[:8])
     sp = sentencepiece.SentencePieceProcessor(model_file=str(data / "tokenizer.model"))
     cuts = np.cumsum((0, *SENTENCES))
     folder.mkdir()
-    write_shard(
-        folder / "fineweb_val_000000.bin",
-        np.concatenate([[1, *sp.encode(text[a:b].strip())] for a, b in zip(cuts[:-1], cuts[1:])]),
-    )
+    documents = [[1, *sp.encode(text[a:b].strip())] for a, b in itertools.pairwise(cuts)]
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate(documents))
     for name in ("tokenizer.model", "fineweb_train_000000.bin"):
         (folder / name).symlink_to(data / name)
     return folder
@@ -93,7 +95,9 @@ MODES = {
 
 @pytest.fixture
 def setting(tiny, documents):
-    """setting(**knobs) -> a Config that scores the short documents, of a model in which context matters a lot."""
+    """setting(**knobs) -> a Config that scores the short documents,
+    of a model in which context matters a lot.
+    """
     usual = dict(
         data_path=str(documents),
         val_max_tokens=700,
@@ -109,11 +113,13 @@ def validation(cfg, run) -> Validation:
 
 
 def lively_model(cfg, run):
-    """Every parameter random, also those that start at zero: each target depends on all that it can see."""
+    """Every parameter random, also those that start at zero:
+    each target depends on all that it can see.
+    """
     model = build_model(cfg, run, sdpa)
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.15 * torch.randn_like(p)
+            p.add_(0.15 * torch.randn_like(p))
     return model
 
 
@@ -124,7 +130,10 @@ def rows_of(cfg, val, mode: str) -> np.ndarray:
 
 
 def nats_of(cfg, run, val, model, mode: str) -> tuple[torch.Tensor, Score]:
-    """(nats of every target, Score), by the functions that the pipeline calls. Test-time training changes the model."""
+    """(nats of every target, Score), by the functions that the pipeline calls.
+
+    Test-time training changes the model.
+    """
     sheets = []
     with pytest.MonkeyPatch.context() as patch:
         total = ScoreSheet.total
@@ -146,7 +155,7 @@ def one_by_one(model, val, rows) -> torch.Tensor:
     return nats
 
 
-# ── windows ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── windows ───────────────────────────────────────────────────────────────────────────────────────
 spans = dict(
     low=st.integers(0, 50), n=st.integers(0, 300), length=st.integers(1, 400), part=st.floats(0, 1)
 )
@@ -245,7 +254,7 @@ def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(
     assert not compiled or len(shapes) <= 2  # a new shape is a recompile
 
 
-# ── scores ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── scores ────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("compiled_shapes", [False, True])
 @pytest.mark.parametrize("mode", ["fixed", "sliding", "documents"])
 def test_batched_scores_equal_one_window_at_a_time(setting, mode, compiled_shapes):
@@ -325,7 +334,7 @@ def test_changing_a_token_changes_no_target_before_it(setting, mode):
         )
 
 
-# ── test-time training ────────────────────────────────────────────────────────────────────────────────────────────
+# ── test-time training ────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def learner(setting):
     """learner(**knobs) -> (cfg, run, validation, a fresh model) with test-time training on."""
@@ -401,7 +410,7 @@ def test_a_chunk_of_part_windows_is_refused(setting):
         setting(**MODES["ttt"] | dict(ttt_chunk_tokens=100))
 
 
-# ── ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────────
 def enter_rank(rank: int, job, port: int, folder: str, arguments: tuple) -> None:
     place = dict(
         RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port

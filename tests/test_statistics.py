@@ -1,7 +1,9 @@
-"""The statistics of ablations: scipy's figures where it has them, published numbers elsewhere, and no overstatement.
+"""The statistics of ablations: scipy's figures where it has them, published numbers elsewhere,
+and no overstatement.
 
-Would have caught: SWA judged without QAT alone, where four cells of two seeds show that it turns from a gain into a loss
-under QAT; records claimed from one run; runs of other code, data or machines averaged into one arm.
+Would have caught: SWA judged without QAT alone, where four cells of two seeds show that it turns
+from a gain into a loss under QAT; records claimed from one run; runs of other code, data or
+machines averaged into one arm.
 """
 
 import copy
@@ -66,7 +68,7 @@ def normal_arm(seed: int, n: int, mean: float = 1.1, sd: float = 0.001) -> dict[
     return arm(*np.random.default_rng(seed).normal(mean, sd, n))
 
 
-# ── One arm ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One arm ───────────────────────────────────────────────────────────────────────────────────────
 def test_summary_is_the_mean_and_the_sample_standard_deviation():
     assert summary({7: 1.0, 3: 1.1, 5: 1.5}) == (
         3,
@@ -94,7 +96,7 @@ def test_a_score_that_is_not_finite_is_refused_by_its_seed(compare, broken):
         summary({})
 
 
-# ── Two arms ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Two arms ──────────────────────────────────────────────────────────────────────────────────────
 @settings(deadline=None)
 @given(ARM, ARM)
 def test_paired_is_scipys_ttest_rel_over_the_common_seeds(a, b):
@@ -188,7 +190,7 @@ def test_pairing_removes_the_noise_that_both_arms_share():
     assert paired(a, b).p < 1e-4 and welch(a, b).p > 0.5
 
 
-# ── Factorials ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Factorials ────────────────────────────────────────────────────────────────────────────────────
 def test_published_swa_and_qat_cancel_each_other():
     swa_alone, swa_on_qat = (
         paired(SWA_QAT[0, 0], SWA_QAT[1, 0]),
@@ -331,7 +333,7 @@ def test_one_factor_is_a_row_of_paired_tests():
     ]
 
 
-# ── The challenge's rule, and what can be shown ───────────────────────────────────────────────────────────────────
+# ── The challenge's rule, and what can be shown ───────────────────────────────────────────────────
 def test_the_margin_is_0_005_nats_per_token():
     assert record_rule(normal_arm(1, 3), normal_arm(2, 3), 1 / 2.436).margin == pytest.approx(
         0.00296, abs=5e-6
@@ -401,7 +403,7 @@ def test_one_pair_shows_nothing():
         detectable(0.001, 1)
 
 
-# ── Words ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Words ─────────────────────────────────────────────────────────────────────────────────────────
 def comparison(mean, low, high, **changes) -> Comparison:
     return Comparison(n=5, mean=mean, sd=0.002, t=1.0, df=4, p=0.002, low=low, high=high)._replace(
         **changes
@@ -425,17 +427,18 @@ def comparison(mean, low, high, **changes) -> Comparison:
         ),
         (
             comparison(-0.0003, -0.0011, 0.0005, p=0.41),
-            "b is not distinguishable from a (difference -0.0003 BPB, 95 % CI -0.0011 to 0.0005 includes 0, p = 0.41, n = 5; 5 seeds "
-            "could show 0.0008)",
+            "b is not distinguishable from a (difference -0.0003 BPB, 95 % CI -0.0011 to 0.0005 "
+            "includes 0, p = 0.41, n = 5; 5 seeds could show 0.0008)",
         ),
         (
             comparison(-0.5, -0.5, -0.5, p=0.0, sd=0.0, n=2),
-            "b is lower than a by 0.5000 BPB (95 % CI 0.5000 to 0.5000, p < 0.0001, n = 2, no spread between seeds)",
+            "b is lower than a by 0.5000 BPB (95 % CI 0.5000 to 0.5000, p < 0.0001, n = 2, "
+            "no spread between seeds)",
         ),
         (
             comparison(0.0, 0.0, 0.0, p=1.0, sd=0.0),
-            "b is not distinguishable from a (difference 0.0000 BPB, 95 % CI 0.0000 to 0.0000 includes 0, p = 1, n = 5; the scores are "
-            "the same)",
+            "b is not distinguishable from a (difference 0.0000 BPB, 95 % CI 0.0000 to 0.0000 "
+            "includes 0, p = 1, n = 5; the scores are the same)",
         ),
     ],
 )
@@ -472,11 +475,12 @@ def test_two_seeds_are_judged_by_their_wide_interval():
 def test_a_factorial_row_in_words():
     interaction = factorial(SWA_QAT, FACTORS)[-1]
     assert verdict(interaction, ("0", interaction.term)) == (
-        "SWA 1 - 0 x QAT 1 - 0 is higher than 0 by 0.0062 BPB (95 % CI 0.0035 to 0.0089, p = 0.0218, n = 2)"
+        "SWA 1 - 0 x QAT 1 - 0 is higher than 0 by 0.0062 BPB "
+        "(95 % CI 0.0035 to 0.0089, p = 0.0218, n = 2)"
     )
 
 
-# ── Runs that may be compared ─────────────────────────────────────────────────────────────────────────────────────
+# ── Runs that may be compared ─────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def two_runs() -> list[dict]:
     """Two runs of one arm, in the schema of a real result.json."""

@@ -1,7 +1,9 @@
-"""Stands in for FlashAttention 3's Python interface where it is not installed, with the flash kernels that torch ships (FA2).
+"""Stands in for FlashAttention 3's Python interface where it is not installed, with the flash
+kernels that torch ships (FA2).
 
-Put this folder on PYTHONPATH of a script that imports flash_attn_interface and cannot do without (#1855). The script stays as
-it is, its attention is slower than with FlashAttention 3: a figure that was measured with this must say so.
+Put this folder on PYTHONPATH of a script that imports flash_attn_interface and cannot do without
+(#1855). The script stays as it is, its attention is slower than with FlashAttention 3: a figure
+that was measured with this must say so.
 """
 
 import inspect
@@ -27,7 +29,8 @@ def flash_attn_func(
     )
 
 
-def flash_attn_varlen_func(
+# The order of arguments is FlashAttention's
+def flash_attn_varlen_func(  # noqa: PLR0917
     q,
     k,
     v,
@@ -38,7 +41,9 @@ def flash_attn_varlen_func(
     causal=False,
     window_size=(-1, -1),
 ):
-    """Packed documents: q (T, heads, d), k and v (T, kv heads, d); cu_seqlens (documents + 1,) may repeat its last entry."""
+    """Packed documents: q (T, heads, d), k and v (T, kv heads, d); cu_seqlens
+    (documents + 1,) may repeat its last entry.
+    """
     if not causal or window_size != (-1, -1):
         raise NotImplementedError("the stand-in knows whole causal windows only")
     if not GROUPED:
