@@ -42,6 +42,7 @@ import difflib
 import fcntl
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -50,10 +51,12 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import statistics
 import struct
 import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -78,7 +81,12 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# ── 1 CONFIG ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 1 Config ──────────────────────────────────────────────────────────────────────────────────
+# In: environment variables. Out: one frozen Config, every value typed and in range.
+# Promise: nothing that looks like a setting is ignored; all that is wrong with a launch is said
+# at once. Knows nothing of torch.
+
+# What the exit code of a run says
 EXIT_CODES = {
     0: "good",
     2: "bad configuration or data",
@@ -92,679 +100,706 @@ EXIT_CODES = {
     143: "terminated",
 }
 
+# What a rank alone may find, and says for itself
+RANKS_OWN_CODES = (6, 7, 8)
+
 
 class Refusal(Exception):
-    """Ends the run with one line that names the thing, its value and the remedy; `code` is a key of EXIT_CODES."""
+    """Ends the run. Each problem is one line that names the thing, its value and the remedy.
 
-    def __init__(self, message: str, code: int = 2):
-        super().__init__(
-            "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[:4000])
-        )  # it may quote a file
+    A line may quote a file or a variable: what cannot be printed is escaped, what is long is cut.
+    `code` is a key of EXIT_CODES.
+    """
+
+    def __init__(self, problems: str | list[str], code: int = 2):
+        super().__init__(problems, code)
+        if isinstance(problems, str):
+            problems = [problems]
+        longest = max(4000 // len(problems), 200)
+        self.problems = [one_line(problem[:longest]) for problem in problems]
         self.code = code
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+def one_line(text: str) -> str:
+    """The text with escapes in place of line breaks and of all else that cannot be printed."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def refuse(broken, message: str, code: int = 2) -> None:
+    """Raises Refusal if `broken` is true."""
     if broken:
         raise Refusal(message, code)
 
 
-def knob(default, unit: str, doc: str, lo=None, hi=None, choices=(), seeds="", scope="train"):
-    """One environment variable. scope: run, seed, train, model / eval (inside the artifact), grid (QAT to export), export."""
-    return field(
-        default=default,
-        metadata=dict(unit=unit, doc=doc, lo=lo, hi=hi, choices=choices, seeds=seeds, scope=scope),
-    )
+@contextlib.contextmanager
+def noted(problems: list[str]):
+    """Notes a Refusal of what is done inside, and goes on."""
+    try:
+        yield
+    except Refusal as refusal:
+        problems += refusal.problems
 
 
-run_knob, model_knob, grid_knob, export_knob, eval_knob = (
-    partial(knob, scope=s) for s in ["run", "model", "grid", "export", "eval"]
-)
-BITS, AVERAGES = (2, 3, 4, 5, 6, 7, 8, 16), ("auto", "none", "swa", "ema", "sqwa")
-TRIGGERS, SCOPES = (
-    ("always", "lr_scale", "iter_frac", "time_frac"),
-    ("exported", "linears", "small_linears"),
-)
-COMPARED = (
-    "model",
-    "train",
-    "grid",
-    "export",
-    "eval",
-)  # scopes that make runs comparable: not names, places, machine, seed
+@dataclass(frozen=True)
+class Knob:
+    """What is known of a knob beside its name, type and default."""
+
+    unit: str
+    # Its meaning in one line, for --help and README
+    doc: str
+    # Where it acts: run, seed, train, model and eval (both go into the artifact), grid (from QAT
+    # to export), export
+    scope: str = "train"
+    # The range of a number, both ends included
+    lo: float | None = None
+    hi: float | None = None
+    # All values that it can take
+    choices: tuple = ()
+
+
+def knob(default, unit: str, doc: str, **limits):
+    """One environment variable, as a field of Config. limits: scope, lo and hi or choices."""
+    return field(default=default, metadata=vars(Knob(unit, doc, **limits)))
+
+
+run_knob = partial(knob, scope="run")
+model_knob = partial(knob, scope="model")
+grid_knob = partial(knob, scope="grid")
+export_knob = partial(knob, scope="export")
+eval_knob = partial(knob, scope="eval")
+
+# Where prepare_data.py puts the challenge's data
+FINEWEB = "data/datasets/fineweb10B_sp1024"
+TOKENIZER = "data/tokenizers/fineweb_1024_bpe.model"
+
+# Scopes that make runs comparable: not names, places, machine and seed
+COMPARED = ("model", "train", "grid", "export", "eval")
+
+# What several knobs choose from
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
+QAT_SCOPES = ("exported", "linears", "small_linears")
+AVERAGES = ("auto", "none", "swa", "ema", "sqwa")
+SUM_TYPES = ("fp32", "native", "bf16")
+NORM_SIDES = ("pre_norm", "post_norm")
+ACTIVATIONS = ("relu2", "leaky_relu2")
+BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
+CODERS = ("zlib", "zstd", "lzma", "ans")
+
+# QUANT_CLIP -> the quantiles of a row's magnitudes among which its largest code is chosen
 CLIP_QUANTILES = {
     "amax": (1.0,),
     "quantile": (0.9999984,),
     "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
 }
+CLIPS = tuple(CLIP_QUANTILES)
+
+# Functions of knobs, which they name as parameters: each refuses what does not go together
+RULES: list[Callable[..., None]] = []
+
+
+def rule(check: Callable[..., None]) -> staticmethod:
+    """Adds a function to RULES. Inside Config it stands below the knobs that it is about."""
+    RULES.append(check)
+    return staticmethod(check)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob, once. The environment variable is the field name in upper case; booleans are 0 or 1."""
+    """Every knob, once. The environment variable is the field name in upper case.
 
-    # Where and what
-    data_path: str = run_knob(
-        "data/datasets/fineweb10B_sp1024", "folder", "fineweb_train_*.bin and fineweb_val_*.bin"
-    )
-    tokenizer_path: str = run_knob(
-        "data/tokenizers/fineweb_1024_bpe.model", "file", "SentencePiece model of them"
-    )
+    A technique's knobs and rules are one block. Booleans are 0 or 1 in the environment. An
+    artifact holds the knobs of the scopes model and eval in this order.
+    """
+
+    # The run: where and what
+    data_path: str = run_knob(FINEWEB, "folder", "fineweb_train_*.bin and fineweb_val_*.bin")
+    tokenizer_path: str = run_knob(TOKENIZER, "file", "SentencePiece model of them")
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
-    run_id: str = run_knob(
-        "",
-        "name",
-        "empty: date, time, config hash and seed; an existing one is refused, but with RESUME",
-    )
-    resume: bool = run_knob(
-        False,
-        "",
-        "go on with RUN_ID from its last checkpoint, with its settings; start it if there is none",
-    )
-    checkpoint_every: float = run_knob(
-        60.0, "s", "between checkpoints while training; 0: at start, end and when stopped", lo=0
-    )
-    checkpoint: str = run_knob(
-        "",
-        "file",
-        "export and score this checkpoint.bin, with other settings of both, and train nothing",
-    )
+    run_id: str = run_knob("", "name", "a new one, but with RESUME; empty: date, time, hash, seed")
+    resume: bool = run_knob(False, "", "go on with RUN_ID from its last checkpoint, if it has one")
+    checkpoint_every: float = run_knob(60.0, "s", "between checkpoints; 0: first, last, stop", lo=0)
+    checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin; train nothing")
     eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
-    nonfinite: str = run_knob(
-        "stop",
-        "",
-        "a step with a NaN or Inf: ends the run, or is left out",
-        choices=("stop", "skip"),
-    )
-    dist_timeout: float = run_knob(
-        300.0, "s", "a rank that has waited so long for the others gives up", lo=1
-    )
-    seed: int = knob(
-        1337,
-        "",
-        "initial weights and quantisation noise",
-        lo=0,
-        hi=2**32 - 1,
-        seeds="989 975",
-        scope="seed",
-    )
+    nonfinite: str = run_knob("stop", "", "a step with NaN or Inf", choices=("stop", "skip"))
+    dist_timeout: float = run_knob(300.0, "s", "a rank gives up after waiting for so long", lo=1)
+    seed: int = knob(1337, "", "initial weights and QNA's noise", scope="seed", lo=0, hi=2**32 - 1)
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
-    attn_backend: str = run_knob(
-        "auto",
-        "",
-        "auto: the fastest, timed",
-        choices=("auto", "sdpa", "cudnn", "flash", "fa3", "fa2"),
-    )
+    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=BACKENDS)
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
-    # Model
+
+    @rule
+    def one_source(checkpoint, eval_only, resume, run_id):
+        sources = sources_of(checkpoint, eval_only, resume, run_id)
+        refuse(len(sources) > 1, f"{' and '.join(sources)} contradict each other: choose one")
+
+    @rule
+    def resume_needs_a_run(resume, run_id):
+        refuse(resume and not run_id, "RESUME=1: of which run? Set its RUN_ID")
+
+    # The model
     vocab_size: int = model_knob(1024, "tokens", "must be the tokenizer's", lo=2, hi=65536)
-    num_layers: int = model_knob(11, "blocks", "transformer blocks", lo=1, seeds="145 199 989")
+    num_layers: int = model_knob(11, "blocks", "transformer blocks", lo=1)
     model_dim: int = model_knob(512, "", "width of the residual stream", lo=1)
     num_heads: int = model_knob(8, "", "query heads", lo=1)
-    num_kv_heads: int = model_knob(
-        4, "", "key / value heads, each shared by several query heads", lo=1
-    )
-    mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01, seeds="145 199")
-    mlp_act: str = model_knob(
-        "relu2",
-        "",
-        "square of ReLU, or of LeakyReLU(0.5)",
-        choices=("relu2", "leaky_relu2"),
-        seeds="975",
-    )
-    init: str = model_knob(
-        "ortho", "", "initial matrices", choices=("default", "ortho"), seeds="145 199"
-    )
-    tied_embed_init_std: float = model_knob(
-        0.005, "", "standard deviation of the initial token embedding", lo=0
-    )
-    qk_gain_init: float = model_knob(
-        1.5, "", "initial gain of the normalised queries, one per head", lo=0
-    )
+    num_kv_heads: int = model_knob(4, "", "key / value heads, shared by query heads", lo=1)
+    mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01)
+    mlp_act: str = model_knob("relu2", "", "square of ReLU or LeakyReLU(0.5)", choices=ACTIVATIONS)
+    init: str = model_knob("ortho", "", "initial matrices", choices=("default", "ortho"))
+    tied_embed_init_std: float = model_knob(0.005, "", "of the initial token embedding", lo=0)
+    qk_gain_init: float = model_knob(1.5, "", "initial gain of the queries, one per head", lo=0)
     logit_softcap: float = model_knob(30.0, "", "logits = cap * tanh(z / cap)", lo=1e-6)
+
+    @rule
+    def heads_divide_the_width(model_dim, num_heads):
+        remedy = f"must be a multiple of NUM_HEADS={num_heads}"
+        refuse(model_dim % num_heads, f"MODEL_DIM={model_dim}: {remedy}")
+
+    @rule
+    def heads_share_keys_evenly(num_heads, num_kv_heads):
+        remedy = f"must divide NUM_HEADS={num_heads}"
+        refuse(num_heads % num_kv_heads, f"NUM_KV_HEADS={num_kv_heads}: {remedy}")
+
+    @rule
+    def mlp_has_hidden_units(mlp_mult, model_dim):
+        remedy = f"leaves no hidden unit at MODEL_DIM={model_dim}"
+        refuse(mlp_mult * model_dim < 1, f"MLP_MULT={mlp_mult}: {remedy}")
+
+    # Rotary positions: all or some dimensions of a head, NTK scaling
     rope_base: float = model_knob(10000.0, "", "rotary base", lo=1)
-    rope_dims: int = model_knob(
-        0, "dims", "rotated dimensions of a head; 0: all", lo=0, seeds="975"
-    )
-    rope_ntk_len: int = model_knob(
-        0, "tokens", "NTK: the base grows with TRAIN_SEQ_LEN over this; 0: off", lo=0, seeds="975"
-    )
-    xsa_last_n: int = model_knob(
-        0, "blocks", "exclusive self-attention in the last N blocks; 0: off", lo=0, seeds="975"
-    )
-    ln_scale: bool = model_knob(
-        False, "", "scale the norms of block i by 1 / sqrt(i + 1)", seeds="975"
-    )
-    ve_enabled: bool = model_knob(
-        False, "", "value embedding: a second token table added to V", seeds="975"
-    )
+    rope_dims: int = model_knob(0, "dims", "rotated dimensions of a head; 0: all", lo=0)
+    rope_ntk_len: int = model_knob(0, "tokens", "NTK: base for TRAIN_SEQ_LEN/this; 0: off", lo=0)
+
+    @rule
+    def rotated_dimensions_are_pairs(model_dim, num_heads, rope_dims, rope_ntk_len):
+        head, rest = divmod(model_dim, num_heads)
+        if rest:
+            return
+        rotated = rope_dims or head
+        broken = rope_dims > head or rotated % 2 or (rope_ntk_len and rotated == 2)
+        remedy = f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)"
+        refuse(broken, f"ROPE_DIMS={rope_dims}: {remedy}")
+
+    # XSA
+    xsa_last_n: int = model_knob(0, "blocks", "exclusive self-attention, last N; 0: off", lo=0)
+
+    @rule
+    def xsa_blocks_exist(xsa_last_n, num_layers):
+        remedy = f"the model has {num_layers} blocks"
+        refuse(xsa_last_n > num_layers, f"XSA_LAST_N={xsa_last_n}: {remedy}")
+
+    # Norm scale
+    ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)")
+
+    # Value embedding
+    ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V")
     ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
     ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
-    smear_gate: bool = model_knob(
-        True, "", "SmearGate: blend in the previous token's embedding", seeds="145 199"
-    )
-    smear_pos: str = model_knob(
-        "pre_norm", "", "at the input RMSNorm", choices=("pre_norm", "post_norm"), seeds="989 975"
-    )
+
+    @rule
+    def value_embedding_blocks_exist(ve_enabled, ve_layers, num_layers):
+        blocks = [n.strip().lstrip("0") or n.strip() for n in ve_layers.split(",")]
+        # nine digits say enough: int() refuses thousands of them
+        strange = [n for n in blocks if not n.isdecimal() or int(n[:9]) >= num_layers]
+        doubled = len(set(blocks)) < len(blocks)
+        remedy = f"needs different block numbers below NUM_LAYERS={num_layers}, separated by commas"
+        refuse(ve_enabled and (strange or doubled), f"VE_LAYERS={ve_layers}: {remedy}")
+
+    # SmearGate
+    smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding")
+    smear_pos: str = model_knob("pre_norm", "", "at the input RMSNorm", choices=NORM_SIDES)
     smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
-    bigram_vocab_size: int = model_knob(
-        0, "buckets", "BigramHash table; 0: off", lo=0, seeds="989 975"
-    )
+    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999)
+
+    # BigramHash
+    bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0)
     bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
-    bigram_proj_gain: float = model_knob(
-        1.0, "", "initial gain of the BigramHash projection", lo=0, seeds="989"
-    )
-    train_seq_len: int = model_knob(
-        2048, "tokens", "training row", lo=2, hi=1 << 20, seeds="145 199"
-    )
+    bigram_proj_gain: float = model_knob(1.0, "", "initial gain of the BigramHash projection", lo=0)
+    bigram_proj_opt: str = knob("muon", "", "optimiser of its projection", choices=("muon", "adam"))
+
+    @rule
+    def bigrams_have_buckets(bigram_vocab_size):
+        remedy = "needs 2 buckets or more (the last one is for row starts)"
+        refuse(bigram_vocab_size == 1, f"BIGRAM_VOCAB_SIZE={bigram_vocab_size}: {remedy}")
+
     # Optimiser
-    matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0, seeds="145 199 975")
-    scalar_lr: float = knob(
-        0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0, seeds="145 199 975"
-    )
-    tied_embed_lr: float = knob(
-        0.03, "", "AdamW learning rate of embedding tables", lo=0, seeds="145 199 975"
-    )
-    muon_momentum: float = knob(
-        0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1, seeds="145 199"
-    )
-    muon_momentum_warmup_start: float = knob(
-        0.92, "", "momentum at step 0", lo=0, hi=1, seeds="145 199"
-    )
-    muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0, seeds="145 199")
+    matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0)
+    scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0)
+    tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0)
+    muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1)
+    muon_momentum_warmup_start: float = knob(0.92, "", "momentum at step 0", lo=0, hi=1)
+    muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0)
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
-    muon_wd: float = knob(
-        0.038, "", "decoupled weight decay of Muon matrices", lo=0, seeds="145 199 989 975"
-    )
-    bigram_proj_opt: str = knob(
-        "muon", "", "optimiser of the BigramHash projection", choices=("muon", "adam"), seeds="975"
-    )
+    muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0)
     beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
     beta2: float = knob(0.95, "", "AdamW", lo=0, hi=0.9999)
-    smear_beta2: float = knob(
-        0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999, seeds="989 975"
-    )
     adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
-    adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0, seeds="989 975")
-    grad_clip_norm: float = knob(
-        0.3, "", "global norm of the averaged gradient; 0: off", lo=0, seeds="145 199"
-    )
-    # Budget and schedule
+    adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0)
+    grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0)
+
+    # Budget, batch and schedule
     iterations: int = knob(20000, "steps", "upper bound of steps", lo=1)
-    max_wallclock_seconds: float = knob(
-        600.0, "s", "training budget; 0: ITERATIONS alone ends the run", lo=0
-    )
-    warmup_steps: int = knob(
-        20, "steps", "untimed steps that compile everything and are then undone", lo=1
-    )
-    warmdown_iters: int = knob(
-        3000, "steps", "linear decay to 0 at the end", lo=0, seeds="145 199 975"
-    )
-    warmdown_frac: float = knob(
-        0.0, "of run", "> 0: warm-down length as a fraction of the run instead", lo=0, hi=1
-    )
-    train_batch_tokens: int = knob(
-        524288, "tokens", "per step, over all ranks", lo=2, seeds="989 975"
-    )
-    grad_accum_steps: int = knob(
-        0, "", "micro-batches per rank and step; 0: 8 // ranks on GPUs, 1 on CPU", lo=0
-    )
-    train_log_every: int = knob(
-        200, "steps", "a line in the log, and a check that all ranks hold the same weights", lo=1
-    )
-    val_loss_every: int = knob(
-        1000,
-        "steps",
-        "score the live weights while training, clock paused; 0: never",
-        lo=0,
-        seeds="145",
-    )
-    # Quantisation-aware training and noise
-    qat_enabled: bool = knob(
-        False, "", "STE fake-quantisation on the export grid", seeds="145 194 989 975"
-    )
-    qat_start_kind: str = knob(
-        "always", "", "what starts QAT", choices=TRIGGERS, seeds="145 989 975"
-    )
-    qat_start: float = knob(
-        0.0,
-        "",
-        "lr scale below / share of ITERATIONS / share of the run",
-        lo=0,
-        hi=1,
-        seeds="145 989 975",
-    )
-    qat_scope: str = knob(
-        "exported",
-        "",
-        "all that export quantises; no tables; #975's few",
-        choices=SCOPES,
-        seeds="145 194 975",
-    )
-    qat_grid: str = knob(
-        "export",
-        "",
-        "clip of the fake grid: QUANT_CLIP, or amax",
-        choices=("export", "amax"),
-        seeds="194 975",
-    )
-    qna_enabled: bool = knob(
-        False, "", "uniform noise of one quantisation step, annealed with the lr", seeds="975"
-    )
+    max_wallclock_seconds: float = knob(600.0, "s", "training budget; 0: ITERATIONS alone", lo=0)
+    warmup_steps: int = knob(20, "steps", "untimed; they compile everything and are undone", lo=1)
+    warmdown_iters: int = knob(3000, "steps", "linear decay to 0 at the end", lo=0)
+    warmdown_frac: float = knob(0.0, "of run", "> 0: the decay's share of the run", lo=0, hi=1)
+    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
+    train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
+    grad_accum_steps: int = knob(0, "", "micro-batches; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
+    train_log_every: int = knob(200, "steps", "a line in the log, a check that ranks agree", lo=1)
+    val_loss_every: int = knob(1000, "steps", "score live weights, clock paused; 0: never", lo=0)
+
+    @rule
+    def rows_fill_a_batch(train_batch_tokens, train_seq_len, eval_only):
+        broken = not eval_only and train_batch_tokens % train_seq_len
+        remedy = f"is no multiple of TRAIN_SEQ_LEN={train_seq_len}"
+        refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
+
+    # QAT
+    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid")
+    qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS)
+    qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / of run", lo=0, hi=1)
+    qat_scope: str = knob("exported", "", "which tensors; small_linears: #975", choices=QAT_SCOPES)
+    qat_grid: str = knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
+
+    @rule
+    def qat_start_has_a_kind(qat_enabled, qat_start_kind, qat_start):
+        broken = qat_enabled and qat_start_kind == "always" and qat_start > 0
+        remedy = "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"
+        refuse(broken, f"QAT_START={qat_start}: {remedy}")
+
+    # QNA
+    qna_enabled: bool = knob(False, "", "uniform noise of one quantisation step, annealed with lr")
     qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
     qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
-    qna_use_floor: bool = knob(
-        True, "", "noise on the true grid, scale floor included; 0: #975", seeds="975"
-    )
-    # Averages: SQWA is of the EMA if EMA_ENABLED, else of the live weights
-    swa_enabled: bool = knob(
-        False, "", "mean of snapshots of the live weights", seeds="199 194 989"
-    )
-    swa_start_kind: str = knob(
-        "lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS, seeds="199"
-    )
-    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, seeds="199 194 975")
+    qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975")
+
+    @rule
+    def qat_leaves_time_for_noise(qna_enabled, qat_enabled, qat_start_kind):
+        broken = qna_enabled and qat_enabled and qat_start_kind == "always"
+        remedy = "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"
+        refuse(broken, f"QNA_ENABLED={qna_enabled}: {remedy}")
+
+    # SWA, EMA, SQWA: averages. SQWA is of the EMA if that is on, else of the live weights
+    swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights")
+    swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS)
+    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1)
     swa_every: int = knob(50, "steps", "between snapshots", lo=1)
-    swa_dtype: str = knob(
-        "fp32",
-        "",
-        "of sums; native: bf16 tables",
-        choices=("fp32", "native", "bf16"),
-        seeds="194 989",
-    )
-    ema_enabled: bool = knob(False, "", "exponential moving average, every step", seeds="975")
+    swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=SUM_TYPES)
+    ema_enabled: bool = knob(False, "", "exponential moving average, every step")
     ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
-    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", seeds="975")
-    # Export
-    average: str = export_knob(
-        "auto", "", "weights to ship; auto: the average that is on", choices=AVERAGES
-    )
-    quant_bits_mlp: int = grid_knob(
-        6, "bits", "MLP matrices; 16: fp16", choices=BITS, seeds="145 199 989"
-    )
-    quant_bits_attn: int = grid_knob(6, "bits", "attention matrices", choices=BITS, seeds="145 199")
-    quant_bits_bigram: int = grid_knob(
-        6, "bits", "BigramHash table, projections of small tables", choices=BITS, seeds="975"
-    )
-    quant_bits_embed: int = grid_knob(
-        16, "bits", "token and value-embedding tables", choices=BITS, seeds="145 199 975"
-    )
-    quant_clip: str = grid_knob(
-        "quantile", "", "largest weight of a row", choices=tuple(CLIP_QUANTILES), seeds="989 975"
-    )
-    quant_codes: str = grid_knob(
-        "sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"), seeds="989"
-    )
-    quant_scale_floor: bool = grid_knob(
-        True, "", "step at least 1/c, so rows below 1 share one fixed step", seeds="989"
-    )
-    keep_float_max_numel: int = grid_knob(
-        65536, "weights", "tensors up to this size stay fp16", lo=0, seeds="989"
-    )
-    fp16_keep_name_patterns: str = grid_knob(
-        "", "csv", "tensors whose name contains one of these stay fp16", seeds="989"
-    )
-    prune_pct: float = export_knob(
-        0.0, "fraction", "smallest weights of each large tensor set to 0", lo=0, hi=0.9, seeds="989"
-    )
-    compressor: str = export_knob(
-        "zstd", "", "of the artifact", choices=("zlib", "zstd", "lzma", "ans"), seeds="145 199 975"
-    )
+    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots")
+    average: str = export_knob("auto", "", "weights to ship; auto: what is on", choices=AVERAGES)
+
+    @rule
+    def snapshots_are_summed_once(swa_enabled, sqwa_enabled):
+        remedy = "SQWA_ENABLED sums snapshots too: choose one"
+        refuse(swa_enabled and sqwa_enabled, f"SWA_ENABLED={swa_enabled}: {remedy}")
+
+    @rule
+    def one_average_is_shipped(swa_enabled, ema_enabled, average):
+        broken = swa_enabled and ema_enabled and average == "auto"
+        remedy = "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped"
+        refuse(broken, f"SWA_ENABLED={swa_enabled}: {remedy}")
+
+    @rule
+    def shipped_average_is_collected(average, swa_enabled, ema_enabled, sqwa_enabled):
+        collected = {"swa": swa_enabled, "ema": ema_enabled, "sqwa": sqwa_enabled}
+        remedy = f"is not collected; set {average.upper()}_ENABLED=1"
+        refuse(not collected.get(average, True), f"AVERAGE={average}: {remedy}")
+
+    # The quantisation grid
+    quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS)
+    quant_bits_attn: int = grid_knob(6, "bits", "attention matrices", choices=BITS)
+    quant_bits_bigram: int = grid_knob(6, "bits", "BigramHash, tables' projections", choices=BITS)
+    quant_bits_embed: int = grid_knob(16, "bits", "token and value-embedding tables", choices=BITS)
+    quant_clip: str = grid_knob("quantile", "", "largest weight of a row", choices=CLIPS)
+    quant_codes: str = grid_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
+    quant_scale_floor: bool = grid_knob(True, "", "step at least 1/c: rows below 1 share one")
+    keep_float_max_numel: int = grid_knob(65536, "weights", "tensors up to this size: fp16", lo=0)
+    fp16_keep_name_patterns: str = grid_knob("", "csv", "fp16 if its name contains one of these")
+
+    # Export: pruning, compression, size
+    prune_pct: float = export_knob(0.0, "fraction", "smallest weights set to 0", lo=0, hi=0.9)
+    compressor: str = export_knob("zstd", "", "of the artifact", choices=CODERS)
     compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
-    pack_code: str = export_knob(
-        "lzma", "", "the script that counts and ships: packed, or none", choices=("lzma", "none")
-    )
+    pack_code: str = export_knob("lzma", "", "of the script that ships", choices=("lzma", "none"))
     cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
-    fit_to_cap: bool = export_knob(
-        False, "", "over the cap: add the least pruning that fits, and report its cost"
-    )
+    fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits")
+
+    @rule
+    def compressor_knows_the_level(compressor, compress_level):
+        broken = compressor in ("zlib", "lzma") and compress_level > 9
+        refuse(broken, f"COMPRESS_LEVEL={compress_level}: zlib and lzma know 0 to 9")
+
     # Scoring
     eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
-    eval_stride: int = eval_knob(
-        64, "tokens", "targets scored per sliding window; 0: fixed windows only", lo=0
-    )
-    eval_batch_seqs: int = eval_knob(
-        32, "windows", "per forward pass and rank; rows of a test-time SGD step", lo=1
-    )
-    doc_isolated_eval: bool = eval_knob(
-        False, "", "also score with windows that start and end with documents", seeds="199"
-    )
-    val_max_tokens: int = eval_knob(
-        0, "tokens", "score only the first N validation targets; 0: all", lo=0
-    )
+    eval_stride: int = eval_knob(64, "tokens", "scored per sliding window; 0: fixed windows", lo=0)
+    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank, TTT's too", lo=1)
+    doc_isolated_eval: bool = eval_knob(False, "", "also score each document by itself")
+    val_max_tokens: int = eval_knob(0, "tokens", "score only the first N targets; 0: all", lo=0)
+
+    @rule
+    def stride_fits_the_window(eval_stride, eval_seq_len, train_seq_len):
+        window = eval_seq_len or train_seq_len
+        remedy = f"must not exceed the window of {window} tokens"
+        refuse(eval_stride > window, f"EVAL_STRIDE={eval_stride}: {remedy}")
+
+    # Test-time training
     ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
     ttt_lr: float = eval_knob(0.002, "", "SGD, cosine over chunks", lo=0)
     ttt_epochs: int = eval_knob(3, "", "passes over a chunk once it is scored", lo=1)
-    ttt_chunk_tokens: int = eval_knob(32768, "tokens", "chunk", lo=1)
+    ttt_chunk_tokens: int = eval_knob(32768, "tokens", "scored, then trained on", lo=1)
     ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
-    given: frozenset = field(default=frozenset(), compare=False)  # names that the environment set
-    inherited: bool = field(
-        default=False, compare=False
-    )  # the rest is from a checkpoint or an artifact; rules wait for it
+
+    @rule
+    def windows_fill_a_chunk(ttt_mode, ttt_chunk_tokens, eval_seq_len, train_seq_len):
+        window = eval_seq_len or train_seq_len
+        remedy = f"is no multiple of the window of {window} tokens"
+        broken = ttt_mode != "none" and ttt_chunk_tokens % window
+        refuse(broken, f"TTT_CHUNK_TOKENS={ttt_chunk_tokens}: {remedy}")
+
+    # No knobs: the names that the environment set, and whether the rest is complete. It is not
+    # while a checkpoint or an artifact that is still to be read has a say; rules wait for it.
+    given: frozenset = field(default=frozenset(), compare=False)
+    inherited: bool = field(default=False, compare=False)
 
     def __post_init__(self):
-        for f in KNOBS:
-            name, value, m, choices = (
-                f.name.upper(),
-                getattr(self, f.name),
-                f.metadata,
-                f.metadata["choices"],
-            )
-            refuse(
-                isinstance(value, float) and not math.isfinite(value),
-                f"{name}={value}: must be a finite number",
-            )
-            refuse(
-                choices and value not in choices,
-                f"{name}={value}: choose one of {', '.join(map(str, choices))}",
-            )
-            refuse(
-                isinstance(value, str) and not value.isprintable(),
-                f"{name}={value}: control characters; leave them out",
-            )
-            largest = (
-                m["hi"] if m["hi"] is not None else 2**62 if f.type == "int" else 3e38
-            )  # that fits a tensor
-            if m["lo"] is not None and not m["lo"] <= value <= largest:
-                raise Refusal(
-                    f"{name}={value}: must be {m['lo']} or more"
-                    + (f", {m['hi']} or less" if m["hi"] else "")
-                )
-        refuse(
-            len(self.sources) > 1, f"{' and '.join(self.sources)} contradict each other: choose one"
-        )
-        refuse(self.resume and not self.run_id, "RESUME=1: of which run? Set its RUN_ID")
-        for rule in self.conflicts() if self.inherited or not self.sources else ():
-            refuse(*rule)
-
-    def conflicts(self) -> list[tuple[bool, str]]:
-        """(is violated, message) for every rule that involves more than one knob."""
-        window, head, ttt = self.window, self.model_dim // self.num_heads, self.ttt_mode != "none"
-        on, ve = (
-            self.collected(),
-            [n.strip().lstrip("0") or n.strip() for n in self.ve_layers.split(",")],
-        )
-        return [
-            (broken, f"{name}={getattr(self, name.lower())}: {remedy}")
-            for broken, name, remedy in [
-                (
-                    self.model_dim % self.num_heads,
-                    "MODEL_DIM",
-                    f"must be a multiple of NUM_HEADS={self.num_heads}",
-                ),
-                (
-                    self.num_heads % self.num_kv_heads,
-                    "NUM_KV_HEADS",
-                    f"must divide NUM_HEADS={self.num_heads}",
-                ),
-                (
-                    self.rope_dims > head
-                    or (self.rope_dims or head) % 2
-                    or (self.rope_ntk_len and (self.rope_dims or head) == 2),
-                    "ROPE_DIMS",
-                    f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)",
-                ),
-                (
-                    not self.eval_only and self.train_batch_tokens % self.train_seq_len,
-                    "TRAIN_BATCH_TOKENS",
-                    f"is no multiple of TRAIN_SEQ_LEN={self.train_seq_len}",
-                ),
-                (
-                    self.eval_stride > window,
-                    "EVAL_STRIDE",
-                    f"must not exceed the window of {window} tokens",
-                ),
-                (
-                    self.mlp_mult * self.model_dim < 1,
-                    "MLP_MULT",
-                    f"leaves no hidden unit at MODEL_DIM={self.model_dim}",
-                ),
-                (
-                    self.xsa_last_n > self.num_layers,
-                    "XSA_LAST_N",
-                    f"the model has {self.num_layers} blocks",
-                ),
-                (
-                    self.bigram_vocab_size == 1,
-                    "BIGRAM_VOCAB_SIZE",
-                    "needs 2 buckets or more (the last one is for row starts)",
-                ),
-                (
-                    self.ve_enabled
-                    and (
-                        len(set(ve)) < len(ve)
-                        or any(not n.isdecimal() or int(n[:9]) >= self.num_layers for n in ve)
-                    ),
-                    "VE_LAYERS",
-                    f"needs different block numbers below NUM_LAYERS={self.num_layers}, separated by commas",
-                ),
-                (
-                    self.swa_enabled and self.sqwa_enabled,
-                    "SWA_ENABLED",
-                    "SQWA_ENABLED sums snapshots too: choose one",
-                ),
-                (
-                    self.swa_enabled and self.ema_enabled and self.average == "auto",
-                    "SWA_ENABLED",
-                    "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped",
-                ),
-                (
-                    self.average not in ("auto", "none", *on),
-                    "AVERAGE",
-                    f"is not collected; set {self.average.upper()}_ENABLED=1",
-                ),
-                (
-                    self.qna_enabled and self.qat_enabled and self.qat_start_kind == "always",
-                    "QNA_ENABLED",
-                    "would never act, as QAT_START_KIND=always replaces the noise; start QAT later",
-                ),
-                (
-                    self.qat_enabled and self.qat_start_kind == "always" and self.qat_start > 0,
-                    "QAT_START",
-                    "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND",
-                ),
-                (
-                    ttt and self.ttt_chunk_tokens % window,
-                    "TTT_CHUNK_TOKENS",
-                    f"is no multiple of the window of {window} tokens",
-                ),
-                (
-                    self.compressor in ("zlib", "lzma") and self.compress_level > 9,
-                    "COMPRESS_LEVEL",
-                    "zlib and lzma know 0 to 9",
-                ),
-            ]
-        ]
+        problems = wrong_settings(self.knobs(), self.inherited)
+        if problems:
+            raise Refusal(problems)
 
     @property
     def window(self) -> int:
-        return self.eval_seq_len or self.train_seq_len  # tokens of one scoring window
+        """Tokens of one scoring window."""
+        return self.eval_seq_len or self.train_seq_len
 
     @property
-    def sources(self) -> list[str]:  # of weights that exist already
-        found = {
-            "CHECKPOINT": self.checkpoint,
-            "EVAL_ONLY": self.eval_only,
-            "RESUME=1 RUN_ID": self.resume and self.run_id,
-        }
-        return [f"{name}={value}" for name, value in found.items() if value]
+    def sources(self) -> list[str]:
+        """What names weights that exist already."""
+        return sources_of(self.checkpoint, self.eval_only, self.resume, self.run_id)
 
     def collected(self) -> list[str]:
-        return [n for n in ("swa", "ema", "sqwa") if getattr(self, f"{n}_enabled")]  # averages
+        """The averages that are on; the last one is shipped if none is asked for."""
+        averages = {"swa": self.swa_enabled, "ema": self.ema_enabled, "sqwa": self.sqwa_enabled}
+        return [name for name, is_on in averages.items() if is_on]
 
     @property
     def shipped_average(self) -> str:
-        return ["none", *self.collected()][-1] if self.average == "auto" else self.average
+        """swa, ema, sqwa or none."""
+        if self.average != "auto":
+            return self.average
+        collected = self.collected()
+        return collected[-1] if collected else "none"
 
     @property
-    def training_scopes(self) -> tuple[str, ...]:  # of the knobs that a checkpoint depends on
-        return ("seed", "model", "train") + ("grid",) * (
-            self.qat_enabled or self.qna_enabled or self.sqwa_enabled
-        )
+    def training_scopes(self) -> tuple[str, ...]:
+        """Scopes of the knobs that a checkpoint depends on."""
+        scopes = ("seed", "model", "train")
+        trains_on_the_grid = self.qat_enabled or self.qna_enabled or self.sqwa_enabled
+        return (*scopes, "grid") if trains_on_the_grid else scopes
 
-    def knobs(
-        self, *scopes: str
-    ) -> dict:  # Name -> value of the knobs in these scopes (all without an argument)
-        return {
-            f.name: getattr(self, f.name)
-            for f in KNOBS
-            if not scopes or f.metadata["scope"] in scopes
-        }
+    def knobs(self, *scopes: str) -> dict:
+        """Name -> value of the knobs in these scopes; of all without an argument."""
+        chosen = [f.name for f in KNOBS if not scopes or f.metadata["scope"] in scopes]
+        return {name: getattr(self, name) for name in chosen}
 
     def non_default(self) -> dict:
-        return {
-            f.name.upper(): getattr(self, f.name)
-            for f in KNOBS
-            if getattr(self, f.name) != f.default
-        }
+        """VARIABLE -> value of the knobs that differ from their defaults."""
+        values = self.knobs()
+        return {f.name.upper(): values[f.name] for f in KNOBS if values[f.name] != f.default}
 
-    def digest(
-        self, *scopes: str
-    ) -> str:  # sha256 of the knobs in these scopes (default: of all that makes runs comparable)
-        return hashlib.sha256(
-            json.dumps(self.knobs(*scopes or COMPARED), sort_keys=True).encode()
-        ).hexdigest()
+    def digest(self, *scopes: str) -> str:
+        """sha256 of the knobs in these scopes; by default of all that make runs comparable."""
+        knobs = self.knobs(*scopes or COMPARED)
+        return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_env(cls, env) -> Config:
-        """Typed and checked configuration; Refusal on a bad value or on a variable that looks like ours but is not."""
-        known, settings = {f.name.upper(): f for f in KNOBS}, translate_old_names(dict(env))
-        ours = {*ALIASES, *(n for n, f in known.items() if f.metadata["scope"] != "run")}
-        words = {name.split("_")[0] for name in known} - {"INIT"}
-        for name in sorted(settings.keys() - known.keys() - FOREIGN):
-            close = difflib.get_close_matches(name, known, 1, 0.85)
-            part = "_" in name and any(
-                k.endswith("_" + name) or ("_" in k and name.endswith("_" + k)) for k in ours
-            )
-            if name == name.upper() and (close or part or name.split("_")[0] in words):
-                close = close or difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
-                raise Refusal(
-                    f"{name}={settings[name]}: no such setting; did you mean {close[0]}? Else unset it"
-                )
-        given = frozenset(settings.keys() & known.keys())
-        return cls(given=given, **{n.lower(): parse(n, settings[n], known[n].type) for n in given})
+        """The configuration in these variables. Refusal with all that is wrong with them."""
+        problems = []
+        texts = translate_old_names(dict(env), problems)
+        problems += look_alikes(texts)
+
+        given = frozenset(f.name.upper() for f in KNOBS if f.name.upper() in texts)
+        values = {}
+        for f in KNOBS:
+            name = f.name.upper()
+            if name not in given:
+                values[f.name] = f.default
+            elif texts[name] is not None:
+                with noted(problems):
+                    values[f.name] = parse(name, texts[name], f.type)
+        problems += wrong_settings(values)
+        if problems:
+            # each once: an old spelling may stand for several knobs
+            raise Refusal(list(dict.fromkeys(problems)))
+        return cls(given=given, **values)
 
 
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
 
 
-def parse(
-    name: str, text: str, kind: str
-):  # The value of one variable, by the annotated type of its knob
+def sources_of(checkpoint: str, eval_only: str, resume: bool, run_id: str) -> list[str]:
+    """VARIABLE=value for each that names weights which exist already."""
+    named = {"CHECKPOINT": checkpoint, "EVAL_ONLY": eval_only}
+    if resume:
+        named["RESUME=1 RUN_ID"] = run_id
+    return [f"{name}={value}" for name, value in named.items() if value]
+
+
+def wrong_settings(values: dict, complete: bool = False) -> list[str]:
+    """All that is wrong with these values.
+
+    A rule is left out where a knob of it is wrong or missing. Weights that exist already bring
+    their own settings: until these are known (`complete`), rules on other knobs than the run's
+    wait.
+    """
+    problems = []
+    fine = {}
+    for f in KNOBS:
+        if f.name in values:
+            with noted(problems):
+                check_value(f, values[f.name])
+                fine[f.name] = values[f.name]
+
+    # RESUME may be missing here, but then it was set
+    resume = values.get("resume", True)
+    if not complete and sources_of(
+        values["checkpoint"], values["eval_only"], resume, values["run_id"]
+    ):
+        of_the_run = {f.name for f in KNOBS if f.metadata["scope"] == "run"}
+        fine = {name: value for name, value in fine.items() if name in of_the_run}
+
+    for check in RULES:
+        involved = inspect.signature(check).parameters
+        if involved.keys() <= fine.keys():
+            with noted(problems):
+                check(**{name: fine[name] for name in involved})
+    return problems
+
+
+def check_value(f: dataclasses.Field, value) -> None:
+    """Refusal of a value that this knob cannot take, whatever the others are."""
+    limits = Knob(**f.metadata)
+    told = f"{f.name.upper()}={value}"
+    if isinstance(value, float):
+        refuse(not math.isfinite(value), f"{told}: must be a finite number")
+    if limits.choices:
+        choices = ", ".join(map(str, limits.choices))
+        refuse(value not in limits.choices, f"{told}: choose one of {choices}")
+    if isinstance(value, str):
+        refuse(not value.isprintable(), f"{told}: control characters; leave them out")
+    if limits.lo is not None:
+        # without a bound of its own: what fits a tensor
+        largest = 2**62 if f.type == "int" else 3e38
+        bounds = f"{limits.lo} or more"
+        if limits.hi is not None:
+            largest = limits.hi
+            bounds += f", {limits.hi} or less"
+        refuse(not limits.lo <= value <= largest, f"{told}: must be {bounds}")
+
+
+def parse(name: str, text: str, kind: str):
+    """The value of one variable, by the annotated type of its knob."""
+    if kind == "bool":
+        refuse(text not in ("0", "1"), f"{name}={text}: must be 0 or 1")
+        return text == "1"
+    if kind == "str":
+        return text
     try:
-        return (
-            {"0": False, "1": True}[text]
-            if kind == "bool"
-            else {"int": int, "float": float, "str": str}[kind](text)
-        )
-    except (KeyError, ValueError):
-        raise Refusal(
-            f"{name}={text}: must be {dict(bool='0 or 1', int='a whole number', float='a number')[kind]}"
-        ) from None
+        return int(text) if kind == "int" else float(text)
+    except ValueError:
+        meant = "a whole number" if kind == "int" else "a number"
+        raise Refusal(f"{name}={text}: must be {meant}") from None
 
 
-def switch(
-    old: str, name: str, off: str, on: str
-) -> Callable:  # An old 0 / 1 variable that stands for NAME=off or NAME=on
-    return lambda value, env: {name: on if parse(old, value, "bool") else off}
+# What an old variable means: (its text, the environment) -> today's variables. None: its text
+# is neither 0 nor 1
+Meaning = Callable[[str, dict], dict[str, str | None]]
 
 
-ALIASES = {  # spellings of the seeds: old name -> the new name, or a function (value, environment) -> new settings
-    "QAT": "QAT_ENABLED",
-    "ENABLE_QAT": "QAT_ENABLED",
-    "LATE_QAT": "QAT_ENABLED",
-    "SWA": "SWA_ENABLED",
-    "MUON_WEIGHT_DECAY": "MUON_WD",
-    "WEIGHT_DECAY": "ADAM_WD",
-    "WARMDOWN_STEPS": "WARMDOWN_ITERS",
-    "QAT_START_FRAC": "QAT_START",
-    "BIGRAM_HASH": lambda v, env: switch(
-        "BIGRAM_HASH", "BIGRAM_VOCAB_SIZE", "0", env.get("BIGRAM_HASH_BUCKETS", "4096")
-    )(v, env),
-    "BIGRAM_HASH_BUCKETS": "BIGRAM_VOCAB_SIZE",
-    "BIGRAM_HASH_DIM": "BIGRAM_DIM",
-    "LATE_QAT_THRESHOLD": lambda value, env: {"QAT_START_KIND": "lr_scale", "QAT_START": value},
-    "QUANT_BITS": lambda value, env: dict.fromkeys(
-        ("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"), value
-    ),
-    **{
-        old: switch(old, "QUANT_BITS_EMBED", "8", "16")
-        for old in ("FP16_EMBED", "FP16_EMBED_EXPORT")
-    },
-    "USE_ZSTD": switch("USE_ZSTD", "COMPRESSOR", "zlib", "zstd"),
-    "TTT_ENABLED": switch("TTT_ENABLED", "TTT_MODE", "none", "sgd"),
+def renamed(*names: str) -> Meaning:
+    """An old variable whose text these have today."""
+    return lambda text, env: dict.fromkeys(names, text)
+
+
+def switch(name: str, off: str, on: str) -> Meaning:
+    """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
+    return lambda text, env: {name: {"0": off, "1": on}.get(text)}
+
+
+def bigram_hash(text: str, env: dict) -> dict[str, str | None]:
+    """An old 0 / 1 variable beside that of the number of buckets."""
+    buckets = env.get("BIGRAM_HASH_BUCKETS", "4096")
+    return switch("BIGRAM_VOCAB_SIZE", off="0", on=buckets)(text, env)
+
+
+def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
+    """An old variable that also says what starts QAT."""
+    return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
+
+
+# Spellings of the seeds
+ALIASES: dict[str, Meaning] = {
+    # QAT
+    "QAT": renamed("QAT_ENABLED"),
+    "ENABLE_QAT": renamed("QAT_ENABLED"),
+    "LATE_QAT": renamed("QAT_ENABLED"),
+    "QAT_START_FRAC": renamed("QAT_START"),
+    "LATE_QAT_THRESHOLD": late_qat_threshold,
+    # SWA
+    "SWA": renamed("SWA_ENABLED"),
+    # BigramHash
+    "BIGRAM_HASH": bigram_hash,
+    "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
+    "BIGRAM_HASH_DIM": renamed("BIGRAM_DIM"),
+    # Optimiser and schedule
+    "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
+    "WEIGHT_DECAY": renamed("ADAM_WD"),
+    "WARMDOWN_STEPS": renamed("WARMDOWN_ITERS"),
+    # Export
+    "QUANT_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"),
+    "FP16_EMBED": switch("QUANT_BITS_EMBED", off="8", on="16"),
+    "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", off="8", on="16"),
+    "USE_ZSTD": switch("COMPRESSOR", off="zlib", on="zstd"),
+    # Test-time training
+    "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
 }
-UNSUPPORTED = {  # off in every published row: the off value is accepted, anything else refused
+
+# Off in every published row: the off value is accepted, anything else refused
+UNSUPPORTED = {
     "TIE_EMBEDDINGS": "1",
     "NUM_LOOPS": "1",
     "CONTROL_TENSOR_NAME_PATTERNS": "",
     "LATE_K_LAYERS": "0",
-    **dict.fromkeys(
-        [
-            "MTP_NUM_HEADS",
-            "LAWA_ENABLED",
-            "DOC_EVAL_BUG",
-            "GATED_ATTENTION",
-            "VALUE_RESIDUAL",
-            "DTG_ENABLED",
-            "CURRICULUM",
-        ],
-        "0",
-    ),
+    "MTP_NUM_HEADS": "0",
+    "LAWA_ENABLED": "0",
+    "DOC_EVAL_BUG": "0",
+    "GATED_ATTENTION": "0",
+    "VALUE_RESIDUAL": "0",
+    "DTG_ENABLED": "0",
+    "CURRICULUM": "0",
 }
+
+# Variables of other programs (ninja, a cloud, Jenkins) that look like ours
 FOREIGN = {
     "MAX_JOBS",
     "DATA_DIRECTORY",
-    *(f"RUN_{what}DISPLAY_URL" for what in ("", "CHANGES_", "TESTS_", "ARTIFACTS_")),
+    "RUN_DISPLAY_URL",
+    "RUN_CHANGES_DISPLAY_URL",
+    "RUN_TESTS_DISPLAY_URL",
+    "RUN_ARTIFACTS_DISPLAY_URL",
 }
 
 
-def translate_old_names(env: dict) -> dict:
-    """The environment in today's names. Raises Refusal when an old and a new spelling disagree."""
-    today = {k: v for k, v in env.items() if k not in ALIASES and k not in UNSUPPORTED}
-    for old, off in UNSUPPORTED.items():
-        refuse(
-            env.get(old, off) != off,
-            f"{old}={env.get(old)}: not supported (off in every published row); set {old}={off}",
-        )
-    for old, new in [(old, ALIASES[old]) for old in sorted(ALIASES.keys() & env.keys())]:
-        for name, value in (
-            {new: env[old]} if isinstance(new, str) else new(env[old], env)
-        ).items():
-            if value == env[old]:
-                parse(old, value, {f.name: f.type for f in KNOBS}[name.lower()])
-            refuse(
-                today.setdefault(name, value) != value,
-                f"{old}={env[old]} contradicts {name}={today[name]}; set only {name}",
-            )
+def translate_old_names(env: dict, problems: list[str]) -> dict[str, str | None]:
+    """The environment in today's names; adds to the problems.
+
+    None stands for a text under an old name that cannot be read, which the problems tell.
+    """
+    today = {}
+    for name, text in env.items():
+        if name in UNSUPPORTED:
+            off = UNSUPPORTED[name]
+            if text != off:
+                remedy = f"not supported (off in every published row); set {name}={off}"
+                problems.append(f"{name}={text}: {remedy}")
+        elif name not in ALIASES:
+            today[name] = text
+
+    for old in sorted(ALIASES.keys() & env.keys()):
+        for name, meant in ALIASES[old](env[old], env).items():
+            readable = None
+            with noted(problems):
+                readable = checked_spelling(old, env[old], name, meant)
+            known = today.setdefault(name, readable)
+            if None not in (known, readable) and known != readable:
+                problems.append(f"{old}={env[old]} contradicts {name}={known}; set only {name}")
     return today
 
 
-def help_text() -> (
-    str
-):  # Every knob with type, default, unit, meaning, and the pull requests whose rows set it to something else
-    rows = [
-        (
-            f.name.upper(),
-            f.type,
-            str(int(f.default) if f.type == "bool" else f.default) or '""',
-            m["unit"],
-            m["doc"] + (f" [{' | '.join(map(str, m['choices']))}]" if m["choices"] else ""),
-            m["seeds"],
-        )
-        for f in KNOBS
-        for m in [f.metadata]
+def checked_spelling(old: str, text: str, name: str, meant: str | None) -> str:
+    """What OLD=text means for NAME. Refusal in the old name, which the user wrote."""
+    if meant is None:
+        parse(old, text, "bool")
+    if meant == text:
+        types = {f.name.upper(): f.type for f in KNOBS}
+        parse(old, text, types[name])
+    return meant
+
+
+def look_alikes(texts: dict[str, str | None]) -> list[str]:
+    """A problem for each variable that looks like ours but is none of ours."""
+    known = {f.name.upper() for f in KNOBS}
+    problems = []
+    for name in sorted(texts.keys() - known - FOREIGN):
+        if name == name.upper() and resembles_ours(name):
+            close = difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
+            remedy = f"no such setting; did you mean {close[0]}? Else unset it"
+            problems.append(f"{name}={texts[name]}: {remedy}")
+    return problems
+
+
+def resembles_ours(name: str) -> bool:
+    """Misspelt, or it begins with the same word, or one of the two ends like the other."""
+    known = [f.name.upper() for f in KNOBS]
+    first_words = {other.split("_", 1)[0] for other in known} - {"INIT"}
+    if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, known, 1, 0.85):
+        return True
+
+    # names of the run, such as LOGS_DIR, end like those of other programs
+    ours = [f.name.upper() for f in KNOBS if f.metadata["scope"] != "run"]
+    for other in [*ours, *ALIASES]:
+        if "_" in name and other.endswith(f"_{name}"):
+            return True
+        if "_" in name and "_" in other and name.endswith(f"_{other}"):
+            return True
+    return False
+
+
+# Where the meanings begin in --help
+HELP_COLUMN = 34
+
+
+def help_text() -> str:
+    """Every knob with its default, meaning, type, unit and choices, as wide as the terminal."""
+    width = shutil.get_terminal_size().columns
+    codes = "\n".join(f"{code:>7} {meaning}" for code, meaning in EXIT_CODES.items())
+    knobs = "\n".join(help_entry(f, width) for f in KNOBS)
+    aliases = ", ".join(ALIASES)
+    parts = [
+        __doc__.strip(),
+        f"Exit codes:\n\n{codes}",
+        f"VARIABLE=default, meaning (type, unit: choices)\n\n{knobs}",
+        textwrap.fill(f"Old spellings of the seeds that also work: {aliases}", width),
     ]
-    return "\n".join(
-        [
-            __doc__.strip(),
-            "",
-            "Exit codes: " + "; ".join(f"{c} {t}" for c, t in EXIT_CODES.items()),
-            "",
-            text_table([("variable", "type", "default", "unit", "meaning", "seeds"), *rows]),
-            "",
-            "Old spellings of the seeds that also work: " + ", ".join(ALIASES),
-        ]
-    )
+    return "\n\n".join(parts)
+
+
+def help_entry(f: dataclasses.Field, width: int) -> str:
+    """A knob of --help: VARIABLE=default, and to the right of it or below what it means."""
+    limits = Knob(**f.metadata)
+    default = int(f.default) if f.type == "bool" else f.default
+    setting = f"{f.name.upper()}={default}"
+    if default == "":
+        setting += '""'
+
+    kind = f.type
+    if limits.unit:
+        kind += f", {limits.unit}"
+    if limits.choices:
+        kind += ": " + " | ".join(map(str, limits.choices))
+
+    indent = " " * HELP_COLUMN
+    meaning = f"{limits.doc} ({kind})"
+    lines = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
+    if len(setting) >= HELP_COLUMN:
+        return f"{setting}\n{lines}"
+    return setting + lines[len(setting) :]
 
 
 # ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -943,7 +978,8 @@ HEADER_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True
 def column_cells(values: list) -> tuple[list[str], bool]:
     """A column as text, and whether it holds numbers only.
 
-    Numbers get thousands separators, or six decimals all as soon as one of them is a float; None is a dash.
+    Numbers get thousands separators, or all six decimals as soon as one of them is a float; None
+    is a dash.
     """
     known = [value for value in values if value is not None]
     numeric = all(type(value) in (int, float) for value in known)
@@ -961,7 +997,7 @@ def column_cells(values: list) -> tuple[list[str], bool]:
 
 
 def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
-    """Rows, the header first, as plain text of whatever width it takes; numbers stand to the right."""
+    """Rows, the header first, as plain text of whatever width it takes; numbers to the right."""
     table = Table(
         box=MARKDOWN if markdown else HEADER_RULE,
         show_edge=markdown,
@@ -4675,34 +4711,51 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate" in str(error)
 
 
-def command_line(
-    arguments: list[str],
-) -> int:  # Runs the configuration in the environment; returns the exit code
+def command_line(arguments: list[str]) -> int:
+    """Runs the configuration in the environment; returns the exit code."""
+    if arguments == ["--help"]:
+        print(help_text())
+        return 0
     if arguments:
-        print(
-            help_text()
-            if arguments == ["--help"]
-            else f"{arguments[0]}: settings are environment variables; see --help"
-        )
-        return 0 if arguments == ["--help"] else 2
+        print(f"{arguments[0]}: settings are environment variables; see --help")
+        return 2
+
     try:
         code = main(Config.from_env(os.environ))["exit_code"]
-    except (Refusal, KeyboardInterrupt) as stop:
-        code = stop.code if isinstance(stop, Refusal) else 130
-        first, host = os.environ.get("LOCAL_RANK", "0") == "0", os.environ.get("GROUP_RANK", "0")
-        with contextlib.suppress(RuntimeError, ValueError):  # no store, no group
-            if code not in (6, 7, 8):
-                first = dist.distributed_c10d._get_default_store().add(f"{host} {stop}", 1) == 1
-        if code in (6, 7, 8) or first:  # what several ranks of a host find is said once
-            print(
-                f"error: {str(stop) or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]",
-                file=sys.stderr,
-                flush=True,
-            )
-    # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291); NCCL would wait for lost ranks
+    except Refusal as refusal:
+        code = refusal.code
+        say_once(refusal.problems, code, os.environ)
+    except KeyboardInterrupt:
+        code = 130
+        say_once([], code, os.environ)
+
+    # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291);
+    # NCCL would wait for lost ranks
     if dist.is_initialized() and (code in (0, 3, 4) or not torch.cuda.is_available()):
         dist.destroy_process_group()
     return code
+
+
+def say_once(problems: list[str], code: int, env) -> None:
+    """Says on stderr what ended this rank; one of the ranks on a host does if all find the same."""
+    text = "\n".join(problems)
+    says_it = env.get("LOCAL_RANK", "0") == "0"
+    if code in RANKS_OWN_CODES:
+        says_it = True
+    else:
+        host = env.get("GROUP_RANK", "0")
+        # there may be no store and no group
+        with contextlib.suppress(RuntimeError, ValueError):
+            says_it = dist.distributed_c10d._get_default_store().add(f"{host} {text}", 1) == 1
+    if not says_it:
+        return
+
+    ending = f"[exit {code}: {EXIT_CODES[code]}]"
+    if len(problems) > 1:
+        lines = [f"error: {len(problems)} problems {ending}", *problems]
+        print("\n  ".join(lines), file=sys.stderr, flush=True)
+    else:
+        print(f"error: {text or EXIT_CODES[code]} {ending}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -427,7 +427,8 @@ def new_trial(study: Study, env: dict[str, str], arm: str, seed: int, folder: Pa
     try:
         cfg = Config.from_env(whole)
     except Refusal as refusal:
-        raise Refusal(f"{study.path}: arm {arm}: {refusal}") from None
+        problems = [f"{study.path}: arm {arm}: {problem}" for problem in refusal.problems]
+        raise Refusal(problems) from None
     return Trial(arm, seed, folder / name, whole, cfg)
 
 

@@ -267,8 +267,23 @@ def soak() -> str:
     )
 
 
+def studied() -> dict[str, list[str]]:
+    """Variable -> the pull requests whose study has an arm with another value than the default."""
+    found = {}
+    for path in sorted((ROOT / "studies").glob("pr*.toml")):
+        number = re.match(r"pr(\d+)", path.stem)[1]
+        study = read_study(path)
+        for arm in study.arms.values():
+            cfg = train_gpt.Config.from_env({**study.env, **study.sizes["full"].env, **arm})
+            for name in cfg.non_default():
+                if number not in found.setdefault(name, []):
+                    found[name].append(number)
+    return found
+
+
 def toggles() -> str:
     knobs = {f.name: f for f in train_gpt.KNOBS}
+    setters = studied()
     rows = []
     for name, prefix in TOGGLES.items():
         f = knobs[name]
@@ -287,10 +302,10 @@ def toggles() -> str:
                 default,
                 f.metadata["doc"],
                 " ".join(f"`{k}`" for k in tuned),
-                f.metadata["seeds"],
+                " ".join(setters.get(name.upper(), ())),
             ]
         )
-    return markdown(["variable", "default", "what it does", "tuned by", "seeds that set it"], rows)
+    return markdown(["variable", "default", "what it does", "tuned by", "studies of"], rows)
 
 
 def exit_codes() -> str:

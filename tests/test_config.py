@@ -8,9 +8,13 @@ a checker with false alarms, which people switch off; two runs averaged although
 
 import copy
 import dataclasses
+import functools
+import inspect
 import itertools
 import math
 import os
+import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -22,6 +26,7 @@ from conftest import HANG, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt
 from train_gpt import (
     ALIASES,
     EXIT_CODES,
@@ -560,16 +565,15 @@ TEXT = st.one_of(
 
 @settings(deadline=None, max_examples=500)
 @given(st.sampled_from(KNOBS), TEXT)
-def test_any_text_gives_either_a_valid_setting_or_a_one_line_refusal(f, text):
+def test_any_text_gives_either_a_valid_setting_or_printable_lines_of_refusal(f, text):
     name = f.name.upper()
     try:
         value = getattr(Config.from_env({"VE_ENABLED": "1", name: text}), f.name)
     except Refusal as refusal:
-        assert (
-            refusal.code == 2
-            and len(str(refusal).splitlines()) == 1
-            and str(refusal).split("=")[0] in BY_NAME
-        )
+        assert refusal.code == 2 and str(refusal).split("\n") == refusal.problems
+        # one value can break several rules
+        for problem in refusal.problems:
+            assert problem.isprintable() and problem.split("=")[0] in BY_NAME
         return
     assert type(value).__name__ == f.type
     assert not isinstance(value, float) or math.isfinite(value)
@@ -638,10 +642,24 @@ def test_a_contradiction_between_knobs_is_refused_and_its_remedy_works(settings,
     Config.from_env({**parse(settings), **parse(mend)})
 
 
-def test_every_rule_between_knobs_has_a_case_here():
-    assert {message.split("=")[0] for _, message in Config().conflicts()} <= {
-        blamed for _, blamed, _ in RULES
-    }
+def test_every_rule_between_knobs_has_a_case_here(monkeypatch):
+    broken = set()
+
+    def noting(check):
+        @functools.wraps(check)
+        def noted(**knobs):
+            try:
+                check(**knobs)
+            except Refusal:
+                broken.add(check.__name__)
+                raise
+
+        return noted
+
+    monkeypatch.setattr(train_gpt, "RULES", [noting(check) for check in train_gpt.RULES])
+    for env in [*(parse(settings) for settings, *_ in RULES), TWO_SOURCES, {"RESUME": "1"}]:
+        refused(env)
+    assert broken == {check.__name__ for check in train_gpt.RULES}
 
 
 @pytest.mark.parametrize(
@@ -663,18 +681,114 @@ def test_the_shipped_average_is_the_one_asked_for_or_follows_the_documented_prec
     assert Config.from_env(parse(settings)).shipped_average == average
 
 
+TWO_SOURCES = {"CHECKPOINT": "a.bin", "EVAL_ONLY": "b.bin"}
+
+
 def test_a_checkpoint_and_an_artifact_to_score_exclude_each_other():
-    message = refused({"CHECKPOINT": "a.bin", "EVAL_ONLY": "b.bin"})
+    message = refused(TWO_SOURCES)
     assert message.startswith("CHECKPOINT=a.bin and EVAL_ONLY=b.bin contradict each other")
 
 
 @pytest.mark.parametrize("file", ["CHECKPOINT", "EVAL_ONLY"])
 def test_a_rule_between_knobs_waits_until_those_in_the_file_are_known(file):
     cfg = Config.from_env({file: "a.bin", "EVAL_STRIDE": "4096"})  # the window may be that long
-    assert any(broken for broken, _ in cfg.conflicts())
     assert dataclasses.replace(cfg, train_seq_len=4096, inherited=True).window == 4096
     with pytest.raises(Refusal, match="EVAL_STRIDE=4096"):
         dataclasses.replace(cfg, inherited=True)
+
+
+# ── All at once ───────────────────────────────────────────────────────────────────────────────────────────────────
+def all_refused(env: dict[str, str]) -> list[str]:
+    """The lines with which this environment is refused."""
+    return refused(env).splitlines()
+
+
+def test_all_that_is_wrong_with_a_launch_is_said_at_once():
+    env = {
+        "SEED": "one",
+        "MATRIX_LR": "-1",
+        "INIT": "zero",
+        "EMA_DEKAY": "0.9",
+        "QAT": "1",
+        "QAT_ENABLED": "0",
+        "NUM_LOOPS": "3",
+        "NUM_KV_HEADS": "3",
+        "RESUME": "1",
+    }
+    assert sorted(all_refused(env)) == [
+        "EMA_DEKAY=0.9: no such setting; did you mean EMA_DECAY? Else unset it",
+        "INIT=zero: choose one of default, ortho",
+        "MATRIX_LR=-1.0: must be 0 or more",
+        "NUM_KV_HEADS=3: must divide NUM_HEADS=8",
+        "NUM_LOOPS=3: not supported (off in every published row); set NUM_LOOPS=1",
+        "QAT=1 contradicts QAT_ENABLED=0; set only QAT_ENABLED",
+        "RESUME=1: of which run? Set its RUN_ID",
+        "SEED=one: must be a whole number",
+    ]
+
+
+def test_each_of_several_problems_reads_as_it_does_alone():
+    alone = [
+        {"SEED": "one"},
+        {"STRICT": "yes"},
+        {"EVAL_STRIDE": "4096"},
+        {"PRUNE_PERCENT": "1"},
+        {"QUANT_BITS": "six"},
+        {"USE_ZSTD": "maybe"},
+        {"VE_ENABLED": "1", "VE_LAYERS": "1,99"},
+    ]
+    together = {name: text for env in alone for name, text in env.items()}
+    assert sorted(all_refused(together)) == sorted(refused(env) for env in alone)
+
+
+def test_a_configuration_made_in_python_is_refused_with_all_that_is_wrong_too():
+    with pytest.raises(Refusal) as refusal:
+        Config(seed=-1, compile="yes", mlp_mult=math.nan, num_heads=7)
+    assert [problem.partition("=")[0] for problem in refusal.value.problems] == [
+        "SEED",
+        "COMPILE",
+        "MLP_MULT",
+        "MODEL_DIM",
+        "NUM_KV_HEADS",
+    ]
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"NUM_LAYERS": "none", "XSA_LAST_N": "12"},
+        {"NUM_LAYERS": "0", "VE_ENABLED": "1", "VE_LAYERS": "20"},
+        {"SWA": "maybe", "AVERAGE": "swa"},
+        {"RESUME": "maybe", "RUN_ID": "x", "EVAL_STRIDE": "4096"},
+    ],
+    ids=str,
+)
+def test_a_rule_is_not_applied_to_a_knob_that_is_wrong_itself(env):
+    assert len(all_refused(env)) == 1 and refused(env).startswith(next(iter(env)))
+
+
+def test_each_problem_is_a_printable_line_whatever_it_quotes():
+    lines = all_refused({"INIT": "a\nb\x1b[2J", "SEED": "1\n2", "COMPRESSOR": "9" * 9000})
+    assert len(lines) == 3 and all(line.isprintable() and len(line) < 1400 for line in lines)
+
+
+def test_several_problems_are_lines_below_one_error(monkeypatch, capsys):
+    for known in BY_NAME.keys() | ALIASES.keys():
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setenv("SEED", "one")
+    monkeypatch.setenv("NUM_LAYERS", "0")
+    assert command_line([]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == [
+        f"error: 2 problems [exit 2: {EXIT_CODES[2]}]",
+        "  SEED=one: must be a whole number",
+        "  NUM_LAYERS=0: must be 1 or more",
+    ]
+
+
+def test_a_refusal_survives_the_way_to_another_process():
+    copied = pickle.loads(pickle.dumps(Refusal(["a\nb", "c"], 7)))
+    assert str(copied) == "a\\nb\nc" and copied.code == 7
 
 
 # ── Identity of a configuration ───────────────────────────────────────────────────────────────────────────────────
@@ -752,15 +866,32 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
 def test_help_lists_every_knob_with_type_default_unit_meaning_and_alias():
     done = launch("--help")
     assert done.returncode == 0 and done.stderr == ""
-    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()}
+    text = " ".join(done.stdout.split())
     for f in KNOBS:
-        line, m = lines[f.name.upper()], f.metadata
-        assert line.split()[1] == f.type and m["doc"] and m["doc"] in line and m["unit"] in line
-        assert line.split()[2] == (
-            str(int(f.default)) if f.type == "bool" else str(f.default) or '""'
-        )
+        default = str(int(f.default)) if f.type == "bool" else str(f.default) or '""'
+        kind = f"{f.type}, {f.metadata['unit']}".removesuffix(", ")
+        choices = " | ".join(map(str, f.metadata["choices"]))
+        meaning = f"{f.metadata['doc']} ({kind}: {choices})".replace(": )", ")")
+        assert f.metadata["doc"] and f" {f.name.upper()}={default} {meaning}" in text
     assert all(alias in done.stdout for alias in ALIASES)
     assert all(f"{code} {meaning}" in done.stdout for code, meaning in EXIT_CODES.items())
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_help_fits_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = train_gpt.help_text().removeprefix(train_gpt.__doc__.strip()).splitlines()
+    assert all(len(line) <= width for line in lines)
+    first = next(i for i, line in enumerate(lines) if line.startswith("DATA_PATH="))
+    below = [line for line in lines[first:] if line.startswith(" ")]
+    assert all(line.startswith(" " * 34) and line[34] != " " for line in below)
+
+
+def test_every_knob_is_declared_in_one_line_that_a_reader_can_take_in():
+    source = inspect.getsource(Config)
+    for f in KNOBS:
+        (line,) = re.findall(rf"^    {f.name}: .*", source, re.M)
+        assert line.endswith(")") and len(line) <= 100
 
 
 def test_a_bad_variable_ends_the_process_with_exit_2_and_one_line():
