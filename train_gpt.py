@@ -802,137 +802,156 @@ def help_entry(f: dataclasses.Field, width: int) -> str:
     return setting + lines[len(setting) :]
 
 
-# ── 2 RUN ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# the readable source, which a packed script hands over (see LOADER)
+# ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────
+# In: the launcher's variables (RANK, ...), a Config. Out: device, log, clock, phases, stop signals.
+# Promise: all ranks take the same decisions, every second is booked on a phase, and whatever ends
+# a run is said. Knows nothing of model and data.
+
+# This script, readable; a packed one hands its source over (see LOADER)
 SOURCE = globals().get("__source__") or Path(__file__).read_bytes()
-CODE_SHA256, SCHEMA_VERSION = (
-    hashlib.sha256(SOURCE).hexdigest(),
-    1,
-)  # of metrics.jsonl and result.json; README documents both
-State = dict  # parameter name -> fp32 tensor, the same on every rank
+CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+
+# Of metrics.jsonl and result.json; README documents both
+SCHEMA_VERSION = 1
+
+# Graphs that may be compiled: one per shape (training, fixed, sliding, documents)
+RECOMPILE_LIMIT = 32
+
+# Parameter name -> fp32 tensor, the same on every rank
+State = dict
 
 
 class Run:
     """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
 
     def __init__(self, cfg: Config):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.cuda, patience = (
-            torch.cuda.is_available(),
-            datetime.timedelta(seconds=cfg.dist_timeout),
-        )
-        self.device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if self.cuda
-            else torch.device("cpu")
-        )
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        # of activations; on CPU bf16 is 15 times slower
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo", timeout=patience)
+        self.join(cfg.dist_timeout)
+
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
-        self.dtype = (
-            torch.bfloat16 if self.cuda else torch.float32
-        )  # of activations; on CPU bf16 is 15 times slower
-        torch._dynamo.config.recompile_limit = (
-            32  # one graph per shape: training, fixed, sliding, documents
-        )
-        self.started, self.seconds, self.activity, self.phase_name, self.stop = (
-            time.perf_counter(),
-            {},
-            {},
-            "start",
-            0,
-        )
-        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S-") + f"{cfg.digest()[:8]}-s{cfg.seed}"
-        self.dir, problem = Path(cfg.logs_dir) / self.broadcast(name), ""
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+        self.started = time.perf_counter()
+        # phase -> wall seconds
+        self.seconds = {}
+        # toggle -> Activity
+        self.activity = {}
+        self.phase_name = "start"
+        # number of the first stop signal
+        self.stop = 0
+        self.open_folder(cfg)
+
+    def join(self, patience: float) -> None:
+        """Makes the process group of the ranks; `patience` in seconds."""
+        if self.world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
+
+    def open_folder(self, cfg: Config) -> None:
+        """Makes LOGS_DIR/RUN_ID and opens the records. Refusal on every rank if rank 0 cannot."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = cfg.run_id or f"{stamp}-{cfg.digest()[:8]}-s{cfg.seed}"
+        self.dir = Path(cfg.logs_dir) / self.broadcast(name)
+
+        problem = ""
         if self.rank == 0:
             try:
                 self.dir.mkdir(parents=True, exist_ok=cfg.resume)
-                self.text, self.jsonl = (
-                    (self.dir / n).open("a", buffering=1) for n in ("train.log", "metrics.jsonl")
-                )
-                fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process at a time
+                self.text = (self.dir / "train.log").open("a", buffering=1)
+                self.jsonl = (self.dir / "metrics.jsonl").open("a", buffering=1)
+                # one process at a time
+                fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                problem = f"RUN_ID={name}: cannot create {self.dir}, or another process is at work there ({error.strerror})"
-        refuse(problem := self.broadcast(problem), problem)
-        refuse(
-            not self.dir.is_dir(),
-            f"LOGS_DIR={cfg.logs_dir}: rank {self.rank} does not see it; use a disk that all share",
-        )
+                reason = f"cannot create {self.dir}, or another process is at work there"
+                problem = f"RUN_ID={name}: {reason} ({error.strerror})"
+        problem = self.broadcast(problem)
+        refuse(problem, problem)
 
-    def broadcast(self, value):  # Rank 0's value, on every rank
-        number = isinstance(
-            value, float
-        )  # the clock of every step: as a tensor in a third of the time
-        box = torch.tensor(value, dtype=torch.float64) if number else [value]
-        if self.world > 1:
-            dist.broadcast(box, src=0) if number else dist.broadcast_object_list(
-                box, src=0, device=torch.device("cpu")
-            )
-        return box.item() if number else box[0]
+        unseen = f"rank {self.rank} does not see it; use a disk that all share"
+        refuse(not self.dir.is_dir(), f"LOGS_DIR={cfg.logs_dir}: {unseen}")
 
-    def log(self, text: str) -> None:  # One line for people: terminal and train.log, flushed
+    def broadcast(self, value):
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        # the clock of every step: as a tensor in a third of the time
+        if isinstance(value, float):
+            box = torch.tensor(value, dtype=torch.float64)
+            dist.broadcast(box, src=0)
+            return box.item()
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def log(self, text: str) -> None:
+        """One line for people: terminal and train.log, flushed."""
         if self.rank == 0:
             print(text, flush=True)
             self.text.write(text + "\n")
 
-    def event(
-        self, kind: str, **fields
-    ) -> None:  # One JSON object for programs in metrics.jsonl; `t` is seconds since the start
+    def event(self, kind: str, **fields) -> None:
+        """One JSON object for programs in metrics.jsonl; `t` is seconds since the start."""
         if self.rank == 0:
-            self.jsonl.write(
-                json.dumps({"event": kind, "t": time.perf_counter() - self.started, **fields})
-                + "\n"
-            )
+            told = {"event": kind, "t": time.perf_counter() - self.started, **fields}
+            self.jsonl.write(json.dumps(told) + "\n")
 
-    def signalled(
-        self, number: int, _
-    ) -> None:  # On SIGTERM and SIGINT: at once, but while training between two steps
+    def signalled(self, number: int, _) -> None:
+        """On SIGTERM and SIGINT: stops at once, but while training between two steps."""
         self.stop = self.stop or number
-        refuse(
-            self.phase_name not in ("train", "stop"),
-            f"stopped by {signal.Signals(number).name}",
-            128 + number,
-        )
+        waits = self.phase_name in ("train", "stop")
+        refuse(not waits, f"stopped by {signal.Signals(number).name}", 128 + number)
 
     def silent_ranks(self, seconds: float = 5) -> list[int]:
-        """Says in the launcher's store that this rank stops. Returns those that do not in `seconds`: killed, cut off, hanging."""
+        """Tells the launcher's store that this rank stops.
+
+        Returns those that do not within so many seconds: killed, cut off, hanging.
+        """
         silent = [rank for rank in range(self.world) if rank != self.rank]
 
-        def exchange() -> (
-            None
-        ):  # in a thread: behind a link that loses all packets no call of a store ever returns
-            store, end = (
-                dist.PrefixStore("stopped", dist.distributed_c10d._get_default_store()),
-                time.perf_counter() + seconds,
-            )
-            with contextlib.suppress(RuntimeError):  # the store is gone with its host
+        def exchange() -> None:
+            store = dist.PrefixStore("stopped", dist.distributed_c10d._get_default_store())
+            end = time.perf_counter() + seconds
+            # the store is gone with its host
+            with contextlib.suppress(RuntimeError):
                 store.set(str(self.rank), "")
                 if not self.cuda:
-                    dist.destroy_process_group()  # so that those who wait for this rank notice
+                    # so that those who wait for this rank notice
+                    dist.destroy_process_group()
                 while silent and time.perf_counter() < end:
                     silent[:] = [rank for rank in silent if not store.check([str(rank)])]
                     time.sleep(0.05)
 
+        # In a thread: behind a link that loses all packets no call of a store ever returns
         thread = threading.Thread(target=exchange, daemon=True)
         thread.start()
         thread.join(seconds + 1)
         return silent
 
     @contextlib.contextmanager
-    def phase(
-        self, name: str
-    ):  # Names what is going on (for error messages) and adds its wall seconds to the time ledger
-        outer, self.phase_name, began = self.phase_name, name, time.perf_counter()
+    def phase(self, name: str):
+        """Names what is going on and books its wall seconds.
+
+        An exception leaves the name, so that the message can say where.
+        """
+        outer = self.phase_name
+        self.phase_name = name
+        began = time.perf_counter()
         yield
         if self.cuda:
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-        self.phase_name = outer  # an exception leaves `name`, so that the message can say where
+        self.phase_name = outer
 
     def milliseconds(self, work: Callable) -> float:
-        """Time of one call on the device: the fastest of three, since other programs can only slow it down."""
+        """Time of one call on the device: the fastest of three, since others only slow it down."""
         timer = torch.utils.benchmark.Timer(
             "work()", globals={"work": work}, num_threads=torch.get_num_threads()
         )
@@ -946,29 +965,28 @@ class Activity:
     tensors: int = 0
     params: int = 0
     scope: str = ""
-    unit: str = "nats"  # of effect: the measured quantity with the toggle on, minus off
-    steps: list[int] = field(default_factory=list)  # when it acted
+    # of effect: the measured quantity with the toggle on, minus off
+    unit: str = "nats"
+    # when it acted
+    steps: list[int] = field(default_factory=list)
     effect: float | None = None
     cost_ms: float | None = None
 
-    def row(
-        self, total_steps: int
-    ) -> dict:  # For result.json. Active: it acted, and that made a difference
-        n, first, last = (
-            len(self.steps),
-            min(self.steps, default=None),
-            max(self.steps, default=None),
-        )
-        return dict(
-            active=bool(n and self.effect),
-            first_step=first,
-            last_step=last,
-            share_of_steps=n / max(total_steps, n, 1),
-            **{
-                name: getattr(self, name)
-                for name in ("tensors", "params", "effect", "unit", "cost_ms", "scope")
-            },
-        )
+    def row(self, total_steps: int) -> dict:
+        """For result.json. Active: it acted, and that made a difference."""
+        acted = len(self.steps)
+        return {
+            "active": bool(acted and self.effect),
+            "first_step": min(self.steps, default=None),
+            "last_step": max(self.steps, default=None),
+            "share_of_steps": acted / max(total_steps, acted, 1),
+            "tensors": self.tensors,
+            "params": self.params,
+            "effect": self.effect,
+            "unit": self.unit,
+            "cost_ms": self.cost_ms,
+            "scope": self.scope,
+        }
 
 
 # A table's lines for rich: nothing but a rule of dashes below the header
