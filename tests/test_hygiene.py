@@ -247,15 +247,12 @@ def test_every_knob_is_read_outside_its_declaration_and_its_checks():
         for n in ast.walk(tree)
         if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
     }
-    read |= {
-        n.value
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Constant) and str(n.value).startswith("quant_bits_")
-    }  # roles
-    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
-    if '_enabled")' in ast.unparse(tree).replace("'", '"'):
-        # getattr(cfg, f"{name}_enabled") reads the toggles whose names stand somewhere as text
-        read |= {f"{text.lower()}_enabled" for text in texts if isinstance(text, str)}
+    # getattr(cfg, role.bits) and the like read knobs, or NAME_ENABLED, whose names stand as text
+    for top in tree.body:
+        if not ast.unparse(top).startswith(("ALIASES", "UNSUPPORTED")) and top is not config:
+            texts = [n.value for n in ast.walk(top) if isinstance(n, ast.Constant)]
+            names = {text.lower() for text in texts if isinstance(text, str)}
+            read |= names | {f"{name}_enabled" for name in names}
     assert [f.name for f in KNOBS if f.name not in read] == []
 
 
