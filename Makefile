@@ -32,7 +32,7 @@ export EMA_DECAY ?= 0.97
 export MAX_WALLCLOCK_SECONDS ?= 90
 export WARMUP_STEPS ?= 3
 export TRAIN_LOG_EVERY ?= 50
-export VAL_LOSS_EVERY ?= 0
+export VAL_LOSS_EVERY ?= 100
 export VAL_MAX_TOKENS ?= 32768
 export OMP_NUM_THREADS ?= 1
 # OpenMP threads that spin at barriers are up to 35 times slower beside a busy process
