@@ -1,9 +1,10 @@
 """Settings come from the environment: typed, checked, never ignored.
 
-Failures that these tests would have caught: #194's own run command set WARMDOWN_STEPS, which its script never read;
-#549, #975 and the record's parent documented variables that no script read (EMA_DECAY, LATE_QAT, PHASED_TTT_ENABLED);
-#1048 and #212 were poisoned by stale variables; bool("0") is True; #989 and #117 gave QAT_START_FRAC opposite meanings;
-a checker with false alarms, which people switch off; two runs averaged although one knob differed (#2124, #989).
+Failures that these tests would have caught: #194's own run command set WARMDOWN_STEPS, which its
+script never read; #549, #975 and the record's parent documented variables that no script read
+(EMA_DECAY, LATE_QAT, PHASED_TTT_ENABLED); #1048 and #212 were poisoned by stale variables;
+bool("0") is True; #989 and #117 gave QAT_START_FRAC opposite meanings; a checker with false
+alarms, which people switch off; two runs averaged although one knob differed (#2124, #989).
 """
 
 import copy
@@ -58,7 +59,7 @@ def refused(env: dict[str, str]) -> str:
     return str(refusal.value)
 
 
-# ── Commands that were published ──────────────────────────────────────────────────────────────────────────────────
+# ── Commands that were published ──────────────────────────────────────────────────────────────────
 PUBLISHED_194 = r"""NCCL_NVLS_ENABLE=0 \
 VOCAB_SIZE=1024 NUM_HEADS=8 NUM_KV_HEADS=4 MODEL_DIM=512 \
 NUM_LAYERS=11 MLP_MULT=3 \
@@ -125,11 +126,13 @@ def test_no_assignment_of_that_command_is_dead(name, knob):
     assert getattr(changed, knob) == 7
 
 
-B9 = """NUM_LAYERS=9 MLP_MULT=2 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 WARMDOWN_ITERS=1200
- INIT=default MATRIX_LR=.04 SCALAR_LR=.04 TIED_EMBED_LR=.05 MUON_MOMENTUM=.95 MUON_MOMENTUM_WARMUP_START=.85
- MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0 ADAM_WD=0 GRAD_CLIP_NORM=0 SMEAR_GATE=0 BIGRAM_VOCAB_SIZE=0 QUANT_BITS_MLP=8
- QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536
- COMPRESSOR=zlib PRUNE_PCT=0 EVAL_STRIDE=64 SEED=1337 """
+B9 = """NUM_LAYERS=9 MLP_MULT=2 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024
+ WARMDOWN_ITERS=1200 INIT=default MATRIX_LR=.04 SCALAR_LR=.04 TIED_EMBED_LR=.05
+ MUON_MOMENTUM=.95 MUON_MOMENTUM_WARMUP_START=.85 MUON_MOMENTUM_WARMUP_STEPS=500 MUON_WD=0
+ ADAM_WD=0 GRAD_CLIP_NORM=0 SMEAR_GATE=0 BIGRAM_VOCAB_SIZE=0 QUANT_BITS_MLP=8
+ QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile QUANT_CODES=sym
+ QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=zlib PRUNE_PCT=0 EVAL_STRIDE=64
+ SEED=1337 """
 ROWS = {
     "145": (
         17_059_912,
@@ -144,34 +147,41 @@ ROWS = {
     "194": (
         26_502_232,
         """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=2048
- WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=pre_norm SMEAR_BETA2=.99 BIGRAM_VOCAB_SIZE=0 MATRIX_LR=.02
- SCALAR_LR=.02 TIED_EMBED_LR=.03 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92 MUON_MOMENTUM_WARMUP_STEPS=1500
- MUON_WD=.038 ADAM_WD=0 GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6 QUANT_BITS_EMBED=16 QUANT_CLIP=quantile
- QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=zstd PRUNE_PCT=0 QAT_ENABLED=1
- QAT_START_KIND=always QAT_SCOPE=linears QAT_GRID=amax TTT_MODE=none SWA_ENABLED=1 SWA_START_KIND=lr_scale
- SWA_START_FRAC=.5 SWA_EVERY=50 SWA_DTYPE=native""",
+ WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=pre_norm SMEAR_BETA2=.99
+ BIGRAM_VOCAB_SIZE=0 MATRIX_LR=.02 SCALAR_LR=.02 TIED_EMBED_LR=.03 MUON_MOMENTUM=.99
+ MUON_MOMENTUM_WARMUP_START=.92 MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WD=.038 ADAM_WD=0
+ GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6 QUANT_BITS_EMBED=16
+ QUANT_CLIP=quantile QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536
+ COMPRESSOR=zstd PRUNE_PCT=0 QAT_ENABLED=1 QAT_START_KIND=always QAT_SCOPE=linears
+ QAT_GRID=amax TTT_MODE=none SWA_ENABLED=1 SWA_START_KIND=lr_scale SWA_START_FRAC=.5
+ SWA_EVERY=50 SWA_DTYPE=native""",
     ),
     "989": (
         25_517_137,
         """NUM_LAYERS=10 MLP_MULT=3 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048
- WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm BIGRAM_VOCAB_SIZE=10240 BIGRAM_DIM=128
- BIGRAM_PROJ_OPT=muon MATRIX_LR=.02 SCALAR_LR=.02 TIED_EMBED_LR=.03 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92
- MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WD=.04 ADAM_WD=.04 GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=5 QUANT_BITS_ATTN=6
- QUANT_BITS_BIGRAM=6 QUANT_BITS_EMBED=16 QUANT_CLIP=amax QUANT_CODES=asym QUANT_SCALE_FLOOR=0 KEEP_FLOAT_MAX_NUMEL=8192
- FP16_KEEP_NAME_PATTERNS=tok_emb,blocks.8.attn.c_k COMPRESSOR=zstd PRUNE_PCT=.05 QAT_ENABLED=1 QAT_START_KIND=lr_scale
- QAT_START=.7 QAT_GRID=export SWA_ENABLED=1 SWA_START_KIND=lr_scale SWA_START_FRAC=.4 SWA_EVERY=50 SWA_DTYPE=native""",
+ WARMDOWN_ITERS=3000 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm BIGRAM_VOCAB_SIZE=10240
+ BIGRAM_DIM=128 BIGRAM_PROJ_OPT=muon MATRIX_LR=.02 SCALAR_LR=.02 TIED_EMBED_LR=.03
+ MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92 MUON_MOMENTUM_WARMUP_STEPS=1500
+ MUON_WD=.04 ADAM_WD=.04 GRAD_CLIP_NORM=.3 QUANT_BITS_MLP=5 QUANT_BITS_ATTN=6
+ QUANT_BITS_BIGRAM=6 QUANT_BITS_EMBED=16 QUANT_CLIP=amax QUANT_CODES=asym
+ QUANT_SCALE_FLOOR=0 KEEP_FLOAT_MAX_NUMEL=8192
+ FP16_KEEP_NAME_PATTERNS=tok_emb,blocks.8.attn.c_k COMPRESSOR=zstd PRUNE_PCT=.05
+ QAT_ENABLED=1 QAT_START_KIND=lr_scale QAT_START=.7 QAT_GRID=export SWA_ENABLED=1
+ SWA_START_KIND=lr_scale SWA_START_FRAC=.4 SWA_EVERY=50 SWA_DTYPE=native""",
     ),
     "975": (
         26_993_756,
         """NUM_LAYERS=11 MLP_MULT=3 NUM_KV_HEADS=4 MLP_ACT=leaky_relu2 TRAIN_BATCH_TOKENS=786432
- TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm BIGRAM_VOCAB_SIZE=2048
- BIGRAM_DIM=128 BIGRAM_PROJ_OPT=adam ROPE_DIMS=16 ROPE_NTK_LEN=1024 XSA_LAST_N=4 LN_SCALE=1 VE_ENABLED=1 VE_DIM=128
- VE_LAYERS=9,10 MATRIX_LR=.025 SCALAR_LR=.025 TIED_EMBED_LR=.035 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92
- MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WD=.04 ADAM_WD=.04 GRAD_CLIP_NORM=.3 EMA_ENABLED=1 EMA_DECAY=.997 QAT_ENABLED=1
- QAT_START_KIND=lr_scale QAT_START=.15 QAT_SCOPE=small_linears QAT_GRID=amax QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6
- QUANT_BITS_BIGRAM=8 QUANT_BITS_EMBED=8 QUANT_CLIP=search5 QUANT_CODES=sym QUANT_SCALE_FLOOR=1
- KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=lzma SEED=42 QNA_ENABLED=1 QNA_MAGNITUDE=1 SQWA_ENABLED=1 SWA_START_KIND=lr_scale
- SWA_START_FRAC=.2 SWA_EVERY=50""",
+ TRAIN_SEQ_LEN=2048 WARMDOWN_ITERS=3500 INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm
+ BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128 BIGRAM_PROJ_OPT=adam ROPE_DIMS=16 ROPE_NTK_LEN=1024
+ XSA_LAST_N=4 LN_SCALE=1 VE_ENABLED=1 VE_DIM=128 VE_LAYERS=9,10 MATRIX_LR=.025
+ SCALAR_LR=.025 TIED_EMBED_LR=.035 MUON_MOMENTUM=.99 MUON_MOMENTUM_WARMUP_START=.92
+ MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WD=.04 ADAM_WD=.04 GRAD_CLIP_NORM=.3 EMA_ENABLED=1
+ EMA_DECAY=.997 QAT_ENABLED=1 QAT_START_KIND=lr_scale QAT_START=.15 QAT_SCOPE=small_linears
+ QAT_GRID=amax QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6 QUANT_BITS_BIGRAM=8 QUANT_BITS_EMBED=8
+ QUANT_CLIP=search5 QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536
+ COMPRESSOR=lzma SEED=42 QNA_ENABLED=1 QNA_MAGNITUDE=1 SQWA_ENABLED=1
+ SWA_START_KIND=lr_scale SWA_START_FRAC=.2 SWA_EVERY=50""",
     ),
 }
 
@@ -223,9 +233,10 @@ def test_bare_defaults_are_194s_architecture_with_every_averaging_and_quantisati
     assert cfg.non_default() == {} and cfg.shipped_average == "none"
 
 
-# ── Old spellings ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Old spellings ─────────────────────────────────────────────────────────────────────────────────
 LR_TRIGGER = {"QAT_START_KIND": "lr_scale"}
-OLD_SPELLINGS = {  # old name: (value, other variables, what must differ from the defaults), none of it a default
+# Old name: (value, other variables, what must differ from the defaults), none of it a default
+OLD_SPELLINGS = {
     "QAT": ("1", {}, {"QAT_ENABLED": True}),
     "ENABLE_QAT": ("1", {}, {"QAT_ENABLED": True}),
     "LATE_QAT": ("1", {}, {"QAT_ENABLED": True}),
@@ -293,7 +304,7 @@ def test_a_technique_of_no_published_row_is_accepted_only_when_off(name):
     assert refused({name: "3"}).startswith(f"{name}=3: ")
 
 
-# ── Variables that look like ours ─────────────────────────────────────────────────────────────────────────────────
+# ── Variables that look like ours ─────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "name, suggestion",
     [
@@ -501,7 +512,7 @@ def test_the_environment_that_runs_these_tests_passes():
     assert Config.from_env(clean) == Config()
 
 
-# ── One knob ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── One knob ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("name", BOOLS)
 def test_a_switch_takes_nothing_but_0_and_1(name):
     for text in ["true", "False", "yes", "on", "", "2", "-1", "01", " 1", "1.0"]:
@@ -597,7 +608,7 @@ def test_a_seed_that_no_generator_takes_is_refused(text):
     assert refused({"SEED": text}).startswith(f"SEED={text}: ")
 
 
-# ── Several knobs ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Several knobs ─────────────────────────────────────────────────────────────────────────────────
 RULES = [  # (settings that break the rule, the variable to blame, a change that mends it)
     ("MODEL_DIM=510", "MODEL_DIM", "NUM_HEADS=5 NUM_KV_HEADS=5"),
     ("NUM_KV_HEADS=3", "NUM_KV_HEADS", "NUM_KV_HEADS=2"),
@@ -657,7 +668,7 @@ def test_every_rule_between_knobs_has_a_case_here(monkeypatch):
         return noted
 
     monkeypatch.setattr(train_gpt, "RULES", [noting(check) for check in train_gpt.RULES])
-    for env in [*(parse(settings) for settings, *_ in RULES), TWO_SOURCES, {"RESUME": "1"}]:
+    for env in [*(parse(broken_rule) for broken_rule, *_ in RULES), TWO_SOURCES, {"RESUME": "1"}]:
         refused(env)
     assert broken == {check.__name__ for check in train_gpt.RULES}
 
@@ -697,7 +708,7 @@ def test_a_rule_between_knobs_waits_until_those_in_the_file_are_known(file):
         dataclasses.replace(cfg, inherited=True)
 
 
-# ── All at once ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── All at once ───────────────────────────────────────────────────────────────────────────────────
 def all_refused(env: dict[str, str]) -> list[str]:
     """The lines with which this environment is refused."""
     return refused(env).splitlines()
@@ -791,7 +802,7 @@ def test_a_refusal_survives_the_way_to_another_process():
     assert str(copied) == "a\\nb\nc" and copied.code == 7
 
 
-# ── Identity of a configuration ───────────────────────────────────────────────────────────────────────────────────
+# ── Identity of a configuration ───────────────────────────────────────────────────────────────────
 def with_other(cfg: Config, f) -> Config:
     """The same configuration but for one knob, unchecked."""
     other, value = copy.copy(cfg), getattr(cfg, f.name)
@@ -837,7 +848,11 @@ def test_the_training_digest_changes_with_the_knobs_that_a_checkpoint_depends_on
 def test_the_grid_belongs_to_the_training_only_where_training_uses_it():
     for names in itertools.product((False, True), repeat=5):
         flags = dict(
-            zip(("qat_enabled", "qna_enabled", "sqwa_enabled", "ema_enabled", "swa_enabled"), names)
+            zip(
+                ("qat_enabled", "qna_enabled", "sqwa_enabled", "ema_enabled", "swa_enabled"),
+                names,
+                strict=True,
+            )
         )
         if not (flags["swa_enabled"] and (flags["sqwa_enabled"] or flags["ema_enabled"])):
             scopes = Config(**flags, qat_start_kind="lr_scale").training_scopes
@@ -851,7 +866,7 @@ def test_the_digest_does_not_depend_on_the_spelling():
     )
 
 
-# ── The command ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The command ───────────────────────────────────────────────────────────────────────────────────
 def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     base = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     return subprocess.run(
@@ -860,6 +875,7 @@ def launch(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
         text=True,
         capture_output=True,
         timeout=HANG,
+        check=False,
     )
 
 
@@ -938,7 +954,7 @@ def test_an_argument_is_refused_with_exit_2_because_settings_are_variables(argum
     assert "--help" in out + err and len((out + err).splitlines()) == 1
 
 
-# ── Tables ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Tables ────────────────────────────────────────────────────────────────────────────────────────
 ROWS_OF_A_TABLE = [
     ("what [bold]", "bytes", "share", "said"),
     ("a" * 300, 1_234_567, 0.5, None),
