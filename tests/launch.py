@@ -161,13 +161,13 @@ def take(lent) -> int:
     return lent.detach()
 
 
-def script_child(argv: list[str], env: dict, output: int, kept: list[int]) -> None:
+def script_child(argv: list[str], env: dict, cwd: Path, output: int, kept: list[int]) -> None:
     """A script as the main program, in this folder and environment;
     all that it prints goes to output.
     """
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     train_gpt.torch.set_num_threads(int(env.get("OMP_NUM_THREADS", THREADS)))
@@ -180,11 +180,13 @@ class Forked:
     without the seconds that Python and torch need to start.
     """
 
-    def __init__(self, argv: list[str], env: dict, stdout, pass_fds: tuple = (), **_):
+    def __init__(
+        self, argv: list[str], env: dict, stdout, pass_fds: tuple = (), cwd: Path = ROOT, **_
+    ):
         serve()
         assert argv[0] == sys.executable
         lent = [Lent(number) for number in pass_fds]
-        arguments = (list(map(str, argv[1:])), env, Lent(stdout.fileno()), lent)
+        arguments = (list(map(str, argv[1:])), env, cwd, Lent(stdout.fileno()), lent)
         self.process = SERVER.Process(target=script_child, args=arguments)
         self.process.start()
         self.terminate = self.process.terminate

@@ -6,20 +6,27 @@ that nobody finished.
 """
 
 import json
+import math
 import re
 import shlex
 import shutil
 import subprocess
-import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
+import matplotlib.text
 import pytest
 import readme_tables
+import torch
 from conftest import make_data
-from demo_picture import demo_picture
-from launch import script
+from demo_picture import STYLE, demo_figure, demo_picture
+from launch import Forked, script
 
+import ablate
 import train_gpt
 from ablation.check import check_submission
+from ablation.study import matrix, read_study
 
 ROOT = readme_tables.ROOT
 README = (ROOT / "README.md").read_text()
@@ -39,6 +46,44 @@ def test_every_generated_block_stands_on_a_page():
 
 def test_the_picture_is_that_of_the_demo():
     assert readme_tables.PICTURE.read_text() == demo_picture(readme_tables.DEMO)
+
+
+def busy_records(folder: Path) -> None:
+    """The demo's records with validation points, and phases that begin close together."""
+    events = []
+    for line in (readme_tables.DEMO / "metrics.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        events.append(event)
+        if event["event"] == "step":
+            bpb = 2.2 + math.exp(-event["step"] / 150)
+            events.append(event | {"event": "val", "val_bpb": bpb})
+    for name, seconds in (("SWA", 46), ("QNA", 47.5), ("SQWA", 89), ("TTT", 89), ("LATE", 90)):
+        events.append({"event": "phase", "name": name, "seconds": seconds})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)))
+    shutil.copy(readme_tables.DEMO / "result.json", folder)
+
+
+@pytest.mark.parametrize("records", ["as committed", "busy"])
+def test_no_two_texts_of_the_picture_overlap(records, tmp_path):
+    folder = readme_tables.DEMO
+    if records == "busy":
+        folder = tmp_path
+        busy_records(folder)
+    with matplotlib.rc_context(STYLE):
+        figure = demo_figure(folder)
+        figure.draw_without_rendering()
+
+    boxes = {}
+    for text in figure.findobj(matplotlib.text.Text):
+        if text.get_visible() and text.get_text():
+            boxes[text] = text.get_window_extent()
+    ours = [text for ax in figure.axes for text in ax.texts]
+    assert len(ours) >= 3
+    for text in ours:
+        box = boxes.pop(text)
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
+        for other, its_box in boxes.items():
+            assert not box.overlaps(its_box), (text.get_text(), other.get_text())
 
 
 def test_readme_is_a_page_that_one_reads_to_its_end():
@@ -68,40 +113,82 @@ def test_every_link_within_the_repository_leads_somewhere(path):
         assert not anchor or anchor in anchors(linked.read_text()), target
 
 
-def test_the_ablation_of_readme_runs_as_it_is_printed(tmp_path):
-    section = README.partition("## An ablation in ten lines")[2].partition("\n## ")[0]
-    study = re.search(r"```toml\n(.*?)```", section, re.S)[1]
-    command = re.search(r"^python (.+)$", section, re.M)[1]
-    for name in ("ablate.py", "train_gpt.py", "prepare_data.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "ablation", tmp_path / "ablation")
+def printed_study(page: str) -> str:
+    """The first study that a page prints."""
+    return re.search(r"```toml\n(.*?)```", PAGES[page], re.S)[1]
+
+
+@pytest.fixture
+def fresh_clone(tmp_path, monkeypatch) -> Path:
+    """A folder with train_gpt.py and the demo's data, where ablate.py runs its trials (forked)."""
+    shutil.copy(ROOT / "train_gpt.py", tmp_path)
+    demo = tmp_path / "data" / "demo"
+    demo.mkdir(parents=True)
+    make_data(demo, 1024)
     (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "mine.toml").write_text(study)
-    (tmp_path / "data" / "demo").mkdir(parents=True)
-    make_data(tmp_path / "data" / "demo", 1024)
 
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
-    quantised = [r["toggles"].get("QAT", {"tensors": None})["tensors"] for r in results]
-    assert len(results) == 4 and quantised.count(None) == 2
-    assert min(n for n in quantised if n is not None) > 0
-    assert len(study.splitlines()) <= 11
+    for module in ("ablate", "ablation.study", "ablation.runner"):
+        monkeypatch.setattr(f"{module}.ROOT", tmp_path)
+    quick = SimpleNamespace(**vars(subprocess) | {"Popen": Forked})
+    monkeypatch.setattr("ablation.runner.subprocess", quick)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_the_committed_logs_of_studies_are_small():
-    files = [
-        path
-        for path in (ROOT / "logs/studies").rglob("*")
-        if path.name in ("result.json", "metrics.jsonl", "ledger.jsonl")
+def test_the_ablation_of_readme_runs_as_it_is_printed(fresh_clone):
+    study = printed_study("README.md")
+    (fresh_clone / "studies" / "mine.toml").write_text(study)
+    command = re.search(r"^python ablate.py (run .+)$", README, re.M)[1]
+    assert ablate.main(shlex.split(command)) == 0
+
+    (folder,) = fresh_clone.glob("logs/runs/mine/*")
+    quantised = {}
+    for path in folder.glob("*/result.json"):
+        toggles = json.loads(path.read_text())["toggles"]
+        quantised[path.parent.name] = "QAT" in toggles and toggles["QAT"]["tensors"]
+    on = [name for name, tensors in quantised.items() if tensors]
+    assert sorted(on) == ["qat_enabled-1-s1", "qat_enabled-1-s2"] and len(quantised) == 4
+
+    report = (folder / "report.md").read_text()
+    answer = r"^\| qat_enabled-1 - qat_enabled-0 \| quantisation gap, BPB .* is lower than "
+    assert re.search(answer, report, re.M)
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "ablations.md"])
+def test_a_printed_study_is_short_and_quantises_something(page, tmp_path):
+    study = printed_study(page)
+    lines = study.splitlines()
+    assert len(lines) <= {"README.md": 12, "ablations.md": 30}[page]
+    assert max(len(line) for line in lines) <= 100
+
+    (tmp_path / "mine.toml").write_text(study)
+    for trial in matrix(read_study(tmp_path / "mine.toml"), "small", "steps").trials:
+        with torch.device("meta"):
+            plan = train_gpt.export_plan(trial.cfg, train_gpt.GPT(trial.cfg))
+        assert any(isinstance(how, train_gpt.Grid) for how in plan.values()), trial.id
+
+
+def test_the_longer_study_has_the_arms_that_its_page_promises(tmp_path):
+    (tmp_path / "mine.toml").write_text(printed_study("ablations.md"))
+    m = matrix(read_study(tmp_path / "mine.toml"), "small", "steps")
+    assert [t.arm for t in m.trials[:4]] == [
+        "qat-0_average-none",
+        "qat-0_average-ema",
+        "qat-1_average-none",
+        "qat-1_average-ema",
     ]
-    assert len(files) > 100 and max(path.stat().st_size for path in files) < 100_000
+    # an arm that differs in AVERAGE alone exports the checkpoint of the other one
+    assert len(m.trials) == 12 and len(m.groups()) == 6
+
+
+def test_the_committed_logs_of_studies_are_few_and_small():
+    """Three files of each study's size and budget."""
+    files = [path for path in (ROOT / "logs/studies").rglob("*") if path.is_file()]
+    names = {"ledger.jsonl", "results.jsonl", "metrics.jsonl"}
+    assert {path.name for path in files} == names
+    assert len(files) == len(names) * len(readme_tables.STUDIES)
+    assert max(path.stat().st_size for path in files) < 1_000_000
 
 
 def test_the_submission_folder_is_good_and_submission_json_is_its_own():
