@@ -60,7 +60,6 @@ DENSE = {
 UNCHECKED = DENSE | {
     "tests/fuzz_readers.py",
     "tests/readme_tables.py",
-    "tests/test_ablate.py",
     "tests/test_export.py",
     "tests/test_faults.py",
     "tests/test_gpu.py",

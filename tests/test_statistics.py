@@ -79,7 +79,8 @@ def test_summary_is_the_mean_and_the_sample_standard_deviation():
 
 def test_one_run_has_no_standard_deviation():
     one = summary({7: 1.2})
-    assert (one.n, one.mean) == (1, 1.2) and math.isnan(one.sd)
+    assert (one.n, one.mean) == (1, 1.2)
+    assert math.isnan(one.sd)
 
 
 def test_equal_scores_have_a_standard_deviation_of_exactly_zero():
@@ -187,19 +188,16 @@ def test_swapping_the_arms_turns_the_sign_and_nothing_else():
 def test_pairing_removes_the_noise_that_both_arms_share():
     a = normal_arm(3, 5, sd=0.01)
     b = {seed: value - 0.001 + 0.0001 * (-1) ** seed for seed, value in a.items()}
-    assert paired(a, b).p < 1e-4 and welch(a, b).p > 0.5
+    assert paired(a, b).p < 1e-4
+    assert welch(a, b).p > 0.5
 
 
 # ── Factorials ────────────────────────────────────────────────────────────────────────────────────
 def test_published_swa_and_qat_cancel_each_other():
-    swa_alone, swa_on_qat = (
-        paired(SWA_QAT[0, 0], SWA_QAT[1, 0]),
-        paired(SWA_QAT[0, 1], SWA_QAT[1, 1]),
-    )
-    qat_alone, qat_on_swa = (
-        paired(SWA_QAT[0, 0], SWA_QAT[0, 1]),
-        paired(SWA_QAT[1, 0], SWA_QAT[1, 1]),
-    )
+    swa_alone = paired(SWA_QAT[0, 0], SWA_QAT[1, 0])
+    swa_on_qat = paired(SWA_QAT[0, 1], SWA_QAT[1, 1])
+    qat_alone = paired(SWA_QAT[0, 0], SWA_QAT[0, 1])
+    qat_on_swa = paired(SWA_QAT[1, 0], SWA_QAT[1, 1])
     simple = [
         round(1e3 * effect.mean, 2) for effect in (swa_alone, swa_on_qat, qat_alone, qat_on_swa)
     ]
@@ -215,7 +213,8 @@ def test_published_swa_and_qat_cancel_each_other():
         (swa_alone.mean + swa_on_qat.mean) / 2, (qat_alone.mean + qat_on_swa.mean) / 2
     )
     assert both.mean == pytest.approx(swa_on_qat.mean - swa_alone.mean, rel=1e-9)
-    assert (both.n, both.df) == (2, 1) and both.low > 0 > swa_alone.mean
+    assert (both.n, both.df) == (2, 1)
+    assert both.low > 0 > swa_alone.mean
 
 
 def three_way(seed: int = 0) -> tuple[dict, dict]:
@@ -550,7 +549,9 @@ def test_other_settings_are_refused_within_an_arm_and_named(two_runs):
     with pytest.raises(Refusal) as refusal:
         check_alike(two_runs, config=True)
     message = str(refusal.value)
-    assert "config_sha256" in message and "control-1" in message and "control-2" in message
+    assert "config_sha256" in message
+    assert "control-1" in message
+    assert "control-2" in message
     assert (
         "(MATRIX_LR=0.02 against 0.04, QAT_ENABLED=True against False)" in message
     )  # and neither RUN_ID nor SEED
