@@ -7,7 +7,7 @@ runner
     Trials -> processes -> run folders. Nothing is run twice, nothing is lost.
 
 records
-    What runs leave behind, read from a disk and not believed unseen.
+    What runs leave behind, in folders or in lines, not believed unseen.
 
 statistics
     Scores of seeds -> differences, intervals and verdicts.
@@ -15,6 +15,6 @@ statistics
 report, page
     Run folders -> tables in Markdown, and one HTML page with charts.
 
-submission
-    Run folders -> a leaderboard folder, and its check.
+submission, check
+    Run folders -> a leaderboard folder, and what is wrong with one.
 """
