@@ -1,16 +1,19 @@
-"""Coverage-guided fuzzing of everything that reads a file: whatever the bytes, a value that keeps its promise or one line.
+"""Coverage-guided fuzzing of all that reads a file: a value that keeps its promise, or one line.
 
-    python -m venv fuzz && fuzz/bin/pip install atheris -r requirements.txt        # no dependency of `make test`
-    fuzz/bin/python tests/fuzz_readers.py TARGET CORPUS_FOLDER -max_total_time=600      # and any option of libFuzzer
+    python -m venv fuzz && fuzz/bin/pip install atheris -r requirements.txt
+    fuzz/bin/python tests/fuzz_readers.py TARGET CORPUS_FOLDER -max_total_time=600
 
-TARGET is container, artifact, shard, manifest, study or submission. The corpus is seeded with good files and odd ones. A
-finding is anything else than a good value or a Refusal in one printable line: another exception, more than 10 CPU seconds,
-more than 1 GiB of memory for one input, a file opened outside of the given folder, a process started, a pickle read. To
-reproduce one: `python tests/fuzz_readers.py TARGET FILE` (with atheris), or replay(TARGET, bytes), which test_hostile.py
+atheris is no dependency of `make test`; any option of libFuzzer may follow.
+
+TARGET is container, artifact, shard, manifest, study or submission. The corpus is seeded with good
+files and odd ones. A finding is anything else than a good value or a Refusal in one printable line:
+another exception, more than 10 CPU seconds, more than 1 GiB of memory for one input, a file opened
+outside of the given folder, a process started, a pickle read. To reproduce one: `python
+tests/fuzz_readers.py TARGET FILE` (with atheris), or replay(TARGET, bytes), which test_hostile.py
 does with every file in fuzz_cases/.
 
-Where a checksum or a compressor would stop the fuzzer, its bytes become what lies behind: the first byte of an input chooses
-how the rest is used (see each target).
+Where a checksum or a compressor would stop the fuzzer, its bytes become what lies behind: the
+first byte of an input chooses how the rest is used (see each target).
 """
 
 import contextlib
@@ -29,6 +32,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +44,9 @@ import numpy as np
 import safetensors.torch
 import torch
 
+# what torch loads when it first makes a model on meta, which must not happen within the guard
+import torch._dynamo
+
 if __name__ == "__main__":
     import atheris
 
@@ -50,13 +57,13 @@ with instrumented:
     import prepare_data
     import train_gpt
     from ablation import report
+    from ablation.check import check_submission
     from ablation.page import html_page
     from ablation.records import check_alike, load, metric
     from ablation.report import Finished, comparison_row, markdown_report
     from ablation.runner import shell
     from ablation.statistics import record_rule
     from ablation.study import Matrix, matrix, read_study
-    from ablation.check import check_submission
     from ablation.submission import render, summarise
 
 CPU_SECONDS, MEMORY = 10, 1 << 30
@@ -79,7 +86,7 @@ class Finding(AssertionError):
     """What no reader may do."""
 
 
-# ── The guard ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── The guard ─────────────────────────────────────────────────────────────────────────────────────
 WATCHED = {
     "open",
     "os.listdir",
@@ -180,7 +187,7 @@ def promise(kept: bool, what: str) -> None:
         raise Finding(what)
 
 
-# ── From bytes to decisions ───────────────────────────────────────────────────────────────────────────────────────
+# ── From bytes to decisions ───────────────────────────────────────────────────────────────────────
 class Dice:
     """Decisions from the fuzzer's bytes; when they run out, each is 0."""
 
@@ -282,7 +289,7 @@ def spoilt(value, dice: Dice) -> str:
     return json.dumps(whole).replace(f'"{mark}"', fragment(dice))
 
 
-# ── Artifacts and checkpoints ─────────────────────────────────────────────────────────────────────────────────────
+# ── Artifacts and checkpoints ─────────────────────────────────────────────────────────────────────
 @functools.cache
 def product(**knobs) -> tuple[train_gpt.Config, dict]:
     """(configuration, weights) of a model of some 600 parameters."""
@@ -300,7 +307,10 @@ def artifact_file(compressor: str) -> bytes:
 
 @functools.cache
 def good(kind: str) -> tuple[dict, dict]:
-    """(facts, tensors as they stand in the file) of an artifact ("zstd", or "ans": with coded codes) or a "checkpoint"."""
+    """(facts, tensors as they stand in the file).
+
+    kind: "zstd", "ans" (an artifact with coded codes) or "checkpoint".
+    """
     if kind == "checkpoint":
         cfg, state = product()
         facts = dict(
@@ -389,7 +399,7 @@ DTYPES = [
 
 
 def changed_tensor(tensors: dict, dice: Dice) -> bytes:
-    """Safetensors of these tensors, one of which has another name, type, shape or contents, or is gone."""
+    """Safetensors; one tensor has another name, type, shape or contents, or is gone."""
     stored = {
         name: [
             {torch.int8: "I8", torch.int16: "I16", torch.float16: "F16", torch.float32: "F32"}.get(
@@ -445,8 +455,12 @@ def changed_tensor(tensors: dict, dice: Dice) -> bytes:
 
 
 def artifact(data: bytes, folder: Path) -> None:
-    """What lies behind the checksum. 0: safetensors, 1: their header, 2: the facts as text, 3: a fact, 4: a tensor of the coded
-    form, 5: of the plain form, 6: a fact of a checkpoint, 7: a tensor of one, 8: a compressed payload and its size."""
+    """What lies behind the checksum.
+
+    0: safetensors, 1: their header, 2: the facts as text, 3: a fact, 4: a tensor of the coded form,
+    5: of the plain form, 6: a fact of a checkpoint, 7: a tensor of one, 8: a compressed payload and
+    its size.
+    """
     dice, compressor, size = Dice(data), "none", None
     mode = dice.number() % 9
     kind = {4: "ans", 6: "checkpoint", 7: "checkpoint"}.get(mode, "zstd")
@@ -467,7 +481,7 @@ def artifact(data: bytes, folder: Path) -> None:
     container(sealed(blob, compressor, size), folder)
 
 
-# ── Shards and manifests ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Shards and manifests ──────────────────────────────────────────────────────────────────────────
 def shard_file(tokens: list[int]) -> bytes:
     return (
         np.array([20240520, 1, len(tokens)] + [0] * 253, "<i4").tobytes()
@@ -482,7 +496,7 @@ def data_config(folder: Path) -> train_gpt.Config:
 
 
 def shard(data: bytes, folder: Path) -> None:
-    """0: the whole file, 1: numbers of its header and then its tokens; as the middle one of three."""
+    """0: the file, 1: numbers of its header and then its tokens; as the middle one of three."""
     dice, path = Dice(data), folder / "fineweb_val_000001.bin"
     if dice.number() % 2 == 0:
         content = dice.data
@@ -552,7 +566,10 @@ LISTING = {
 
 
 def manifest(data: bytes, folder: Path) -> None:
-    """0: the bytes, 1: a part of a good manifest of shards, 2: of the hub's listing; in a folder with good files."""
+    """0: the bytes, 1: a part of a good manifest of shards, 2: of the hub's listing.
+
+    In a folder with good files.
+    """
     dice, (files, whole) = Dice(data), good_dataset()
     mode = dice.number() % 3
     text = (
@@ -594,7 +611,7 @@ def check_listing(text: bytes) -> None:
     )
 
 
-# ── Studies ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Studies ───────────────────────────────────────────────────────────────────────────────────────
 STUDY = """title = "A title"
 source = "#1"
 question = "Which?"
@@ -633,9 +650,9 @@ ema_enabled = [false, true]
 
 
 class Tags(html.parser.HTMLParser):
-    """Refuses whatever no page of ours has: an element of a stranger, or an attribute that runs or loads something."""
+    """Refuses what no page of ours has: elements, attributes that run or load something."""
 
-    known = set(
+    known: ClassVar = set(
         [
             "html",
             "head",
@@ -685,7 +702,10 @@ def check_page(page: str) -> None:
 
 
 def study(data: bytes, folder: Path) -> None:
-    """0: the bytes, 1: a good study with a line changed, left out or inserted; then its trials and its empty report."""
+    """0: the bytes, 1: a good study with a line changed, left out or inserted.
+
+    Then its trials and its empty report.
+    """
     dice = Dice(data)
     if dice.number() % 2:
         lines, at = list(STUDY), dice.number() % len(STUDY)
@@ -743,7 +763,7 @@ def check_matrix(m: Matrix) -> None:
     check_page(html_page(m.study.title, report.notes(found), report.tables(found), [lost]))
 
 
-# ── Run folders and submissions ───────────────────────────────────────────────────────────────────────────────────
+# ── Run folders and submissions ───────────────────────────────────────────────────────────────────
 ABOUT = dict(author="A", github_id="a", name="N", blurb="B", track="none: a test")
 
 
@@ -776,8 +796,11 @@ def submission_of(results: dict[int, dict]) -> dict[str, bytes]:
 
 
 def submission(data: bytes, folder: Path) -> None:
-    """0: a file of a good folder, 1: a part of a JSON file, 2: another file, 3: a result and all that shows it, 4: the prose of
-    README.md, 5: a run folder's result, 6: its metrics.jsonl; the script of the folder is not run."""
+    """0: a file of a good folder, 1: a part of a JSON file, 2: another file, 3: a result and what
+    shows it, 4: the prose of README.md, 5: a run folder's result, 6: its metrics.jsonl.
+
+    The script of the folder is not run.
+    """
     dice, results = Dice(data), good_results()
     mode, target = dice.number() % 7, folder / "submission"
     files = dict(submission_of(results)) if mode < 5 else {}
@@ -862,7 +885,7 @@ def run_folder(run: Path, text: str, dice: Dice) -> None:
         check_page(html_page("title", notes, tables, drawn))
 
 
-# ── Command ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Command ───────────────────────────────────────────────────────────────────────────────────────
 TARGETS = {f.__name__: f for f in (container, artifact, shard, manifest, study, submission)}
 
 
@@ -929,7 +952,8 @@ def main() -> None:
     target, *rest = sys.argv[1:] or [""]
     if target not in TARGETS:
         sys.exit(
-            f"usage: python tests/fuzz_readers.py {'|'.join(TARGETS)} CORPUS_FOLDER [options of libFuzzer]"
+            f"usage: python tests/fuzz_readers.py {'|'.join(TARGETS)} CORPUS_FOLDER "
+            "[options of libFuzzer]"
         )
     torch.set_num_threads(1)
     for corpus in [Path(r) for r in rest if not r.startswith("-")][:1]:

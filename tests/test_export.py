@@ -1,8 +1,9 @@
-"""The artifact: what is in it, how large it is, and what a reader does with a damaged or hostile one.
+"""The artifact: what is in it, how large it is, and what a reader does with a damaged one.
 
-Would have caught: exports that do not equal what was trained (#304, #975); the wrong layer kept in fp16 (#989's
-blocks.8); artifacts over the cap that nobody noticed (#194, #975, #989) and sizes that were not those of the shipped
-files (#1835); a zstd file that its own reader could not open (#199); pickles, which run a stranger's code when loaded.
+Would have caught: exports that do not equal what was trained (#304, #975); the wrong layer kept in
+fp16 (#989's blocks.8); artifacts over the cap that nobody noticed (#194, #975, #989) and sizes
+that were not those of the shipped files (#1835); a zstd file that its own reader could not open
+(#199); pickles, which run a stranger's code when loaded.
 """
 
 import ast
@@ -28,30 +29,30 @@ import train_gpt
 from train_gpt import (
     COMPRESSORS,
     FORMAT_VERSION,
-    ZSTD_FRAME,
     GPT,
     HEADER,
     LANE,
     MAGIC,
     MAX_RAW_BYTES,
     PACKED_NAME,
+    ZSTD_FRAME,
     Config,
     Grid,
     Refusal,
     Run,
-    code_size,
-    ans_encode,
     ans_decode,
+    ans_encode,
+    as_shipped,
+    code_size,
+    encode_artifact,
+    encode_container,
     export,
     export_plan,
-    sizes_by_kind,
     main,
-    encode_artifact,
     prune,
-    encode_container,
-    as_shipped,
     read_artifact,
     read_container,
+    sizes_by_kind,
     write_atomic,
 )
 
@@ -80,7 +81,7 @@ def artifact(product, tmp_path):
     return path
 
 
-# ── pack and unpack ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── pack and unpack ───────────────────────────────────────────────────────────────────────────────
 ALL_ON = dict(
     bigram_vocab_size=64,
     bigram_dim=16,
@@ -163,7 +164,7 @@ def test_requantising_with_a_quantile_clip_keeps_the_codes_and_moves_a_step_by_o
     torch.testing.assert_close(rescaled, scale, rtol=2**-10, atol=0)
 
 
-# ── entropy coding ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── entropy coding ────────────────────────────────────────────────────────────────────────────────
 def gaussian(rows: int, columns: int, spread: float = 8.0, seed: int = 0) -> torch.Tensor:
     noise = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return (noise * spread).round().clamp(-31, 31).to(torch.int8)
@@ -271,7 +272,7 @@ def test_parts_that_nobody_coded_are_refused_in_little_memory(spoil, tmp_path):
     (tmp_path / "a.bin").write_bytes(encode_container(parts, {}, "zstd"))
     tracemalloc.start()
     try:
-        with pytest.raises(Refusal, match="a.bin"):
+        with pytest.raises(Refusal, match=r"a\.bin"):
             read_artifact(tmp_path / "a.bin")
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
@@ -279,7 +280,7 @@ def test_parts_that_nobody_coded_are_refused_in_little_memory(spoil, tmp_path):
 
 
 def test_zstd_frames_are_read_as_one_file_and_cost_next_to_nothing():
-    """On trained weights they save 2 to 6 %, as fp16 tables and codes do not share their statistics (README)."""
+    """They save 2 to 6 % of trained weights: tables and codes do not share their statistics."""
     raw = safetensors.torch.save(
         {"w:codes": gaussian(1500, 600), "table": (0.05 * torch.randn(400, 500)).half()}
     )
@@ -321,7 +322,7 @@ def test_the_codes_entropy_and_their_share_of_the_artifact_are_reported(product,
     assert code_size(cfg, {}, plan, total) == {}
 
 
-# ── the plan ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the plan ──────────────────────────────────────────────────────────────────────────────────────
 SEEDS = {
     "989": dict(
         num_layers=10,
@@ -354,7 +355,7 @@ SEEDS = {
 
 
 def full_size_plan(seed: str) -> dict:
-    """Tensor name -> bits, or "fp16" / "fp32", for the seed's model at its true size (without its memory)."""
+    """Tensor name -> bits, or "fp16" / "fp32", for the seed's model at its true size, on meta."""
     cfg = Config(init="default", **SEEDS[seed])
     with torch.device("meta"):
         plan = export_plan(cfg, GPT(cfg))
@@ -419,9 +420,9 @@ def test_a_tensor_of_exactly_the_limit_stays_fp16_and_bits_16_means_fp16(product
     assert product(quant_bits_mlp=16)[2]["blocks.0.mlp.fc.weight"] == torch.float16
 
 
-# ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damaged files ─────────────────────────────────────────────────────────────────────────────────
 def assert_refused(path, tiny) -> str:
-    """The one line with which scoring this file ends; anything else fails, and so does taking over 20 s."""
+    """The line with which scoring this file ends, within 20 s; anything else fails."""
 
     def too_long(*_):
         pytest.fail(f"{path} keeps the reader busy for 20 s")
@@ -446,7 +447,7 @@ def test_a_file_cut_anywhere_is_refused(artifact):
     data = artifact.read_bytes()
     for length in [*range(HEADER.size + 2), *range(0, len(data), 97), len(data) - 1]:
         artifact.write_bytes(data[:length])
-        with pytest.raises(Refusal, match="artifact.bin"):
+        with pytest.raises(Refusal, match=r"artifact\.bin"):
             read_artifact(artifact)
 
 
@@ -456,7 +457,7 @@ def test_a_flipped_bit_anywhere_is_refused(artifact):
         damaged = bytearray(data)
         damaged[place] ^= 1 << place % 8
         artifact.write_bytes(damaged)
-        with pytest.raises(Refusal, match="artifact.bin"):
+        with pytest.raises(Refusal, match=r"artifact\.bin"):
             read_artifact(artifact)
             pytest.fail(f"byte {place} may be anything")
 
@@ -483,11 +484,11 @@ def test_a_folder_or_a_missing_file_is_refused(artifact, tiny):
     assert "none.bin" in assert_refused(artifact.with_name("none.bin"), tiny)
 
 
-# ── hostile files: the checksum is right ──────────────────────────────────────────────────────────────────────────
+# ── hostile files: the checksum is right ──────────────────────────────────────────────────────────
 def forge(
     path, raw: bytes, size: int | None = None, compressor: str = "zlib", blob: bytes | None = None
 ):
-    """Writes an artifact of this payload with a correct checksum, and perhaps a lie about its size."""
+    """Writes an artifact of this payload with a true checksum, perhaps with a false size."""
     blob = COMPRESSORS[compressor].compress(raw, 1) if blob is None else blob
     number, size = list(COMPRESSORS).index(compressor), len(raw) if size is None else size
     path.write_bytes(
@@ -669,7 +670,7 @@ def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
     )
 
 
-# ── sizes by kind of tensor ───────────────────────────────────────────────────────────────────────────────────────
+# ── sizes by kind of tensor ───────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("compressor", CHOICES)
 def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(product, compressor):
     cfg, state, plan = product(**ALL_ON, compressor=compressor, quant_clip="amax")
@@ -727,7 +728,7 @@ def test_group_sizes_follow_the_bits_of_each_kind_and_are_in_the_result(product,
     assert sum(g["params"] for g in report["groups"].values()) == report["params"]
 
 
-# ── one container ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── one container ─────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_what_is_unsealed_is_exactly_what_was_sealed(tmp_path, compressor):
     tensors = {
@@ -744,7 +745,7 @@ def test_what_is_unsealed_is_exactly_what_was_sealed(tmp_path, compressor):
     assert all(read[n].dtype == t.dtype and torch.equal(read[n], t) for n, t in tensors.items())
 
 
-# ── pruning ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pruning ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("limit", [16, 512])  # at 16 there are large vectors too
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 0.9])
 def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_else(
@@ -764,7 +765,7 @@ def test_pruning_zeroes_the_smallest_weights_of_each_large_matrix_and_nothing_el
     assert {"tok_emb", "bigram.embed", FC} <= large and (SKIP in large) == (limit < 32)
 
 
-# ── the cap ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the cap ───────────────────────────────────────────────────────────────────────────────────────
 def code_and_artifact(report: dict) -> tuple[int, int]:
     """Bytes of the two files that ship, from the disk."""
     folder = train_gpt.Path(report["artifact_path"]).parent
@@ -818,7 +819,7 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
 ):
     knobs = dict(prune_pct=start, keep_float_max_numel=64, compressor=compressor, compress_level=6)
     cfg, state, plan = product(**knobs)
-    code, steps = len(train_gpt.shipped_code(cfg)), int(round((0.9 - start) / 0.005))
+    code, steps = len(train_gpt.shipped_code(cfg)), round((0.9 - start) / 0.005)
 
     def size(coder, share: float) -> int:
         return code + len(encode_artifact(coder, prune(cfg, state, share), plan))
@@ -832,7 +833,7 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
     )
     sizes = [size(*what) for what in tries]
     jumps = [
-        small for small, next_one in zip(sizes, sizes[1:]) if next_one > small
+        small for small, next_one in itertools.pairwise(sizes) if next_one > small
     ]  # more zeros can be a larger file
     firsts = set()
     for cap in (
@@ -876,7 +877,7 @@ def test_fit_to_cap_prunes_nothing_where_it_fits_and_says_so_where_it_cannot(tin
     assert cannot["exit_code"] == 3 and code_and_artifact(cannot)[1] == cannot["artifact_bytes"]
 
 
-# ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────
 def test_writing_replaces_the_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "a.bin"
     for data in (b"first", b"second"):

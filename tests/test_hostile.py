@@ -1,8 +1,9 @@
-"""Files from strangers and broken disks: whatever they hold, a good value or one printable line, in bounded time and memory.
+"""Files from strangers and broken disks: a good value or one line, in bounded time and memory.
 
-Would have caught: loaders that run what they load (torch.load of every published script), a config that decides how much
-memory is taken, a study of 200 KB that takes all of it, a name that is a path, a report that is somebody else's page, a
-terminal that a log file commands. tests/fuzz_readers.py looks for more of them; what it found is in fuzz_cases/.
+Would have caught: loaders that run what they load (torch.load of every published script), a config
+that decides how much memory is taken, a study of 200 KB that takes all of it, a name that is a
+path, a report that is somebody else's page, a terminal that a log file commands.
+tests/fuzz_readers.py looks for more of them; what it found is in fuzz_cases/.
 """
 
 import contextlib
@@ -30,11 +31,11 @@ from hypothesis import strategies as st
 import ablate
 import prepare_data
 import train_gpt
+from ablation.check import MAX_CODE_BYTES, check_submission
 from ablation.page import html_page
 from ablation.records import load
 from ablation.report import Finished, notes, tables, write_report
 from ablation.study import STUDY_KEYS, Study, matrix, read_study
-from ablation.check import MAX_CODE_BYTES, check_submission
 from train_gpt import (
     Config,
     Refusal,
@@ -49,12 +50,20 @@ from train_gpt import (
 CASES = sorted((Path(__file__).parent / "fuzz_cases").glob("*-*"))
 ESCAPES = ["\x1b[2J\x1b]0;title\x07", "\ud800", "a\nb", "a\rb", "\u202egnp", "\x00", "\x9b31m"]
 FEW = settings(deadline=None, max_examples=60)
-GOOD_STUDY = "[size.small]\nsteps = 4\nseconds = 2.0\n[arm.plain]\nQAT_ENABLED = 0\n[arm.qat]\nQAT_ENABLED = 1\n"
+GOOD_STUDY = """\
+[size.small]
+steps = 4
+seconds = 2.0
+[arm.plain]
+QAT_ENABLED = 0
+[arm.qat]
+QAT_ENABLED = 1
+"""
 
 
 @contextlib.contextmanager
 def within(seconds: int):
-    """Fails what computes for longer, and what waits for ever, as on a pipe that nobody writes to."""
+    """Fails what computes for longer, and what waits for ever, as on a pipe without writer."""
 
     def busy(*_):
         pytest.fail(f"not done after {seconds} s of computing")
@@ -83,7 +92,7 @@ def refusal(reader, *arguments) -> str:
     return str(caught.value)
 
 
-# ── What the fuzzer found, and what it begins with ────────────────────────────────────────────────────────────────
+# ── What the fuzzer found, and what it begins with ────────────────────────────────────────────────
 def broken_promise(target: str, data: bytes) -> str:
     """What the target does with this input and should not; empty: nothing."""
     try:
@@ -121,7 +130,7 @@ def test_the_guard_of_the_fuzzer_notices(monkeypatch, target, act):
         replay(target, b"")
 
 
-# ── Configuration ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Configuration ─────────────────────────────────────────────────────────────────────────────────
 NAMES = [f.name.upper() for f in train_gpt.KNOBS] + [*train_gpt.ALIASES, *train_gpt.UNSUPPORTED]
 VALUES = st.one_of(
     st.text(max_size=20),
@@ -179,7 +188,7 @@ def test_a_refusal_is_one_line_that_commands_no_terminal(text):
     assert str(Refusal(f"X={text}: no")).isprintable()
 
 
-# ── Containers and artifacts ──────────────────────────────────────────────────────────────────────────────────────
+# ── Containers and artifacts ──────────────────────────────────────────────────────────────────────
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
 TENSORS = st.dictionaries(
     st.text(st.characters(exclude_categories=("Cs",), exclude_characters=":"), max_size=8).filter(
@@ -289,7 +298,7 @@ def test_settings_in_an_artifact_that_break_terminal_or_model_are_refused(tmp_pa
 @pytest.mark.parametrize(
     "make",
     [
-        lambda path: os.mkfifo(path),
+        os.mkfifo,
         lambda path: path.mkdir(),
         lambda path: path.symlink_to("/dev/zero"),
         lambda path: path.symlink_to(path),
@@ -378,7 +387,7 @@ def test_facts_of_a_checkpoint_that_no_run_wrote_are_refused_before_anything_is_
     assert "checkpoint" in refusal(train_gpt.main, cfg).lower()
 
 
-# ── Shards and manifests ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Shards and manifests ──────────────────────────────────────────────────────────────────────────
 @FEW
 @given(
     st.tuples(*[st.one_of(st.just(n), st.integers(-(2**31), 2**31 - 1)) for n in (20240520, 1, 3)]),
@@ -406,7 +415,7 @@ def test_a_shard_is_read_exactly_where_header_and_size_agree(tmp_path_factory, n
     [
         lambda p: p.mkdir(),
         lambda p: p.symlink_to("nowhere"),
-        lambda p: os.mkfifo(p),
+        os.mkfifo,
         lambda p: p.symlink_to("/dev/zero"),
     ],
     ids=["folder", "dangling", "pipe", "device"],
@@ -539,7 +548,7 @@ def test_a_complaint_about_a_file_commands_no_terminal(dataset, capsys, text):
     assert capsys.readouterr().err.removesuffix("\n").isprintable()
 
 
-# ── Studies ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Studies ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def study(tmp_path):
     """study(text, file) -> what read_study makes of it."""
@@ -625,7 +634,7 @@ def test_the_name_of_a_study_is_no_path_and_no_markup(study, name):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: os.mkfifo(p),
+        os.mkfifo,
         lambda p: p.symlink_to("/dev/zero"),
         lambda p: p.mkdir(),
         lambda p: p.touch() or os.truncate(p, 1 << 40),
@@ -706,7 +715,7 @@ def test_whatever_a_study_names_its_runs_stay_in_their_folder_and_its_page_is_ou
         fuzz_readers.check_matrix(m)
 
 
-# ── Run folders, reports, terminals ───────────────────────────────────────────────────────────────────────────────
+# ── Run folders, reports, terminals ───────────────────────────────────────────────────────────────
 def stranger(folder: Path, events: str = "", **changes) -> dict:
     """The run that ablate.py loads from a folder with this result."""
     folder.mkdir(exist_ok=True)
@@ -734,8 +743,8 @@ def page_of(found: Finished) -> str:
 EVENTS = {
     "a whole number of 400 digits": '{"event": "val", "step": 1%s, "seconds": 1, "val_bpb": 1}'
     % ("0" * 400),
-    "numbers that no axis holds": '{"event": "val", "step": 1e308, "seconds": 1, "val_bpb": 1e308}\n'
-    '{"event": "val", "step": -1e308, "seconds": 1, "val_bpb": -1e308}',
+    "numbers that no axis holds": '{"event": "val", "step": 1e308, "seconds": 1, "val_bpb": 1e308}'
+    '\n{"event": "val", "step": -1e308, "seconds": 1, "val_bpb": -1e308}',
     "20,000 phases": "\n".join(
         f'{{"event": "phase", "name": "p{n}", "step": 1, "seconds": 1}}' for n in range(20_000)
     ),
@@ -793,7 +802,7 @@ def test_a_result_that_no_report_can_use_is_refused(tmp_path, changes, words):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: os.mkfifo(p),
+        os.mkfifo,
         lambda p: p.symlink_to("/dev/zero"),
         lambda p: p.touch() or os.truncate(p, 1 << 40),
     ],
@@ -827,7 +836,7 @@ HTML = [
 def test_no_string_of_any_file_becomes_markup_or_breaks_the_report(
     study, tmp_path, text, monkeypatch
 ):
-    """Title, question, source, limits, note, expectation, published words; device, torch, phases, groups, reasons."""
+    """Every text of a study and of its results that a report or a page shows."""
     quoted = toml_text(text)
     words = "".join(f"{key} = {quoted}\n" for key in ("title", "question", "source", "limits"))
     body = (
@@ -882,7 +891,7 @@ def test_a_report_commands_no_terminal_either(study, tmp_path, capsys, text):
     assert all(line.isprintable() for line in (said.out + said.err).split("\n"))
 
 
-# ── Submissions ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Submissions ───────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A good submission, whose script is not run."""
