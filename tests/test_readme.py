@@ -182,15 +182,6 @@ def test_the_longer_study_has_the_arms_that_its_page_promises(tmp_path):
     assert len(m.trials) == 12 and len(m.groups()) == 6
 
 
-def test_the_committed_logs_of_studies_are_few_and_small():
-    """Three files of each study's size and budget."""
-    files = [path for path in (ROOT / "logs/studies").rglob("*") if path.is_file()]
-    names = {"ledger.jsonl", "results.jsonl", "metrics.jsonl"}
-    assert {path.name for path in files} == names
-    assert len(files) == len(names) * len(readme_tables.STUDIES)
-    assert max(path.stat().st_size for path in files) < 1_000_000
-
-
 def test_the_submission_folder_is_good_and_submission_json_is_its_own():
     assert check_submission(ROOT / "logs/submission") == []
     assert (ROOT / "submission.json").read_bytes() == (
