@@ -158,11 +158,13 @@ class Knob:
     hi: float | None = None
     # All values that it can take
     choices: tuple = ()
+    # A toggle that makes the training depend on the quantisation grid
+    on_grid: bool = False
 
 
-def knob(default, unit: str, doc: str, **limits):
-    """One environment variable, as a field of Config. limits: scope, lo and hi or choices."""
-    return field(default=default, metadata=vars(Knob(unit, doc, **limits)))
+def knob(default, unit: str, doc: str, **more):
+    """One environment variable, as a field of Config. more: the rest of Knob."""
+    return field(default=default, metadata=vars(Knob(unit, doc, **more)))
 
 
 run_knob = partial(knob, scope="run")
@@ -182,7 +184,6 @@ COMPARED = ("model", "train", "grid", "export", "eval")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
 QAT_SCOPES = ("exported", "linears", "small_linears")
-AVERAGES = ("auto", "none", "swa", "ema", "sqwa")
 SUM_TYPES = ("fp32", "native", "bf16")
 NORM_SIDES = ("pre_norm", "post_norm")
 ACTIVATIONS = ("relu2", "leaky_relu2")
@@ -226,7 +227,7 @@ class Config:
     eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
     nonfinite: str = run_knob("stop", "", "a step with NaN or Inf", choices=("stop", "skip"))
     dist_timeout: float = run_knob(300.0, "s", "a rank gives up after waiting for so long", lo=1)
-    seed: int = knob(1337, "", "initial weights and QNA's noise", scope="seed", lo=0, hi=2**32 - 1)
+    seed: int = knob(1337, "", "initial weights and noise", scope="seed", lo=0, hi=2**32 - 1)
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
     attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=BACKENDS)
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
@@ -359,7 +360,7 @@ class Config:
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
 
     # QAT
-    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid")
+    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
     qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS)
     qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / of run", lo=0, hi=1)
     qat_scope: str = knob("exported", "", "which tensors; small_linears: #975", choices=QAT_SCOPES)
@@ -372,7 +373,7 @@ class Config:
         refuse(broken, f"QAT_START={qat_start}: {remedy}")
 
     # QNA
-    qna_enabled: bool = knob(False, "", "uniform noise of one quantisation step, annealed with lr")
+    qna_enabled: bool = knob(False, "", "uniform noise of a grid step, falls with lr", on_grid=True)
     qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
     qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
     qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975")
@@ -391,8 +392,16 @@ class Config:
     swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=SUM_TYPES)
     ema_enabled: bool = knob(False, "", "exponential moving average, every step")
     ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
-    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots")
-    average: str = export_knob("auto", "", "weights to ship; auto: what is on", choices=AVERAGES)
+    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", on_grid=True)
+    AVERAGES = ("swa", "ema", "sqwa")  # the last one that is on is shipped, if auto
+    SHIPPED = ("auto", "none", *AVERAGES)
+    average: str = export_knob("auto", "", "weights to ship; auto: what is on", choices=SHIPPED)
+
+    @rule
+    def shipped_average_is_collected(average, swa_enabled, ema_enabled, sqwa_enabled):
+        collected = {"swa": swa_enabled, "ema": ema_enabled, "sqwa": sqwa_enabled}
+        remedy = f"is not collected; set {average.upper()}_ENABLED=1"
+        refuse(not collected.get(average, True), f"AVERAGE={average}: {remedy}")
 
     @rule
     def snapshots_are_summed_once(swa_enabled, sqwa_enabled):
@@ -404,12 +413,6 @@ class Config:
         broken = swa_enabled and ema_enabled and average == "auto"
         remedy = "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped"
         refuse(broken, f"SWA_ENABLED={swa_enabled}: {remedy}")
-
-    @rule
-    def shipped_average_is_collected(average, swa_enabled, ema_enabled, sqwa_enabled):
-        collected = {"swa": swa_enabled, "ema": ema_enabled, "sqwa": sqwa_enabled}
-        remedy = f"is not collected; set {average.upper()}_ENABLED=1"
-        refuse(not collected.get(average, True), f"AVERAGE={average}: {remedy}")
 
     # The quantisation grid
     quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS)
@@ -483,13 +486,12 @@ class Config:
         return sources_of(self.checkpoint, self.eval_only, self.resume, self.run_id)
 
     def collected(self) -> list[str]:
-        """The averages that are on; the last one is shipped if none is asked for."""
-        averages = {"swa": self.swa_enabled, "ema": self.ema_enabled, "sqwa": self.sqwa_enabled}
-        return [name for name, is_on in averages.items() if is_on]
+        """The averages that are on."""
+        return [name for name in self.AVERAGES if getattr(self, f"{name}_enabled")]
 
     @property
     def shipped_average(self) -> str:
-        """swa, ema, sqwa or none."""
+        """An average, or none."""
         if self.average != "auto":
             return self.average
         collected = self.collected()
@@ -499,8 +501,8 @@ class Config:
     def training_scopes(self) -> tuple[str, ...]:
         """Scopes of the knobs that a checkpoint depends on."""
         scopes = ("seed", "model", "train")
-        trains_on_the_grid = self.qat_enabled or self.qna_enabled or self.sqwa_enabled
-        return (*scopes, "grid") if trains_on_the_grid else scopes
+        on_grid = any(getattr(self, f.name) for f in KNOBS if f.metadata["on_grid"])
+        return (*scopes, "grid") if on_grid else scopes
 
     def knobs(self, *scopes: str) -> dict:
         """Name -> value of the knobs in these scopes; of all without an argument."""
