@@ -20,7 +20,7 @@ from ablation.statistics import (
     verdict,
     welch,
 )
-from ablation.study import Matrix, product_arms
+from ablation.study import Matrix, Trial, product_arms
 from train_gpt import COMPARED, Refusal
 
 Table = tuple[list[str], list[list]]  # header, rows
@@ -78,44 +78,49 @@ class Finished:
 
     def values(self, arm: str, name: str) -> dict[int, float]:
         """Seed -> figure, for the runs of an arm that have it."""
-        return {
-            seed: v
-            for seed, run in self.runs.get(arm, {}).items()
-            if (v := metric(run, name)) is not None
-        }
+        found = {seed: metric(run, name) for seed, run in self.runs.get(arm, {}).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
 
 def load_matrix(matrix: Matrix) -> Finished:
-    """The finished and failed trials. Refusal when a log says other settings than the study, or when the runs are of
-    different code, data or hardware."""
-    runs, failed = {}, Ledger(matrix.folder).failures(matrix.trials)
+    """The finished and failed trials.
+
+    Refusal when a log says other settings than the study, or when the runs are of different code,
+    data or hardware.
+    """
+    runs: dict[str, dict[int, dict]] = {}
+    failed = Ledger(matrix.folder).failures(matrix.trials)
     store = RunStore(matrix.folder)
     for trial in matrix.trials:
         run = None if trial.id in failed else store.find(trial.id)
         if run is None:
             continue
-        run = run | {"arm": trial.arm}
-        logged = run["config"]
-        if run["exit_code"]:
-            failed[trial.id] = (
-                f"FAILED (exit {run['exit_code']}): {train_gpt.EXIT_CODES.get(run['exit_code'])}"
-            )
+        code = run["exit_code"]
+        if code:
+            failed[trial.id] = f"FAILED (exit {code}): {train_gpt.EXIT_CODES.get(code)}"
             continue
-        wrong = [
-            f"{n.upper()}={v} in the study, {logged[n]} in the log"
-            for n, v in trial.cfg.knobs(*COMPARED).items()
-            if n in logged and logged[n] != v
-        ]
-        if wrong or run["seed"] != trial.seed:
-            raise Refusal(
-                f"{trial.folder}: {', '.join(wrong) or 'another seed'}; run the study again, or take the old file"
-            )
-        runs.setdefault(trial.arm, {})[trial.seed] = run
+        check_settings(trial, run)
+        runs.setdefault(trial.arm, {})[trial.seed] = run | {"arm": trial.arm}
+
     found = Finished(matrix, runs, failed)
     check_alike(found.all(), config=False)
     for by_seed in runs.values():
         check_alike(list(by_seed.values()), config=True)
     return found
+
+
+def check_settings(trial: Trial, run: dict) -> None:
+    """Refusal when a run was made with other settings than its trial asks for."""
+    logged = run["config"]
+    wrong = []
+    for name, value in trial.cfg.knobs(*COMPARED).items():
+        if name in logged and logged[name] != value:
+            wrong.append(f"{name.upper()}={value} in the study, {logged[name]} in the log")
+    if run["seed"] != trial.seed:
+        wrong = wrong or ["another seed"]
+    if wrong:
+        remedy = "run the study again, or take the old file"
+        raise Refusal(f"{trial.folder}: {', '.join(wrong)}; {remedy}")
 
 
 def spell(values: dict[int, float], digits: int) -> str:
