@@ -59,8 +59,10 @@ endif
 train: .venv/installed $(DEMO_DATA)
 	.venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py
 
+# Files are dealt out in the order of conftest.py, the longest first. One worker more than cores: some tests only wait.
+WORKERS = $(shell expr $(CORES) + 1)
 test: .venv/installed
-	env -i PATH="$$PATH" HOME="$$HOME" $(if $(GOLF_DATA),GOLF_DATA="$(GOLF_DATA)") .venv/bin/python -m pytest -q -n $(CORES) --dist worksteal tests
+	env -i PATH="$$PATH" HOME="$$HOME" $(if $(GOLF_DATA),GOLF_DATA="$(GOLF_DATA)") .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 BENCH = .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) bench.py run $(if $(NAME),--name $(NAME)) $(if $(FORCE),--force)
 bench: .venv/installed $(DEMO_DATA)

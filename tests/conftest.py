@@ -130,6 +130,36 @@ def data(tmp_path_factory, worker_id) -> Path:
     return folder
 
 
+LONGEST = [
+    "hosts",
+    "pipeline",
+    "faults",
+    "readme",
+    "ablate",
+    "pins",
+    "resume",
+    "export",
+    "submission",
+    "hostile",
+    "golden",
+    "gpu",
+    "pack",
+    "report",
+    "prepare_data",
+    "bench",
+    "average",
+    "peers",
+    "views",
+    "dependencies",
+]
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Files that take long begin first, so that no worker is left alone with one at the end."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def worker_id(request) -> str:
     """pytest-xdist's worker name; "master" without it."""

@@ -162,7 +162,7 @@ def take(lent) -> int:
 
 
 def script_child(argv: list[str], env: dict, cwd: Path, output: int, kept: list[int]) -> None:
-    """A script as the main program, in this folder and environment;
+    """The main program `python argv`, in this folder and environment;
     all that it prints goes to output.
     """
     os.dup2(output, 1)
@@ -171,8 +171,12 @@ def script_child(argv: list[str], env: dict, cwd: Path, output: int, kept: list[
     os.environ.clear()
     os.environ.update(env)
     train_gpt.torch.set_num_threads(int(env.get("OMP_NUM_THREADS", THREADS)))
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], {"__name__": "__main__"})
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 class Forked:

@@ -31,7 +31,7 @@ import train_gpt
 from train_gpt import CHECKPOINTS, Config, read_container
 
 EVERYTHING = BASE | MODES["late QAT, SQWA of EMA"] | dict(strict=False)
-KILLS = 60
+KILLS = 40
 NEVER = 1e5  # seconds: a DIST_TIMEOUT that ends nothing
 
 

@@ -17,13 +17,15 @@ import random
 import re
 import shutil
 import statistics
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from launch import Forked
 
 import train_gpt
-from ablation.check import check_submission
+from ablation.check import Answer, bare_environment, check_submission, first_bytes
 from ablation.submission import build_submission, render, summarise
 from train_gpt import PACKED_NAME, READABLE_NAME, Config, Refusal
 
@@ -78,6 +80,23 @@ def folder(built, tmp_path) -> Path:
 def trusting(monkeypatch) -> None:
     """Does not ask the script of a folder, which takes seconds."""
     monkeypatch.setattr("ablation.check.wrong_logs", lambda folder, results: [])
+
+
+def forked_bare(command: list[str], folder: Path, home: Path) -> str:
+    """What run_bare does with a good script, without the seconds that Python and torch need to start."""
+    with tempfile.TemporaryFile() as out:
+        code = Forked(command, bare_environment(home), out, cwd=folder).wait()
+        printed = first_bytes(out)
+    if code or "\0" not in printed:
+        last = (printed.splitlines() or ["it ended early"])[-1]
+        raise Answer(f"does not import, or does not read its results ({last})")
+    return printed.rpartition("\0")[2]
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Asks the script of a folder in a forked process. (Most tests here spoil something else.)"""
+    monkeypatch.setattr("ablation.check.run_bare", forked_bare)
 
 
 def read(path: Path) -> dict:
@@ -255,7 +274,7 @@ def test_the_run_command_gives_the_configuration_of_the_runs(built):
     assert exported["TOKENIZER_PATH"] == "tokenizer.model" and "for seed in 1 7 1337; do" in readme
 
 
-def test_one_seed_has_no_standard_deviation(runs, tmp_path):
+def test_one_seed_has_no_standard_deviation(quick, runs, tmp_path):
     folder = build_submission(runs[:1], tmp_path / "one", ABOUT)
     s = read(folder / "submission.json")
     assert (
@@ -729,7 +748,7 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
 
 
 @pytest.mark.parametrize("spoil, words", CAUGHT.values(), ids=CAUGHT)
-def test_the_checker_catches(folder, spoil, words):
+def test_the_checker_catches(quick, folder, spoil, words):
     spoil(folder)
     assert_caught(folder, *words)
 
@@ -830,7 +849,7 @@ def test_a_missing_folder_is_one_problem(tmp_path):
     )
 
 
-def test_the_checker_changes_nothing(folder):
+def test_the_checker_changes_nothing(quick, folder):
     def state():
         return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
 
