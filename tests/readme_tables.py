@@ -1,7 +1,9 @@
-"""The generated parts of README.md and docs/: from the code and the committed logs of the demo, the studies and the bench.
+"""The generated parts of README.md and docs/: from the code and the committed logs of the demo,
+the studies and the bench.
 
-`python tests/readme_tables.py` (make readme) rewrites them; test_readme.py fails when they are stale. With a folder of runs,
-such as logs/runs, the committed logs of studies are first replaced by those.
+`python tests/readme_tables.py` (make readme) rewrites them; test_readme.py fails when they are
+stale. With a folder of runs, such as logs/runs, the committed logs of studies are first replaced by
+those.
 """
 
 import functools
@@ -14,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from demo_picture import demo_picture
+
 import bench
 import train_gpt
 from ablation.records import RunStore, keep
@@ -22,7 +26,6 @@ from ablation.report import markdown_table as markdown
 from ablation.runner import Ledger
 from ablation.study import Matrix, read_study
 from ablation.study import matrix as trials_of
-from demo_picture import demo_picture
 from studies import banded_scoring
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,7 +63,9 @@ TOGGLES = {  # knob that switches a technique -> the knobs that tune it start wi
 }
 
 
-FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the tests: FILE: NAME, NAME; FILE: NAME
+# What happens when, what one sees, exit code, what is kept,
+# and the tests: FILE: NAME, NAME; FILE: NAME
+FAULTS = [
     (
         "the pod dies, `kill -9`, at any moment",
         "nothing; `RESUME=1` with the same `RUN_ID` goes on",
@@ -73,7 +78,11 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "the step under way is finished on all ranks, then `saved after N steps`",
         "143, 130",
         "every step",
-        "test_resume: a_resumed_run_equals_the_uninterrupted_one_bit_for_bit, a_signal_to_one_rank_stops_all_after_the_same_step; test_pipeline: a_signal_ends_the_run_with_its_exit_code_and_one_line",
+        (
+            "test_resume: a_resumed_run_equals_the_uninterrupted_one_bit_for_bit, "
+            "a_signal_to_one_rank_stops_all_after_the_same_step; test_pipeline: "
+            "a_signal_ends_the_run_with_its_exit_code_and_one_line"
+        ),
     ),
     (
         "SIGTERM or Ctrl-C after training",
@@ -87,7 +96,10 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "`WARNING ... the one before it is used`",
         "0",
         "the checkpoint before it; the damaged one as `checkpoint.damaged`",
-        "test_resume: a_damaged_checkpoint_is_recognised_and_the_one_before_it_used_loudly, what_is_no_damage_leaves_the_checkpoints_as_they_are",
+        (
+            "test_resume: a_damaged_checkpoint_is_recognised_and_the_one_before_it_used_loudly, "
+            "what_is_no_damage_leaves_the_checkpoints_as_they_are"
+        ),
     ),
     (
         "both are",
@@ -101,7 +113,10 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "the setting with both values, or the path of the right script",
         "2",
         "everything",
-        "test_resume: another_training_setting_is_refused_with_both_values, another_script_is_refused_and_the_one_that_began_is_kept",
+        (
+            "test_resume: another_training_setting_is_refused_with_both_values, "
+            "another_script_is_refused_and_the_one_that_began_is_kept"
+        ),
     ),
     (
         "`RESUME=1` of a complete run",
@@ -129,7 +144,11 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "the same, after `DIST_TIMEOUT` and some 10 s",
         "6",
         "up to the last checkpoint; `RESUME=1` on the hosts that are left",
-        "test_hosts: a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_mended, a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left",
+        (
+            "test_hosts: "
+            "a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_mended"
+            ", a_killed_host_ends_the_other_in_time_and_the_run_goes_on_with_what_is_left"
+        ),
     ),
     (
         "the ranks' weights drift apart",
@@ -150,7 +169,10 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "the same, at the next line of the log or checkpoint",
         "7",
         "up to the last checkpoint",
-        "test_faults: a_disk_that_fills_up_while_training_leaves_the_last_checkpoint, a_log_that_cannot_be_written_is_one_line",
+        (
+            "test_faults: a_disk_that_fills_up_while_training_leaves_the_last_checkpoint, "
+            "a_log_that_cannot_be_written_is_one_line"
+        ),
     ),
     (
         "disk full at artifact.bin or result.json",
@@ -170,15 +192,24 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "a shard is deleted, cut, overwritten (2) or cannot be read (7) while training",
         "the shard and what is wrong with it",
         "2, 7",
-        "on one rank every step (`saved after N steps`); on several, which may not see the same, up to the last checkpoint",
-        "test_faults: a_shard_that_changes_while_training_stops_the_run_and_loses_no_step, what_one_rank_alone_refuses_is_told_by_that_rank",
+        (
+            "on one rank every step (`saved after N steps`); on several, which may not see the "
+            "same, up to the last checkpoint"
+        ),
+        (
+            "test_faults: a_shard_that_changes_while_training_stops_the_run_and_loses_no_step, "
+            "what_one_rank_alone_refuses_is_told_by_that_rank"
+        ),
     ),
     (
         "a shard with wrong magic or length, or a token beyond the vocabulary",
         "the shard and what is wrong with it",
         "2",
         "nothing was begun",
-        "test_data: a_damaged_shard_is_refused_with_file_and_remedy, a_token_outside_the_vocabulary_is_refused_with_file_and_id",
+        (
+            "test_data: a_damaged_shard_is_refused_with_file_and_remedy, "
+            "a_token_outside_the_vocabulary_is_refused_with_file_and_id"
+        ),
     ),
     (
         "validation split empty, or without text",
@@ -192,7 +223,13 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "step, tensor and remedy, then `saved after N steps`",
         "5",
         "the state before that step; `NONFINITE=skip` goes on without it, 9 times in a row at most",
-        "test_faults: nan_or_inf_stops_before_it_reaches_the_weights, weights_that_are_not_finite_are_never_saved_and_the_log_says_so, a_periodic_checkpoint_that_was_not_written_is_told, a_skipped_step_leaves_weights_moments_and_averages_alone, a_run_of_nothing_but_nan_stops_although_steps_may_be_skipped",
+        (
+            "test_faults: nan_or_inf_stops_before_it_reaches_the_weights, "
+            "weights_that_are_not_finite_are_never_saved_and_the_log_says_so, "
+            "a_periodic_checkpoint_that_was_not_written_is_told, "
+            "a_skipped_step_leaves_weights_moments_and_averages_alone, "
+            "a_run_of_nothing_but_nan_stops_although_steps_may_be_skipped"
+        ),
     ),
     (
         "out of memory",
@@ -206,7 +243,10 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "nothing; budgets follow a monotonic clock",
         "0",
         "everything",
-        "test_faults: a_wall_clock_that_jumps_changes_nothing, a_machine_that_slept_ends_the_run_in_good_order",
+        (
+            "test_faults: a_wall_clock_that_jumps_changes_nothing, "
+            "a_machine_that_slept_ends_the_run_in_good_order"
+        ),
     ),
     (
         "more ranks than rows in a step",
@@ -220,7 +260,11 @@ FAULTS = [  # what happens when, what one sees, exit code, what is kept, and the
         "`not one of our files, or damaged`",
         "2",
         "everything",
-        "test_export: a_flipped_bit_anywhere_is_refused, a_decompression_bomb_is_refused_in_little_memory, a_hostile_configuration_is_refused",
+        (
+            "test_export: a_flipped_bit_anywhere_is_refused, "
+            "a_decompression_bomb_is_refused_in_little_memory, "
+            "a_hostile_configuration_is_refused"
+        ),
     ),
 ]
 
@@ -257,12 +301,18 @@ def soak() -> str:
         for how, s in sorted(r["stops"].items())
     )
     return (
-        f"`python tests/soak.py --seconds 3700`, {r['device']}, {r['ranks']} ranks, torch {r['torch']}, beside other work, code "
-        f"{r['code_sha256'][:12]}: {len(r['runs'])} runs of the demo's settings with 60 s of training each, "
-        f"{r['seconds'] / 60:.0f} minutes, {r['attempts']} launches; stopped by {stops}. Every run came to its end. Ranks that were still at "
-        f"work 40 s after their launcher had been killed: {r['ranks_at_work_40_s_after_their_launcher']}. They go on to the end of "
-        f"their run, and its lock keeps a second launch away meanwhile. Open files of a rank, second half of a launch: {r['open_files_growth']:+d} at most; a complete "
-        f"run's folder: {min(run['bytes'] for run in r['runs']) / 1e6:.1f} to {max(run['bytes'] for run in r['runs']) / 1e6:.1f} MB, "
+        f"`python tests/soak.py --seconds 3700`, {r['device']}, {r['ranks']} ranks, torch "
+        f"{r['torch']}, beside other work, code "
+        f"{r['code_sha256'][:12]}: {len(r['runs'])} runs of the demo's settings with 60 s of "
+        "training each, "
+        f"{r['seconds'] / 60:.0f} minutes, {r['attempts']} launches; stopped by {stops}. Every "
+        "run came to its end. Ranks that were still at "
+        "work 40 s after their launcher had been killed: "
+        f"{r['ranks_at_work_40_s_after_their_launcher']}. They go on to the end of "
+        "their run, and its lock keeps a second launch away meanwhile. Open files of a rank, "
+        f"second half of a launch: {r['open_files_growth']:+d} at most; a complete "
+        f"run's folder: {min(run['bytes'] for run in r['runs']) / 1e6:.1f} to "
+        f"{max(run['bytes'] for run in r['runs']) / 1e6:.1f} MB, "
         f"six files in each. Resident memory of a rank: {r['peak_rss'] / 1e6:.0f} MB at most."
     )
 
@@ -330,7 +380,8 @@ def demo_lines() -> str:
 def demo_summary() -> str:
     r = json.loads((DEMO / "result.json").read_text())
     return (
-        f"Measured: {r['device']}, {r['world_size']} ranks of {r['threads_per_rank']} thread, torch {r['torch']}, 1 seed, "
+        f"Measured: {r['device']}, {r['world_size']} ranks of {r['threads_per_rank']} thread, "
+        f"torch {r['torch']}, 1 seed, "
         f"command `make train`: {r['steps']} steps of {r['step_ms_median']:.0f} ms "
         f"({r['tokens_seen'] / r['train_seconds']:,.0f} tokens/s) in {r['train_seconds']:.1f} s, "
         f"{sum(r['seconds'].values()):.0f} s in all."
@@ -356,8 +407,10 @@ def study_tables(stem: str, size: str, equal: str) -> str:
     )
     r, trainings = runs[0], sum(not run["checkpoint"] for run in runs)
     blocks = [
-        f"`{matrix.command()}`: {budget} for every arm, {len(runs)} runs of {trainings} trainings on {r['device']}, "
-        f"{matrix.size.jobs} side by side, threads: {r['threads_per_rank']}, torch {r['torch']}; scored: "
+        f"`{matrix.command()}`: {budget} for every arm, {len(runs)} runs of {trainings} trainings "
+        f"on {r['device']}, "
+        f"{matrix.size.jobs} side by side, threads: {r['threads_per_rank']}, torch {r['torch']}; "
+        "scored: "
         f"{r['val_tokens']:,} targets of {r['val_bytes']:,} bytes."
     ]
     long = {
@@ -442,7 +495,9 @@ def demo_settings() -> str:
 
 
 def artifact() -> str:
-    """The demo's checkpoint exported with every compressor; zstd in frames against one frame, from the bench."""
+    """The demo's checkpoint exported with every compressor;
+    zstd in frames against one frame, from the bench.
+    """
     runs = [
         json.loads((BENCH / f"artifact_{name}.json").read_text())
         for name in ("zlib", "lzma", "zstd", "ans")
@@ -465,8 +520,10 @@ def artifact() -> str:
     bench_rows = {row["name"]: row for row in json.loads((BENCH / "demo.json").read_text())["rows"]}
     zstd = bench_rows["compress, zstd 22"]
     return (
-        f"{codes['weights']:,} codes, order-0 entropy {codes['order0_bytes']:,} bytes; {r['device']}, 1 seed; "
-        "`CHECKPOINT=logs/demo/checkpoint.bin COMPRESSOR=... EVAL_STRIDE=0 python train_gpt.py` in the environment of the demo\n\n"
+        f"{codes['weights']:,} codes, order-0 entropy {codes['order0_bytes']:,} bytes; "
+        f"{r['device']}, 1 seed; "
+        "`CHECKPOINT=logs/demo/checkpoint.bin COMPRESSOR=... EVAL_STRIDE=0 python train_gpt.py` "
+        "in the environment of the demo\n\n"
         + markdown(
             [
                 "",
@@ -480,7 +537,10 @@ def artifact() -> str:
             ],
             rows,
         )
-        + f"\n\nzstd in frames and in one, on the bench's weights: {zstd['note']}, {zstd['ms']:.0f} ms and {zstd['twin_ms']:.0f} ms."
+        + (
+            f"\n\nzstd in frames and in one, on the bench's weights: {zstd['note']}, "
+            f"{zstd['ms']:.0f} ms and {zstd['twin_ms']:.0f} ms."
+        )
     )
 
 

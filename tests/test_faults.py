@@ -1,7 +1,9 @@
-"""What happens when...: every fault of README's table, injected, with its line, its exit code and what is kept.
+"""What happens when...: every fault of README's table, injected, with its line,
+its exit code and what is kept.
 
-Would have caught: pods that take the run with them (#1728, #637, #204), evaluation that crashes after training (autoresearch#7),
-ranks that hang for ever (#975), a disk that is full at the last write, data that change under a run.
+Would have caught: pods that take the run with them (#1728, #637, #204), evaluation that crashes
+after training (autoresearch#7), ranks that hang for ever (#975), a disk that is full at the last
+write, data that change under a run.
 """
 
 import dataclasses
@@ -62,7 +64,7 @@ def own_data(cfg: Config, tmp_path: Path) -> Config:
     )
 
 
-# ── processes that die ────────────────────────────────────────────────────────────────────────────────────────────
+# ── processes that die ────────────────────────────────────────────────────────────────────────────
 def all_whole(path: Path) -> set[str]:
     """The .bin files of a run's folder; each must load."""
     names = {p.name for p in path.glob("*.bin")} if path.exists() else set()
@@ -73,9 +75,11 @@ def all_whole(path: Path) -> set[str]:
 
 @dataclass
 class DiesAt:
-    """In a child: kill -9 at this event of the run, or a few milliseconds later; counts the events into a file.
+    """In a child: kill -9 at this event of the run, or a few milliseconds later;
+    counts the events into a file.
 
-    Events are what a stopped run can be torn at: files of its folder opened and renamed, phases, steps.
+    Events are what a stopped run can be torn at:
+    files of its folder opened and renamed, phases, steps.
     """
 
     event: float
@@ -139,7 +143,9 @@ def one_that_dies(reference: Config, folder: Path) -> Config:
 def test_after_kill_9_at_any_moment_the_run_goes_on_to_the_same_end(
     reference, events_of_a_run, tmp_path, group
 ):
-    """Kills over start, training, averaging, export, compression and scoring; a run that ends before its kill is no trial."""
+    """Kills over start, training, averaging, export, compression and scoring;
+    a run that ends before its kill is no trial.
+    """
     chance = random.Random(group)
     kills = 0
     runs = itertools.count()
@@ -228,7 +234,7 @@ def at_step(step: int, act) -> None:
     train_gpt.Trainer.report = acting
 
 
-# ── disks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── disks ─────────────────────────────────────────────────────────────────────────────────────────
 FULL = "No space left on device"
 
 
@@ -309,7 +315,7 @@ def test_a_log_folder_that_cannot_be_made_is_refused(broken, tmp_path):
         )
 
 
-# ── data that change under the run ────────────────────────────────────────────────────────────────────────────────
+# ── data that change under the run ────────────────────────────────────────────────────────────────
 @dataclass
 class Spoils:
     """In a child: before this step something happens to the training shard."""
@@ -414,10 +420,12 @@ def test_the_smallest_validation_split_is_scored(broken, tmp_path):
     assert json.loads((folder(cfg) / "result.json").read_text())["val_tokens"] == 3
 
 
-# ── numbers that are none ─────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers that are none ─────────────────────────────────────────────────────────────────────────
 @dataclass
 class NotFinite:
-    """In a child: in these steps one gradient, or the loss, is not finite (on one rank, if that is given)."""
+    """In a child: in these steps one gradient, or the loss, is not finite
+    (on one rank, if that is given).
+    """
 
     steps: tuple
     value: float = math.nan
@@ -459,7 +467,11 @@ class NotFinite:
     [(math.nan, "blocks.1.mlp.fc.weight"), (math.inf, "tok_emb"), (math.nan, "loss")],
 )
 def test_nan_or_inf_stops_before_it_reaches_the_weights(broken, value, where, world):
-    """One rank is enough. The message names step and tensor; the state before it is saved; NONFINITE=skip goes on from there."""
+    """One rank is enough.
+
+    The message names step and tensor; the state before it is saved; NONFINITE=skip goes on from
+    there.
+    """
     fault = NotFinite((5,), value, where, rank=world - 1)
     run = finish(broken, world, fault)
     assert codes(run) == [5] * world
@@ -520,7 +532,9 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_log_says_so(broken)
 
 @dataclass
 class BadMoments:
-    """In a child: after this step AdamW divides by infinity, which stops the embedding and shows in no loss."""
+    """In a child: after this step AdamW divides by infinity,
+    which stops the embedding and shows in no loss.
+    """
 
     step: int
 
@@ -540,10 +554,12 @@ def test_a_run_of_nothing_but_nan_stops_although_steps_may_be_skipped(broken):
     assert run.log().count("WARNING: step") == 9
 
 
-# ── clocks and memory ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── clocks and memory ─────────────────────────────────────────────────────────────────────────────
 @dataclass
 class JumpingClock:
-    """In a child: the wall clock goes backwards and forwards, the monotonic one stands still for an hour, once."""
+    """In a child: the wall clock goes backwards and forwards,
+    the monotonic one stands still for an hour, once.
+    """
 
     step: int | None = None
 
@@ -578,14 +594,9 @@ class LittleMemory:
     """In a child: 400 MB more than it has now."""
 
     def __call__(self):
-        now = (
-            int(
-                next(
-                    line for line in open("/proc/self/status") if line.startswith("VmSize")
-                ).split()[1]
-            )
-            * 1024
-        )
+        status = Path("/proc/self/status").read_text().splitlines()
+        size = next(line for line in status if line.startswith("VmSize"))
+        now = int(size.split()[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20),) * 2)
 
 
@@ -620,7 +631,7 @@ def test_out_of_memory_names_the_phase_and_the_knob(broken):
     )
 
 
-# ── ranks ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── ranks ─────────────────────────────────────────────────────────────────────────────────────────
 @dataclass
 class BitFlip:
     """In a child: one weight of this rank is another after this step."""
@@ -666,7 +677,10 @@ class SaysWhetherItLeft:
     ids=["good", "over the cap", "refused", "NaN", "drift"],
 )
 def test_every_rank_leaves_the_group_before_the_interpreter_ends(broken, fault, knobs, code):
-    """Or gloo's threads may abort it, and a good run ends as Signal 6 (seen once, PyTorch #179291)."""
+    """Or gloo's threads may abort it, and a good run ends as Signal 6.
+
+    Seen once, PyTorch #179291.
+    """
     run = finish(dataclasses.replace(broken, **knobs), 2, SaysWhetherItLeft(fault))
     assert codes(run) == [code] * 2, run.stderr()
     assert [run.stdout(rank).splitlines()[-1] for rank in (0, 1)] == [
@@ -706,7 +720,9 @@ def test_ranks_that_drift_apart_are_noticed_before_the_next_checkpoint(reference
 
 
 def test_one_two_four_and_eight_ranks_train_alike(reference, tiny):
-    """8 rows of a step on 3 and 8 ranks too; every rank holds the same weights after each step, or it would have stopped."""
+    """8 rows of a step on 3 and 8 ranks too; every rank holds the same weights after each step,
+    or it would have stopped.
+    """
     for world in (2, 3, 4, 8):
         cfg = tiny(**EVERYTHING)
         assert codes(finish(cfg, world)) == [0] * world

@@ -1,10 +1,13 @@
-"""What only a CUDA GPU can show: compiled bf16 training, its kernels, and that nothing but rounding depends on the device.
+"""What only a CUDA GPU can show: compiled bf16 training, its kernels,
+and that nothing but rounding depends on the device.
 
-    GOLF_GPU=1 python -m pytest tests/test_gpu.py    # on one GPU, under 3 minutes; anywhere else the GPU's half is skipped
+    GOLF_GPU=1 python -m pytest tests/test_gpu.py
 
-Every body takes a device, so that on a CPU its half that needs no GPU runs in the suite. Would have caught: a phase that compiles
-on the clock (#145, #549), fake weights that are not the shipped ones (#194, #989), a kernel that is wrong once it is
-compiled, a division by a number that CUDA computes as a product (pytorch#191495), averages kept in bf16 (#989).
+On one GPU it takes under 3 minutes; anywhere else the GPU's half is skipped.
+Every body takes a device, so that on a CPU its half that needs no GPU runs in the suite. Would have
+caught: a phase that compiles on the clock (#145, #549), fake weights that are not the shipped ones
+(#194, #989), a kernel that is wrong once it is compiled, a division by a number that CUDA computes
+as a product (pytorch#191495), averages kept in bf16 (#989).
 """
 
 import dataclasses
@@ -37,11 +40,11 @@ from train_gpt import (
     batches,
     build_model,
     document_windows,
-    export_plan,
     encode_artifact,
+    export_plan,
+    read_artifact,
     score,
     sdpa,
-    read_artifact,
     windows,
 )
 
@@ -63,14 +66,17 @@ def fresh_compiler():
 
 
 def compile_on(device: str):
-    """torch.compile as it is on a GPU; on a CPU without code generation, which takes minutes there."""
+    """torch.compile as it is on a GPU; on a CPU without code generation, which takes minutes."""
     return (
         torch.compile if device == "cuda" else functools.partial(torch.compile, backend="aot_eager")
     )
 
 
 def run_on(cfg: Config, device: str, dtype: torch.dtype | None = None) -> Run:
-    """A Run on this device, whatever else the machine has; dtype of activations: the device's own."""
+    """A Run on this device, whatever else the machine has.
+
+    dtype: of activations; None: the device's own.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
         run = Run(cfg)
@@ -83,7 +89,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# ── (a, g) a whole compiled run ───────────────────────────────────────────────────────────────────────────────────
+# ── (a, g) a whole compiled run ───────────────────────────────────────────────────────────────────
 PHASES = dict(
     iterations=24,
     warmup_steps=2,
@@ -114,7 +120,7 @@ def average(request) -> str:
 
 @pytest.fixture(scope="module", params=EACH_DEVICE)
 def finished(request, average, data, tmp_path_factory) -> SimpleNamespace:
-    """A run through every phase: its result, configuration and device, and what broke its graphs."""
+    """A run through every phase: result, configuration and device, and what broke its graphs."""
     torch._dynamo.reset()
     paths = dict(
         data_path=str(data),
@@ -173,7 +179,7 @@ def test_peak_memory_is_reported(finished):
         assert peak <= torch.cuda.get_device_properties(0).total_memory
 
 
-# ── (b, i) quantisation ───────────────────────────────────────────────────────────────────────────────────────────
+# ── (b, i) quantisation ───────────────────────────────────────────────────────────────────────────
 GRIDS = [
     (bits, codes, floor)
     for bits in range(2, 9)
@@ -212,7 +218,9 @@ def test_qat_sees_what_the_artifact_holds_bit_for_bit(tiny, tmp_path, device, cl
 
 
 def telling_rows(top: int, columns: int) -> torch.Tensor:
-    """Rows whose step is another fp16 number if |w| / top is computed as |w| * (1 / top), as CUDA does for a Python number."""
+    """Rows whose step is another fp16 number if |w| / top is computed as |w| * (1 / top),
+    as CUDA does for a Python number.
+    """
     midpoints = (
         torch.outer(2.0 ** torch.arange(-8, 2), 1 + (torch.arange(1024) + 0.5) / 1024).flatten()
         * top
@@ -242,11 +250,10 @@ def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, 
         {name: p.detach().clone() for name, p in model.named_parameters()},
     )
     for i, (name, w) in enumerate(state.items()):
-        w += (
-            normal(*w.shape, seed=i) * torch.logspace(-2, 0.5, len(w))[:, None]
-            if w.ndim == 2
-            else 0.1
-        )
+        if w.ndim == 2:
+            w.add_(normal(*w.shape, seed=i) * torch.logspace(-2, 0.5, len(w))[:, None])
+        else:
+            w.add_(0.1)
         if isinstance(plan[name], Grid):
             w[:8] = telling_rows(plan[name].top, w.shape[1])[: len(w)]
     moved = {name: w.to(device) for name, w in state.items()}
@@ -257,7 +264,7 @@ def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, 
     assert all(torch.equal(w, there[name].cpu()) for name, w in pruned.items())
 
 
-# ── (c) attention ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── (c) attention ─────────────────────────────────────────────────────────────────────────────────
 def plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The formula in the dtype of q: (B, T, heads, d), k and v with fewer heads."""
     k, v = (z.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for z in (k, v))
@@ -291,21 +298,23 @@ def test_every_attention_kernel_that_works_agrees_with_the_formula(device, name,
     exact = both_ways(
         plain_attention, [t.detach().float().requires_grad_() for t in tensors], weight
     )
-    limit = (
-        0.03 if device == "cuda" else 1e-5
-    )  # bf16 has 8 bits: products of rounded probabilities and values
-    for what, found, expected in zip("yqkv", both_ways(attend, tensors, weight), exact):
+    # bf16 has 8 bits: products of rounded probabilities and values
+    limit = 0.03 if device == "cuda" else 1e-5
+    for what, found, expected in zip(
+        "yqkv", both_ways(attend, tensors, weight), exact, strict=True
+    ):
         assert found.dtype == dtype and error(found, expected) < limit, what
 
 
-# ── (d) Muon ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── (d) Muon ──────────────────────────────────────────────────────────────────────────────────────
 def muon_reference(
     weights: list, gradients: list[list], lr: float, momentum: float, decay: float
 ) -> list[torch.Tensor]:
     """Muon in fp64, a matrix at a time (K. Jordan 2024)."""
     found = []
-    for i, w in enumerate(weights):
-        w, buffer = w.double(), torch.zeros_like(w, dtype=torch.float64)
+    for i, initial in enumerate(weights):
+        w = initial.double()
+        buffer = torch.zeros_like(w)
         for step in gradients:
             g = step[i].double()
             buffer = momentum * buffer + g
@@ -315,7 +324,8 @@ def muon_reference(
                 a = x @ x.T
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.T if w.shape[0] > w.shape[1] else x
-            w = (1 - lr * decay) * w - lr * max(1, w.shape[0] / w.shape[1]) ** 0.5 * x
+            factor = max(1, w.shape[0] / w.shape[1]) ** 0.5
+            w = (1 - lr * decay) * w - lr * factor * x
         found.append(w)
     return found
 
@@ -334,26 +344,25 @@ def test_muon_agrees_with_fp64(device, monkeypatch):
     ]
     optimiser = Optimiser(flat, Config(muon_wd=0.1), run)
     for step in gradients:
-        for p, g in zip(params.values(), step):
+        for p, g in zip(params.values(), step, strict=True):
             p.grad.copy_(g)
         with torch.no_grad():
             flat.gather(optimiser.muon(0.05, 0.9))
-    for p, w, exact in zip(
-        params.values(), before, muon_reference(before, gradients, 0.05, 0.9, 0.1)
-    ):
+    reference = muon_reference(before, gradients, 0.05, 0.9, 0.1)
+    for p, w, exact in zip(params.values(), before, reference, strict=True):
         assert p.device.type == device and p.dtype == torch.float32
         assert error(p.detach().cpu() - w, exact - w) < (
             0.05 if device == "cuda" else 1e-4
         )  # bf16: 2 to 3.5 % on a CPU
 
 
-# ── (e) scores ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── (e) scores ────────────────────────────────────────────────────────────────────────────────────
 def sliding_bpb(cfg: Config, run: Run) -> float:
     """BPB in sliding windows, of a model with the same random weights on every device."""
     model, val = build_model(cfg, run, sdpa), Validation(cfg, run, Split(cfg, "val"))
     with torch.no_grad():
         for i, p in enumerate(model.parameters()):
-            p += 0.05 * normal(*p.shape, seed=i).to(p.device)
+            p.add_(0.05 * normal(*p.shape, seed=i).to(p.device))
     forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
     return score(cfg, run, forward, val, windows(0, val.n, 64, 16)).bpb
 
@@ -375,7 +384,7 @@ def test_fp32_scores_equal_those_of_a_cpu(tiny, device):
     assert there == pytest.approx(here, abs=1e-6)
 
 
-# ── (f) averages ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── (f) averages ──────────────────────────────────────────────────────────────────────────────────
 def averages(cfg: Config, device: str) -> dict[str, dict[str, torch.Tensor]]:
     """The results of six updates, three of them snapshots, of the same weights on every device."""
     run = run_on(cfg, device)
@@ -385,7 +394,7 @@ def averages(cfg: Config, device: str) -> dict[str, dict[str, torch.Tensor]]:
     with torch.no_grad():
         for step in range(6):
             for i, p in enumerate(params.values()):
-                p += 0.02 * normal(*p.shape, seed=100 * step + i).to(device)
+                p.add_(0.02 * normal(*p.shape, seed=100 * step + i).to(device))
             average.update(step % 2 == 1 and average.snapshots is not None)
     assert all(w.device.type == device for w in params.values())
     return {
@@ -407,7 +416,7 @@ def test_averages_equal_those_of_a_cpu(tiny, device, kind):
             assert off.float().mean() < (1e-3 if kind == "sqwa of ema" else 1e-9), f"{name} {n}"
 
 
-# ── (h) the loader ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── (h) the loader ────────────────────────────────────────────────────────────────────────────────
 def test_batches_come_from_pinned_memory_and_equal_those_of_a_cpu(tiny, device, monkeypatch):
     pinned, pin = [], torch.Tensor.pin_memory
 
@@ -423,7 +432,7 @@ def test_batches_come_from_pinned_memory_and_equal_those_of_a_cpu(tiny, device, 
         batches(cfg, run_on(tiny(), "cpu"), split),
     )
     for _ in range(5):
-        for a, b in zip(next(there), next(here)):
+        for a, b in zip(next(there), next(here), strict=True):
             assert a.device.type == device and torch.equal(a.cpu(), b)
     there.close(), here.close()
     assert len(pinned) >= 10 and all(pinned) if device == "cuda" else not pinned
