@@ -9,8 +9,8 @@
 
 Launch:  make train, or KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py
 Help:    python train_gpt.py --help lists every knob.
-Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint.bin, artifact.bin and
-         train_gpt.py as it was run.
+Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint.bin, artifact.bin,
+         train_gpt.py as it was run and train_gpt.packed.py, the script that is counted.
 
 Sections, in the order in which the data flow; each knows only those above it:
 
@@ -81,7 +81,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# ── 1 Config ──────────────────────────────────────────────────────────────────────────────────
+# ── 1 Config ──────────────────────────────────────────────────────────────────────────────────────
 # In: environment variables. Out: one frozen Config, every value typed and in range.
 # Promise: nothing that looks like a setting is ignored; all that is wrong with a launch is said
 # at once. Knows nothing of torch.
@@ -804,7 +804,7 @@ def help_entry(f: dataclasses.Field, width: int) -> str:
     return setting + lines[len(setting) :]
 
 
-# ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────
+# ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────────
 # In: the launcher's variables (RANK, ...), a Config. Out: device, log, clock, phases, stop signals.
 # Promise: all ranks take the same decisions, every second is booked on a phase, and whatever ends
 # a run is said. Knows nothing of model and data.
