@@ -285,9 +285,10 @@ GRIDS = {
 }
 
 
-def fixed_artifact(grid: str, compressor: str) -> bytes:
+def fixed_artifact(monkeypatch, grid: str, compressor: str) -> bytes:
     """An artifact of weights that no training has made. Its knobs are left out."""
     cfg = Config(**{**SETTINGS, **MODEL, **GRIDS[grid], "compressor": compressor})
+    monkeypatch.setattr(Config, "knobs", lambda self, *scopes: {})
     random = np.random.RandomState(2)
     state = {}
     with torch.device("meta"):
@@ -302,8 +303,7 @@ def fixed_artifact(grid: str, compressor: str) -> bytes:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_artifact_of_fixed_weights(tmp_path, monkeypatch, grid, compressor):
     """Another machine may have another zlib, but the weights that a reader gets are close."""
-    monkeypatch.setattr(Config, "knobs", lambda self, *scopes: {})
-    blob = fixed_artifact(grid, compressor)
+    blob = fixed_artifact(monkeypatch, grid, compressor)
     path = tmp_path / "artifact.bin"
     path.write_bytes(blob)
     _, state = read_artifact(path)
