@@ -11,7 +11,7 @@ help:
 	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
 	@echo "make studies-small   run every study at the small size, about 90 minutes on 2 cores, and renew the pages"
-	@echo "make readme   regenerate the tables of README.md and docs/, and the picture, from the code and the logs"
+	@echo "make pages    regenerate the tables of README.md and docs/, and the picture, from the code and the logs"
 	@echo "make lock     renew requirements.lock and requirements-cuda.lock from requirements.txt;  make audit: their known holes"
 
 # Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
@@ -87,10 +87,10 @@ studies-small: .venv/installed data/demo/manifest.json
 	@for study in $(basename $(notdir $(wildcard studies/pr*.toml))); do $(RUN_STUDY) --equal time --seeds 1,2,3 || [ $$? = 1 ] || exit; done
 	@for size in docs $(if $(wildcard data/text/manifest.json),fineweb); do study=pr199_swa_doc_isolated; \
 	  $(RUN_STUDY) --size $$size || [ $$? = 1 ] || exit; done
-	.venv/bin/python tests/readme_tables.py logs/runs
+	.venv/bin/python tests/pages.py logs/runs
 
-readme: .venv/installed
-	.venv/bin/python tests/readme_tables.py
+pages: .venv/installed
+	.venv/bin/python tests/pages.py
 
 # Packages by hash; torch's CUDA build too. Its CPU builds are published in several places, so there the version decides.
 PIP_INSTALL = .venv/bin/pip install --quiet --disable-pip-version-check
@@ -122,4 +122,4 @@ audit:
 data/demo/manifest.json: | .venv/installed
 	.venv/bin/python prepare_data.py demo --out data/demo
 
-.PHONY: help train test bench gpu knobs readme studies-small lock audit
+.PHONY: help train test bench gpu knobs pages studies-small lock audit

@@ -16,42 +16,44 @@ from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.text
+import pages
 import pytest
-import readme_tables
 import torch
 from conftest import make_data
 from demo_picture import STYLE, demo_figure, demo_picture
+from fault_table import fault_tests
 from launch import Forked, script
+from pages_demo import DEMO
 
 import ablate
 import train_gpt
 from ablation.check import check_submission
 from ablation.study import matrix, read_study
 
-ROOT = readme_tables.ROOT
+ROOT = pages.ROOT
 README = (ROOT / "README.md").read_text()
-PAGES = {path.name: path.read_text() for path in readme_tables.PAGES}
+PAGES = {path.name: path.read_text() for path in pages.PAGES}
 EVERYTHING = "\n".join(PAGES.values())
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_generated_blocks_are_up_to_date(page):
-    assert readme_tables.rendered(PAGES[page]) == PAGES[page]
+    assert pages.rendered(PAGES[page]) == PAGES[page]
 
 
 def test_every_generated_block_stands_on_a_page():
     named = re.findall(r"<!-- generated: ([\w-]+) -->", EVERYTHING)
-    assert sorted(named) == sorted(readme_tables.BLOCKS)
+    assert sorted(named) == sorted(pages.BLOCKS)
 
 
 def test_the_picture_is_that_of_the_demo():
-    assert readme_tables.PICTURE.read_text() == demo_picture(readme_tables.DEMO)
+    assert pages.PICTURE.read_text() == demo_picture(DEMO)
 
 
 def busy_records(folder: Path) -> None:
     """The demo's records with validation points, and phases that begin close together."""
     events = []
-    for line in (readme_tables.DEMO / "metrics.jsonl").read_text().splitlines():
+    for line in (DEMO / "metrics.jsonl").read_text().splitlines():
         event = json.loads(line)
         events.append(event)
         if event["event"] == "step":
@@ -60,12 +62,12 @@ def busy_records(folder: Path) -> None:
     for name, seconds in (("SWA", 46), ("QNA", 47.5), ("SQWA", 89), ("TTT", 89), ("LATE", 90)):
         events.append({"event": "phase", "name": name, "seconds": seconds})
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)))
-    shutil.copy(readme_tables.DEMO / "result.json", folder)
+    shutil.copy(DEMO / "result.json", folder)
 
 
 @pytest.mark.parametrize("records", ["as committed", "busy"])
 def test_no_two_texts_of_the_picture_overlap(records, tmp_path):
-    folder = readme_tables.DEMO
+    folder = DEMO
     if records == "busy":
         folder = tmp_path
         busy_records(folder)
@@ -90,10 +92,22 @@ def test_readme_is_a_page_that_one_reads_to_its_end():
     assert len(README.splitlines()) <= 300 and len(README.encode()) <= 25_000
 
 
+def prose(page: str) -> list[str]:
+    """Its lines, without generated blocks, tables and the targets of links."""
+    text = re.sub(r"<!-- generated.*?<!-- end -->", "", PAGES[page], flags=re.S)
+    lines = re.sub(r"\]\([^)]*\)", "]", text).splitlines()
+    return [line for line in lines if not line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_of_a_page_are_short(page):
+    assert [line for line in prose(page) if len(line) > 110] == []
+
+
 def test_readme_links_every_page():
     linked = set(re.findall(r"\]\((docs/[\w.]+)\)", README))
-    pages = {path.relative_to(ROOT).as_posix() for path in readme_tables.PAGES}
-    assert linked >= pages - {"README.md"}
+    every = {path.relative_to(ROOT).as_posix() for path in pages.PAGES}
+    assert linked >= every - {"README.md"}
 
 
 def anchors(page: str) -> set[str]:
@@ -102,7 +116,7 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("path", readme_tables.PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", pages.PAGES, ids=lambda path: path.name)
 def test_every_link_within_the_repository_leads_somewhere(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if "://" in target:
@@ -205,7 +219,7 @@ def test_every_setting_that_a_page_names_exists():
     )
 
 
-@pytest.mark.parametrize("name, test", readme_tables.fault_tests(), ids="::".join)
+@pytest.mark.parametrize("name, test", fault_tests(), ids="::".join)
 def test_every_fault_of_the_table_is_shown_by_a_test(name, test):
     assert re.search(rf"^def {test}\(", (ROOT / f"tests/{name}.py").read_text(), re.MULTILINE)
 
@@ -235,6 +249,40 @@ def test_the_commands_start(command):
     assert code == 0 and len(shown.splitlines()) >= 10 and "--help" in shown
 
 
+def test_the_files_of_a_run_stand_on_their_page():
+    """Those that train_gpt.py names, but for what prepare_data.py and a submission write."""
+    source = (ROOT / "train_gpt.py").read_text()
+    names = set(re.findall(r"[\"/](\w[\w.]*\.(?:bin|jsonl?|log|py))\"", source))
+    names -= {"manifest.json", train_gpt.READABLE_NAME}
+    assert {"train.log", "artifact.bin", train_gpt.PACKED_NAME} <= names
+    folder = PAGES["how_it_works.md"].partition("## The folder of a run")[2]
+    assert [name for name in names if f"| `{name}` |" not in folder] == []
+
+
+def test_the_fields_of_every_event_stand_on_their_page():
+    metrics = (DEMO / "metrics.jsonl").read_text().splitlines()
+    folder = PAGES["how_it_works.md"].partition("## The folder of a run")[2]
+    for event in map(json.loads, metrics):
+        row = re.search(rf"^\| `{event['event']}` \| (.*) \|$", folder, re.M)[1]
+        assert [name for name in event.keys() - {"event", "t"} if name not in row] == []
+
+
+def test_the_printed_figures_of_ans_can_be_made(capsys):
+    code = re.search(r"^python - <<END\n(.*?)^END$", PAGES["speed.md"], re.M | re.S)[1]
+    assert "52736, 512" in code
+    exec(code.replace("52736", "96"), {})
+    assert re.fullmatch(r"\d+\.\d s to code, \d+\.\d s to decode\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    """Paths in code spans, below the folders of this repository."""
+    named = re.findall(r"`((?:tests|studies|benchmarks|ablation|docs|logs)/[\w./]+)`", PAGES[page])
+    written_by_users = {"logs/runs", "studies/mine.toml"}
+    for name in set(named) - written_by_users:
+        assert (ROOT / name).exists() or "RUN_ID" in name, name
+
+
 def test_every_file_that_readme_names_exists():
     for name in (
         "train_gpt.py",
@@ -249,9 +297,7 @@ def test_every_file_that_readme_names_exists():
 
 
 def test_the_demo_is_one_good_run():
-    result = json.loads((readme_tables.DEMO / "result.json").read_text())
-    events = [
-        json.loads(line) for line in (readme_tables.DEMO / "metrics.jsonl").read_text().splitlines()
-    ]
+    result = json.loads((DEMO / "result.json").read_text())
+    events = [json.loads(line) for line in (DEMO / "metrics.jsonl").read_text().splitlines()]
     assert result["exit_code"] == 0 and result["under_cap"] and result["val_bpb"] < 2.5
     assert events[0]["config"] == result["config"] and events[-1]["val_bpb"] == result["val_bpb"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from readme_tables import COMMITTED, STUDIES, adopt, study
+from pages_studies import COMMITTED, STUDIES, adopt, study
 
 import train_gpt
 from ablation.page import html_page

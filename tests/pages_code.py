@@ -1,0 +1,132 @@
+"""Tables of README.md and docs/how_it_works.md that are made from the code."""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+import train_gpt
+from ablation.report import markdown_table
+from ablation.study import read_study
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "train_gpt.py"
+MODEL_TESTS = "tests/test_model.py"
+
+# Toggles that are no part of the model, no view and no average
+OTHER_TOGGLES = ("PRUNE_PCT", "FIT_TO_CAP", "PACK_CODE", "DOC_ISOLATED_EVAL", "TTT_MODE")
+
+# The knobs that tune a toggle begin as it does, but for these
+TUNED_BY = {"SQWA": "SWA", "FIT": "CAP", "DOC": "EVAL"}
+
+
+def toggle_names() -> list[str]:
+    """Variables that switch a technique, as the code itself lists them."""
+    enabled = [*train_gpt.VIEWS, *train_gpt.SNAPSHOTS]
+    enabled.insert(-1, "EMA")
+    return [
+        *train_gpt.MODEL_TOGGLES,
+        *(f"{name}_ENABLED" for name in enabled),
+        *OTHER_TOGGLES,
+    ]
+
+
+def tuning_knobs(toggle: str, toggles: list[str]) -> list[str]:
+    """Variables that say how a technique works once it is on."""
+    word = toggle.partition("_")[0]
+    prefix = TUNED_BY.get(word, word) + "_"
+    found = []
+    for knob in train_gpt.KNOBS:
+        name = knob.name.upper()
+        if name.startswith(prefix) and name not in toggles and knob.metadata["scope"] != "run":
+            found.append(name)
+    return found
+
+
+def studied() -> dict[str, list[str]]:
+    """Variable -> the pull requests whose study has an arm with another value than the default."""
+    found = {}
+    for path in sorted((ROOT / "studies").glob("pr*.toml")):
+        number = re.match(r"pr(\d+)", path.stem)[1]
+        study = read_study(path)
+        for arm in study.arms.values():
+            cfg = train_gpt.Config.from_env({**study.env, **study.sizes["full"].env, **arm})
+            for name in cfg.non_default():
+                if number not in found.setdefault(name, []):
+                    found[name].append(number)
+    return found
+
+
+def toggles() -> str:
+    knobs = {knob.name.upper(): knob for knob in train_gpt.KNOBS}
+    names = toggle_names()
+    users = studied()
+    rows = []
+    for name in names:
+        default = knobs[name].default
+        if knobs[name].type == "bool":
+            default = int(default)
+        tuned = " ".join(f"`{knob}`" for knob in tuning_knobs(name, names))
+        numbers = " ".join(users.get(name, ()))
+        rows.append([f"`{name}`", default, knobs[name].metadata["doc"], tuned, numbers])
+    header = ["variable", "default", "what it does", "tuned by", "studies of"]
+    return markdown_table(header, rows)
+
+
+def exit_codes() -> str:
+    return markdown_table(["code", "meaning"], [[*row] for row in train_gpt.EXIT_CODES.items()])
+
+
+def sections() -> str:
+    """The banners of train_gpt.py: what comes in, what goes out, what is promised."""
+    source = (ROOT / SCRIPT).read_text()
+    rows = []
+    banner = re.compile(r"^# ── (\d+ .+?) ─+\n((?:# .*\n)+)", re.M)
+    for title, text in banner.findall(source):
+        words = re.sub(r"\s*\n?# ", " ", text)
+        flow, _, promise = words.partition(" Promise: ")
+        arrives, _, leaves = flow.partition(" Out: ")
+        arrives = arrives.removeprefix(" In: ")
+        rows.append([title, arrives.strip(" ."), leaves.strip(" ."), promise.strip()])
+    return markdown_table(["section", "in", "out", "promise"], rows)
+
+
+def fenced(code: str) -> str:
+    return f"```python\n{textwrap.dedent(code).strip()}\n```"
+
+
+def source_of(node: ast.AST, lines: list[str]) -> str:
+    """The lines of a definition with its decorators, or of a statement."""
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+    return "\n".join(lines[first - 1 : node.end_lineno])
+
+
+def technique_hunks() -> str:
+    """All that XSA consists of: its knob, its code, its wiring, its tests."""
+    source = (ROOT / SCRIPT).read_text()
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    config = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    knobs = []
+    for node in config.body:
+        if "xsa_last_n" in source_of(node, lines):
+            knobs.append(source_of(node, lines))
+    (function,) = [
+        n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "exclude_self"
+    ]
+    wiring = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "exclude_self" in source_of(node, lines):
+            wiring.append(source_of(node, lines))
+    tests = re.search(r"^(# ── XSA .*?)^# ── ", (ROOT / MODEL_TESTS).read_text(), re.M | re.S)[1]
+
+    hunks = [
+        ("Its block in `Config`", "\n\n\n".join(knobs)),
+        ("Its code", source_of(function, lines)),
+        ("Its wiring, in `Attention.__init__`", wiring[-1]),
+        (f"Its section in `{MODEL_TESTS}`", tests),
+    ]
+    blocks = []
+    for number, (title, code) in enumerate(hunks, 1):
+        blocks.append(f"{number}. {title}:\n\n{fenced(code)}")
+    return "\n\n".join(blocks)

@@ -1,0 +1,105 @@
+"""The tables of docs/studies.md, from the committed runs of the studies."""
+
+import shutil
+from pathlib import Path
+
+from ablation.records import RunStore, keep
+from ablation.report import (
+    arm_table,
+    comparison_table,
+    factorial_table,
+    load_matrix,
+    markdown_table,
+)
+from ablation.runner import Ledger
+from ablation.study import Matrix, matrix, read_study
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = ROOT / "logs" / "studies"  # the runs of studies, as lines
+
+PULL_REQUESTS = (
+    "pr989_qat_x_swa",
+    "pr199_swa_doc_isolated",
+    "pr975_qna_sqwa",
+    "pr145_int8_qat",
+    "pr194_11l_record",
+)
+
+# (study, size, what all arms get) of every table
+STUDIES = [
+    *((name, "small", equal) for name in PULL_REQUESTS for equal in ("steps", "time")),
+    ("pr199_swa_doc_isolated", "docs", "steps"),
+    ("pr199_swa_doc_isolated", "fineweb", "steps"),
+    ("swa_sums_in_bf16", "small", "steps"),
+]
+
+# Columns that the pages leave out
+LONG_ARMS = {"settings", "published, expected", "code + artifact, bytes"}
+LONG_DIFFERENCES = {"in words", "paired t (df)"}
+
+
+def study(stem: str, size: str, equal: str, logs: Path = COMMITTED) -> Matrix:
+    """The matrix of committed logs; equal time was run with three seeds."""
+    folder = logs / stem / f"{size}-{equal}"
+    seeds = (1, 2, 3) if equal == "time" else ()
+    return matrix(read_study(ROOT / "studies" / f"{stem}.toml"), size, equal, seeds, folder)
+
+
+def how_it_ran(made: Matrix, runs: list[dict]) -> str:
+    """The command, the budget and the machine, in one sentence."""
+    budget = f"{made.size.seconds:g} s of training"
+    if made.equal == "steps":
+        budget = f"{made.size.steps} steps"
+    trainings = sum(not run["checkpoint"] for run in runs)
+    first = runs[0]
+    return (
+        f"`{made.command()}`: {budget} for every arm, {len(runs)} runs of {trainings} trainings on "
+        f"{first['device']}, {made.size.jobs} side by side, threads: {first['threads_per_rank']}, "
+        f"torch {first['torch']}; scored: {first['val_tokens']:,} targets of "
+        f"{first['val_bytes']:,} bytes."
+    )
+
+
+def shortened(header: list[str], rows: list[list], dropped: set[str]) -> str:
+    """The table without these columns, and without those that say nothing."""
+    kept = []
+    for i, name in enumerate(header):
+        if name not in dropped and any(row[i] != "-" for row in rows):
+            kept.append(i)
+    return markdown_table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def study_tables(stem: str, size: str, equal: str) -> str:
+    """A study in short form: how it ran, the arms, the differences, the factorial."""
+    made = study(stem, size, equal)
+    found = load_matrix(made)
+    long_arms = LONG_ARMS | {"steps"} if equal == "steps" else LONG_ARMS
+    tables = [
+        (arm_table(found), long_arms),
+        (comparison_table(found), LONG_DIFFERENCES),
+        (factorial_table(found), set()),
+    ]
+    blocks = [how_it_ran(made, found.all())]
+    for (header, rows), dropped in tables:
+        if rows:
+            blocks.append(shortened(header, rows, dropped))
+    return "\n\n".join(blocks)
+
+
+def adopt(logs: Path, kept: Path = COMMITTED) -> None:
+    """Replaces the committed logs of each study that has been run to its end below `logs`.
+
+    A run folder per trial becomes a line of results.jsonl and lines of metrics.jsonl.
+    """
+    for stem, size, equal in STUDIES:
+        made = study(stem, size, equal, logs)
+        store = RunStore(made.folder)
+        found = {trial.id: store.find(trial.id) for trial in made.trials}
+        runs = {trial: run for trial, run in found.items() if run is not None}
+        ended = runs.keys() | Ledger(made.folder).failures(made.trials).keys()
+        if len(ended) < len(found):
+            continue
+        folder = kept / stem / made.folder.name
+        shutil.rmtree(folder, ignore_errors=True)
+        keep(folder, runs)
+        shutil.copy(made.folder / "ledger.jsonl", folder)
