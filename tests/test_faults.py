@@ -581,7 +581,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(reference, broken):
 
 
 def test_a_machine_that_slept_ends_the_run_in_good_order(broken):
-    cfg = dataclasses.replace(broken, max_wallclock_seconds=600.0, iterations=10**6)
+    cfg = dataclasses.replace(broken, max_wallclock_seconds=600.0, iterations=10**4)
     run = finish(cfg, prepare=JumpingClock(step=5))
     assert codes(run) == [0], run.stderr()
     result = json.loads((folder(cfg) / "result.json").read_text())
@@ -591,13 +591,13 @@ def test_a_machine_that_slept_ends_the_run_in_good_order(broken):
 
 
 class LittleMemory:
-    """In a child: 400 MB more than it has now."""
+    """In a child: 200 MB more than it has now."""
 
     def __call__(self):
         status = Path("/proc/self/status").read_text().splitlines()
         size = next(line for line in status if line.startswith("VmSize"))
         now = int(size.split()[1]) * 1024
-        resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20),) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20),) * 2)
 
 
 @dataclass
@@ -607,20 +607,18 @@ class LittleMemoryOnRank1:
             LittleMemory()()
 
 
+MUCH = dict(train_batch_tokens=2**17, grad_accum_steps=1)  # logits of 200 MB
+
+
 def test_out_of_memory_of_one_rank_is_told_by_that_rank(broken):
-    run = finish(
-        dataclasses.replace(
-            broken, train_batch_tokens=2**18, grad_accum_steps=1, dist_timeout=20.0
-        ),
-        2,
-        LittleMemoryOnRank1(),
-    )
+    cfg = dataclasses.replace(broken, **MUCH, dist_timeout=NEVER)
+    run = finish(cfg, 2, LittleMemoryOnRank1())
     assert codes(run) == [6, 8], run.stderr()
     assert "out of memory in phase 'warm-up and compile'" in run.stderr(1)
 
 
 def test_out_of_memory_names_the_phase_and_the_knob(broken):
-    cfg = dataclasses.replace(broken, train_batch_tokens=2**18, grad_accum_steps=1)
+    cfg = dataclasses.replace(broken, **MUCH)
     run = finish(cfg, prepare=LittleMemory())
     assert codes(run) == [8], run.stderr()
     line = run.stderr().splitlines()[-1]

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, INHERITED, ROOT, TINY, environment, until
+from conftest import HANG, INHERITED, ROOT, TINY, environment
+from launch import launch
 from test_score import short_documents, two_ranks
 
 import train_gpt
@@ -306,51 +307,24 @@ def test_a_good_run_exits_0_with_nothing_on_stderr(tiny, command):
 SCRIPT = [sys.executable, str(ROOT / "train_gpt.py")]
 
 
-def start(cfg: Config) -> subprocess.Popen:
-    """`python train_gpt.py` with this configuration in a fresh process, SIGINT as on a terminal."""
-    return subprocess.Popen(
-        SCRIPT,
-        env=environment(cfg),
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        # The child is Python's own, and takes no lock before it runs this
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )
-
-
-def wait_for(process: subprocess.Popen, happened) -> None:
-    """Waits for something that happens while the process is at work."""
-
-    def happened_at_work() -> bool:
-        if happened():
-            return True
-        assert process.poll() is None, process.stderr.read()
-        return False
-
-    until(happened_at_work)
+def as_on_a_terminal() -> None:
+    """In a child: Control-C is what it is for a program in the foreground."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize(
     "name, code, word", [("SIGTERM", 143, "SIGTERM"), ("SIGINT", 130, "SIGINT")]
 )
 def test_a_signal_ends_the_run_with_its_exit_code_and_one_line(tiny, name, code, word):
-    cfg = tiny(iterations=10**6, train_log_every=1)
-    with start(cfg) as process:
-        log = folder(cfg) / "train.log"
-        try:
-            wait_for(process, lambda: log.exists() and "step     3" in log.read_text())
-            process.send_signal(getattr(signal, name))
-            _, stderr = process.communicate(timeout=HANG)
-        finally:
-            process.kill()
-    assert (
-        process.returncode == code
-        and len(stderr.splitlines()) == 1
-        and word in stderr
-        and f"[exit {code}" in stderr
-    )
-    assert "stopped in phase 'train'" in log.read_text().splitlines()[-1]
+    cfg = tiny(iterations=10**4, train_log_every=1)
+    with launch(cfg, prepare=as_on_a_terminal) as run:
+        run.until(lambda: "step     3" in run.log())
+        os.kill(run.processes[0].pid, getattr(signal, name))
+        assert run.wait() == [code]
+    stderr = run.stderr()
+    assert len(stderr.splitlines()) == 1
+    assert word in stderr and f"[exit {code}" in stderr
+    assert "stopped in phase 'train'" in run.log().splitlines()[-1]
 
 
 def test_a_run_id_is_never_overwritten(tiny):
@@ -423,10 +397,11 @@ def test_eval_only_refuses_another_model_and_takes_other_scoring_knobs(tiny):
 def test_a_run_killed_while_scoring_leaves_a_whole_artifact(tiny):
     cfg = tiny(val_max_tokens=0, eval_stride=1, eval_batch_seqs=1)
     path = folder(cfg) / "artifact.bin"
-    with start(cfg) as process:
-        wait_for(process, path.exists)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL and not (folder(cfg) / "result.json").exists()
+    with launch(cfg) as run:
+        run.until(path.exists)
+        run.processes[0].kill()
+        assert run.wait() == [-signal.SIGKILL]
+    assert not (folder(cfg) / "result.json").exists()
     assert "trained 6 steps" in (folder(cfg) / "train.log").read_text()
     given = frozenset({"EVAL_STRIDE", "EVAL_BATCH_SEQS", "VAL_MAX_TOKENS"})
     scored = main(tiny(eval_only=str(path), given=given))

@@ -438,7 +438,7 @@ def test_another_script_is_refused_and_the_one_that_began_is_kept(copy, monkeypa
 
 
 def test_two_processes_never_work_on_one_run(tiny):
-    cfg = tiny(**BASE | dict(iterations=10**6))
+    cfg = tiny(**BASE | dict(iterations=10**4))
     with launch(cfg) as first:
         first.until(lambda: "step     3" in first.log())
         second = finish(go_on(cfg))
