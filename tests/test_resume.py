@@ -150,7 +150,7 @@ def go_on(cfg: Config) -> Config:
     return dataclasses.replace(cfg, resume=True)
 
 
-# On two ranks those modes that together have every kind of state; each rank has the same code for it.
+# On two ranks those modes that together have every kind of state; each rank has the same code
 ON_TWO = ("late QAT, SQWA of EMA", "SWA in bf16, three micro-batches")
 
 

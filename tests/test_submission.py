@@ -1,9 +1,10 @@
 """The leaderboard folder: built from run folders alone, checked from the folder alone.
 
-Would have caught: hand-copied numbers (#2076), a stale log beside another configuration's README (#86), missing logs and
-JSON (#505), folders that are not self-contained (#545), a third seed from another configuration (#2124), 5 % and 10 %
-pruning inside one mean (#989), artifacts over the cap (#194, #975), evaluation of 688 s (#1972), a population standard
-deviation shown as the sample's (#989), scripts that do not import (#1437, #514).
+Would have caught: hand-copied numbers (#2076), a stale log beside another configuration's README
+(#86), missing logs and JSON (#505), folders that are not self-contained (#545), a third seed from
+another configuration (#2124), 5 % and 10 % pruning inside one mean (#989), artifacts over the cap
+(#194, #975), evaluation of 688 s (#1972), a population standard deviation shown as the sample's
+(#989), scripts that do not import (#1437, #514).
 """
 
 import functools
@@ -83,7 +84,9 @@ def trusting(monkeypatch) -> None:
 
 
 def forked_bare(command: list[str], folder: Path, home: Path) -> str:
-    """What run_bare does with a good script, without the seconds that Python and torch need to start."""
+    """What run_bare does with a good script,
+    without the seconds that Python and torch need to start.
+    """
     with tempfile.TemporaryFile() as out:
         code = Forked(command, bare_environment(home), out, cwd=folder).wait()
         printed = first_bytes(out)
@@ -125,7 +128,9 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 def rebuild(folder: Path) -> None:
-    """A forger's work: log, submission.json and README.md again, in agreement with the results as they are now."""
+    """A forger's work: log, submission.json and README.md again,
+    in agreement with the results as they are now.
+    """
     results = results_of(folder)
     for seed, r in results.items():
         (folder / f"train_seed{seed}.log").write_text(train_gpt.final_table(r))
@@ -164,7 +169,7 @@ def assert_caught(folder: Path, *words: str) -> None:
     assert any(all(word in problem for word in words) for problem in problems), problems
 
 
-# ── A good folder ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── A good folder ─────────────────────────────────────────────────────────────────────────────────
 def test_a_built_folder_is_good(built):
     assert check_submission(built) == []
 
@@ -299,8 +304,10 @@ def test_prose_with_numbers_that_the_results_show_is_welcome(folder, trusting):
     s, path = read(folder / "submission.json"), folder / "README.md"
     r, more = results_of(folder)[7], s["seed_results"]["7"]
     prose = (
-        f"Mean {s['val_bpb']:.4f} (sd {s['val_bpb_std']:.5f}), seed 7 {more['val_bpb']:.3f}; {more['train_time_s']:.3f} s; "
-        f"decay 0.500, gap {r['quant_gap_bpb']:+.6f} or {r['quant_gap_bpb']:.3e}. On torch 2.13.1234.5, 3.14, 16,000.\n"
+        f"Mean {s['val_bpb']:.4f} (sd {s['val_bpb_std']:.5f}), seed 7 {more['val_bpb']:.3f}; "
+        f"{more['train_time_s']:.3f} s; "
+        f"decay 0.500, gap {r['quant_gap_bpb']:+.6f} or {r['quant_gap_bpb']:.3e}. On torch "
+        "2.13.1234.5, 3.14, 16,000.\n"
     )
     path.write_text(prose + path.read_text() + "\n## Why\n" + prose)
     assert check_submission(folder) == []
@@ -338,7 +345,7 @@ def test_the_leaderboard_track_needs_eight_h100(folder):
     assert "scoring at most 600 s: **NO**, the longest took 600.5 s" in render(results, texts)
 
 
-# ── What the builder refuses ──────────────────────────────────────────────────────────────────────────────────────
+# ── What the builder refuses ──────────────────────────────────────────────────────────────────────
 def edit(key: str, value):
     return lambda runs: put(runs[1] / "result.json", key, value)
 
@@ -420,7 +427,7 @@ def test_a_run_that_only_scored_is_refused_by_name(runs, tmp_path, data):
         eval_only=str(runs[0] / "artifact.bin"),
     )
     train_gpt.main(cfg)
-    with pytest.raises(Refusal, match="eval_only=.*not a full training"):
+    with pytest.raises(Refusal, match=r"eval_only=.*not a full training"):
         build_submission([tmp_path / "score"], tmp_path / "out", ABOUT)
 
 
@@ -476,7 +483,7 @@ def test_a_build_that_fails_half_way_leaves_nothing(runs, tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-# ── What the checker catches ──────────────────────────────────────────────────────────────────────────────────────
+# ── What the checker catches ──────────────────────────────────────────────────────────────────────
 def without(name: str):
     return lambda f: (f / name).unlink()
 
@@ -764,7 +771,9 @@ def final_table(result): return "the table"
 
 @pytest.fixture
 def stub(folder):
-    """stub(line) -> the good folder with a small script that starts with this line and fits in every other way."""
+    """stub(line) -> the good folder with a small script that starts
+    with this line and fits in every other way.
+    """
 
     def make(line: bytes) -> Path:
         for seed in SEEDS:
@@ -795,7 +804,10 @@ def test_the_stub_alone_is_good(stub):
         (b"import json; json.dumps = lambda answer: '{'", ["answers"]),
         (b"import json; json.dumps = lambda answer: '[]'", ["final_table"]),
         (
-            b"import os; assert 'SECRET' not in os.environ and os.environ['CUDA_VISIBLE_DEVICES'] == '', 'leak'; 1 / 0",
+            (
+                b"import os; assert 'SECRET' not in os.environ and "
+                b"os.environ['CUDA_VISIBLE_DEVICES'] == '', 'leak'; 1 / 0"
+            ),
             ["ZeroDivisionError"],
         ),
     ],
@@ -879,8 +891,9 @@ def places(value, path=()) -> list[tuple]:
         (
             SEED7,
             (
-                "exit_code val_bpb val_loss val_tokens val_bytes quantised_val_bpb live_val_bpb averaged_val_bpb steps train_seconds "
-                "eval_seconds artifact_bytes code_bytes total_bytes seed world_size device torch code_sha256 config_sha256"
+                "exit_code val_bpb val_loss val_tokens val_bytes quantised_val_bpb live_val_bpb "
+                "averaged_val_bpb steps train_seconds eval_seconds artifact_bytes code_bytes "
+                "total_bytes seed world_size device torch code_sha256 config_sha256"
             ),
         ),
     ],
