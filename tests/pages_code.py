@@ -14,7 +14,7 @@ SCRIPT = "train_gpt.py"
 MODEL_TESTS = "tests/test_model.py"
 
 # Toggles that are no part of the model, no view and no average
-OTHER_TOGGLES = ("PRUNE_PCT", "FIT_TO_CAP", "PACK_CODE", "DOC_ISOLATED_EVAL", "TTT_MODE")
+OTHER_TOGGLES = ("PRUNE_PCT", "FIT_TO_CAP", "DOC_ISOLATED_EVAL", "TTT_MODE")
 
 # The knobs that tune a toggle begin as it does, but for these
 TUNED_BY = {"SQWA": "SWA", "FIT": "CAP", "DOC": "EVAL"}

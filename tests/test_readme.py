@@ -164,7 +164,8 @@ def test_the_ablation_of_readme_runs_as_it_is_printed(fresh_clone):
     assert sorted(on) == ["qat_enabled-1-s1", "qat_enabled-1-s2"] and len(quantised) == 4
 
     report = (folder / "report.md").read_text()
-    answer = r"^\| qat_enabled-1 - qat_enabled-0 \| quantisation gap, BPB .* is lower than "
+    # narrower with QAT; two seeds may show it or not, so in words it is one or the other
+    answer = r"^\| qat_enabled-1 - qat_enabled-0 \| quantisation gap, BPB \| -0\.\d+ \| .* is "
     assert re.search(answer, report, re.M)
     assert (folder / "report.html").exists()
 
