@@ -170,6 +170,8 @@ def script_child(argv: list[str], env: dict, cwd: Path, output: int, kept: list[
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    # Python reads this when it starts, and here it has started already
+    sys.dont_write_bytecode = bool(env.get("PYTHONDONTWRITEBYTECODE"))
     train_gpt.torch.set_num_threads(int(env.get("OMP_NUM_THREADS", THREADS)))
     if argv[0] == "-c":
         sys.argv = ["-c", *argv[2:]]
