@@ -952,6 +952,11 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self.phase_name = outer
 
+    def set_aside(self, name: str, seconds: float) -> None:
+        """Books seconds of the phase under way on another one."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.seconds[self.phase_name] = self.seconds.get(self.phase_name, 0.0) - seconds
+
     def milliseconds(self, work: Callable) -> float:
         """Time of one call on the device: the fastest of three, since others only slow it down."""
         timer = torch.utils.benchmark.Timer(
@@ -3113,7 +3118,9 @@ class Trainer:
             weights = dict(self.model.named_parameters())
             artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
             size = len(shipped_code(self.cfg)) + len(artifact)
-        self.started += time.perf_counter() - paused
+        seconds = time.perf_counter() - paused
+        self.started += seconds
+        self.run.set_aside("validate", seconds)
         self.run.log(
             f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
             f"size ~{size:,} bytes (fast compression)"

@@ -479,6 +479,18 @@ def test_the_figures_of_training_agree_with_the_configuration(trained):
     assert events[0]["config"] == r["config"]
 
 
+def test_seconds_that_are_set_aside_are_those_of_the_other_phase_alone(run, monkeypatch):
+    clock = iter((0.0, 10.0))
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: next(clock))
+    with run.phase("train"):
+        run.set_aside("validate", 4.0)
+    assert run.seconds == {"validate": 4.0, "train": 6.0}
+
+
+def test_the_ledger_shows_validation_apart_from_training(trained):
+    assert records(trained)[0]["seconds"]["validate"] > 0
+
+
 def test_scoring_alone_gives_the_identical_number(trained, scored):
     assert records(trained)[0]["val_bpb"] == records(scored)[0]["val_bpb"]
 
