@@ -214,5 +214,20 @@ def script(*argv) -> tuple[int, str]:
         return code, output.read()
 
 
+def ranks_of(world: int, env: dict, *argv) -> tuple[list[int], str]:
+    """(exit codes, all that was printed) of a script on so many ranks, as torchrun starts them."""
+    meet = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    meet["TORCHELASTIC_RUN_ID"] = "test"
+    with tempfile.TemporaryFile("w+") as output:
+        started = []
+        for rank in range(world):
+            place = {name: str(value) for name, value in meet.items()}
+            place |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(Forked([sys.executable, *argv], env | place, output))
+        ends = [process.wait() for process in started]
+        output.seek(0)
+        return ends, output.read()
+
+
 def codes(run: Launch) -> list[int]:
     return [process.exitcode for process in run.processes]

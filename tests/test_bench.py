@@ -12,13 +12,12 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HANG, ROOT, TINY, environment
+from conftest import TINY, environment
+from launch import ranks_of
 from test_optimiser import ALL, make_trainer, normal, on_ranks
 from torch import nn
 
@@ -489,27 +488,10 @@ def test_no_fast_part_is_three_times_slower_than_its_twin(quick):
 
 
 def test_two_ranks_make_one_report(quick, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            "bench.py",
-            "run",
-            "--quick",
-            "--out",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        env=environment(quick.cfg),
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
+    codes, said = ranks_of(
+        2, environment(quick.cfg), "bench.py", "run", "--quick", "--out", tmp_path
     )
-    assert done.returncode == 0, done.stderr
+    assert codes == [0, 0], said
     [path] = tmp_path.iterdir()
     report, names = (
         json.loads(path.read_text()),
@@ -522,9 +504,9 @@ def test_two_ranks_make_one_report(quick, tmp_path):
     )
     assert (
         report["world_size"] == 2
-        and "torchrun --standalone --nproc_per_node=2 bench.py run" in done.stdout
+        and "torchrun --standalone --nproc_per_node=2 bench.py run" in said
     )
-    assert done.stdout.count("wrote ") == 1 and path.stem.endswith("-x-2")
+    assert said.count("wrote ") == 1 and path.stem.endswith("-x-2")
 
 
 def test_an_existing_report_is_kept(quick, monkeypatch, capsys):

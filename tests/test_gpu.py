@@ -113,14 +113,18 @@ PHASES = dict(
 ARMS = {"SWA": dict(swa_enabled=True, average="swa"), "SQWA": dict(sqwa_enabled=True)}
 
 
-@pytest.fixture(scope="module", params=ARMS)
-def average(request) -> str:
-    return request.param
+# On a CPU one of them: what is compiled is the same, and test_average.py knows the other.
+EACH_RUN = [
+    ("SQWA", "cpu"),
+    pytest.param(("SWA", "cuda"), marks=NEEDS_GPU),
+    pytest.param(("SQWA", "cuda"), marks=NEEDS_GPU),
+]
 
 
-@pytest.fixture(scope="module", params=EACH_DEVICE)
-def finished(request, average, data, tmp_path_factory) -> SimpleNamespace:
-    """A run through every phase: result, configuration and device, and what broke its graphs."""
+@pytest.fixture(scope="module", params=EACH_RUN, ids=str)
+def finished(request, data, tmp_path_factory) -> SimpleNamespace:
+    """A run through every phase: its result and configuration, and what broke its graphs."""
+    average, device = request.param
     torch._dynamo.reset()
     paths = dict(
         data_path=str(data),
@@ -129,18 +133,22 @@ def finished(request, average, data, tmp_path_factory) -> SimpleNamespace:
     )
     cfg = Config(**TINY | PHASES | ARMS[average] | paths, run_id="run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: request.param == "cuda")
-        patch.setattr(torch, "compile", compile_on(request.param))
+        patch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+        patch.setattr(torch, "compile", compile_on(device))
         report = train_gpt.main(cfg)
     return SimpleNamespace(
-        report=report, cfg=cfg, device=request.param, breaks=dict(counters["graph_break"])
+        report=report,
+        cfg=cfg,
+        device=device,
+        average=average,
+        breaks=dict(counters["graph_break"]),
     )
 
 
-def test_every_phase_flips_without_a_recompile_after_the_warm_up(finished, average):
+def test_every_phase_flips_without_a_recompile_after_the_warm_up(finished):
     r, names = (
         finished.report,
-        {"QNA", "QAT", "EMA", average, "WARMDOWN", "SMEAR_GATE", "DOC_ISOLATED_EVAL"},
+        {"QNA", "QAT", "EMA", finished.average, "WARMDOWN", "SMEAR_GATE", "DOC_ISOLATED_EVAL"},
     )
     assert r["exit_code"] == 0 and r["recompiles"] == 0 and not finished.breaks and r["compile"]
     assert r["toggles"].keys() == names and r["inactive"] == []
@@ -150,7 +158,7 @@ def test_every_phase_flips_without_a_recompile_after_the_warm_up(finished, avera
         0,
         12,
         9,
-    ) and 12 <= first[average] <= 14
+    ) and 12 <= first[finished.average] <= 14
     assert r["dtype"] == ("torch.bfloat16" if finished.device == "cuda" else "torch.float32")
 
 
