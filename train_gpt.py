@@ -2973,7 +2973,7 @@ class Trainer:
         for n in range(self.cfg.warmup_steps):
             began = time.perf_counter()
             now = variants[n % len(variants)]
-            self.step(next(loader), now._replace(snapshot=snapshot))
+            self.step(next(loader), now._replace(snapshot=snapshot and n % 2 == 0))
             seconds.append(time.perf_counter() - began)
         loader.close()
 
@@ -3726,7 +3726,6 @@ class Exported(NamedTuple):
     blob: bytes  # on rank 0; empty on the others
     total: int  # bytes with the code
     cfg: Config  # with the COMPRESSOR that was used
-    state: State  # what was quantised: fp32 weights, after pruning
     pruned: float  # share of each large matrix
 
 
@@ -3750,13 +3749,15 @@ def prune(cfg: Config, state: State, fraction: float) -> State:
 
 
 def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: float) -> Exported:
-    pruned = prune(cfg, state, fraction)
+    """One try with this share pruned. Rank 0 does the work and tells the others the size."""
     blob = b""
+    total = 0
     if run.rank == 0:
-        blob = encode_artifact(cfg, pruned, plan)
-    total = run.broadcast(len(blob)) + len(shipped_code(cfg))
+        blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
+        total = len(blob) + len(shipped_code(cfg))
+    total = run.broadcast(total)
     run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
-    return Exported(blob, total, cfg, pruned, fraction)
+    return Exported(blob, total, cfg, fraction)
 
 
 def export(cfg: Config, run: Run, state: State, plan: dict) -> Exported:
@@ -4096,14 +4097,15 @@ def prove_toggles(
     trained.trainer.model.load_state_dict(trained.live)
     prove_model_toggles(cfg, run, trained, probe, attend)
     if trained.exported.pruned:
-        run.activity["PRUNE_PCT"] = prove_pruning(trained, probe)
+        run.activity["PRUNE_PCT"] = prove_pruning(cfg, trained, probe)
 
 
-def prove_pruning(trained: Trained, probe: Probe) -> Activity:
+def prove_pruning(cfg: Config, trained: Trained, probe: Probe) -> Activity:
     """Pruning: the shipped weights against what would have been shipped without it."""
     trainer = trained.trainer
+    pruned = prune(cfg, trained.final, trained.exported.pruned)
     off = shipped_state(trained.final, trainer.plan)
-    on = shipped_state(trained.exported.state, trainer.plan)
+    on = shipped_state(pruned, trainer.plan)
     changed = [int((on[name] != off[name]).sum()) for name in on]
     return Activity(
         tensors=sum(n > 0 for n in changed),
@@ -4612,7 +4614,8 @@ def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     if run.rank == 0:
         write_atomic(run.dir / "artifact.bin", made.blob)
         kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
-        sizes = kinds, code_size(made.cfg, made.state, plan, len(made.blob))
+        pruned = prune(cfg, trained.final, made.pruned)
+        sizes = kinds, code_size(made.cfg, pruned, plan, len(made.blob))
     # the broadcast also keeps the other ranks from reading the file before it is written
     trained.kinds, trained.codes = run.broadcast(sizes)
 
@@ -4636,8 +4639,8 @@ def score_all(
             scores[name] = job()
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
 
-    for name, weights in weights_before_the_artifact(cfg, trained):
-        keep(name, partial(trained.trainer.score_weights, weights))
+    for name, job in stages_before_the_artifact(cfg, trained):
+        keep(name, job)
 
     model = build_model(cfg, run, attend)
     model.load_state_dict(state)
@@ -4658,19 +4661,24 @@ def score_all(
     return scores
 
 
-def weights_before_the_artifact(
+def stages_before_the_artifact(
     cfg: Config, trained: Trained | None
-) -> Iterator[tuple[str, State]]:
-    """(name, weights) of each stage between the last step and the artifact."""
+) -> Iterator[tuple[str, Callable[[], Score]]]:
+    """(name, what scores it) of each stage between the last step and the artifact."""
     if trained is None:
         return
-    yield "live", trained.live
+    score_weights = trained.trainer.score_weights
+
+    def score_unfitted() -> Score:
+        """Quantised, but without what FIT_TO_CAP pruned."""
+        weights = prune(cfg, trained.final, cfg.prune_pct)
+        return score_weights(shipped_state(weights, trained.trainer.plan))
+
+    yield "live", partial(score_weights, trained.live)
     if cfg.shipped_average in trained.averages:
-        yield "averaged", trained.final
+        yield "averaged", partial(score_weights, trained.final)
     if trained.exported.pruned > cfg.prune_pct:
-        # quantised, but without what FIT_TO_CAP pruned
-        unfitted = prune(cfg, trained.final, cfg.prune_pct)
-        yield "unfitted", shipped_state(unfitted, trained.trainer.plan)
+        yield "unfitted", score_unfitted
 
 
 def finish(run: Run, report: dict) -> dict:
@@ -4680,9 +4688,10 @@ def finish(run: Run, report: dict) -> dict:
     if run.rank == 0:
         write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
         keep_one_checkpoint(run.dir)
+    report = run.broadcast(report)
     # from here on a signal comes too late
     run.phase_name = "stop"
-    return run.broadcast(report)
+    return report
 
 
 def keep_one_checkpoint(folder: Path) -> None:

@@ -869,6 +869,18 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
     assert 0 in firsts and (1 in firsts) == (sizes[1] < sizes[0]) and max(firsts) > 4
 
 
+def test_only_rank_0_prunes_and_packs(product, monkeypatch):
+    def never(*_):
+        raise AssertionError("another rank did the work of rank 0")
+
+    cfg, state, plan = product(prune_pct=0.5)
+    run = Run(cfg)
+    run.rank = 1
+    for name in ("prune", "encode_artifact", "shipped_code"):
+        monkeypatch.setattr(train_gpt, name, never)
+    assert export(cfg, run, state, plan).blob == b""
+
+
 def test_fit_to_cap_fits_and_says_what_it_costs(tiny):
     total = main(tiny(compressor="ans", compress_level=-1))["total_bytes"]
     assert main(tiny(fit_to_cap=True, cap_bytes=total))["pruned"] == 0  # the other coder is enough
