@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
+from launch import script as run_script
 
 import train_gpt
 from train_gpt import (
@@ -251,8 +252,9 @@ def test_the_packed_script_runs_under_torchrun_and_gives_the_same_help(script, t
 
     texts = set()
     for path in (script, ROOT / "train_gpt.py"):
-        command = [sys.executable, str(path), "--help"]
-        texts.add(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        code, shown = run_script(path, "--help")
+        assert code == 0
+        texts.add(shown)
     assert len(texts) == 1 and "PACK_CODE" in texts.pop()
 
 

@@ -823,28 +823,7 @@ def test_an_average_that_is_ambiguous_or_not_collected_is_refused(tiny, knobs, b
         tiny(**knobs)
 
 
-# ── launchers and compilers ───────────────────────────────────────────────────────────────────────
-def test_torchrun_on_two_ranks(tiny):
-    cfg = tiny(ttt_mode="sgd", ttt_chunk_tokens=320)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = environment(cfg)
-    done = subprocess.run(
-        [*launcher, SCRIPT[1]],
-        env=env,
-        text=True,
-        capture_output=True,
-        timeout=HANG,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((folder(cfg) / "result.json").read_text())
-    assert (
-        result["world_size"] == 2
-        and result["exit_code"] == 0
-        and done.stdout.count("RESULT val_bpb") == 1
-    )
-
-
+# ── compilers ─────────────────────────────────────────────────────────────────────────────────────
 def test_a_compiled_run_equals_an_eager_one_and_does_not_recompile_when_qat_starts(
     tiny, monkeypatch
 ):
