@@ -12,7 +12,7 @@ Help:    python train_gpt.py --help lists every knob.
 Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint.bin, artifact.bin,
          train_gpt.py as it was run and train_gpt.packed.py, the script that is counted.
 
-Sections, in the order in which the data flow; each knows only those above it:
+Sections, in the order in which the data flow:
 
     1 Config       every knob once; old spellings; refusals
     2 Run          ranks, log, clock, phases, stop signals
@@ -218,7 +218,7 @@ class Config:
 
     # The run: where and what
     data_path: str = run_knob(FINEWEB, "folder", "fineweb_train_*.bin and fineweb_val_*.bin")
-    tokenizer_path: str = run_knob(TOKENIZER, "file", "SentencePiece model of them")
+    tokenizer_path: str = run_knob(TOKENIZER, "file", "SentencePiece model of the shards")
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
     run_id: str = run_knob("", "name", "a new one, but with RESUME; empty: date, time, hash, seed")
     resume: bool = run_knob(False, "", "go on with RUN_ID from its last checkpoint, if it has one")
@@ -359,11 +359,12 @@ class Config:
         remedy = f"is no multiple of TRAIN_SEQ_LEN={train_seq_len}"
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
 
-    # QAT
+    # QAT. Scopes: exported, every tensor that ships as codes; linears, those of linear layers;
+    # small_linears, only of linear layers outside of the blocks
     qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
     qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS)
     qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / of run", lo=0, hi=1)
-    qat_scope: str = knob("exported", "", "which tensors; small_linears: #975", choices=QAT_SCOPES)
+    qat_scope: str = knob("exported", "", "all; linears; linears not in blocks", choices=QAT_SCOPES)
     qat_grid: str = knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
 
     @rule
@@ -426,7 +427,7 @@ class Config:
     fp16_keep_name_patterns: str = grid_knob("", "csv", "fp16 if its name contains one of these")
 
     # Export: pruning, compression, size
-    prune_pct: float = export_knob(0.0, "fraction", "smallest weights set to 0", lo=0, hi=0.9)
+    prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
     compressor: str = export_knob("zstd", "", "of the artifact", choices=CODERS)
     compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
     pack_code: str = export_knob("lzma", "", "of the script that ships", choices=("lzma", "none"))
@@ -806,8 +807,8 @@ def help_entry(f: dataclasses.Field, width: int) -> str:
 
 # ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────────
 # In: the launcher's variables (RANK, ...), a Config. Out: device, log, clock, phases, stop signals.
-# Promise: all ranks take the same decisions, every second is booked on a phase, and whatever ends
-# a run is said. Knows nothing of model and data.
+# Promise: all ranks take the same decisions, and whatever ends a run is said. Knows nothing of
+# model and data.
 
 # This script, readable; a packed one hands its source over (see LOADER)
 SOURCE = globals().get("__source__") or Path(__file__).read_bytes()
@@ -831,7 +832,7 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
-        # of activations; on CPU bf16 is 15 times slower
+        # of activations; bf16 is slow on a CPU
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -884,7 +885,7 @@ class Run:
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
-        # the clock of every step: as a tensor in a third of the time
+        # the clock of every step: a tensor is sent faster than an object
         if isinstance(value, float):
             box = torch.tensor(value, dtype=torch.float64)
             dist.broadcast(box, src=0)
@@ -1239,8 +1240,9 @@ def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tup
     """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64.
 
     The rows of a step are evenly spaced in the stream, so that they are not of one document. Each
-    goes on where it ended in the step before, and an epoch sees every token once. Two steps are
-    read ahead.
+    goes on where it ended in the step before. Once the rows have crossed the distance between
+    them, every token has been seen (those at the seams twice), and each follows in the track of
+    the next one. Two steps are read ahead.
 
     Care: every rank reads and checks the tokens of the whole step: all refuse, or none.
     """
@@ -1385,7 +1387,7 @@ def row_quantile(magnitude: Tensor, q: float) -> Tensor:
         top = magnitude.topk(wanted, dim=-1).values
         return torch.lerp(top[..., -1:], top[..., -2:-1], share)
 
-    # Two maxima take a fifth of topk's time
+    # Two maxima are faster than topk
     largest, where = magnitude.max(-1, keepdim=True)
     if wanted == 1:
         return largest
@@ -1470,8 +1472,8 @@ class Grid(NamedTuple):
 # ── 5 Model ───────────────────────────────────────────────────────────────────────────────────────
 # In: token ids (batch, time). Out: nats per target.
 # Promise: one forward path for training and scoring, and a causal one. A technique that is off is
-# absent: no parameters, no arithmetic. Each is one class or function, marked with its knob, and
-# one `if` where it is wired: in GPT, Block, Attention or rotary_tables.
+# absent: no parameters, no arithmetic. What bears @technique is one class or function, and wired
+# by one `if`: in GPT, Block, Attention or rotary_tables.
 
 
 class Role(NamedTuple):
@@ -2292,7 +2294,7 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     Why:    it pulls every singular value towards 1 by matrix products alone, without an SVD.
     Source: Muon (K. Jordan 2024), with its a, b and c.
     Care:   singular values end between 0.7 and 1.2, not at 1: a, b, c trade that for few steps.
-            A is built on the short side. On a CPU bf16 is 20 times slower than fp32.
+            A is built on the short side. On a CPU it runs in fp32, as bf16 is slow there.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[-2] > g.shape[-1]
@@ -2460,7 +2462,8 @@ class Qna:
     Why:    weights learn to bear errors as large as those of rounding, before QAT rounds them.
     Source: #975; toggle QNA_ENABLED.
     Care:   noise depends on SEED, step and stack alone: every rank, and a run that goes on, draws
-            the same. scale(w) is the exported one (#975's noise was 12 times below it).
+            the same. scale(w) is the exported one. #975's ignored the floor of the
+            step, so that its noise was smaller than the true error.
     """
 
     scope = "exported"
@@ -2563,8 +2566,8 @@ class Swa:
     What:   (w_1 + ... + w_n) / n, a snapshot every SWA_EVERY steps once SWA_START_FRAC is reached.
     Why:    the mean of points around a minimum lies lower than the points themselves.
     Source: #199, #194, #989; toggle SWA_ENABLED.
-    Care:   a sum in bf16 goes wrong with the number of snapshots, 30 % after 500: fp32, unless
-            SWA_DTYPE rebuilds the seeds (#194, #989). Latent weights are averaged, QAT or not.
+    Care:   a sum in bf16 goes wrong as snapshots are added: fp32, unless SWA_DTYPE rebuilds the
+            seeds (#194, #989). Latent weights are averaged, QAT or not.
     """
 
     name = "swa"
@@ -2674,7 +2677,7 @@ class Averages:
 # In: a model, its plan of export, training and validation tokens. Out: trained weights, averages,
 # checkpoints.
 # Promise: a step that is not finite never reaches the weights; a run that was stopped goes on from
-# its last checkpoint as if it had not been; every wait of the host for the device is said.
+# its last checkpoint as if it had not been.
 CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
 
 
@@ -3680,7 +3683,7 @@ def pack_code(source: bytes, how: str) -> bytes:
 
     What:   "lzma": LOADER with the source as xz in base85, one file of ASCII text that runs as
             the source does; "none": the source itself.
-    Why:    code counts towards the cap, layout and comments should not.
+    Why:    code counts towards the cap; packed without loss it is about a third.
     Source: what records ship; toggle PACK_CODE.
     Care:   lossless, so SOURCE and the hash of the code are the same when run packed.
     """
@@ -3805,8 +3808,8 @@ def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
 # ── 11 Score ──────────────────────────────────────────────────────────────────────────────────────
 # In: a forward function, the validation tokens, rows of windows. Out: a Score, the same on any
 # number of ranks.
-# Promise: every target is scored exactly once, and only from the tokens before it; otherwise the
-# run ends with an error.
+# Promise: every target is scored exactly once, or the run ends with an error. That it is scored
+# from the tokens before it alone is the model's promise: see 5.
 
 
 class Score(NamedTuple):
@@ -4016,12 +4019,11 @@ SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train)
 
 
 # ── 12 Report ─────────────────────────────────────────────────────────────────────────────────────
-# In: what was trained and what was scored. Out: result.json, the last table of the log, the code.
+# In: what was trained and what was scored. Out: the dict that 13 writes as result.json, with the
+# exit code in it, and the last table of the log.
 # Promise: each toggle that was asked for is measured with and without; one that did nothing is
-# named, and fails the run.
+# named and, with STRICT, is the exit code.
 
-
-# A way of scoring that is switched on by a knob: the knob -> the name of its score.
 # What a run that only scores has no figures for.
 TRAINING_FIGURES = (
     "steps",
