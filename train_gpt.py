@@ -185,7 +185,6 @@ BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
 QAT_SCOPES = ("exported", "linears", "small_linears")
 SUM_TYPES = ("fp32", "native", "bf16")
-NORM_SIDES = ("pre_norm", "post_norm")
 ACTIVATIONS = ("relu2", "leaky_relu2")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
@@ -311,7 +310,7 @@ class Config:
 
     # SmearGate
     smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding")
-    smear_pos: str = model_knob("pre_norm", "", "at the input RMSNorm", choices=NORM_SIDES)
+    smear_pos: str = model_knob("pre_norm", "", "input norm", choices=("pre_norm", "post_norm"))
     smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
     smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999)
 
@@ -385,35 +384,37 @@ class Config:
         remedy = "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"
         refuse(broken, f"QNA_ENABLED={qna_enabled}: {remedy}")
 
-    # SWA, EMA, SQWA: averages. SQWA is of the EMA if that is on, else of the live weights
+    # SWA and SQWA: means of snapshots
     swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights")
     swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS)
     swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1)
     swa_every: int = knob(50, "steps", "between snapshots", lo=1)
     swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=SUM_TYPES)
-    ema_enabled: bool = knob(False, "", "exponential moving average, every step")
-    ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
     sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", on_grid=True)
-    AVERAGES = ("swa", "ema", "sqwa")  # the last one that is on is shipped, if auto
-    SHIPPED = ("auto", "none", *AVERAGES)
-    average: str = export_knob("auto", "", "weights to ship; auto: what is on", choices=SHIPPED)
-
-    @rule
-    def shipped_average_is_collected(average, swa_enabled, ema_enabled, sqwa_enabled):
-        collected = {"swa": swa_enabled, "ema": ema_enabled, "sqwa": sqwa_enabled}
-        remedy = f"is not collected; set {average.upper()}_ENABLED=1"
-        refuse(not collected.get(average, True), f"AVERAGE={average}: {remedy}")
 
     @rule
     def snapshots_are_summed_once(swa_enabled, sqwa_enabled):
         remedy = "SQWA_ENABLED sums snapshots too: choose one"
         refuse(swa_enabled and sqwa_enabled, f"SWA_ENABLED={swa_enabled}: {remedy}")
 
+    # EMA, and which average is shipped: if auto, the last of AVERAGES that is on
+    ema_enabled: bool = knob(False, "", "exponential moving average, every step")
+    ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
+    AVERAGES = ("swa", "ema", "sqwa")
+    SHIPPED = ("auto", "none", *AVERAGES)
+    average: str = export_knob("auto", "", "weights to ship; auto: what is on", choices=SHIPPED)
+
     @rule
     def one_average_is_shipped(swa_enabled, ema_enabled, average):
         broken = swa_enabled and ema_enabled and average == "auto"
         remedy = "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped"
         refuse(broken, f"SWA_ENABLED={swa_enabled}: {remedy}")
+
+    @rule
+    def shipped_average_is_collected(average, swa_enabled, ema_enabled, sqwa_enabled):
+        collected = {"swa": swa_enabled, "ema": ema_enabled, "sqwa": sqwa_enabled}
+        remedy = f"is not collected; set {average.upper()}_ENABLED=1"
+        refuse(not collected.get(average, True), f"AVERAGE={average}: {remedy}")
 
     # The quantisation grid
     quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS)
@@ -1477,11 +1478,14 @@ class Grid(NamedTuple):
 
 
 class Role(NamedTuple):
-    """A parameter's policy, given where it is created: optimiser, and bits at export."""
+    """A parameter's policy, given where it is created: its optimiser, and its bits at export."""
 
-    optimiser: str  # muon | embed | scalar | smear: the groups of Optimiser
+    optimiser: str  # "muon", or a group of ADAMW_RATES
     bits: str | None = None  # the knob with its bits; None: stays fp32
 
+
+# Group -> the knobs with the learning rate and beta2 of its AdamW; a beta2 of 0 is BETA2
+ADAMW_RATES = {"embed": ("tied_embed_lr", "beta2"), "scalar": ("scalar_lr", "beta2")}
 
 CONTROL = Role("scalar")
 ATTN_ROLE = Role("muon", "quant_bits_attn")
@@ -1566,6 +1570,9 @@ class SmearGate(nn.Module):
         if self.mask_bos:
             previous = previous * (ids != BOS)[..., None]
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
+
+
+ADAMW_RATES["smear"] = ("scalar_lr", "smear_beta2")
 
 
 @technique("BIGRAM_VOCAB_SIZE")
@@ -1932,13 +1939,13 @@ class GPT(nn.Module):
         if cfg.bigram_vocab_size:
             self.bigram = BigramHash(cfg)
             self.entry.append(self.bigram)
-        self.entry.append(input_norm)
         if cfg.smear_gate:
             self.smear = SmearGate(cfg)
-            if cfg.smear_pos == "pre_norm":
-                self.entry.insert(self.entry.index(input_norm), self.smear)
-            else:
-                self.entry.append(self.smear)
+        if cfg.smear_gate and cfg.smear_pos == "pre_norm":
+            self.entry.append(self.smear)
+        self.entry.append(input_norm)
+        if cfg.smear_gate and cfg.smear_pos == "post_norm":
+            self.entry.append(self.smear)
 
         # What is added to V of some blocks: (ids, dtype) -> {block: (batch, time, kv_dim)}
         self.value_biases = []
@@ -2158,8 +2165,8 @@ class FlatParameters:
 
     Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
 
-        weights    | embed | bank | bank | ... | scalar | smear |
-        gradients  | embed | bank | bank | ... | scalar | smear | loss | stop |
+        weights    | embed | bank | bank | ... | scalar |
+        gradients  | embed | bank | bank | ... | scalar | loss | stop |
 
     The step's loss and a stop flag travel with the gradients. A group is one slice, so that AdamW
     sees one tensor. A bank is filled up with zeros to an equal share per rank, here 5 matrices on
@@ -2335,16 +2342,6 @@ def muon_update(share: MuonShare, lr: float, momentum: float, cfg: Config, ortho
     share.weights.mul_(1 - lr * cfg.muon_wd).add_(update, alpha=-scale)
 
 
-def adamw_rates(cfg: Config) -> dict[str, tuple[float, float]]:
-    """Optimiser of a Role -> (learning rate, beta2) of its AdamW group."""
-    return {
-        # tables; vectors and scalars; the SmearGate
-        "embed": (cfg.tied_embed_lr, cfg.beta2),
-        "scalar": (cfg.scalar_lr, cfg.beta2),
-        "smear": (cfg.scalar_lr, cfg.smear_beta2 or cfg.beta2),
-    }
-
-
 class Optimiser:
     """Muon for the matrices inside the model, AdamW for the rest.
 
@@ -2372,16 +2369,16 @@ class Optimiser:
     def make_adamw(self) -> torch.optim.AdamW:
         """One tensor per group: its slice of the buffers. KeyError: a group without a rate."""
         flat, cfg = self.flat, self.cfg
-        rates = adamw_rates(cfg)
         groups = []
         states = {}
         for name, place in flat.groups.items():
             if name == "muon":
                 continue
-            lr, beta2 = rates[name]
+            lr_knob, beta2_knob = ADAMW_RATES[name]
+            lr = getattr(cfg, lr_knob)
+            betas = (cfg.beta1, getattr(cfg, beta2_knob) or cfg.beta2)
             weights = nn.Parameter(flat.weights[place])
             weights.grad = flat.gradients[place]
-            betas = (cfg.beta1, beta2)
             groups.append({"params": [weights], "lr": lr, "base_lr": lr, "betas": betas})
             states[weights] = {
                 "step": torch.zeros((), device=weights.device),
@@ -2538,6 +2535,9 @@ class WeightViews:
             weights.copy_(saved)
 
 
+AVERAGES: dict[str, type] = {}  # the name of an average -> its class, by which it is wired
+
+
 class Ema:
     """EMA: exponential moving average of the weights, from the initial ones on.
 
@@ -2547,17 +2547,24 @@ class Ema:
     Care:   in fp32, or 1 - decay drowns in rounding. Latent weights are averaged, QAT or not.
     """
 
-    name = "ema"
     of = "live weights"
+    every_step = True
+    kept_as = "ema"
 
-    def __init__(self, cfg: Config, flat: FlatParameters):
+    def __init__(self, cfg: Config, model: GPT, averages: Averages):
         self.decay = cfg.ema_decay
-        self.live = flat.weights
-        self.buffer = flat.weights.clone()
-        self.weights = flat.views(self.buffer)
+        self.live = averages.flat.weights
+        self.buffer = self.live.clone()
+        self.kept = averages.flat.views(self.buffer)
 
     def update(self) -> None:
         self.buffer.lerp_(self.live, 1 - self.decay)
+
+    def result(self) -> State:
+        return self.kept
+
+
+AVERAGES["ema"] = Ema
 
 
 class Swa:
@@ -2570,106 +2577,111 @@ class Swa:
             seeds (#194, #989). Latent weights are averaged, QAT or not.
     """
 
-    name = "swa"
     of = "live weights"
+    every_step = False
+    kept_as = "sum"
 
     def __init__(self, cfg: Config, model: GPT, averages: Averages):
         self.source = averages.live
         self.count = 0
-        self.sums = {}
+        self.kept = {}
         for name, p in model.named_parameters():
             is_table = p.role.optimiser == "embed"
             low = cfg.swa_dtype == "bf16" or (cfg.swa_dtype == "native" and is_table)
-            self.sums[name] = torch.zeros_like(p, dtype=torch.bfloat16 if low else torch.float32)
+            self.kept[name] = torch.zeros_like(p, dtype=torch.bfloat16 if low else torch.float32)
 
     def snapshot(self, name: str) -> Tensor:
         return self.source[name]
 
     def update(self) -> None:
-        for name, total in self.sums.items():
+        for name, total in self.kept.items():
             total.add_(self.snapshot(name).to(total.dtype))
         self.count += 1
 
-    def mean(self) -> State:
-        return {name: total.float() / self.count for name, total in self.sums.items()}
+    def result(self) -> State:
+        """The mean; empty before the first snapshot."""
+        if not self.count:
+            return {}
+        return {name: total.float() / self.count for name, total in self.kept.items()}
+
+
+AVERAGES["swa"] = Swa
 
 
 class Sqwa(Swa):
     """SQWA: the mean of snapshots that are quantised and dequantised first.
 
-    What:   SWA of Q(w), each tensor as the artifact would hold it; of the EMA where that is on.
+    What:   SWA of Q(w), each tensor as the artifact would hold it; of the EMA where one is on.
     Why:    what is averaged has already paid for its rounding, so the last rounding costs less.
     Source: #975; toggle SQWA_ENABLED.
     Care:   the mean is off the grid and is rounded once more at export. It is taken on the device,
             on every rank (#975's lived on rank 0 alone).
     """
 
-    name = "sqwa"
-
     def __init__(self, cfg: Config, model: GPT, averages: Averages):
         super().__init__(cfg, model, averages)
         self.plan = averages.plan
-        if averages.ema:
-            self.source = averages.ema.weights
-            self.of = "EMA"
+        for name, average in averages.on.items():
+            if average.every_step:
+                self.source = average.kept
+                self.of = name.upper()
 
     def snapshot(self, name: str) -> Tensor:
         return as_shipped(self.source[name], self.plan[name])
 
 
-# Toggle without _ENABLED -> mean of snapshots; one at most is on
-SNAPSHOTS = {"SWA": Swa, "SQWA": Sqwa}
+AVERAGES["sqwa"] = Sqwa
 
 
 class Averages:
-    """The averages that the run collects: an EMA, and a mean of snapshots.
+    """The averages that the run collects: one of every step, and a mean of snapshots.
 
-    All are of the latent weights, on the device, the same on every rank. No host sync.
+    Of the latent weights, on the device, the same on every rank. No host sync. An average has:
+        of          what it averages
+        every_step  whether it takes every step in; else snapshots
+        kept        the tensors that a checkpoint keeps, under the name `kept_as`
+        update()    takes the weights in
+        result()    the averaged weights, if there are any yet
     """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
-        self.live = flat.views(flat.weights)
+        self.flat = flat
         self.plan = plan
-        self.ema: Ema | None = None
-        self.snapshots: Swa | None = None
-        if cfg.ema_enabled:
-            self.ema = Ema(cfg, flat)
-        for name, technique in SNAPSHOTS.items():
-            if getattr(cfg, f"{name.lower()}_enabled"):
-                self.snapshots = technique(cfg, model, self)
+        self.live = flat.views(flat.weights)
+        self.on: dict[str, Ema | Swa] = {}
+        for name, technique in AVERAGES.items():
+            if name in cfg.collected():
+                self.on[name] = technique(cfg, model, self)
 
         entries = sum(weights.numel() for weights in self.live.values())
         for name in cfg.collected():
-            average = self.ema if name == "ema" else self.snapshots
-            run.activity[name.upper()] = Activity(len(self.live), entries, f"of {average.of}")
+            scope = f"of {self.on[name].of}"
+            run.activity[name.upper()] = Activity(len(self.live), entries, scope)
+
+    @property
+    def snapshots(self) -> Swa | None:
+        """The mean of snapshots that is on. At most one is: a rule of Config sees to it."""
+        return next((average for average in self.on.values() if not average.every_step), None)
 
     def update(self, snapshot: bool) -> list[str]:
         """After an optimiser step. Returns which averages took the weights in."""
         acting = []
-        if self.ema:
-            self.ema.update()
-            acting.append("EMA")
-        if snapshot:
-            self.snapshots.update()
-            acting.append(self.snapshots.name.upper())
+        for name, average in self.on.items():
+            if average.every_step or snapshot:
+                average.update()
+                acting.append(name.upper())
         return acting
 
     def results(self) -> dict[str, State]:
         """Every average that has weights, by name."""
-        found = {}
-        if self.ema:
-            found["ema"] = self.ema.weights
-        if self.snapshots and self.snapshots.count:
-            found[self.snapshots.name] = self.snapshots.mean()
-        return found
+        results = {name: average.result() for name, average in self.on.items()}
+        return {name: state for name, state in results.items() if state}
 
     def tensors(self) -> dict[str, State]:
-        """What a checkpoint keeps: the live weights, the EMA, the sums of the snapshots."""
+        """What a checkpoint keeps: the live weights, and what every average keeps."""
         groups = {"live": self.live}
-        if self.ema:
-            groups["ema"] = self.ema.weights
-        if self.snapshots:
-            groups["sum"] = self.snapshots.sums
+        for average in self.on.values():
+            groups[average.kept_as] = average.kept
         return groups
 
 
@@ -4137,13 +4149,14 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
 def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
     """Averages: the loss with the average against the live weights.
 
-    The milliseconds of a mean of snapshots include those of an EMA that is on too.
+    The milliseconds of a mean of snapshots include those of an average of every step.
     """
     trainer = trained.trainer
     for name, state in trained.averages.items():
         activity = run.activity[name.upper()]
         activity.effect = probe.loss(trainer.model, state) - probe.base
-        activity.cost_ms = run.milliseconds(partial(trainer.averages.update, name != "ema"))
+        snapshot = not trainer.averages.on[name].every_step
+        activity.cost_ms = run.milliseconds(partial(trainer.averages.update, snapshot))
 
 
 def prove_model_toggles(

@@ -22,8 +22,7 @@ TUNED_BY = {"SQWA": "SWA", "FIT": "CAP", "DOC": "EVAL"}
 
 def toggle_names() -> list[str]:
     """Variables that switch a technique, as the code itself lists them."""
-    enabled = [*train_gpt.VIEWS, *train_gpt.SNAPSHOTS]
-    enabled.insert(-1, "EMA")
+    enabled = [*train_gpt.VIEWS, *(name.upper() for name in train_gpt.Config.AVERAGES)]
     return [
         *train_gpt.MODEL_TOGGLES,
         *(f"{name}_ENABLED" for name in enabled),

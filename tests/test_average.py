@@ -192,7 +192,7 @@ def test_the_average_is_logged_and_is_what_the_artifact_holds(tiny, monkeypatch,
             states.append(
                 (
                     [p.detach().clone() for p in self.live.values()],
-                    [w.clone() for w in self.ema.weights.values()] if self.ema else [],
+                    [w.clone() for w in self.on["ema"].kept.values()] if "ema" in self.on else [],
                     snapshot,
                 )
             )
@@ -256,7 +256,7 @@ def test_averaging_does_not_change_the_training(tiny, kind):
 
 def test_off_is_absent(bench):
     b = bench()
-    assert b.averages.ema is None and b.averages.snapshots is None
+    assert b.averages.on == {}
     assert b.averages.update(False) == [] and b.averages.results() == {}
     assert not b.run.activity
 
