@@ -1350,7 +1350,7 @@ class ByteTable:
 class Validation:
     """The validation targets: target t is token t + 1.
 
-    tokens: (n + 1,) int32 on the device. target_bytes: (n,). doc_starts: tokens that open one.
+    tokens: (n + 1,) int32 on the device. target_bytes: (n,).
     """
 
     def __init__(self, cfg: Config, run: Run, split: Split):
@@ -1361,7 +1361,6 @@ class Validation:
 
         self.tokens = torch.from_numpy(tokens).int().to(run.device)
         self.target_bytes = torch.from_numpy(table.count(tokens))
-        self.doc_starts = np.flatnonzero(tokens == BOS)
         self.n = len(self.target_bytes)
         refuse(
             not self.target_bytes.any(),
@@ -1687,9 +1686,13 @@ def stretched_base(cfg: Config, dims: int) -> float:
 
 
 def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, each (longest row, 1, pairs).
+    """Partial RoPE: cos and sin of every angle, each (longest row, 1, pairs).
 
-    With ROPE_DIMS only so many dimensions of a head are rotated (partial RoPE, #975).
+    What:   angle = position * base ** (-2 k / dims) for pair k of the ROPE_DIMS first dimensions
+            of a head; the others are not rotated.
+    Why:    what is not rotated is compared alike at every distance.
+    Source: #975; toggle ROPE_DIMS, 0: all dimensions.
+    Care:   `dims` counts the rotated dimensions, in the exponent too, not those of the head.
     """
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
     base = cfg.rope_base
@@ -1865,7 +1868,13 @@ def relu2(z: Tensor) -> Tensor:
 
 
 def leaky_relu2(z: Tensor) -> Tensor:
-    """As relu2, but half of what is negative stays, so that it has a gradient."""
+    """LeakyReLU^2: as relu2, but half of what is negative stays.
+
+    What:   (max(z, 0) + min(z, 0) / 2) squared.
+    Why:    a unit that is negative still has a gradient.
+    Source: #975; toggle MLP_ACT.
+    Care:   the square drops the sign: it falls below 0 and rises above, so it is not monotone.
+    """
     return F.leaky_relu(z, 0.5).square()
 
 
@@ -3397,7 +3406,8 @@ def ans_symbols(contexts: np.ndarray, frequency: np.ndarray, words: np.ndarray) 
     owned = frequency.ravel()
     before = slots_before(frequency).ravel()
     every_symbol = np.tile(np.arange(256, dtype=np.uint8), 256)
-    owner = np.repeat(every_symbol, owned).reshape(256, RANS_TOTAL)  # (context, slot) -> symbol
+    # (context, slot) -> symbol
+    owner = np.repeat(every_symbol, owned).reshape(256, RANS_TOTAL)
 
     state = words[:lanes] << WORD_BITS | words[lanes : 2 * lanes]
     place = 2 * lanes
@@ -3668,7 +3678,8 @@ def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str
 
 
 PACKED_NAME = "train_gpt.packed.py"  # in the folder of a run, beside train_gpt.py
-READABLE_NAME = "train_gpt.readable.py"  # in a submission, whose train_gpt.py is the packed one
+# In a submission, whose train_gpt.py is the packed one
+READABLE_NAME = "train_gpt.readable.py"
 MAX_SOURCE_BYTES = 1 << 24
 XZ_PRESET = 9 | lzma.PRESET_EXTREME
 
@@ -3835,7 +3846,12 @@ class Score(NamedTuple):
 
 
 def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
-    """(n, 3) rows [start, end, first] that together score the targets [low, high) once.
+    """Sliding windows: rows (n, 3) [start, end, first] that score the targets [low, high) once.
+
+    What:   each window reads up to `length` tokens and scores the last `stride` targets of them.
+    Why:    a target is scored with more text before it than at the start of a fixed window.
+    Source: toggle EVAL_STRIDE; 0: fixed windows.
+    Care:   the first window scores all that it reads, or the first targets would be missing.
 
     A window reads the tokens [start, end), at most `length`, and scores the targets [first, end);
     target t is token t + 1. stride 0: windows side by side, each scores all that it reads. Else
@@ -3848,17 +3864,6 @@ def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
     end = np.append(first[1:], high)[: len(first)]
     start = first if stride == 0 else np.maximum(end - length, low)
     return np.stack((start, end, first), axis=1)
-
-
-def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
-    """The targets of windows(0, val.n, ...), none with context from before its document.
-
-    The last target of a document is the BOS of the next one.
-    """
-    inside = val.doc_starts[val.doc_starts < val.n]
-    edges = np.unique([0, *inside, val.n])
-    parts = [windows(a, b, length, stride) for a, b in itertools.pairwise(edges)]
-    return np.concatenate(parts)
 
 
 class ScoreSheet:
@@ -3973,14 +3978,39 @@ class ScoringWay(NamedTuple):
     toggle: str
     score: Callable[[Config, Run, GPT, Callable, Validation], Score]
 
-
-def score_documents(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
-    """No target is scored in the context of another document."""
-    return score(cfg, run, forward, val, document_windows(val, cfg.window, cfg.eval_stride))
+    def wanted(self, cfg: Config) -> bool:
+        """Whether the knob is set; its default is off."""
+        knob_name = self.toggle.lower()
+        return getattr(cfg, knob_name) != getattr(Config, knob_name)
 
 
 # In this order, as the last one changes the model; the last one that is on gives the result.
-SCORING_WAYS = {"documents": ScoringWay("DOC_ISOLATED_EVAL", score_documents)}
+SCORING_WAYS: dict[str, ScoringWay] = {}
+
+
+def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
+    """The targets of windows(0, val.n, ...), none with context from before its document.
+
+    The last target of a document is the BOS of the next one.
+    """
+    starts = np.flatnonzero(val.tokens[: val.n].cpu().numpy() == BOS)
+    edges = np.unique([0, *starts, val.n])
+    parts = [windows(a, b, length, stride) for a, b in itertools.pairwise(edges)]
+    return np.concatenate(parts)
+
+
+def score_documents(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
+    """Documents by themselves: no target is scored in the context of another document.
+
+    What:   windows as ever (EVAL_STRIDE), but of one document each, from its BOS on.
+    Why:    in the stream, what stands before a document says nothing about it.
+    Source: #199; toggle DOC_ISOLATED_EVAL.
+    Care:   the last target of a document is the BOS of the next one: every target still counts.
+    """
+    return score(cfg, run, forward, val, document_windows(val, cfg.window, cfg.eval_stride))
+
+
+SCORING_WAYS["documents"] = ScoringWay("DOC_ISOLATED_EVAL", score_documents)
 
 
 def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
@@ -4064,7 +4094,8 @@ class Trained:
     averages: dict[str, State]
     final: State  # the weights that are shipped, before pruning and quantisation
     exported: Exported | None = None
-    kinds: dict = field(default_factory=dict)  # kind of tensor -> how many, bytes, rounding error
+    # kind of tensor -> how many, bytes, rounding error
+    kinds: dict = field(default_factory=dict)
     codes: dict = field(default_factory=dict)  # the codes beside their order-0 entropy
 
 
@@ -4671,7 +4702,7 @@ def score_all(
         run.log(f"score sliding: {len(sliding):,} windows, about {seconds:.0f} s {speed}")
         keep("sliding", partial(measure, sliding))
     for name, way in SCORING_WAYS.items():
-        if getattr(cfg, way.toggle.lower()) not in (False, "none"):
+        if way.wanted(cfg):
             keep(name, partial(way.score, cfg, run, model, forward, val))
     return scores
 

@@ -362,14 +362,13 @@ def test_a_foreign_tokenizer_of_the_same_size_is_refused_without_a_manifest_too(
 
 
 # ── Validation ────────────────────────────────────────────────────────────────────────────────────
-def test_validation_holds_every_target_with_its_bytes_and_document(tiny, data):
+def test_validation_holds_every_target_with_its_bytes(tiny, data):
     cfg = tiny(val_max_tokens=0)
     tokens = np.array(read_shard(data / "fineweb_val_000000.bin"))
     val = Validation(cfg, rank_of(1), Split(cfg, "val"))
     assert (
         val.n == len(tokens) - 1 == len(val.target_bytes) and val.tokens.tolist() == tokens.tolist()
     )
-    assert val.doc_starts.tolist() == np.flatnonzero(tokens == BOS).tolist()
     assert val.target_bytes.sum() == ByteTable(cfg).count(tokens).sum()
 
 

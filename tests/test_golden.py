@@ -1043,9 +1043,7 @@ def golden_validation(n: int) -> SimpleNamespace:
     tokens = draw_tokens("tokens.score", golden["length"], 96, golden["bos_at"])[: n + 1]
     previous, targets = tokens[:-1], tokens[1:]
     space = (targets % 3 == 0) & ~(previous < 4)
-    return SimpleNamespace(
-        tokens=tokens.int(), n=n, target_bytes=1 + targets % 7 + space, doc_starts=golden["bos_at"]
-    )
+    return SimpleNamespace(tokens=tokens.int(), n=n, target_bytes=1 + targets % 7 + space)
 
 
 def is_comparable(golden: dict) -> bool:

@@ -23,6 +23,7 @@ from launch import free_port, serve
 
 import train_gpt
 from train_gpt import (
+    BOS,
     Refusal,
     Run,
     Score,
@@ -192,6 +193,13 @@ def test_stride_0_windows_are_disjoint_and_a_stride_of_the_length_scores_the_sam
     assert fixed[:, 1:].tolist() == sliding[:, 1:].tolist()
 
 
+def text_with_documents(n: int, starts) -> SimpleNamespace:
+    """n targets whose documents open at these tokens."""
+    tokens = torch.zeros(n + 1, dtype=torch.int32)
+    tokens[[start for start in starts if start <= n]] = BOS
+    return SimpleNamespace(n=n, tokens=tokens)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     n=st.integers(1, 300),
@@ -202,7 +210,7 @@ def test_stride_0_windows_are_disjoint_and_a_stride_of_the_length_scores_the_sam
 def test_document_windows_cover_the_same_targets_and_never_cross_a_document_start(
     n, starts, length, part
 ):
-    val = SimpleNamespace(n=n, doc_starts=np.array(sorted(s for s in starts if s <= n), dtype=int))
+    val = text_with_documents(n, starts)
     rows = document_windows(val, length, int(part * length))
     assert np.concatenate([np.arange(first, end) for _, end, first in rows]).tolist() == list(
         range(n)
@@ -214,7 +222,7 @@ def test_document_windows_cover_the_same_targets_and_never_cross_a_document_star
     ) in (
         rows
     ):  # the window reads tokens [start, end); a document start may only be the first of them
-        assert not any(start < s < end for s in val.doc_starts)
+        assert not any(start < s < end for s in starts)
 
 
 @settings(max_examples=200, deadline=None)
@@ -230,7 +238,7 @@ def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(
     n, part, size, world, compiled, isolated
 ):
     stride = int(part * 64)
-    val = SimpleNamespace(n=n, doc_starts=np.arange(0, n, 37))
+    val = text_with_documents(n, range(0, n, 37))
     rows = document_windows(val, 64, stride) if isolated else windows(0, n, 64, stride)
     cfg, dealt, shapes = (
         SimpleNamespace(eval_batch_seqs=size, eval_stride=stride, window=64),
