@@ -1,0 +1,4845 @@
+"""Train a small GPT under a wallclock budget, ship it in 16,000,000 bytes, score what was shipped.
+
+    shards -> batches -> training steps      (views change what the forward pass sees)
+           -> averages                       (or the live weights)
+           -> prune, quantise, compress      -> artifact.bin, on disk
+           -> read back                      -> windows over the validation tokens
+           -> nats of every target, once     -> bits per byte
+           -> toggles measured on and off    -> result.json, the table at the end of the log
+
+Launch:  make train, or KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py
+Help:    python train_gpt.py --help lists every knob.
+Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint.bin, artifact.bin,
+         train_gpt.py as it was run and train_gpt.packed.py, the script that is counted.
+
+Sections, in the order in which the data flow:
+
+    1 Config       every knob once; old spellings; refusals
+    2 Run          ranks, log, clock, phases, stop signals
+    3 Data         shards, batches, bytes per token
+    4 Grid         the one definition of quantisation
+    5 Model        its parts, the techniques, one forward pass
+    6 Schedule     what a step does, from the step and the clock alone
+    7 Optimiser    flat buffers, Muon, AdamW
+    8 Views and averages   QAT, QNA; SWA, EMA, SQWA
+    9 Train        one step, warm-up, the loop, checkpoints
+    10 Artifact    codes, coders, container, cap
+    11 Score       windows, the sheet of nats, test-time training
+    12 Report      proof that toggles acted, result, tables
+    13 Main        the data flow
+"""
+
+from __future__ import annotations
+
+import base64
+import bisect
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import fcntl
+import hashlib
+import importlib
+import inspect
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import statistics
+import struct
+import sys
+import textwrap
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.torch
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch.utils.benchmark
+import zstandard
+from rich.box import MARKDOWN, Box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# ── 1 Config ──────────────────────────────────────────────────────────────────────────────────────
+# In: environment variables. Out: one frozen Config, every value typed and in range.
+# Promise: nothing that looks like a setting is ignored; all that is wrong with a launch is said
+# at once. Knows nothing of torch.
+
+# What the exit code of a run says
+EXIT_CODES = {
+    0: "good",
+    2: "bad configuration or data",
+    3: "over the size cap (all is saved)",
+    4: "a toggle did nothing",
+    5: "non-finite loss or gradient",
+    6: "a rank was lost or differs",
+    7: "cannot read or write a file",
+    8: "out of memory",
+    130: "interrupted",
+    143: "terminated",
+}
+
+# What a rank alone may find, and says for itself
+RANKS_OWN_CODES = (6, 7, 8)
+
+
+class Refusal(Exception):
+    """Ends the run. Each problem is one line that names the thing, its value and the remedy.
+
+    A line may quote a file or a variable: what cannot be printed is escaped, what is long is cut.
+    `code` is a key of EXIT_CODES.
+    """
+
+    def __init__(self, problems: str | list[str], code: int = 2):
+        super().__init__(problems, code)
+        if isinstance(problems, str):
+            problems = [problems]
+        longest = max(4000 // len(problems), 200)
+        self.problems = [one_line(problem[:longest]) for problem in problems]
+        self.code = code
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
+
+
+def one_line(text: str) -> str:
+    """The text with escapes in place of line breaks and of all else that cannot be printed."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def refuse(broken, message: str, code: int = 2) -> None:
+    """Raises Refusal if `broken` is true."""
+    if broken:
+        raise Refusal(message, code)
+
+
+@contextlib.contextmanager
+def noted(problems: list[str]):
+    """Notes a Refusal of what is done inside, and goes on."""
+    try:
+        yield
+    except Refusal as refusal:
+        problems += refusal.problems
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What is known of a knob beside its name, type and default."""
+
+    unit: str
+    # Its meaning in one line, for --help and README
+    doc: str
+    # Where it acts: run, seed, train, model and eval (both go into the artifact), grid (from QAT
+    # to export), export
+    scope: str = "train"
+    # The range of a number, both ends included
+    lo: float | None = None
+    hi: float | None = None
+    # All values that it can take
+    choices: tuple = ()
+    # A toggle that makes the training depend on the quantisation grid
+    on_grid: bool = False
+
+
+def knob(default, unit: str, doc: str, **more):
+    """One environment variable, as a field of Config. more: the rest of Knob."""
+    return field(default=default, metadata=vars(Knob(unit, doc, **more)))
+
+
+run_knob = partial(knob, scope="run")
+model_knob = partial(knob, scope="model")
+grid_knob = partial(knob, scope="grid")
+export_knob = partial(knob, scope="export")
+eval_knob = partial(knob, scope="eval")
+
+# Where prepare_data.py puts the challenge's data
+FINEWEB = "data/datasets/fineweb10B_sp1024"
+TOKENIZER = "data/tokenizers/fineweb_1024_bpe.model"
+
+# Scopes that make runs comparable: not names, places, machine and seed
+COMPARED = ("model", "train", "grid", "export", "eval")
+
+# What several knobs choose from
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
+QAT_SCOPES = ("exported", "linears", "small_linears")
+SUM_TYPES = ("fp32", "native", "bf16")
+ACTIVATIONS = ("relu2", "leaky_relu2")
+BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
+CODERS = ("zlib", "zstd", "lzma", "ans")
+
+# QUANT_CLIP -> the quantiles of a row's magnitudes among which its largest code is chosen
+CLIP_QUANTILES = {
+    "amax": (1.0,),
+    "quantile": (0.9999984,),
+    "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
+}
+CLIPS = tuple(CLIP_QUANTILES)
+
+# Functions of knobs, which they name as parameters: each refuses what does not go together
+RULES: list[Callable[..., None]] = []
+
+
+def rule(check: Callable[..., None]) -> staticmethod:
+    """Adds a function to RULES. Inside Config it stands below the knobs that it is about."""
+    RULES.append(check)
+    return staticmethod(check)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob, once. The environment variable is the field name in upper case.
+
+    A technique's knobs and rules are one block. Booleans are 0 or 1 in the environment. An
+    artifact holds the knobs of the scopes model and eval in this order.
+    """
+
+    # The run: where and what
+    data_path: str = run_knob(FINEWEB, "folder", "fineweb_train_*.bin and fineweb_val_*.bin")
+    tokenizer_path: str = run_knob(TOKENIZER, "file", "SentencePiece model of the shards")
+    logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
+    run_id: str = run_knob("", "name", "a new one, but with RESUME; empty: date, time, hash, seed")
+    resume: bool = run_knob(False, "", "go on with RUN_ID from its last checkpoint, if it has one")
+    checkpoint_every: float = run_knob(60.0, "s", "between checkpoints; 0: first, last, stop", lo=0)
+    checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin; train nothing")
+    eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
+    nonfinite: str = run_knob("stop", "", "a step with NaN or Inf", choices=("stop", "skip"))
+    dist_timeout: float = run_knob(300.0, "s", "a rank gives up after waiting for so long", lo=1)
+    seed: int = knob(1337, "", "initial weights and noise", scope="seed", lo=0, hi=2**32 - 1)
+    strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
+    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=BACKENDS)
+    compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
+
+    @rule
+    def one_source(checkpoint, eval_only, resume, run_id):
+        sources = sources_of(checkpoint, eval_only, resume, run_id)
+        refuse(len(sources) > 1, f"{' and '.join(sources)} contradict each other: choose one")
+
+    @rule
+    def resume_needs_a_run(resume, run_id):
+        refuse(resume and not run_id, "RESUME=1: of which run? Set its RUN_ID")
+
+    # The model
+    vocab_size: int = model_knob(1024, "tokens", "must be the tokenizer's", lo=2, hi=65536)
+    num_layers: int = model_knob(11, "blocks", "transformer blocks", lo=1)
+    model_dim: int = model_knob(512, "", "width of the residual stream", lo=1)
+    num_heads: int = model_knob(8, "", "query heads", lo=1)
+    num_kv_heads: int = model_knob(4, "", "key / value heads, shared by query heads", lo=1)
+    mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01)
+    mlp_act: str = model_knob("relu2", "", "square of ReLU or LeakyReLU(0.5)", choices=ACTIVATIONS)
+    init: str = model_knob("ortho", "", "initial matrices", choices=("default", "ortho"))
+    tied_embed_init_std: float = model_knob(0.005, "", "of the initial token embedding", lo=0)
+    qk_gain_init: float = model_knob(1.5, "", "initial gain of the queries, one per head", lo=0)
+    logit_softcap: float = model_knob(30.0, "", "logits = cap * tanh(z / cap)", lo=1e-6)
+
+    @rule
+    def heads_divide_the_width(model_dim, num_heads):
+        remedy = f"must be a multiple of NUM_HEADS={num_heads}"
+        refuse(model_dim % num_heads, f"MODEL_DIM={model_dim}: {remedy}")
+
+    @rule
+    def heads_share_keys_evenly(num_heads, num_kv_heads):
+        remedy = f"must divide NUM_HEADS={num_heads}"
+        refuse(num_heads % num_kv_heads, f"NUM_KV_HEADS={num_kv_heads}: {remedy}")
+
+    @rule
+    def mlp_has_hidden_units(mlp_mult, model_dim):
+        remedy = f"leaves no hidden unit at MODEL_DIM={model_dim}"
+        refuse(mlp_mult * model_dim < 1, f"MLP_MULT={mlp_mult}: {remedy}")
+
+    # Rotary positions: all or some dimensions of a head, NTK scaling
+    rope_base: float = model_knob(10000.0, "", "rotary base", lo=1)
+    rope_dims: int = model_knob(0, "dims", "rotated dimensions of a head; 0: all", lo=0)
+    rope_ntk_len: int = model_knob(0, "tokens", "NTK: base for TRAIN_SEQ_LEN/this; 0: off", lo=0)
+
+    @rule
+    def rotated_dimensions_are_pairs(model_dim, num_heads, rope_dims, rope_ntk_len):
+        head, rest = divmod(model_dim, num_heads)
+        if rest:
+            return
+        rotated = rope_dims or head
+        broken = rope_dims > head or rotated % 2 or (rope_ntk_len and rotated == 2)
+        remedy = f"must be even and at most the head dimension {head} (with ROPE_NTK_LEN above 2)"
+        refuse(broken, f"ROPE_DIMS={rope_dims}: {remedy}")
+
+    # XSA
+    xsa_last_n: int = model_knob(0, "blocks", "exclusive self-attention, last N; 0: off", lo=0)
+
+    @rule
+    def xsa_blocks_exist(xsa_last_n, num_layers):
+        remedy = f"the model has {num_layers} blocks"
+        refuse(xsa_last_n > num_layers, f"XSA_LAST_N={xsa_last_n}: {remedy}")
+
+    # Norm scale
+    ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)")
+
+    # Value embedding
+    ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V")
+    ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
+    ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
+
+    @rule
+    def value_embedding_blocks_exist(ve_enabled, ve_layers, num_layers):
+        blocks = [n.strip().lstrip("0") or n.strip() for n in ve_layers.split(",")]
+        # nine digits say enough: int() refuses thousands of them
+        strange = [n for n in blocks if not n.isdecimal() or int(n[:9]) >= num_layers]
+        doubled = len(set(blocks)) < len(blocks)
+        remedy = f"needs different block numbers below NUM_LAYERS={num_layers}, separated by commas"
+        refuse(ve_enabled and (strange or doubled), f"VE_LAYERS={ve_layers}: {remedy}")
+
+    # SmearGate
+    smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding")
+    smear_pos: str = model_knob("pre_norm", "", "input norm", choices=("pre_norm", "post_norm"))
+    smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
+    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999)
+
+    # BigramHash
+    bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0)
+    bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
+    bigram_proj_gain: float = model_knob(1.0, "", "initial gain of the BigramHash projection", lo=0)
+    bigram_proj_opt: str = knob("muon", "", "optimiser of its projection", choices=("muon", "adam"))
+
+    @rule
+    def bigrams_have_buckets(bigram_vocab_size):
+        remedy = "needs 2 buckets or more (the last one is for row starts)"
+        refuse(bigram_vocab_size == 1, f"BIGRAM_VOCAB_SIZE={bigram_vocab_size}: {remedy}")
+
+    # Optimiser
+    matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0)
+    scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0)
+    tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0)
+    muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1)
+    muon_momentum_warmup_start: float = knob(0.92, "", "momentum at step 0", lo=0, hi=1)
+    muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0)
+    muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
+    muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0)
+    beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
+    beta2: float = knob(0.95, "", "AdamW", lo=0, hi=0.9999)
+    adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
+    adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0)
+    grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0)
+
+    # Budget, batch and schedule
+    iterations: int = knob(20000, "steps", "upper bound of steps", lo=1)
+    max_wallclock_seconds: float = knob(600.0, "s", "training budget; 0: ITERATIONS alone", lo=0)
+    warmup_steps: int = knob(20, "steps", "untimed; they compile everything and are undone", lo=1)
+    warmdown_iters: int = knob(3000, "steps", "linear decay to 0 at the end", lo=0)
+    warmdown_frac: float = knob(0.0, "of run", "> 0: the decay's share of the run", lo=0, hi=1)
+    train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
+    train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
+    grad_accum_steps: int = knob(0, "", "micro-batches; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
+    train_log_every: int = knob(200, "steps", "a line in the log, a check that ranks agree", lo=1)
+    val_loss_every: int = knob(1000, "steps", "score live weights, clock paused; 0: never", lo=0)
+
+    @rule
+    def rows_fill_a_batch(train_batch_tokens, train_seq_len, eval_only):
+        broken = not eval_only and train_batch_tokens % train_seq_len
+        remedy = f"is no multiple of TRAIN_SEQ_LEN={train_seq_len}"
+        refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
+
+    # QAT. Scopes: exported, every tensor that ships as codes; linears, those of linear layers;
+    # small_linears, only of linear layers outside of the blocks
+    qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
+    qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS)
+    qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / of run", lo=0, hi=1)
+    qat_scope: str = knob("exported", "", "all; linears; linears not in blocks", choices=QAT_SCOPES)
+    qat_grid: str = knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
+
+    @rule
+    def qat_start_has_a_kind(qat_enabled, qat_start_kind, qat_start):
+        broken = qat_enabled and qat_start_kind == "always" and qat_start > 0
+        remedy = "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"
+        refuse(broken, f"QAT_START={qat_start}: {remedy}")
+
+    # QNA
+    qna_enabled: bool = knob(False, "", "uniform noise of a grid step, falls with lr", on_grid=True)
+    qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
+    qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
+    qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975")
+
+    @rule
+    def qat_leaves_time_for_noise(qna_enabled, qat_enabled, qat_start_kind):
+        broken = qna_enabled and qat_enabled and qat_start_kind == "always"
+        remedy = "would never act, as QAT_START_KIND=always replaces the noise; start QAT later"
+        refuse(broken, f"QNA_ENABLED={qna_enabled}: {remedy}")
+
+    # SWA and SQWA: means of snapshots
+    swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights")
+    swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS)
+    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1)
+    swa_every: int = knob(50, "steps", "between snapshots", lo=1)
+    swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=SUM_TYPES)
+    sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", on_grid=True)
+
+    @rule
+    def snapshots_are_summed_once(swa_enabled, sqwa_enabled):
+        remedy = "SQWA_ENABLED sums snapshots too: choose one"
+        refuse(swa_enabled and sqwa_enabled, f"SWA_ENABLED={swa_enabled}: {remedy}")
+
+    # EMA, and which average is shipped: if auto, the last of AVERAGES that is on
+    ema_enabled: bool = knob(False, "", "exponential moving average, every step")
+    ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
+    AVERAGES = ("swa", "ema", "sqwa")
+    SHIPPED = ("auto", "none", *AVERAGES)
+    average: str = export_knob("auto", "", "weights to ship; auto: what is on", choices=SHIPPED)
+
+    @rule
+    def one_average_is_shipped(swa_enabled, ema_enabled, average):
+        broken = swa_enabled and ema_enabled and average == "auto"
+        remedy = "EMA_ENABLED is on too: choose one, or say with AVERAGE which one is shipped"
+        refuse(broken, f"SWA_ENABLED={swa_enabled}: {remedy}")
+
+    @rule
+    def shipped_average_is_collected(average, swa_enabled, ema_enabled, sqwa_enabled):
+        collected = {"swa": swa_enabled, "ema": ema_enabled, "sqwa": sqwa_enabled}
+        remedy = f"is not collected; set {average.upper()}_ENABLED=1"
+        refuse(not collected.get(average, True), f"AVERAGE={average}: {remedy}")
+
+    # The quantisation grid
+    quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS)
+    quant_bits_attn: int = grid_knob(6, "bits", "attention matrices", choices=BITS)
+    quant_bits_bigram: int = grid_knob(6, "bits", "BigramHash, tables' projections", choices=BITS)
+    quant_bits_embed: int = grid_knob(16, "bits", "token and value-embedding tables", choices=BITS)
+    quant_clip: str = grid_knob("quantile", "", "largest weight of a row", choices=CLIPS)
+    quant_codes: str = grid_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
+    quant_scale_floor: bool = grid_knob(True, "", "step at least 1/c: rows below 1 share one")
+    keep_float_max_numel: int = grid_knob(65536, "weights", "tensors up to this size: fp16", lo=0)
+    fp16_keep_name_patterns: str = grid_knob("", "csv", "fp16 if its name contains one of these")
+
+    # Export: pruning, compression, size
+    prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
+    compressor: str = export_knob("zstd", "", "of the artifact", choices=CODERS)
+    compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
+    pack_code: str = export_knob("lzma", "", "of the script that ships", choices=("lzma", "none"))
+    cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
+    fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits")
+
+    @rule
+    def compressor_knows_the_level(compressor, compress_level):
+        broken = compressor in ("zlib", "lzma") and compress_level > 9
+        refuse(broken, f"COMPRESS_LEVEL={compress_level}: zlib and lzma know 0 to 9")
+
+    # Scoring
+    eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
+    eval_stride: int = eval_knob(64, "tokens", "scored per sliding window; 0: fixed windows", lo=0)
+    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank, TTT's too", lo=1)
+    doc_isolated_eval: bool = eval_knob(False, "", "also score each document by itself")
+    val_max_tokens: int = eval_knob(0, "tokens", "score only the first N targets; 0: all", lo=0)
+
+    @rule
+    def stride_fits_the_window(eval_stride, eval_seq_len, train_seq_len):
+        window = eval_seq_len or train_seq_len
+        remedy = f"must not exceed the window of {window} tokens"
+        refuse(eval_stride > window, f"EVAL_STRIDE={eval_stride}: {remedy}")
+
+    # Test-time training
+    ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
+    ttt_lr: float = eval_knob(0.002, "", "SGD, cosine over chunks", lo=0)
+    ttt_epochs: int = eval_knob(3, "", "passes over a chunk once it is scored", lo=1)
+    ttt_chunk_tokens: int = eval_knob(32768, "tokens", "scored, then trained on", lo=1)
+    ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
+
+    @rule
+    def windows_fill_a_chunk(ttt_mode, ttt_chunk_tokens, eval_seq_len, train_seq_len):
+        window = eval_seq_len or train_seq_len
+        remedy = f"is no multiple of the window of {window} tokens"
+        broken = ttt_mode != "none" and ttt_chunk_tokens % window
+        refuse(broken, f"TTT_CHUNK_TOKENS={ttt_chunk_tokens}: {remedy}")
+
+    # No knobs: the names that the environment set, and whether the rest is complete. It is not
+    # while a checkpoint or an artifact that is still to be read has a say; rules wait for it.
+    given: frozenset = field(default=frozenset(), compare=False)
+    inherited: bool = field(default=False, compare=False)
+
+    def __post_init__(self):
+        problems = wrong_settings(self.knobs(), self.inherited)
+        if problems:
+            raise Refusal(problems)
+
+    @property
+    def window(self) -> int:
+        """Tokens of one scoring window."""
+        return self.eval_seq_len or self.train_seq_len
+
+    @property
+    def sources(self) -> list[str]:
+        """What names weights that exist already."""
+        return sources_of(self.checkpoint, self.eval_only, self.resume, self.run_id)
+
+    def collected(self) -> list[str]:
+        """The averages that are on."""
+        return [name for name in self.AVERAGES if getattr(self, f"{name}_enabled")]
+
+    @property
+    def shipped_average(self) -> str:
+        """An average, or none."""
+        if self.average != "auto":
+            return self.average
+        collected = self.collected()
+        return collected[-1] if collected else "none"
+
+    @property
+    def training_scopes(self) -> tuple[str, ...]:
+        """Scopes of the knobs that a checkpoint depends on."""
+        scopes = ("seed", "model", "train")
+        on_grid = any(getattr(self, f.name) for f in KNOBS if f.metadata["on_grid"])
+        return (*scopes, "grid") if on_grid else scopes
+
+    def knobs(self, *scopes: str) -> dict:
+        """Name -> value of the knobs in these scopes; of all without an argument."""
+        chosen = [f.name for f in KNOBS if not scopes or f.metadata["scope"] in scopes]
+        return {name: getattr(self, name) for name in chosen}
+
+    def non_default(self) -> dict:
+        """VARIABLE -> value of the knobs that differ from their defaults."""
+        values = self.knobs()
+        return {f.name.upper(): values[f.name] for f in KNOBS if values[f.name] != f.default}
+
+    def digest(self, *scopes: str) -> str:
+        """sha256 of the knobs in these scopes; by default of all that make runs comparable."""
+        knobs = self.knobs(*scopes or COMPARED)
+        return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def from_env(cls, env) -> Config:
+        """The configuration in these variables. Refusal with all that is wrong with them."""
+        problems = []
+        texts = translate_old_names(dict(env), problems)
+        problems += look_alikes(texts)
+
+        given = frozenset(f.name.upper() for f in KNOBS if f.name.upper() in texts)
+        values = {}
+        for f in KNOBS:
+            name = f.name.upper()
+            if name not in given:
+                values[f.name] = f.default
+            elif texts[name] is not None:
+                with noted(problems):
+                    values[f.name] = parse(name, texts[name], f.type)
+        problems += wrong_settings(values)
+        if problems:
+            # each once: an old spelling may stand for several knobs
+            raise Refusal(list(dict.fromkeys(problems)))
+        return cls(given=given, **values)
+
+
+KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
+
+
+def sources_of(checkpoint: str, eval_only: str, resume: bool, run_id: str) -> list[str]:
+    """VARIABLE=value for each that names weights which exist already."""
+    named = {"CHECKPOINT": checkpoint, "EVAL_ONLY": eval_only}
+    if resume:
+        named["RESUME=1 RUN_ID"] = run_id
+    return [f"{name}={value}" for name, value in named.items() if value]
+
+
+def wrong_settings(values: dict, complete: bool = False) -> list[str]:
+    """All that is wrong with these values.
+
+    A rule is left out where a knob of it is wrong or missing. Weights that exist already bring
+    their own settings: until these are known (`complete`), rules on other knobs than the run's
+    wait.
+    """
+    problems = []
+    fine = {}
+    for f in KNOBS:
+        if f.name in values:
+            with noted(problems):
+                check_value(f, values[f.name])
+                fine[f.name] = values[f.name]
+
+    # RESUME may be missing here, but then it was set
+    resume = values.get("resume", True)
+    if not complete and sources_of(
+        values["checkpoint"], values["eval_only"], resume, values["run_id"]
+    ):
+        of_the_run = {f.name for f in KNOBS if f.metadata["scope"] == "run"}
+        fine = {name: value for name, value in fine.items() if name in of_the_run}
+
+    for check in RULES:
+        involved = inspect.signature(check).parameters
+        if involved.keys() <= fine.keys():
+            with noted(problems):
+                check(**{name: fine[name] for name in involved})
+    return problems
+
+
+def check_value(f: dataclasses.Field, value) -> None:
+    """Refusal of a value that this knob cannot take, whatever the others are."""
+    limits = Knob(**f.metadata)
+    told = f"{f.name.upper()}={value}"
+    if isinstance(value, float):
+        refuse(not math.isfinite(value), f"{told}: must be a finite number")
+    if limits.choices:
+        choices = ", ".join(map(str, limits.choices))
+        refuse(value not in limits.choices, f"{told}: choose one of {choices}")
+    if isinstance(value, str):
+        refuse(not value.isprintable(), f"{told}: control characters; leave them out")
+    if limits.lo is not None:
+        # without a bound of its own: what fits a tensor
+        largest = 2**62 if f.type == "int" else 3e38
+        bounds = f"{limits.lo} or more"
+        if limits.hi is not None:
+            largest = limits.hi
+            bounds += f", {limits.hi} or less"
+        refuse(not limits.lo <= value <= largest, f"{told}: must be {bounds}")
+
+
+def parse(name: str, text: str, kind: str):
+    """The value of one variable, by the annotated type of its knob."""
+    if kind == "bool":
+        refuse(text not in ("0", "1"), f"{name}={text}: must be 0 or 1")
+        return text == "1"
+    if kind == "str":
+        return text
+    try:
+        return int(text) if kind == "int" else float(text)
+    except ValueError:
+        meant = "a whole number" if kind == "int" else "a number"
+        raise Refusal(f"{name}={text}: must be {meant}") from None
+
+
+# What an old variable means: (its text, the environment) -> today's variables. None: its text
+# is neither 0 nor 1
+Meaning = Callable[[str, dict], dict[str, str | None]]
+
+
+def renamed(*names: str) -> Meaning:
+    """An old variable whose text these have today."""
+    return lambda text, env: dict.fromkeys(names, text)
+
+
+def switch(name: str, off: str, on: str) -> Meaning:
+    """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
+    return lambda text, env: {name: {"0": off, "1": on}.get(text)}
+
+
+def bigram_hash(text: str, env: dict) -> dict[str, str | None]:
+    """An old 0 / 1 variable beside that of the number of buckets."""
+    buckets = env.get("BIGRAM_HASH_BUCKETS", "4096")
+    return switch("BIGRAM_VOCAB_SIZE", off="0", on=buckets)(text, env)
+
+
+def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
+    """An old variable that also says what starts QAT."""
+    return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
+
+
+# Spellings of the seeds
+ALIASES: dict[str, Meaning] = {
+    # QAT
+    "QAT": renamed("QAT_ENABLED"),
+    "ENABLE_QAT": renamed("QAT_ENABLED"),
+    "LATE_QAT": renamed("QAT_ENABLED"),
+    "QAT_START_FRAC": renamed("QAT_START"),
+    "LATE_QAT_THRESHOLD": late_qat_threshold,
+    # SWA
+    "SWA": renamed("SWA_ENABLED"),
+    # BigramHash
+    "BIGRAM_HASH": bigram_hash,
+    "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
+    "BIGRAM_HASH_DIM": renamed("BIGRAM_DIM"),
+    # Optimiser and schedule
+    "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
+    "WEIGHT_DECAY": renamed("ADAM_WD"),
+    "WARMDOWN_STEPS": renamed("WARMDOWN_ITERS"),
+    # Export
+    "QUANT_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"),
+    "FP16_EMBED": switch("QUANT_BITS_EMBED", off="8", on="16"),
+    "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", off="8", on="16"),
+    "USE_ZSTD": switch("COMPRESSOR", off="zlib", on="zstd"),
+    # Test-time training
+    "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
+}
+
+# Off in every published row: the off value is accepted, anything else refused
+UNSUPPORTED = {
+    "TIE_EMBEDDINGS": "1",
+    "NUM_LOOPS": "1",
+    "CONTROL_TENSOR_NAME_PATTERNS": "",
+    "LATE_K_LAYERS": "0",
+    "MTP_NUM_HEADS": "0",
+    "LAWA_ENABLED": "0",
+    "DOC_EVAL_BUG": "0",
+    "GATED_ATTENTION": "0",
+    "VALUE_RESIDUAL": "0",
+    "DTG_ENABLED": "0",
+    "CURRICULUM": "0",
+}
+
+# Variables of other programs (ninja, a cloud, Jenkins) that look like ours
+FOREIGN = {
+    "MAX_JOBS",
+    "DATA_DIRECTORY",
+    "RUN_DISPLAY_URL",
+    "RUN_CHANGES_DISPLAY_URL",
+    "RUN_TESTS_DISPLAY_URL",
+    "RUN_ARTIFACTS_DISPLAY_URL",
+}
+
+
+def translate_old_names(env: dict, problems: list[str]) -> dict[str, str | None]:
+    """The environment in today's names; adds to the problems.
+
+    None stands for a text under an old name that cannot be read, which the problems tell.
+    """
+    today = {}
+    for name, text in env.items():
+        if name in UNSUPPORTED:
+            off = UNSUPPORTED[name]
+            if text != off:
+                remedy = f"not supported (off in every published row); set {name}={off}"
+                problems.append(f"{name}={text}: {remedy}")
+        elif name not in ALIASES:
+            today[name] = text
+
+    for old in sorted(ALIASES.keys() & env.keys()):
+        for name, meant in ALIASES[old](env[old], env).items():
+            readable = None
+            with noted(problems):
+                readable = checked_spelling(old, env[old], name, meant)
+            known = today.setdefault(name, readable)
+            if None not in (known, readable) and known != readable:
+                problems.append(f"{old}={env[old]} contradicts {name}={known}; set only {name}")
+    return today
+
+
+def checked_spelling(old: str, text: str, name: str, meant: str | None) -> str:
+    """What OLD=text means for NAME. Refusal in the old name, which the user wrote."""
+    if meant is None:
+        parse(old, text, "bool")
+    if meant == text:
+        types = {f.name.upper(): f.type for f in KNOBS}
+        parse(old, text, types[name])
+    return meant
+
+
+def look_alikes(texts: dict[str, str | None]) -> list[str]:
+    """A problem for each variable that looks like ours but is none of ours."""
+    known = {f.name.upper() for f in KNOBS}
+    problems = []
+    for name in sorted(texts.keys() - known - FOREIGN):
+        if name == name.upper() and resembles_ours(name):
+            close = difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
+            remedy = f"no such setting; did you mean {close[0]}? Else unset it"
+            problems.append(f"{name}={texts[name]}: {remedy}")
+    return problems
+
+
+def resembles_ours(name: str) -> bool:
+    """Misspelt, or it begins with the same word, or one of the two ends like the other."""
+    known = [f.name.upper() for f in KNOBS]
+    first_words = {other.split("_", 1)[0] for other in known} - {"INIT"}
+    if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, known, 1, 0.85):
+        return True
+
+    # names of the run, such as LOGS_DIR, end like those of other programs
+    ours = [f.name.upper() for f in KNOBS if f.metadata["scope"] != "run"]
+    for other in [*ours, *ALIASES]:
+        if "_" in name and other.endswith(f"_{name}"):
+            return True
+        if "_" in name and "_" in other and name.endswith(f"_{other}"):
+            return True
+    return False
+
+
+# Where the meanings begin in --help
+HELP_COLUMN = 34
+
+
+def help_text() -> str:
+    """Every knob with its default, meaning, type, unit and choices, as wide as the terminal."""
+    width = shutil.get_terminal_size().columns
+    codes = "\n".join(f"{code:>7} {meaning}" for code, meaning in EXIT_CODES.items())
+    knobs = "\n".join(help_entry(f, width) for f in KNOBS)
+    aliases = ", ".join(ALIASES)
+    parts = [
+        __doc__.strip(),
+        f"Exit codes:\n\n{codes}",
+        f"VARIABLE=default, meaning (type, unit: choices)\n\n{knobs}",
+        textwrap.fill(f"Old spellings of the seeds that also work: {aliases}", width),
+    ]
+    return "\n\n".join(parts)
+
+
+def help_entry(f: dataclasses.Field, width: int) -> str:
+    """A knob of --help: VARIABLE=default, and to the right of it or below what it means."""
+    limits = Knob(**f.metadata)
+    default = int(f.default) if f.type == "bool" else f.default
+    setting = f"{f.name.upper()}={default}"
+    if default == "":
+        setting += '""'
+
+    kind = f.type
+    if limits.unit:
+        kind += f", {limits.unit}"
+    if limits.choices:
+        kind += ": " + " | ".join(map(str, limits.choices))
+
+    indent = " " * HELP_COLUMN
+    meaning = f"{limits.doc} ({kind})"
+    lines = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
+    if len(setting) >= HELP_COLUMN:
+        return f"{setting}\n{lines}"
+    return setting + lines[len(setting) :]
+
+
+# ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────────
+# In: the launcher's variables (RANK, ...), a Config. Out: device, log, clock, phases, stop signals.
+# Promise: all ranks take the same decisions, and whatever ends a run is said. Knows nothing of
+# model and data.
+
+# This script, readable; a packed one hands its source over (see LOADER)
+SOURCE = globals().get("__source__") or Path(__file__).read_bytes()
+CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+
+# Of metrics.jsonl and result.json; README documents both
+SCHEMA_VERSION = 1
+
+# Graphs that may be compiled: one per shape (training, fixed, sliding, documents)
+RECOMPILE_LIMIT = 32
+
+# Parameter name -> fp32 tensor, the same on every rank
+State = dict
+
+
+class Run:
+    """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
+
+    def __init__(self, cfg: Config):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        # of activations; bf16 is slow on a CPU
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        if self.cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        self.join(cfg.dist_timeout)
+
+        self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+        self.started = time.perf_counter()
+        # phase -> wall seconds
+        self.seconds = {}
+        # toggle -> Activity
+        self.activity = {}
+        self.phase_name = "start"
+        # number of the first stop signal
+        self.stop = 0
+        self.open_folder(cfg)
+
+    def join(self, patience: float) -> None:
+        """Makes the process group of the ranks; `patience` in seconds."""
+        if self.world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
+
+    def open_folder(self, cfg: Config) -> None:
+        """Makes LOGS_DIR/RUN_ID and opens the records. Refusal on every rank if rank 0 cannot."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = cfg.run_id or f"{stamp}-{cfg.digest()[:8]}-s{cfg.seed}"
+        self.dir = Path(cfg.logs_dir) / self.broadcast(name)
+
+        problem = ""
+        if self.rank == 0:
+            try:
+                self.dir.mkdir(parents=True, exist_ok=cfg.resume)
+                self.text = (self.dir / "train.log").open("a", buffering=1)
+                self.jsonl = (self.dir / "metrics.jsonl").open("a", buffering=1)
+                # one process at a time
+                fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                reason = f"cannot create {self.dir}, or another process is at work there"
+                problem = f"RUN_ID={name}: {reason} ({error.strerror})"
+        problem = self.broadcast(problem)
+        refuse(problem, problem)
+
+        unseen = f"rank {self.rank} does not see it; use a disk that all share"
+        refuse(not self.dir.is_dir(), f"LOGS_DIR={cfg.logs_dir}: {unseen}")
+
+    def broadcast(self, value):
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        # the clock of every step: a tensor is sent faster than an object
+        if isinstance(value, float):
+            box = torch.tensor(value, dtype=torch.float64)
+            dist.broadcast(box, src=0)
+            return box.item()
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def log(self, text: str) -> None:
+        """One line for people: terminal and train.log, flushed."""
+        if self.rank == 0:
+            print(text, flush=True)
+            self.text.write(text + "\n")
+
+    def event(self, kind: str, **fields) -> None:
+        """One JSON object for programs in metrics.jsonl; `t` is seconds since the start."""
+        if self.rank == 0:
+            told = {"event": kind, "t": time.perf_counter() - self.started, **fields}
+            self.jsonl.write(json.dumps(told) + "\n")
+
+    def signalled(self, number: int, _) -> None:
+        """On SIGTERM and SIGINT: stops at once, but while training between two steps."""
+        self.stop = self.stop or number
+        waits = self.phase_name in ("train", "stop")
+        refuse(not waits, f"stopped by {signal.Signals(number).name}", 128 + number)
+
+    def silent_ranks(self, seconds: float = 5) -> list[int]:
+        """Tells the launcher's store that this rank stops.
+
+        Returns those that do not within so many seconds: killed, cut off, hanging.
+        """
+        silent = [rank for rank in range(self.world) if rank != self.rank]
+
+        def exchange() -> None:
+            store = dist.PrefixStore("stopped", dist.distributed_c10d._get_default_store())
+            end = time.perf_counter() + seconds
+            # the store is gone with its host
+            with contextlib.suppress(RuntimeError):
+                store.set(str(self.rank), "")
+                if not self.cuda:
+                    # so that those who wait for this rank notice
+                    dist.destroy_process_group()
+                while silent and time.perf_counter() < end:
+                    silent[:] = [rank for rank in silent if not store.check([str(rank)])]
+                    time.sleep(0.05)
+
+        # In a thread: behind a link that loses all packets no call of a store ever returns
+        thread = threading.Thread(target=exchange, daemon=True)
+        thread.start()
+        thread.join(seconds + 1)
+        return silent
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        """Names what is going on and books its wall seconds.
+
+        An exception leaves the name, so that the message can say where.
+        """
+        outer = self.phase_name
+        self.phase_name = name
+        began = time.perf_counter()
+        yield
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self.phase_name = outer
+
+    def set_aside(self, name: str, seconds: float) -> None:
+        """Books seconds of the phase under way on another one."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.seconds[self.phase_name] = self.seconds.get(self.phase_name, 0.0) - seconds
+
+    def milliseconds(self, work: Callable) -> float:
+        """Time of one call on the device: the fastest of three, since others only slow it down."""
+        timer = torch.utils.benchmark.Timer(
+            "work()", globals={"work": work}, num_threads=torch.get_num_threads()
+        )
+        return min(timer.timeit(1).mean for _ in range(3)) * 1e3
+
+
+@dataclass
+class Activity:
+    """What one requested toggle did: the proof that it acted."""
+
+    tensors: int = 0
+    params: int = 0
+    scope: str = ""
+    # of effect: the measured quantity with the toggle on, minus off
+    unit: str = "nats"
+    # when it acted
+    steps: list[int] = field(default_factory=list)
+    effect: float | None = None
+    cost_ms: float | None = None
+
+    def row(self, total_steps: int) -> dict:
+        """For result.json. Active: it acted, and that made a difference."""
+        acted = len(self.steps)
+        return {
+            "active": bool(acted and self.effect),
+            "first_step": min(self.steps, default=None),
+            "last_step": max(self.steps, default=None),
+            "share_of_steps": acted / max(total_steps, acted, 1),
+            "tensors": self.tensors,
+            "params": self.params,
+            "effect": self.effect,
+            "unit": self.unit,
+            "cost_ms": self.cost_ms,
+            "scope": self.scope,
+        }
+
+
+# A table's lines for rich: nothing but a rule of dashes below the header
+HEADER_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+
+
+def column_cells(values: list) -> tuple[list[str], bool]:
+    """A column as text, and whether it holds numbers only.
+
+    Numbers get thousands separators, or all six decimals as soon as one of them is a float; None
+    is a dash.
+    """
+    known = [value for value in values if value is not None]
+    numeric = all(type(value) in (int, float) for value in known)
+    number_format = ".6f" if any(type(value) is float for value in known) else ","
+
+    cells = []
+    for value in values:
+        if value is None:
+            cells.append("-")
+        elif numeric:
+            cells.append(format(value, number_format))
+        else:
+            cells.append(str(value))
+    return cells, numeric
+
+
+def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
+    """Rows, the header first, as plain text of whatever width it takes; numbers to the right."""
+    table = Table(
+        box=MARKDOWN if markdown else HEADER_RULE,
+        show_edge=markdown,
+        pad_edge=markdown,
+        padding=(0, 1) if markdown else (0, 1, 0, 0),
+    )
+    columns = []
+    for title, *values in zip(*rows, strict=True):
+        cells, numeric = column_cells(values)
+        justify = "right" if numeric else "left"
+        table.add_column(Text(title), justify=justify, no_wrap=True, overflow="ignore")
+        columns.append(cells)
+    for row in zip(*columns, strict=True):
+        table.add_row(*map(Text, row))
+
+    # Neither colours nor the width of a terminal: the same text in every environment
+    page = io.StringIO()
+    console = Console(file=page, width=1_000_000, color_system=None, force_jupyter=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n")
+
+
+# ── 3 Data ────────────────────────────────────────────────────────────────────────────────────────
+# In: shards of tokens and their tokenizer. Out: the rows of each step, and the validation
+# targets with the bytes that they stand for.
+# Promise: a step holds the same rows on any number of ranks; every token is checked as it is
+# read; bytes are counted by the challenge's rule and compared with the decoded text.
+
+# A shard: a header of little-endian int32 (magic, version, tokens, zeros), then uint16 tokens
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_INTS = 256
+SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+# The token that opens each document; nothing closes one
+BOS = 1
+AGAIN = "prepare the data again (python prepare_data.py --help)"
+
+
+def read_numbers(path: Path, kind: str, start: int, n: int) -> np.ndarray:
+    """`n` numbers of numpy type `kind`, from byte `start` on; fewer where the file ends.
+
+    Care: numpy.fromfile takes a failing disk for the end of the file; a mapped file that is cut
+    while the run reads it kills the process. pread does neither.
+    """
+    width = np.dtype(kind).itemsize
+    try:
+        with path.open("rb") as file:
+            data = os.pread(file.fileno(), n * width, start)
+    except FileNotFoundError as error:
+        raise Refusal(f"{path}: {error.strerror}; {AGAIN}") from None
+    except OSError as error:
+        remedy = "mend that, then go on with RESUME=1"
+        raise Refusal(f"{path}: {error.strerror}; {remedy}", 7) from None
+    return np.frombuffer(data, kind, len(data) // width)
+
+
+def count_tokens(path: Path) -> int:
+    """Tokens of one shard. Refusal where it is none, or where header and size disagree."""
+    # A pipe would keep us waiting
+    refuse(not path.is_file(), f"{path}: no plain file; {AGAIN}")
+    header = read_numbers(path, "<i4", 0, SHARD_HEADER_INTS)
+    size = path.stat().st_size
+    start = header[:2].tolist()
+    refuse(
+        len(header) < SHARD_HEADER_INTS or start != [SHARD_MAGIC, SHARD_VERSION],
+        f"{path}: no token shard (starts {start}, not {SHARD_MAGIC}, {SHARD_VERSION}); {AGAIN}",
+    )
+    tokens = int(header[2])
+    refuse(
+        size != SHARD_HEADER_BYTES + 2 * tokens,
+        f"{path}: {size:,} bytes, but the header promises {tokens:,} tokens; "
+        f"cut or damaged: {AGAIN}",
+    )
+    return tokens
+
+
+class Split:
+    """The shards of one split, in the order of their names, as one endless stream."""
+
+    def __init__(self, cfg: Config, name: str):
+        self.vocab_size = cfg.vocab_size
+        self.paths = sorted(Path(cfg.data_path).glob(f"fineweb_{name}_*.bin"))
+        # Where each shard begins in the stream, and at last where the stream repeats itself
+        sizes = [count_tokens(path) for path in self.paths]
+        self.edges = np.cumsum([0, *sizes]).tolist()
+        self.tokens = self.edges[-1]
+        refuse(
+            self.tokens < 2,
+            f"DATA_PATH={cfg.data_path}: {self.tokens} tokens in {len(self.paths)} "
+            f"fineweb_{name}_*.bin; run python prepare_data.py demo (or fineweb), or set DATA_PATH",
+        )
+
+    def take(self, start: int, n: int) -> np.ndarray:
+        """Tokens [start, start + n) of the repeated stream, (n,) int64, each one checked."""
+        parts = []
+        while n > 0:
+            start %= self.tokens
+            shard = bisect.bisect(self.edges, start) - 1
+            wanted = min(n, self.edges[shard + 1] - start)
+            parts.append(self.read(shard, start - self.edges[shard], wanted))
+            start += wanted
+            n -= wanted
+        return np.concatenate(parts)
+
+    def read(self, shard: int, place: int, n: int) -> np.ndarray:
+        """`n` tokens of one shard. Refusal where it is too short, or an id is too large."""
+        path = self.paths[shard]
+        part = read_numbers(path, "<u2", SHARD_HEADER_BYTES + 2 * place, n).astype(np.int64)
+        refuse(len(part) < n, f"{path}: has been cut since the run began; {AGAIN}")
+        largest = part.max()
+        refuse(
+            largest >= self.vocab_size,
+            f"{path}: token id {largest}, but VOCAB_SIZE={self.vocab_size}; {AGAIN}",
+        )
+        return part
+
+
+class Manifest(NamedTuple):
+    """What prepare_data.py wrote about a folder of shards."""
+
+    shards: dict[str, tuple[int, str]]  # name -> (bytes, sha256)
+    tokenizer_sha256: str
+    shared: int | None  # documents in train and in validation; None: not stated
+
+
+def read_manifest(path: Path, splits: dict[str, Split]) -> Manifest:
+    """The manifest, as far as it concerns these splits. Refusal where it is none."""
+    try:
+        content = json.loads(path.read_text())
+        shards = {}
+        for shard in content["shards"]:
+            # fineweb, the split, number.bin
+            words = shard["file"].split("_")
+            if len(words) > 1 and words[1] in splits:
+                shards[shard["file"]] = (shard["bytes"], shard["sha256"])
+        tokenizer_sha256 = content["tokenizer"]["sha256"]
+        disjoint = content["disjoint"]
+        shared = disjoint["shared"] if disjoint else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Refusal(f"{path}: no manifest ({error!r}); {AGAIN}") from None
+    return Manifest(shards, tokenizer_sha256, shared)
+
+
+def differing_shards(
+    manifest: Manifest, splits: dict[str, Split], hashes: dict[str, str]
+) -> list[str]:
+    """Names of the shards that are missing, stray, or of another size or sha256 than promised.
+
+    hashes: those that were computed. Training shards are too large to be read for this: the
+    manifest's own hash is taken for theirs.
+    """
+    believed = {name: sha256 for name, (_, sha256) in manifest.shards.items()}
+    known = believed | hashes
+    actual = {}
+    for split in splits.values():
+        for path in split.paths:
+            actual[path.name] = (path.stat().st_size, known.get(path.name))
+    names = manifest.shards.keys() | actual.keys()
+    return sorted(name for name in names if manifest.shards.get(name) != actual.get(name))
+
+
+def check_manifest(cfg: Config, splits: dict[str, Split], tokenizer: str, hashes: dict) -> str:
+    """One line on what manifest.json says; Refusal where the folder differs from it.
+
+    tokenizer: the sha256 of the tokenizer; hashes: name -> sha256 of the validation shards.
+    """
+    folder = Path(cfg.data_path)
+    path = folder / "manifest.json"
+    if not path.exists():
+        return "none: hashes and train/validation overlap not checked"
+
+    manifest = read_manifest(path, splits)
+    refuse(
+        manifest.shared,
+        f"{path}: {manifest.shared} documents are in train and in validation; {AGAIN}",
+    )
+    refuse(
+        tokenizer != manifest.tokenizer_sha256,
+        f"TOKENIZER_PATH={cfg.tokenizer_path}: the shards in {folder} were made with another "
+        f"tokenizer (sha256 {str(manifest.tokenizer_sha256)[:12]}..., not {tokenizer[:12]}...); "
+        "use the one that lies beside them",
+    )
+    wrong = differing_shards(manifest, splits, hashes)
+    if wrong:
+        problem = "missing, stray, or not as manifest.json says (size, sha256)"
+        raise Refusal(f"{folder}/{wrong[0]}: {problem}; {AGAIN}")
+
+    overlap = "no document in both splits"
+    if manifest.shared is None:
+        overlap = "train/validation overlap not stated"
+    return f"agrees (sizes, validation hashes, tokenizer); {overlap}"
+
+
+def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
+    """The data's fingerprint for the log: hashes, shards, tokens, and what the manifest says.
+
+    Refusal where a manifest.json says otherwise, or that documents are in both splits.
+    """
+    tokenizer = hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+    hashes = {}
+    for path in splits["val"].paths:
+        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = {"path": str(Path(cfg.data_path))}
+    found["tokenizer_sha256"] = tokenizer
+    found["val_sha256"] = hashes
+    for name, split in splits.items():
+        found[f"{name}_shards"] = len(split.paths)
+        found[f"{name}_tokens"] = split.tokens
+    found["manifest"] = check_manifest(cfg, splits, tokenizer, hashes)
+    return found
+
+
+def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64.
+
+    The rows of a step are evenly spaced in the stream, so that they are not of one document. Each
+    goes on where it ended in the step before. Once the rows have crossed the distance between
+    them, every token has been seen (those at the seams twice), and each follows in the track of
+    the next one. Two steps are read ahead.
+
+    Care: every rank reads and checks the tokens of the whole step: all refuse, or none.
+    """
+    length = cfg.train_seq_len
+    rows = cfg.train_batch_tokens // length
+    starts = [split.tokens * row // rows for row in range(rows)]
+
+    def load(step: int) -> list[Tensor]:
+        taken = [split.take(start + step * length, length + 1) for start in starts]
+        tokens = torch.from_numpy(np.stack(taken))
+        pair = []
+        for side in (tokens[:, :-1], tokens[:, 1:]):
+            own = side.tensor_split(run.world)[run.rank].contiguous()
+            pair.append(own.pin_memory() if run.cuda else own)
+        return pair
+
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(load, first), reader.submit(load, first + 1)]
+        for step in itertools.count(first + 2):
+            ahead.append(reader.submit(load, step))
+            ids, targets = ahead.pop(0).result()
+            yield (
+                ids.to(run.device, non_blocking=True),
+                targets.to(run.device, non_blocking=True),
+            )
+
+
+def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model in this file. Refusal where there is none.
+
+    Care: given a folder, SentencePieceProcessor(model_file=...) aborts the process.
+    """
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(Path(path).read_bytes())
+    except (RuntimeError, OSError):
+        problem = f"TOKENIZER_PATH={path}: no SentencePiece model there; set it, or {AGAIN}"
+        raise Refusal(problem) from None
+    return tokenizer
+
+
+class ByteTable:
+    """The UTF-8 bytes that a target stands for, by the challenge's rule.
+
+    A control piece counts 0, a byte piece 1, any other the bytes of its text. A leading word
+    mark is a space of one byte, except behind a control piece, where no space is decoded.
+    """
+
+    WORD_MARK = "\u2581"
+
+    def __init__(self, cfg: Config):
+        self.sp = load_tokenizer(cfg.tokenizer_path)
+        n = self.sp.vocab_size()
+        refuse(
+            n != cfg.vocab_size,
+            f"VOCAB_SIZE={cfg.vocab_size}: {cfg.tokenizer_path} has {n} pieces; set VOCAB_SIZE={n}",
+        )
+        ids = list(range(n))
+        pieces = [self.sp.id_to_piece(i) for i in ids]
+        texts = [piece.removeprefix(self.WORD_MARK) for piece in pieces]
+        sizes = [len(text.encode()) for text in texts]
+        marked = [piece.startswith(self.WORD_MARK) for piece in pieces]
+
+        # (n,) each: stands for no text; has a leading space; bytes without that space
+        no_text = [self.sp.is_control(ids), self.sp.is_unknown(ids), self.sp.is_unused(ids)]
+        self.boundary = np.any(no_text, axis=0)
+        self.space = np.array(marked) & ~self.boundary
+        self.base = ~self.boundary * np.where(self.sp.is_byte(ids), 1, sizes)
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """(n + 1,) token ids -> (n,) bytes of the targets tokens[1:]."""
+        previous = tokens[:-1]
+        targets = tokens[1:]
+        return self.base[targets] + (self.space[targets] & ~self.boundary[previous])
+
+    def verify(self, tokens: np.ndarray, documents: int = 64) -> None:
+        """Refusal unless the table agrees with the decoded text of the first documents.
+
+        Care: another tokenizer of the same size decodes the tokens to some text, too, but would
+        have written that text in other tokens. Refused where half of the documents differ so.
+        """
+        starts = np.flatnonzero(tokens == BOS)[: documents + 1]
+        odd = 0
+        for start, end in itertools.pairwise(starts):
+            document = tokens[start:end]
+            text = self.sp.decode(document.tolist())
+            size = len(text.encode())
+            counted = int(self.count(document).sum())
+            refuse(
+                size != counted,
+                f"validation: the document at token {start} is {size} bytes of text, "
+                f"but its tokens count {counted}; BPB would be wrong: "
+                "use the tokenizer that made the shards",
+            )
+            written = [token for token in document.tolist() if not self.boundary[token]]
+            if self.sp.encode(text) != written:
+                odd += 1
+        refuse(
+            2 * odd >= len(starts) > 1,
+            f"validation: this tokenizer encodes {odd} documents otherwise; use the shards' own",
+        )
+
+
+class Validation:
+    """The validation targets: target t is token t + 1.
+
+    tokens: (n + 1,) int32 on the device. target_bytes: (n,).
+    """
+
+    def __init__(self, cfg: Config, run: Run, split: Split):
+        table = ByteTable(cfg)
+        targets = cfg.val_max_tokens or split.tokens - 1
+        tokens = split.take(0, min(split.tokens, targets + 1))
+        table.verify(tokens)
+
+        self.tokens = torch.from_numpy(tokens).int().to(run.device)
+        self.target_bytes = torch.from_numpy(table.count(tokens))
+        self.n = len(self.target_bytes)
+        refuse(
+            not self.target_bytes.any(),
+            f"DATA_PATH={cfg.data_path}: the validation targets have 0 bytes of text; {AGAIN}",
+        )
+
+
+# ── 4 Grid ────────────────────────────────────────────────────────────────────────────────────────
+# In: weights (..., rows, columns). Out: integer codes and fp16 steps, and back.
+# Promise: the only definition of quantisation; views, averages and export all call it.
+def row_quantile(magnitude: Tensor, q: float) -> Tensor:
+    """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, without sorting whole rows.
+
+    The quantile lies between two neighbours of the sorted row; for q near 1 both are among its
+    few largest entries.
+    """
+    columns = magnitude.shape[-1]
+    place = q * (columns - 1)
+    # The lower neighbour, and how far from it to the upper one
+    lower = int(place)
+    share = place - lower
+    wanted = columns - lower
+    if wanted > 2:
+        top = magnitude.topk(wanted, dim=-1).values
+        return torch.lerp(top[..., -1:], top[..., -2:-1], share)
+
+    # Two maxima are faster than topk
+    largest, where = magnitude.max(-1, keepdim=True)
+    if wanted == 1:
+        return largest
+    second = magnitude.scatter(-1, where, -1).amax(-1, keepdim=True)
+    return torch.lerp(second, largest, share)
+
+
+class Grid(NamedTuple):
+    """Uniform grid with one step per row: weight = code * scale, the scale stored as fp16.
+
+    For weights (..., rows, columns), so that a whole stack of matrices is quantised at once.
+    clip:  which quantile of a row's magnitudes gets the largest code (CLIP_QUANTILES).
+    codes: "sym" -top..top, "asym" one more below.
+    floor: the step is at least 1 / top.
+
+    Care: with the floor all rows of weights below 1 share one fixed step. That makes their
+    codes small, so cheap to compress, and the grid of small weights coarse. #145, #199, #194
+    and #975 shipped it so; without it their sizes and losses cannot be had again.
+    """
+
+    bits: int
+    clip: str = "amax"
+    codes: str = "sym"
+    floor: bool = False
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def scale(self, w: Tensor) -> Tensor:
+        """Step of each row, (..., rows, 1) fp32 but rounded to fp16.
+
+        Of several quantiles each matrix takes the one with the least squared error.
+        """
+        magnitude = w.abs()
+        steps = [self.step(row_quantile(magnitude, q)) for q in CLIP_QUANTILES[self.clip]]
+        if len(steps) == 1:
+            return steps[0]
+        # (quantiles, ...): one error per matrix
+        errors = torch.stack([self.squared_error(w, step) for step in steps])
+        best = errors.argmin(0)[None, ..., None, None]
+        return torch.take_along_dim(torch.stack(steps), best, 0)[0]
+
+    def step(self, largest: Tensor) -> Tensor:
+        """The step with which `largest` (..., rows, 1) gets the top code, as fp16 can hold it.
+
+        Care: CUDA divides inexactly by a mere number, so that the top is a tensor here. A step
+        that fp16 rounds to zero would make 0 / 0 of a row of zeros.
+        """
+        smallest = 1 / self.top if self.floor else torch.finfo(torch.float16).tiny
+        step = largest.float() / torch.full_like(largest, self.top)
+        return step.clamp_min(smallest).half().float()
+
+    def squared_error(self, w: Tensor, scale: Tensor) -> Tensor:
+        """(..., rows, columns) -> (...) fp64: what rounding to this step costs each matrix."""
+        error = self.levels(w, scale) * scale - w
+        return error.square().sum((-2, -1), dtype=torch.float64)
+
+    def levels(self, w: Tensor, scale: Tensor) -> Tensor:
+        """The codes, still as fp32."""
+        lowest = -self.top - 1 if self.codes == "asym" else -self.top
+        return (w.float() / scale).round_().clamp_(lowest, self.top)
+
+    def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
+        scale = self.scale(w)
+        codes = self.levels(w, scale).to(torch.int8)
+        return codes, scale.half()
+
+    @staticmethod
+    def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
+        """The inverse of quantise: fp32 weights."""
+        return codes.to(torch.float32, copy=True).mul_(scale)
+
+    def fake_quantise(self, w: Tensor) -> Tensor:
+        """What a reader makes of the shipped bytes, bit for bit."""
+        codes, scale = self.quantise(w)
+        return self.dequantise(codes, scale)
+
+
+# ── 5 Model ───────────────────────────────────────────────────────────────────────────────────────
+# In: token ids (batch, time). Out: nats per target.
+# Promise: one forward path for training and scoring, and a causal one. A technique that is off is
+# absent: no parameters, no arithmetic. What bears @technique is one class or function, and wired
+# by one `if`: in GPT, Block, Attention or rotary_tables.
+
+
+class Role(NamedTuple):
+    """A parameter's policy, given where it is created: its optimiser, and its bits at export."""
+
+    optimiser: str  # "muon", or a group of ADAMW_RATES
+    bits: str | None = None  # the knob with its bits; None: stays fp32
+
+
+# Group -> the knobs with the learning rate and beta2 of its AdamW; a beta2 of 0 is BETA2
+ADAMW_RATES = {"embed": ("tied_embed_lr", "beta2"), "scalar": ("scalar_lr", "beta2")}
+
+CONTROL = Role("scalar")
+ATTN_ROLE = Role("muon", "quant_bits_attn")
+MLP_ROLE = Role("muon", "quant_bits_mlp")
+EMBED_ROLE = Role("embed", "quant_bits_embed")
+
+
+def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
+    """A parameter that carries its policy.
+
+    Care: copy.deepcopy would drop the policy; never deepcopy the model.
+    """
+    p = nn.Parameter(tensor)
+    p.role = role
+    return p
+
+
+# The initial matrices; "default" is that of nn.Linear
+INITS = {
+    "default": partial(nn.init.kaiming_uniform_, a=math.sqrt(5)),
+    "ortho": nn.init.orthogonal_,
+}
+
+
+class Linear(nn.Module):
+    """y = x W^T in the dtype of x; optimiser, views and exporter see the fp32 weight."""
+
+    def __init__(self, columns: int, rows: int, role: Role, init: Callable = nn.init.zeros_):
+        super().__init__()
+        self.weight = parameter(init(torch.empty(rows, columns)), role)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / root mean square of its last dimension; no weights."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+# Knobs of the techniques below, in order of appearance: the report measures the model without
+# each of them that is on
+MODEL_TOGGLES: list[str] = []
+
+
+def technique(knob_name: str) -> Callable:
+    """Marks a class or function as what this knob switches on; 0 switches it off."""
+
+    def mark(part: Callable) -> Callable:
+        MODEL_TOGGLES.append(knob_name)
+        return part
+
+    return mark
+
+
+# Techniques before the first block: (x, ids) -> x
+
+
+def input_norm(x: Tensor, ids: Tensor) -> Tensor:
+    """The norm of the embedding, for a place in GPT.entry."""
+    return rms_norm(x)
+
+
+@technique("SMEAR_GATE")
+class SmearGate(nn.Module):
+    """SmearGate: blend each position with the one before.
+
+    What:   (1 - g) x_t + g x_{t-1}, with g = sigmoid(gate) per dimension; zeros before a row.
+    Why:    the previous token is known before the first attention, which need not fetch it.
+    Source: pull request #194 (after the norm: #989); toggle SMEAR_GATE.
+    Care:   in a row of several documents the first token of each sees the last of the one
+            before; SMEAR_MASK_BOS (#1851) puts zeros there. g starts at one half, not at zero.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.gate = parameter(torch.zeros(cfg.model_dim), Role("smear"))
+        self.mask_bos = cfg.smear_mask_bos
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        previous = F.pad(x, (0, 0, 1, -1))
+        if self.mask_bos:
+            previous = previous * (ids != BOS)[..., None]
+        return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
+
+
+ADAMW_RATES["smear"] = ("scalar_lr", "smear_beta2")
+
+
+@technique("BIGRAM_VOCAB_SIZE")
+class BigramHash(nn.Module):
+    """BigramHash: an embedding of the pair (previous token, token).
+
+    What:   x_t + scale * proj(embed[bucket]), with the bucket
+            (36313 id_t XOR 27191 id_{t-1}) mod (buckets - 1).
+    Why:    what depends on two neighbouring tokens alone is looked up, not computed.
+    Source: pull request #989; toggle BIGRAM_VOCAB_SIZE.
+    Care:   the last bucket is for row starts, and no pair may fall there. The table starts at
+            zero, so that the first forward pass is that of the model without it.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        table = torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.embed = parameter(table, Role("embed", "quant_bits_bigram"))
+        optimiser = "muon" if cfg.bigram_proj_opt == "muon" else "scalar"
+        role = Role(optimiser, "quant_bits_bigram")
+        self.proj = Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init])
+        self.proj.weight.data *= cfg.bigram_proj_gain
+        self.scale = parameter(torch.tensor(0.05), CONTROL)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        row_start = len(self.embed) - 1
+        # (batch, time - 1), then a bucket for each position
+        bucket = torch.bitwise_xor(36313 * ids[:, 1:], 27191 * ids[:, :-1]) % row_start
+        bucket = F.pad(bucket, (1, 0), value=row_start)
+        pairs = F.embedding(bucket, self.embed).to(x.dtype)
+        return x + self.scale.to(x.dtype) * self.proj(pairs)
+
+
+# Techniques inside the blocks: on values, on what attention gathered, on norms, on positions
+
+
+@technique("VE_ENABLED")
+class ValueEmbedding(nn.Module):
+    """ValueEmbedding: a second token table whose rows are added to V.
+
+    What:   V of block b += block_scale_b * scale * proj(embed[id]).
+    Why:    late blocks attend to the token itself, which the stream may have overwritten.
+    Source: pull requests #549 and #975; toggle VE_ENABLED, blocks VE_LAYERS.
+    Care:   one table and one projection for all its blocks: computed once, scaled per block.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.blocks = [int(number) for number in cfg.ve_layers.split(",")]
+        kv_dim = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
+        self.embed = parameter(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
+        role = Role("scalar", "quant_bits_bigram")
+        self.proj = Linear(cfg.ve_dim, kv_dim, role, INITS["ortho"])
+        self.scale = parameter(torch.tensor(0.1), CONTROL)
+        self.block_scales = parameter(torch.ones(len(self.blocks)), CONTROL)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> dict[int, Tensor]:
+        """Ids (batch, time) -> {block: (batch, time, kv_dim)}."""
+        base = self.scale.to(dtype) * self.proj(F.embedding(ids, self.embed).to(dtype))
+        scales = self.block_scales.to(dtype).unbind()
+        return {block: scale * base for block, scale in zip(self.blocks, scales, strict=True)}
+
+
+@technique("XSA_LAST_N")
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA, exclusive self-attention: take a position's own value out of what it has gathered.
+
+    What:   y - (y . u) u, with u the unit vector of the own value; per head.
+    Why:    the stream has the own token already; attention is left for the others.
+    Source: pull request #975; toggle XSA_LAST_N.
+    Care:   a query head uses the value of its own group: head h that of h // group size.
+
+    y (batch, time, heads, head_dim), v (batch, time, kv heads, head_dim) -> as y.
+    """
+    # (batch, time, kv heads, heads of a group, head_dim)
+    grouped = y.unflatten(2, (v.shape[2], -1))
+    own = F.normalize(v, dim=-1)[:, :, :, None]
+    along = (grouped * own).sum(-1, keepdim=True)
+    return (grouped - along * own).flatten(2, 3)
+
+
+@technique("LN_SCALE")
+class DepthScaledNorm(nn.Module):
+    """LN scale: smaller inputs for deeper blocks.
+
+    What:   RMSNorm(x) / sqrt(block + 1), the first block being 0.
+    Why:    deep blocks add less to the stream, and so disturb less of what is there.
+    Source: pull request #975; toggle LN_SCALE.
+    Care:   both norms of a block, and not the last norm before the head.
+    """
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self.scale = 1 / math.sqrt(layer + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x) * self.scale
+
+
+@technique("ROPE_NTK_LEN")
+def stretched_base(cfg: Config, dims: int) -> float:
+    """NTK: a larger rotary base for rows longer than ROPE_NTK_LEN.
+
+    What:   base * (TRAIN_SEQ_LEN / ROPE_NTK_LEN) ** (dims / (dims - 2)), if that is larger.
+    Why:    the slowest pair turns as far over a training row as over ROPE_NTK_LEN before.
+    Source: pull request #975; toggle ROPE_NTK_LEN.
+    Care:   it grows with the TRAINING row, for rows of every length. #975 took the length of
+            the row at hand, so that short scoring windows met another model than was trained.
+    """
+    stretch = max(cfg.train_seq_len / cfg.rope_ntk_len, 1.0) ** (dims / (dims - 2))
+    return cfg.rope_base * stretch
+
+
+def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Partial RoPE: cos and sin of every angle, each (longest row, 1, pairs).
+
+    What:   angle = position * base ** (-2 k / dims) for pair k of the ROPE_DIMS first dimensions
+            of a head; the others are not rotated.
+    Why:    what is not rotated is compared alike at every distance.
+    Source: #975; toggle ROPE_DIMS, 0: all dimensions.
+    Care:   `dims` counts the rotated dimensions, in the exponent too, not those of the head.
+    """
+    dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
+    base = cfg.rope_base
+    if cfg.rope_ntk_len:
+        base = stretched_base(cfg, dims)
+    frequency = base ** (-torch.arange(0, dims, 2) / dims)
+    position = torch.arange(max(cfg.train_seq_len, cfg.window))
+    angle = torch.outer(position, frequency)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of the first 2 * pairs dimensions of each head.
+
+    Pair k is dimensions (k, k + pairs): in halves, not interleaved.
+    x (batch, time, heads, head_dim) -> the same shape.
+    """
+    pairs = cos.shape[-1]
+    cos = cos[: x.shape[1]]
+    sin = sin[: x.shape[1]]
+    a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+# Attention kernels: causal, (q, k, v) -> y, all (batch, time, heads, head_dim); k and v may have
+# fewer heads. By the names of ATTN_BACKEND: what torch contains, and what packages add to it
+# (module, remedy where it is missing).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+KERNELS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+PACKAGES = {
+    "fa3": (
+        "flash_attn_interface",
+        "build the folder hopper of github.com/Dao-AILab/flash-attention",
+    ),
+    "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+}
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
+    """torch's scaled_dot_product_attention with this kernel; None: with torch's own choice."""
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    grouped = q.shape[1] != k.shape[1]
+    with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def attention_function(name: str) -> Attend:
+    """The kernel of this name; ImportError, or RuntimeError when called, where it fails."""
+    if name in KERNELS:
+        return partial(sdpa, kernel=KERNELS[name])
+    module, _ = PACKAGES[name]
+    flash_attention = importlib.import_module(module).flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = flash_attention(q, k, v, causal=True)
+        # Some versions return the log-sum-exp as well
+        return y[0] if isinstance(y, tuple) else y
+
+    return attend
+
+
+def attention_candidates(cfg: Config, run: Run) -> list[str]:
+    """The kernels to try: the one that was asked for; auto: all of them on a GPU."""
+    if cfg.attn_backend != "auto":
+        return [cfg.attn_backend]
+    if run.cuda:
+        return [*KERNELS, *PACKAGES]
+    return ["sdpa"]
+
+
+def attention_inputs(cfg: Config, run: Run, rows: int, length: int) -> tuple[Tensor, ...]:
+    """Random q, k, v of the model's shape."""
+    make = partial(torch.randn, device=run.device, dtype=run.dtype, requires_grad=True)
+    head_dim = cfg.model_dim // cfg.num_heads
+    q = make(rows, length, cfg.num_heads, head_dim)
+    k = make(rows, length, cfg.num_kv_heads, head_dim)
+    v = make(rows, length, cfg.num_kv_heads, head_dim)
+    return q, k, v
+
+
+def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...]) -> float:
+    """Time of one call, forward and backward, compiled where the run will compile it."""
+    if run.cuda and run.compile:
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+
+    def both_ways() -> None:
+        attend(*inputs).sum().backward()
+
+    return run.milliseconds(both_ways)
+
+
+def choose_attention(cfg: Config, run: Run) -> Attend:
+    """The attention of ATTN_BACKEND; auto on a GPU: the fastest of those that work here.
+
+    Refusal, with the remedy, where the one that was asked for does not work.
+    """
+    names = attention_candidates(cfg, run)
+    # Several are timed at the run's shape; a single one is only tried
+    rows, length = (8, cfg.train_seq_len) if len(names) > 1 else (1, 16)
+    inputs = attention_inputs(cfg, run, rows, length)
+
+    found: dict[str, Attend] = {}
+    cost: dict[str, float] = {}
+    for name in names:
+        try:
+            attend = attention_function(name)
+            cost[name] = attention_milliseconds(run, attend, inputs)
+            found[name] = attend
+        except (ImportError, RuntimeError) as error:
+            _, remedy = PACKAGES.get(name, ("", "choose auto"))
+            problem = f"ATTN_BACKEND={name}: fails ({error!r:.150}); {remedy}"
+            refuse(len(names) == 1, problem)
+            run.log(problem)
+
+    best = run.broadcast(min(cost, key=cost.get))
+    timed = ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
+    run.log(
+        f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; "
+        f"ms for {rows} rows of {length}: {timed})"
+    )
+    return found[best]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention.
+
+    Queries and keys are RMS-normed per head and rotated; queries have a learned gain per head.
+    x (batch, time, model_dim) -> the same shape.
+    """
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend):
+        super().__init__()
+        dim = cfg.model_dim
+        init = INITS[cfg.init]
+        self.head_dim = dim // cfg.num_heads
+        kv_dim = self.head_dim * cfg.num_kv_heads
+        self.c_q = Linear(dim, dim, ATTN_ROLE, init)
+        self.c_k = Linear(dim, kv_dim, ATTN_ROLE, init)
+        self.c_v = Linear(dim, kv_dim, ATTN_ROLE, init)
+        self.proj = Linear(dim, dim, ATTN_ROLE)
+        self.q_gain = parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
+        self.attend = attend
+
+        # What is done to what attention has gathered: (y, v) -> y
+        self.finish = []
+        if layer >= cfg.num_layers - cfg.xsa_last_n:
+            self.finish.append(exclude_self)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, value_bias: Tensor | None) -> Tensor:
+        v = self.c_v(x)
+        if value_bias is not None:
+            v = v + value_bias
+
+        # (batch, time, heads, head_dim): the layout of FlashAttention
+        q = self.c_q(x).unflatten(2, (-1, self.head_dim))
+        k = self.c_k(x).unflatten(2, (-1, self.head_dim))
+        v = v.unflatten(2, (-1, self.head_dim))
+
+        q = apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
+        k = apply_rotary(rms_norm(k), cos, sin)
+        y = self.attend(q, k, v)
+        for part in self.finish:
+            y = part(y, v)
+        return self.proj(y.flatten(2))
+
+
+def relu2(z: Tensor) -> Tensor:
+    """max(z, 0) squared."""
+    return F.relu(z).square()
+
+
+def leaky_relu2(z: Tensor) -> Tensor:
+    """LeakyReLU^2: as relu2, but half of what is negative stays.
+
+    What:   (max(z, 0) + min(z, 0) / 2) squared.
+    Why:    a unit that is negative still has a gradient.
+    Source: #975; toggle MLP_ACT.
+    Care:   the square drops the sign: it falls below 0 and rises above, so it is not monotone.
+    """
+    return F.leaky_relu(z, 0.5).square()
+
+
+ACTIVATION_FUNCTIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2}
+
+
+class MLP(nn.Module):
+    """Two matrices with an activation between them. x (batch, time, model_dim) -> the same."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        self.fc = Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init])
+        self.activation = ACTIVATION_FUNCTIONS[cfg.mlp_act]
+        self.proj = Linear(hidden, cfg.model_dim, MLP_ROLE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.activation(self.fc(x)))
+
+
+class Block(nn.Module):
+    """Mix the input embedding back in, then attention and MLP.
+
+    Each of the two reads the normed stream and adds to it through a gain per dimension.
+    x, x0 (batch, time, model_dim) -> the same shape; x0 is what entered the first block.
+    """
+
+    def __init__(self, cfg: Config, layer: int, attend: Attend):
+        super().__init__()
+        self.norm = rms_norm
+        if cfg.ln_scale:
+            self.norm = DepthScaledNorm(layer)
+
+        self.attn = Attention(cfg, layer, attend)
+        self.mlp = MLP(cfg)
+        ones = torch.ones(cfg.model_dim)
+        zeros = torch.zeros(cfg.model_dim)
+        self.resid_mix = parameter(torch.stack((ones, zeros)), CONTROL)
+        self.attn_scale = parameter(ones, CONTROL)
+        self.mlp_scale = parameter(ones.clone(), CONTROL)
+
+    def forward(
+        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, value_bias: Tensor | None
+    ) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(self.norm(x), cos, sin, value_bias)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
+
+
+class GPT(nn.Module):
+    """Blocks in a U-Net; embedding and head are one matrix.
+
+    The first half of the blocks are encoders: each keeps its output, and the decoders take these
+    back, the last one first, with a gain per dimension. Parameters are fp32, activations `dtype`.
+    """
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Attend = sdpa):
+        super().__init__()
+        self.dtype = dtype
+        self.softcap = cfg.logit_softcap
+        self.encoders = cfg.num_layers // 2
+        embedding = cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim)
+        self.tok_emb = parameter(embedding, EMBED_ROLE)
+        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
+        self.skip_weights = parameter(torch.ones(self.encoders, cfg.model_dim), CONTROL)
+
+        # Techniques come last, so that a toggle leaves the other initial weights as they are.
+        # What happens to the embedding before the first block, in this order: (x, ids) -> x
+        self.entry = []
+        if cfg.bigram_vocab_size:
+            self.bigram = BigramHash(cfg)
+            self.entry.append(self.bigram)
+        if cfg.smear_gate:
+            self.smear = SmearGate(cfg)
+        if cfg.smear_gate and cfg.smear_pos == "pre_norm":
+            self.entry.append(self.smear)
+        self.entry.append(input_norm)
+        if cfg.smear_gate and cfg.smear_pos == "post_norm":
+            self.entry.append(self.smear)
+
+        # What is added to V of some blocks: (ids, dtype) -> {block: (batch, time, kv_dim)}
+        self.value_biases = []
+        if cfg.ve_enabled:
+            self.value_embed = ValueEmbedding(cfg)
+            self.value_biases.append(self.value_embed)
+
+        cos, sin = rotary_tables(cfg, dtype)
+        self.cos = nn.Buffer(cos, persistent=False)
+        self.sin = nn.Buffer(sin, persistent=False)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Ids (batch, time) -> (batch, time, model_dim): the only forward path."""
+        x = F.embedding(ids, self.tok_emb).to(self.dtype)
+        for part in self.entry:
+            x = part(x, ids)
+        value_bias = {}
+        for part in self.value_biases:
+            value_bias.update(part(ids, self.dtype))
+
+        x0 = x
+        skips = []
+        skip_weights = self.skip_weights.to(self.dtype)
+        for layer, block in enumerate(self.blocks):
+            decoder = layer - self.encoders
+            if decoder >= 0 and skips:
+                x = x + skip_weights[decoder] * skips.pop()
+            x = block(x, x0, self.cos, self.sin, value_bias.get(layer))
+            if decoder < 0:
+                skips.append(x)
+        return rms_norm(x)
+
+    def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Nats of each target, fp32, of the shape of `targets`.
+
+        ids (batch, time). positions (batch, slots): where logits are computed, for targets
+        (batch, slots); None: everywhere, for targets (batch, time).
+        """
+        h = self.hidden(ids)
+        if positions is not None:
+            h = h.take_along_dim(positions[..., None], dim=1)
+        logits = F.linear(h, self.tok_emb.to(h.dtype)).float()
+        logits = self.softcap * torch.tanh(logits / self.softcap)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return nats.view(targets.shape)
+
+
+def build_model(cfg: Config, run: Run, attend: Attend) -> GPT:
+    """The initial model: of one SEED the same weights on every rank and device."""
+    torch.manual_seed(cfg.seed)
+    return GPT(cfg, run.dtype, attend).to(run.device)
+
+
+# ── 6 Schedule ────────────────────────────────────────────────────────────────────────────────────
+# In: steps done and training seconds. Out: what the next step does.
+# Promise: pure functions of these two, but for triggers, which stay on once they have fired; so
+# every rank that is told the same time does the same.
+class StepPlan(NamedTuple):
+    """What one step does."""
+
+    lr_scale: float
+    momentum: float
+    qat: bool = False
+    qna: float = 0.0  # width of the noise, in quantisation steps; 0: none
+    snapshot: bool = False  # of the weights, after the step
+
+
+# Phase (its toggle: NAME_ENABLED) -> the field of StepPlan by which it acts
+PHASES = {"QNA": "qna", "QAT": "qat", "SWA": "snapshot", "SQWA": "snapshot"}
+
+
+def plan_step(cfg: Config, step: int, lr_scale: float, fired: set[str]) -> StepPlan:
+    """What a step does at this learning rate, given the triggers that have fired."""
+    qat = "qat" in fired
+    qna = 0.0
+    if cfg.qna_enabled and not qat and lr_scale >= cfg.qna_stop_scale:
+        qna = cfg.qna_magnitude * lr_scale
+    snapshot = "swa" in fired and (step + 1) % cfg.swa_every == 0
+    return StepPlan(lr_scale, momentum_at(cfg, step), qat, qna, snapshot)
+
+
+def phases_wanted(cfg: Config) -> list[str]:
+    """The phases that the run asks for, in the order of the timeline."""
+    return [name for name in PHASES if getattr(cfg, f"{name.lower()}_enabled")]
+
+
+def steps_left(cfg: Config, step: int, elapsed: float) -> float:
+    """Steps still to come: by ITERATIONS, or within the budget at the mean speed so far."""
+    left = float(cfg.iterations - step)
+    # Before the first step no speed is known
+    if not cfg.max_wallclock_seconds or step == 0:
+        return left
+    affordable = (cfg.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)
+    return max(min(left, affordable), 0.0)
+
+
+def learning_rate_scale(cfg: Config, step: int, left: float) -> float:
+    """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS."""
+    warmdown = cfg.warmdown_frac * (step + left)
+    if not warmdown:
+        warmdown = cfg.warmdown_iters
+    if not warmdown:
+        return 1.0
+    # Under a budget nothing is known at step 0 of the end of the run
+    if cfg.max_wallclock_seconds and step == 0:
+        return 1.0
+    return min(left / warmdown, 1.0)
+
+
+def momentum_at(cfg: Config, step: int) -> float:
+    """Muon's: rises linearly over MUON_MOMENTUM_WARMUP_STEPS, then stays."""
+    ramp = 1.0
+    if cfg.muon_momentum_warmup_steps:
+        ramp = min(step / cfg.muon_momentum_warmup_steps, 1.0)
+    return (1 - ramp) * cfg.muon_momentum_warmup_start + ramp * cfg.muon_momentum
+
+
+def trigger_reached(
+    cfg: Config, step: int, total: float, lr_scale: float, kind: str, value: float
+) -> bool:
+    """Whether a trigger of this kind and value (QAT_START_KIND and QAT_START, say) is reached.
+
+    total: steps of the whole run, as far as is known now.
+    """
+    if kind == "lr_scale":
+        return lr_scale < value
+    if kind == "time_frac":
+        return step >= value * total
+    if kind == "iter_frac":
+        return step >= int(value * cfg.iterations)
+    return True  # always
+
+
+class Schedule:
+    """(steps done, training seconds) -> StepPlan.
+
+    Care: a trigger that has fired stays on; else jitter of the step time would switch QAT on and
+    off. `fired` is all that is remembered, and what a checkpoint must keep.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.fired: set[str] = set()
+        # Fields of the plan that anything acts by
+        self.in_use = {PHASES[name] for name in phases_wanted(cfg)}
+
+    def at(self, step: int, elapsed: float) -> StepPlan:
+        """The plan of the next step, `step` steps and `elapsed` seconds of training being done."""
+        cfg = self.cfg
+        left = steps_left(cfg, step, elapsed)
+        lr_scale = learning_rate_scale(cfg, step, left)
+
+        reached = partial(trigger_reached, cfg, step, step + left, lr_scale)
+        if "qat" in self.in_use and reached(cfg.qat_start_kind, cfg.qat_start):
+            self.fired.add("qat")
+        if "snapshot" in self.in_use and reached(cfg.swa_start_kind, cfg.swa_start_frac):
+            self.fired.add("swa")
+        return plan_step(cfg, step, lr_scale, self.fired)
+
+
+def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
+    """True when one more step at the mean speed would end after the wallclock budget."""
+    if not cfg.max_wallclock_seconds or step == 0:
+        return False
+    return elapsed + elapsed / step > cfg.max_wallclock_seconds
+
+
+def timeline(cfg: Config, step_seconds: float) -> str:
+    """Planned step and second of every phase asked for, or NEVER.
+
+    Found by running the schedule itself at a constant speed.
+    """
+    starts = {}
+    if cfg.warmdown_iters or cfg.warmdown_frac:
+        starts["warmdown"] = "NEVER"
+    for name in phases_wanted(cfg):
+        starts[name] = "NEVER"
+
+    schedule = Schedule(cfg)
+    step = 0
+    elapsed = 0.0
+    while step < cfg.iterations and not budget_spent(cfg, step, elapsed):
+        now = schedule.at(step, elapsed)
+        acting = [name for name, field in PHASES.items() if getattr(now, field)]
+        if now.lr_scale < 1:
+            acting.append("warmdown")
+        for name in acting:
+            if starts.get(name) == "NEVER":
+                starts[name] = f"step {step} ({elapsed:.0f} s)"
+        step += 1
+        elapsed = step * step_seconds
+
+    text = f"{step} steps of {step_seconds * 1e3:.1f} ms"
+    for name, start in starts.items():
+        text += f", {name} from {start}"
+    return text
+
+
+# ── 7 Optimiser ───────────────────────────────────────────────────────────────────────────────────
+# In: the parameters with their roles, and the gradients of one step. Out: new weights.
+# Promise: weights and gradients lie in one buffer each, and every rank holds the same bits after
+# every step.
+ALIGNMENT = 16  # fp32 entries: 64 bytes, what vector loads want
+
+
+class Bank(NamedTuple):
+    """Muon matrices of one role and shape, one behind the other: they are updated as one stack."""
+
+    names: list[str]
+    place: slice  # of a buffer like the weights
+    stride: int  # entries from one matrix to the next
+    shape: tuple[int, int]
+
+
+class FlatParameters:
+    """Weights in one fp32 buffer, gradients in another: one all-reduce, one norm, no copies.
+
+    Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
+
+        weights    | embed | bank | bank | ... | scalar |
+        gradients  | embed | bank | bank | ... | scalar | loss | stop |
+
+    The step's loss and a stop flag travel with the gradients. A group is one slice, so that AdamW
+    sees one tensor. A bank is filled up with zeros to an equal share per rank, here 5 matrices on
+    3 ranks; each rank updates its share (Optimiser):
+
+        | matrix 0  matrix 1 | matrix 2  matrix 3 | matrix 4  zeros |
+          rank 0               rank 1               rank 2
+
+    run: world and rank, and the device.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], run: Run):
+        self.world = run.world
+        self.rank = run.rank
+        self.shapes = {name: p.shape for name, p in params.items()}
+        self.places: dict[str, int] = {}  # name -> first entry
+        self.groups: dict[str, slice] = {}  # optimiser of a Role -> entries
+        self.banks: list[Bank] = []
+        size = self.lay_out(params)
+
+        self.weights = torch.zeros(size, device=run.device)
+        self.gradients = torch.zeros(size + 2, device=run.device)
+        self.proper_gradients = self.gradients[:size]
+        self.loss = self.gradients[size]  # of the step
+        self.stop = self.gradients[size + 1]  # 1: this rank was told to stop
+
+        gradients = self.views(self.gradients)
+        for name, weights in self.views(self.weights).items():
+            weights.copy_(params[name].data)
+            params[name].data = weights
+            params[name].grad = gradients[name]
+
+    def lay_out(self, params: dict[str, nn.Parameter]) -> int:
+        """Gives every tensor its place; returns the number of entries of all."""
+
+        def kind(name: str) -> tuple:
+            role = params[name].role
+            return role.optimiser, role.bits or "", tuple(params[name].shape)
+
+        size = 0
+        for (group, _, shape), alike in itertools.groupby(sorted(params, key=kind), kind):
+            names = list(alike)
+            start = size
+            stride = math.ceil(math.prod(shape) / ALIGNMENT) * ALIGNMENT
+            for i, name in enumerate(names):
+                self.places[name] = start + i * stride
+
+            slots = len(names)
+            if group == "muon":
+                slots = math.ceil(slots / self.world) * self.world
+            size += slots * stride
+            if group == "muon":
+                self.banks.append(Bank(names, slice(start, size), stride, shape))
+
+            first = self.groups[group].start if group in self.groups else start
+            self.groups[group] = slice(first, size)
+        return size
+
+    def views(self, buffer: Tensor) -> State:
+        """Name -> its part of a buffer like `weights`, in its own shape."""
+        parts = {}
+        for name, shape in self.shapes.items():
+            place = self.places[name]
+            parts[name] = buffer[place : place + shape.numel()].view(shape)
+        return parts
+
+    def shares(self, buffer: Tensor) -> list[Tensor]:
+        """The banks of a buffer like `weights`, each (ranks, entries of one rank)."""
+        return [buffer[bank.place].view(self.world, -1) for bank in self.banks]
+
+    def matrices(self, buffer: Tensor) -> list[Tensor]:
+        """The banks of a buffer like `weights`, each (ranks, matrices, rows, columns)."""
+        stacks = []
+        for bank, shares in zip(self.banks, self.shares(buffer), strict=True):
+            slots = shares.unflatten(1, (-1, bank.stride))
+            stacks.append(slots[..., : math.prod(bank.shape)].unflatten(-1, bank.shape))
+        return stacks
+
+    def pair_with_weights(self, grids: dict[str, Grid]) -> list[tuple[Grid, Tensor]]:
+        """Name -> grid as (grid, view of the weights): one view for a bank of equal grids."""
+        views = self.views(self.weights)
+        covered = set()
+        for bank, matrices in zip(self.banks, self.matrices(self.weights), strict=True):
+            first, *others = bank.names
+            if all(grids.get(name) == grids.get(first) for name in others):
+                views[first] = matrices
+                covered.update(others)
+        return [(grid, views[name]) for name, grid in grids.items() if name not in covered]
+
+    def gather(self, stacks: Iterable[Tensor]) -> None:
+        """Every rank's row of each (ranks, entries), on all ranks.
+
+        `stacks` may be a generator: one stack travels while the next is made.
+        """
+        works = []
+        for rows in stacks:
+            if self.world > 1:
+                works.append(dist.all_gather(list(rows), rows[self.rank], async_op=True))
+        for work in works:
+            work.wait()
+
+    def reduce(self, clip: float) -> tuple[float, float, float]:
+        """The mean over the ranks, THEN the clip: each rank's own clip would bend the mean (#975).
+
+        Returns (mean loss, gradient norm before the clip, share of the ranks told to stop).
+        The only host sync of a step.
+        """
+        if self.world > 1:
+            dist.all_reduce(self.gradients)
+            self.gradients /= self.world
+        norm = self.proper_gradients.norm()
+        loss, stopping, norm = torch.stack((self.loss, self.stop, norm)).tolist()
+        if 0 < clip < norm + 1e-6:
+            self.proper_gradients *= clip / (norm + 1e-6)
+        return loss, norm, stopping
+
+    def checksums(self) -> list[int]:
+        """The sum of the bits of every rank's weights: unlike where ranks have drifted apart.
+
+        A host sync.
+        """
+        sums = self.weights.new_zeros(self.world, 1, dtype=torch.int64)
+        sums[self.rank] = self.weights.view(torch.int32).sum()
+        self.gather([sums])
+        return sums.flatten().tolist()
+
+
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz: matrices (n, rows, columns) -> nearly semi-orthogonal ones, all at once.
+
+    What:   x = g / |g|, then `steps` times x <- a x + (b A + c A^2) x with A = x x^T.
+    Why:    it pulls every singular value towards 1 by matrix products alone, without an SVD.
+    Source: Muon (K. Jordan 2024), with its a, b and c.
+    Care:   singular values end between 0.7 and 1.2, not at 1: a, b, c trade that for few steps.
+            A is built on the short side. On a CPU it runs in fp32, as bf16 is slow there.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[-2] > g.shape[-1]
+    x = g.mT if tall else g
+    x = x.to(torch.bfloat16 if g.is_cuda else torch.float32)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x.mT if tall else x
+    return x.to(g.dtype)
+
+
+class MuonShare(NamedTuple):
+    """What one rank updates of a bank: its share, each (matrices, rows, columns)."""
+
+    weights: Tensor
+    gradients: Tensor
+    momenta: Tensor
+    bank: Tensor  # the weights of all ranks, (ranks, entries)
+
+
+def muon_update(share: MuonShare, lr: float, momentum: float, cfg: Config, orthogonalise) -> None:
+    """Muon: one step of a stack of matrices along the orthogonalised momentum, in place.
+
+    What:   m <- momentum m + g;  u = Newton-Schulz(g + momentum m)
+            w <- (1 - lr wd) w - lr sqrt(max(1, rows / columns)) u
+    Why:    all directions of a matrix move alike, however unequal its gradient is.
+    Source: K. Jordan 2024 (Nesterov form); MATRIX_LR, MUON_MOMENTUM, MUON_WD.
+    Care:   for matrices inside the model only: tables, vectors and scalars go to AdamW.
+            The decay is decoupled, and must reach Muon (#989's did not).
+    """
+    share.momenta.mul_(momentum).add_(share.gradients)
+    nesterov = torch.add(share.gradients, share.momenta, alpha=momentum)
+    update = orthogonalise(nesterov, cfg.muon_backend_steps)
+    rows, columns = update.shape[-2:]
+    scale = lr * math.sqrt(max(1, rows / columns))
+    share.weights.mul_(1 - lr * cfg.muon_wd).add_(update, alpha=-scale)
+
+
+class Optimiser:
+    """Muon for the matrices inside the model, AdamW for the rest.
+
+    Each rank updates its share of each Muon bank; AdamW does all of its work on every rank. The
+    moments lie in buffers like the weights. No host sync.
+    """
+
+    def __init__(self, flat: FlatParameters, cfg: Config, run: Run):
+        self.flat = flat
+        self.cfg = cfg
+        self.first_moments = torch.zeros_like(flat.weights)  # momenta of Muon too
+        self.second_moments = torch.zeros_like(flat.weights)  # of AdamW alone
+        self.orthogonalise = newton_schulz
+        if run.compile:
+            self.orthogonalise = torch.compile(newton_schulz, dynamic=False)
+
+        banks = flat.shares(flat.weights)
+        stacks = [flat.matrices(b) for b in (flat.weights, flat.gradients, self.first_moments)]
+        self.shares = []
+        for bank, *parts in zip(banks, *stacks, strict=True):
+            own = [part[run.rank] for part in parts]
+            self.shares.append(MuonShare(*own, bank))
+        self.adamw = self.make_adamw()
+
+    def make_adamw(self) -> torch.optim.AdamW:
+        """One tensor per group: its slice of the buffers. KeyError: a group without a rate."""
+        flat, cfg = self.flat, self.cfg
+        groups = []
+        states = {}
+        for name, place in flat.groups.items():
+            if name == "muon":
+                continue
+            lr_knob, beta2_knob = ADAMW_RATES[name]
+            lr = getattr(cfg, lr_knob)
+            betas = (cfg.beta1, getattr(cfg, beta2_knob) or cfg.beta2)
+            weights = nn.Parameter(flat.weights[place])
+            weights.grad = flat.gradients[place]
+            groups.append({"params": [weights], "lr": lr, "base_lr": lr, "betas": betas})
+            states[weights] = {
+                "step": torch.zeros((), device=weights.device),
+                "exp_avg": self.first_moments[place],
+                "exp_avg_sq": self.second_moments[place],
+            }
+        adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
+        adamw.state.update(states)
+        return adamw
+
+    def step(self, now: StepPlan) -> None:
+        """New weights on every rank, from `flat.gradients`."""
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * now.lr_scale
+        self.adamw.step()
+        self.flat.gather(self.muon(self.cfg.matrix_lr * now.lr_scale, now.momentum))
+
+    def muon(self, lr: float, momentum: float) -> Iterator[Tensor]:
+        """Updates this rank's share of each bank; yields each bank, (ranks, entries)."""
+        for share in self.shares:
+            muon_update(share, lr, momentum, self.cfg, self.orthogonalise)
+            yield share.bank
+
+
+# ── 8 Views and averages ──────────────────────────────────────────────────────────────────────────
+# In: the latent weights. Out: what a forward pass sees of them (views), and their averages over
+# steps, wherever they are quantised by the grid of the artifact.
+# Promise: a view changes the latent weights for no longer than a step, an average never, and every
+# rank does the same arithmetic.
+
+
+class Qat:
+    """QAT, quantisation-aware training: the forward pass sees what the artifact will hold.
+
+    What:   w -> codes(w) * scale(w), the round trip of the export grid.
+    Why:    training moves the weights to where rounding costs least.
+    Source: #989; toggle QAT_ENABLED, from QAT_START_KIND and QAT_START on.
+    Care:   grids and tensors are those of the exporter, bit for bit; the seeds' own grids were not
+            (#194), or covered other tensors (#975, #145): QAT_SCOPE, QAT_GRID rebuild them.
+    """
+
+    def __init__(self, cfg: Config, model: GPT, exported: dict[str, Grid]):
+        self.cfg = cfg
+        self.scope = cfg.qat_scope
+        self.grids = exported
+        if self.scope != "exported":
+            self.grids = self.grids_of_linears(model)
+        if cfg.qat_grid == "amax":
+            self.grids = {n: grid._replace(clip="amax") for n, grid in self.grids.items()}
+
+    def grids_of_linears(self, model: GPT) -> dict[str, Grid]:
+        """The narrower scopes of the seeds: all linear layers, or those outside of the blocks."""
+        grids = {}
+        for name, p in model.named_parameters():
+            linear = name.endswith(".weight")
+            in_scope = self.scope == "linears" or not name.startswith("blocks.")
+            if linear and in_scope and getattr(self.cfg, p.role.bits) < 16:
+                grids[name] = role_grid(self.cfg, p.role)
+        return grids
+
+    def at_full_strength(self) -> StepPlan:
+        """A step in which it acts, for the warm-up and for the proof that it does something."""
+        return StepPlan(1.0, self.cfg.muon_momentum, qat=True)
+
+    def acts(self, now: StepPlan) -> bool:
+        return now.qat
+
+    def apply(self, stacks: list[tuple[Grid, Tensor]], now: StepPlan, step: int) -> None:
+        for grid, weights in stacks:
+            weights.copy_(grid.fake_quantise(weights))
+
+
+class Qna:
+    """QNA, quantisation noise: the forward pass sees the weights with uniform noise on them.
+
+    What:   w -> w + width * scale(w) * u, u uniform in [-1/2, 1/2); width: QNA_MAGNITUDE times the
+            learning-rate scale, 0 once QAT has begun.
+    Why:    weights learn to bear errors as large as those of rounding, before QAT rounds them.
+    Source: #975; toggle QNA_ENABLED.
+    Care:   noise depends on SEED, step and stack alone: every rank, and a run that goes on, draws
+            the same. scale(w) is the exported one. #975's ignored the floor of the
+            step, so that its noise was smaller than the true error.
+    """
+
+    scope = "exported"
+
+    def __init__(self, cfg: Config, model: GPT, exported: dict[str, Grid]):
+        self.cfg = cfg
+        self.grids = {}
+        for name, grid in exported.items():
+            self.grids[name] = grid._replace(floor=grid.floor and cfg.qna_use_floor)
+
+    def at_full_strength(self) -> StepPlan:
+        """A step with the noise of full learning rate."""
+        return StepPlan(1.0, self.cfg.muon_momentum, qna=self.cfg.qna_magnitude)
+
+    def acts(self, now: StepPlan) -> bool:
+        return now.qna > 0
+
+    def apply(self, stacks: list[tuple[Grid, Tensor]], now: StepPlan, step: int) -> None:
+        for i, (grid, weights) in enumerate(stacks):
+            seed = (self.cfg.seed * 1_000_003 + step) * 1009 + i
+            generator = torch.Generator(weights.device).manual_seed(seed)
+            noise = torch.rand(weights.shape, generator=generator, device=weights.device) - 0.5
+            weights.add_(grid.scale(weights) * now.qna * noise)
+
+
+# Toggle without _ENABLED -> view
+VIEWS = {"QAT": Qat, "QNA": Qna}
+
+
+class WeightViews:
+    """For the forward and backward of a step, weights become what the forward pass shall see.
+
+    Then the latent ones return and take the gradient of the seen ones: a straight-through estimator
+    outside of the compiled graph, so that nothing compiles again when a technique starts or ends.
+    No host sync.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
+        exported = {name: how for name, how in plan.items() if isinstance(how, Grid)}
+        self.techniques = {}  # name -> its view
+        self.stacks: dict[str, list[tuple[Grid, Tensor]]] = {}
+        for name, technique in VIEWS.items():
+            if not getattr(cfg, f"{name.lower()}_enabled"):
+                continue
+            view = technique(cfg, model, exported)
+            self.techniques[name] = view
+            self.stacks[name] = flat.pair_with_weights(view.grids)
+            entries = sum(flat.shapes[tensor].numel() for tensor in view.grids)
+            run.activity[name] = Activity(len(view.grids), entries, view.scope)
+            refuse(
+                not view.grids and cfg.strict,
+                f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, "
+                "KEEP_FLOAT_MAX_NUMEL, STRICT",
+                4,
+            )
+
+    def acting(self, now: StepPlan) -> list[str]:
+        """The techniques that change what this step sees."""
+        return [name for name, view in self.techniques.items() if view.acts(now)]
+
+    def enter(self, now: StepPlan, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Puts the seen weights in; returns what `leave` needs to bring the latent ones back."""
+        latent = []
+        for name in self.acting(now):
+            stacks = self.stacks[name]
+            latent += [(weights, weights.clone()) for _, weights in stacks]
+            self.techniques[name].apply(stacks, now, step)
+        return latent
+
+    def leave(self, latent: list[tuple[Tensor, Tensor]]) -> None:
+        for weights, saved in reversed(latent):
+            weights.copy_(saved)
+
+
+AVERAGES: dict[str, type] = {}  # the name of an average -> its class, by which it is wired
+
+
+class Ema:
+    """EMA: exponential moving average of the weights, from the initial ones on.
+
+    What:   e <- decay e + (1 - decay) w after every step.
+    Why:    it takes out the noise of the last steps, at any time and without a start to choose.
+    Source: #975; toggle EMA_ENABLED.
+    Care:   in fp32, or 1 - decay drowns in rounding. Latent weights are averaged, QAT or not.
+    """
+
+    of = "live weights"
+    every_step = True
+    kept_as = "ema"
+
+    def __init__(self, cfg: Config, model: GPT, averages: Averages):
+        self.decay = cfg.ema_decay
+        self.live = averages.flat.weights
+        self.buffer = self.live.clone()
+        self.kept = averages.flat.views(self.buffer)
+
+    def update(self) -> None:
+        self.buffer.lerp_(self.live, 1 - self.decay)
+
+    def result(self) -> State:
+        return self.kept
+
+
+AVERAGES["ema"] = Ema
+
+
+class Swa:
+    """SWA, stochastic weight averaging: the mean of snapshots of the live weights.
+
+    What:   (w_1 + ... + w_n) / n, a snapshot every SWA_EVERY steps once SWA_START_FRAC is reached.
+    Why:    the mean of points around a minimum lies lower than the points themselves.
+    Source: #199, #194, #989; toggle SWA_ENABLED.
+    Care:   a sum in bf16 goes wrong as snapshots are added: fp32, unless SWA_DTYPE rebuilds the
+            seeds (#194, #989). Latent weights are averaged, QAT or not.
+    """
+
+    of = "live weights"
+    every_step = False
+    kept_as = "sum"
+
+    def __init__(self, cfg: Config, model: GPT, averages: Averages):
+        self.source = averages.live
+        self.count = 0
+        self.kept = {}
+        for name, p in model.named_parameters():
+            is_table = p.role.optimiser == "embed"
+            low = cfg.swa_dtype == "bf16" or (cfg.swa_dtype == "native" and is_table)
+            self.kept[name] = torch.zeros_like(p, dtype=torch.bfloat16 if low else torch.float32)
+
+    def snapshot(self, name: str) -> Tensor:
+        return self.source[name]
+
+    def update(self) -> None:
+        for name, total in self.kept.items():
+            total.add_(self.snapshot(name).to(total.dtype))
+        self.count += 1
+
+    def result(self) -> State:
+        """The mean; empty before the first snapshot."""
+        if not self.count:
+            return {}
+        return {name: total.float() / self.count for name, total in self.kept.items()}
+
+
+AVERAGES["swa"] = Swa
+
+
+class Sqwa(Swa):
+    """SQWA: the mean of snapshots that are quantised and dequantised first.
+
+    What:   SWA of Q(w), each tensor as the artifact would hold it; of the EMA where one is on.
+    Why:    what is averaged has already paid for its rounding, so the last rounding costs less.
+    Source: #975; toggle SQWA_ENABLED.
+    Care:   the mean is off the grid and is rounded once more at export. It is taken on the device,
+            on every rank (#975's lived on rank 0 alone).
+    """
+
+    def __init__(self, cfg: Config, model: GPT, averages: Averages):
+        super().__init__(cfg, model, averages)
+        self.plan = averages.plan
+        for name, average in averages.on.items():
+            if average.every_step:
+                self.source = average.kept
+                self.of = name.upper()
+
+    def snapshot(self, name: str) -> Tensor:
+        return as_shipped(self.source[name], self.plan[name])
+
+
+AVERAGES["sqwa"] = Sqwa
+
+
+class Averages:
+    """The averages that the run collects: one of every step, and a mean of snapshots.
+
+    Of the latent weights, on the device, the same on every rank. No host sync. An average has:
+        of          what it averages
+        every_step  whether it takes every step in; else snapshots
+        kept        the tensors that a checkpoint keeps, under the name `kept_as`
+        update()    takes the weights in
+        result()    the averaged weights, if there are any yet
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, flat: FlatParameters, plan: dict):
+        self.flat = flat
+        self.plan = plan
+        self.live = flat.views(flat.weights)
+        self.on: dict[str, Ema | Swa] = {}
+        for name, technique in AVERAGES.items():
+            if name in cfg.collected():
+                self.on[name] = technique(cfg, model, self)
+
+        entries = sum(weights.numel() for weights in self.live.values())
+        for name in cfg.collected():
+            scope = f"of {self.on[name].of}"
+            run.activity[name.upper()] = Activity(len(self.live), entries, scope)
+
+    @property
+    def snapshots(self) -> Swa | None:
+        """The mean of snapshots that is on. At most one is: a rule of Config sees to it."""
+        return next((average for average in self.on.values() if not average.every_step), None)
+
+    def update(self, snapshot: bool) -> list[str]:
+        """After an optimiser step. Returns which averages took the weights in."""
+        acting = []
+        for name, average in self.on.items():
+            if average.every_step or snapshot:
+                average.update()
+                acting.append(name.upper())
+        return acting
+
+    def results(self) -> dict[str, State]:
+        """Every average that has weights, by name."""
+        results = {name: average.result() for name, average in self.on.items()}
+        return {name: state for name, state in results.items() if state}
+
+    def tensors(self) -> dict[str, State]:
+        """What a checkpoint keeps: the live weights, and what every average keeps."""
+        groups = {"live": self.live}
+        for average in self.on.values():
+            groups[average.kept_as] = average.kept
+        return groups
+
+
+# ── 9 Train ───────────────────────────────────────────────────────────────────────────────────────
+# In: a model, its plan of export, training and validation tokens. Out: trained weights, averages,
+# checkpoints.
+# Promise: a step that is not finite never reaches the weights; a run that was stopped goes on from
+# its last checkpoint as if it had not been.
+CHECKPOINTS = ("checkpoint.bin", "checkpoint.previous.bin")  # the newest first
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> list[str]:
+    """Makes this the newest checkpoint, and the newest the previous one.
+
+    Returns the names of the tensors that are not finite. With any of them nothing is written, as
+    no reader would take the file.
+    """
+    bad = [name for name, w in tensors.items() if not w.isfinite().all()]
+    if bad:
+        return bad
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    blob = encode_container(tensors, facts, "none")
+    if newest.exists():
+        newest.replace(previous)
+    write_atomic(newest, blob)
+    return []
+
+
+def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
+    """(facts, tensors) of the newest whole checkpoint of this run; None when it has none yet.
+
+    metrics.jsonl is cut back to that moment. Refusal: all are damaged, another script wrote them,
+    or the ranks do not read the same.
+    """
+    saved = None
+    damaged = []
+    for path in (run.dir / name for name in CHECKPOINTS):
+        if not path.exists():
+            continue
+        try:
+            saved = saved or read_container(path)
+        except Refusal as error:
+            if error.code != 2:
+                raise  # told to stop, or a failing disk: no damage
+            run.log(f"WARNING: {error}: the one before it is used")
+            damaged.append(path)
+
+    progress = saved[0].get("progress", {}) if saved else None
+    refuse(
+        damaged and not saved,
+        f"RESUME=1: no checkpoint in {run.dir} is whole; delete {damaged} to begin again",
+    )
+    refuse(
+        saved and progress.get("code_sha256") != CODE_SHA256,
+        f"RUN_ID={run.dir.name}: was begun by another script; go on with "
+        f"{run.dir / 'train_gpt.py'}, or choose another RUN_ID",
+    )
+    refuse(run.broadcast(progress) != progress, "RESUME=1: the ranks read different checkpoints")
+
+    if run.rank == 0:
+        for path in damaged:
+            path.replace(path.with_suffix(".damaged"))
+        kept = min(run.jsonl.tell(), saved[0]["metrics_bytes"]) if saved else 0
+        os.truncate(run.dir / "metrics.jsonl", kept)
+    return saved
+
+
+class Trainer:
+    """Model, optimiser, views and averages, driven by the schedule.
+
+    plan: parameter name -> how it is shipped (export_plan).
+    """
+
+    # What a checkpoint keeps of these attributes
+    PROGRESS = (
+        "data",
+        "steps",
+        "skipped",
+        "resumed",
+        "elapsed",
+        "step_seconds",
+        "recompiles",
+        "code_sha256",
+    )
+
+    def __init__(
+        self, cfg: Config, run: Run, model: GPT, plan: dict, split: Split, val: Validation
+    ):
+        self.cfg = cfg
+        self.run = run
+        self.model = model
+        self.plan = plan
+        self.split = split
+        self.val = val
+        self.bytes_per_token = val.target_bytes.double().mean().item()
+        # Where the steps find their rows: another set would be another run
+        self.data = [*(path.name for path in split.paths), split.tokens, val.n]
+
+        rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
+        refuse(
+            rows == 0,
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks",
+        )
+        micro_batches = max(8 // run.world, 1) if run.cuda else 1
+        self.accumulate = min(cfg.grad_accum_steps or micro_batches, rows)
+
+        self.forward = model
+        if run.compile:
+            self.forward = torch.compile(model, dynamic=False, fullgraph=True)
+        self.flat = FlatParameters(dict(model.named_parameters()), run)
+        self.writer = concurrent.futures.ThreadPoolExecutor(1)
+        self.writing: concurrent.futures.Future | None = None  # of the last checkpoint
+        self.restart()
+
+    def restart(self) -> None:
+        """Everything but the weights as before the first step."""
+        cfg, run = self.cfg, self.run
+        run.activity.clear()
+        self.schedule = Schedule(cfg)
+        self.optimiser = Optimiser(self.flat, cfg, run)
+        self.views = WeightViews(cfg, run, self.model, self.flat, self.plan)
+        self.averages = Averages(cfg, run, self.model, self.flat, self.plan)
+        if cfg.warmdown_iters or cfg.warmdown_frac:
+            warmdown = Activity(scope="learning rates", unit="lr scale at the end")
+            run.activity["WARMDOWN"] = warmdown
+
+        self.loss = math.nan  # of the last step, nats per token
+        self.steps = 0
+        self.skipped: list[int] = []  # steps that were left out, as they were not finite
+        self.resumed: list[int] = []  # steps done when the run went on
+        self.elapsed = 0.0  # seconds of training
+        self.step_seconds: list[float] = []
+        self.recompiles = 0
+        self.saved = 0.0  # `elapsed` of the last checkpoint
+        self.code_sha256 = CODE_SHA256
+
+    def done(self) -> bool:
+        return self.steps >= self.cfg.iterations or budget_spent(self.cfg, self.steps, self.elapsed)
+
+    # Checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint; the moments only while there are steps to come.
+
+        There is no random state: weights and noise depend on SEED and step, as do the data.
+        """
+        groups = self.averages.tensors()
+        if not self.done():
+            groups["first"] = self.flat.views(self.optimiser.first_moments)
+            groups["second"] = {}
+            for name, w in self.flat.views(self.optimiser.second_moments).items():
+                if self.model.get_parameter(name).role.optimiser != "muon":
+                    groups["second"][name] = w
+
+        named = {}
+        for group, weights in groups.items():
+            for name, w in weights.items():
+                named[f"{group}/{name}"] = w
+        return named
+
+    def facts(self) -> dict:
+        """What a checkpoint says beside its tensors, as JSON can hold it."""
+        snapshots = self.averages.snapshots
+        activity = {n: dataclasses.asdict(a) for n, a in self.run.activity.items()}
+        return {
+            "config": self.cfg.knobs("seed", *COMPARED),
+            "fired": sorted(self.schedule.fired),
+            "progress": {name: copy.copy(getattr(self, name)) for name in self.PROGRESS},
+            "metrics_bytes": self.run.jsonl.tell(),
+            "activity": activity,
+            "snapshots": snapshots.count if snapshots else 0,
+        }
+
+    def save(self, wait: bool = True) -> list[str]:
+        """A checkpoint of this moment: copied at once, written now or beside the next steps.
+
+        Returns the names of the tensors that are not finite, for which there is none (`wait` only).
+        Host sync: the copy, and the writing of the checkpoint before.
+        """
+        if not self.done():
+            # Each rank has the Muon momenta of its own share alone
+            self.flat.gather(self.flat.shares(self.optimiser.first_moments))
+        self.saved = self.elapsed
+        if self.run.rank != 0:
+            return []
+
+        facts = self.facts()
+        tensors = {name: w.to("cpu", copy=True) for name, w in self.tensors().items()}
+        bad = self.writing.result() if self.writing else []  # or its error
+        if bad:
+            self.run.log(f"WARNING: no checkpoint: {bad[0]} is not finite")
+        self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
+        return self.writing.result() if wait else []
+
+    def restore(self, facts: dict, tensors: State) -> None:
+        """The inverse of save. Refusal when the file does not belong to these settings."""
+        try:
+            self.restore_progress(facts["progress"])
+            self.saved = self.elapsed
+            self.schedule.fired = set(facts["fired"])
+            count = int(facts["snapshots"])
+            if self.averages.snapshots:
+                self.averages.snapshots.count = count
+            for name, w in self.tensors().items():
+                w.copy_(tensors[name].view_as(w))
+            for state in self.optimiser.adamw.state.values():
+                state["step"].fill_(self.steps - len(self.skipped))
+            self.restore_activity(facts["activity"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Refusal(
+                f"{self.cfg.sources[0]}: incomplete ({type(error).__name__} {error}); train again"
+            ) from None
+
+    def restore_progress(self, progress: dict) -> None:
+        kept = {name: copy.copy(progress[name]) for name in self.PROGRESS}
+        for name, value in kept.items():
+            if type(value) is not type(getattr(self, name)):
+                raise TypeError("odd progress")
+        refuse(
+            kept["data"] != self.data and not self.cfg.checkpoint,
+            f"DATA_PATH={self.cfg.data_path}: not the run's data",
+        )
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    def restore_activity(self, activity: dict) -> None:
+        """A file may hold anything: whatever is no number ends as a TypeError here, not later."""
+        for name in self.run.activity:
+            self.run.activity[name] = Activity(**copy.deepcopy(activity[name]))
+        numbers = sum(self.step_seconds + self.skipped + self.resumed)
+        for toggle in self.run.activity.values():
+            toggle.row(numbers)
+
+    # One step
+
+    def step(self, batch: tuple[Tensor, Tensor], now: StepPlan) -> None:
+        """One optimiser step on (ids, targets) of this rank; `now`: what the schedule says of it.
+
+        Host sync: one, in FlatParameters.reduce.
+        """
+        latent = self.views.enter(now, self.steps)
+        self.backward(batch)
+        self.views.leave(latent)
+        if self.run.stop:
+            self.flat.stop.fill_(1)
+        self.loss, norm, self.stopping = self.flat.reduce(self.cfg.grad_clip_norm)
+        if math.isfinite(self.loss + norm):
+            self.update(now)
+        else:
+            self.leave_out(norm)
+        self.steps += 1
+
+    def backward(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Fills the gradients and the loss behind them, both as this rank's part of the mean."""
+        share = self.run.world / self.cfg.train_batch_tokens
+        self.flat.gradients.zero_()
+        ids, targets = (part.tensor_split(self.accumulate) for part in batch)
+        for micro_ids, micro_targets in zip(ids, targets, strict=True):
+            loss = self.forward(micro_ids, micro_targets).sum() * share
+            loss.backward()
+            self.flat.loss += loss.detach()
+
+    def update(self, now: StepPlan) -> None:
+        """New weights and averages; notes which toggles have acted."""
+        self.optimiser.step(now)
+        acting = self.views.acting(now) + self.averages.update(now.snapshot)
+        if now.lr_scale < 1:
+            acting.append("WARMDOWN")
+        for name in acting:
+            self.run.activity[name].steps.append(self.steps)
+
+    def leave_out(self, norm: float) -> None:
+        """Loss or gradients are not finite: the step is left out, or ends the run (exit code 5)."""
+        gradients = self.flat.views(self.flat.gradients)
+        bad = [name for name, g in gradients.items() if not g.isfinite().all()]
+        problem = (
+            f"step {self.steps}: not finite: loss {self.loss}, gradient norm {norm}, "
+            f"first gradient: {bad[0] if bad else 'none'}"
+        )
+        # The ninth last one that was left out is nine steps back: nine in a row before this one
+        too_many = self.skipped[-9:-8] == [self.steps - 9]
+        refuse(
+            self.cfg.nonfinite == "stop" or too_many,
+            f"{problem}; lower MATRIX_LR or GRAD_CLIP_NORM; NONFINITE=skip leaves out up to 9 such "
+            "steps in a row",
+            5,
+        )
+        self.run.log(f"WARNING: {problem}; left out")
+        self.skipped.append(self.steps)
+
+    # The run
+
+    def warm_up(self) -> float:
+        """Runs all that the run will need, so that nothing compiles on the clock, and undoes it.
+
+        Returns the median seconds per step.
+        """
+        weights = self.flat.weights.clone()
+        variants = [view.at_full_strength() for view in self.views.techniques.values()]
+        variants.append(StepPlan(1.0, self.cfg.muon_momentum))
+        snapshot = self.averages.snapshots is not None
+        seconds = []
+        loader = batches(self.cfg, self.run, self.split)
+        for n in range(self.cfg.warmup_steps):
+            began = time.perf_counter()
+            now = variants[n % len(variants)]
+            self.step(next(loader), now._replace(snapshot=snapshot and n % 2 == 0))
+            seconds.append(time.perf_counter() - began)
+        loader.close()
+
+        if self.cfg.val_loss_every:
+            self.score_weights()
+        self.flat.weights.copy_(weights)
+        self.restart()
+        return statistics.median(seconds[1:] or seconds)
+
+    def train(self, saved: tuple | None = None) -> None:
+        """Steps, from the beginning or from what was saved, until ITERATIONS or the budget ends."""
+        cfg, run = self.cfg, self.run
+        with run.phase("warm-up and compile"):
+            seconds = run.broadcast(self.warm_up())
+            run.log("schedule (warm-up speed): " + timeline(cfg, seconds))
+        if saved:
+            self.restore(*saved)  # again: the warm-up has undone it
+            self.resumed.append(self.steps)
+        with run.phase("checkpoint"):
+            self.save()  # shows, before anything is spent, that the disk takes it
+
+        compiled = torch._dynamo.utils.counters["stats"]
+        graphs = compiled["unique_graphs"]
+        with run.phase("train"):
+            self.started = time.perf_counter() - self.elapsed
+            try:
+                self.loop()
+            except Refusal as stop:
+                self.save_what_is_left(stop)
+                raise
+            if run.cuda:
+                torch.cuda.synchronize()
+            self.elapsed = run.broadcast(time.perf_counter() - self.started)
+            self.recompiles += compiled["unique_graphs"] - graphs
+            run.log(
+                f"trained {self.steps} steps in {self.elapsed:.1f} s; "
+                f"recompiles after the clock started: {self.recompiles}"
+            )
+            self.save()
+        if run.stop:
+            run.signalled(run.stop, None)
+
+    def loop(self) -> None:
+        """Step after step. Refusal of all ranks, after the same step, when one was told to stop."""
+        run = self.run
+        loader = batches(self.cfg, run, self.split, self.steps)
+        while not self.done():
+            now = self.schedule.at(self.steps, self.elapsed)
+            self.step(next(loader), now)
+            before = self.elapsed
+            self.elapsed = run.broadcast(time.perf_counter() - self.started)
+            self.step_seconds.append(self.elapsed - before)
+            self.report(now)
+            number = run.stop or signal.SIGTERM
+            refuse(self.stopping, f"stopped by {signal.Signals(number).name}", 128 + number)
+        loader.close()
+
+    def save_what_is_left(self, stop: Refusal) -> None:
+        """A checkpoint before the run ends early: no step is half done.
+
+        None where the weights of the ranks differ (6), or where a rank may not be here: data can
+        be unreadable (2, 7) for one of several alone.
+        """
+        unsafe = (2, 6, 7) if self.run.world > 1 else (6,)
+        if stop.code in unsafe:
+            return
+        bad = self.save()
+        what = f"not saved, as {bad[0]} is not finite," if bad else "saved"
+        self.run.log(
+            f"{what} after {self.steps} steps; RESUME=1 RUN_ID={self.run.dir.name} goes on from "
+            "the last checkpoint"
+        )
+
+    # What is said and done between two steps
+
+    def report(self, now: StepPlan) -> None:
+        """Whatever is due after this step. Host sync: only in what is due."""
+        cfg, run, step = self.cfg, self.run, self.steps
+        log_due = step % cfg.train_log_every == 0
+        save_due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
+
+        self.report_starts(now)
+        if log_due or save_due or self.done():
+            self.compare_ranks()
+        if log_due:
+            self.report_step(now)
+        if step == 50:
+            run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
+        if cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            self.validate()
+        if save_due:
+            self.save(wait=False)
+
+    def report_starts(self, now: StepPlan) -> None:
+        """One line for every toggle that has acted for the first time."""
+        activity, step = self.run.activity, self.steps - 1
+        if "WARMDOWN" in activity:
+            activity["WARMDOWN"].effect = now.lr_scale - 1
+        for name, toggle in activity.items():
+            if toggle.steps == [step]:
+                self.run.log(
+                    f"{name} acts from step {step} ({self.elapsed:.1f} s, "
+                    f"lr scale {now.lr_scale:.3f})"
+                )
+                self.run.event("phase", name=name, step=step, seconds=self.elapsed)
+
+    def compare_ranks(self) -> None:
+        """Refusal (exit code 6) if the ranks' weights differ in any bit. A host sync."""
+        sums = self.flat.checksums()
+        refuse(
+            len(set(sums)) > 1,
+            f"step {self.steps}: the ranks hold different weights (sums of their bits: {sums}); "
+            f"look for faulty hardware, then RESUME=1 RUN_ID={self.run.dir.name}",
+            6,
+        )
+
+    def report_step(self, now: StepPlan) -> None:
+        """The line of the log, and its event."""
+        seconds = statistics.median(self.step_seconds[-20:])
+        speed = self.cfg.train_batch_tokens / seconds
+        train_bpb = self.loss / math.log(2) / self.bytes_per_token
+        self.run.log(
+            f"step {self.steps:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  "
+            f"train bpb ~{train_bpb:.4f}  lr x{now.lr_scale:.3f}  {seconds * 1e3:.1f} ms  "
+            f"{speed:,.0f} tok/s"
+        )
+        self.run.event(
+            "step",
+            step=self.steps,
+            seconds=self.elapsed,
+            loss=self.loss,
+            step_ms=seconds * 1e3,
+            **now._asdict(),
+        )
+
+    def validate(self) -> None:
+        """Score of the live weights and an estimate of the size, off the clock. A host sync."""
+        paused = time.perf_counter()
+        live = self.score_weights()
+        size = 0
+        if self.run.rank == 0:
+            weights = dict(self.model.named_parameters())
+            artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
+            size = len(shipped_code(self.cfg)) + len(artifact)
+        seconds = time.perf_counter() - paused
+        self.started += seconds
+        self.run.set_aside("validate", seconds)
+        self.run.log(
+            f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
+            f"size ~{size:,} bytes (fast compression)"
+        )
+        self.run.event(
+            "val",
+            step=self.steps,
+            seconds=self.elapsed,
+            val_bpb=live.bpb,
+            val_loss=live.loss,
+            size_estimate=size,
+        )
+
+    def score_weights(self, state: State | None = None) -> Score:
+        """These (default: the live, latent) weights on fixed windows."""
+        self.model.load_state_dict(state or {}, strict=False)
+        return score(self.cfg, self.run, self.forward, self.val)
+
+
+# ── 10 Artifact ───────────────────────────────────────────────────────────────────────────────────
+# In: fp32 weights by name, and a plan that says how each is shipped. Out: one file, and back.
+# Promise: what is read back is `as_shipped` of what was given, bit for bit; a damaged or hostile
+# file ends in a Refusal, in bounded time and memory, and nothing in it is ever run (no pickle).
+
+MAGIC = b"GOLFGPT\n"
+FORMAT_VERSION = 3
+HEADER = struct.Struct("<8sHHQ32s")  # its fields: see encode_container
+MAX_FILE_BYTES = 1 << 33
+MAX_RAW_BYTES = 1 << 28  # of a compressed file, once decompressed
+LZMA_MEMORY = 1 << 27
+ZSTD_FRAME = 1 << 17  # bytes
+
+
+class Compressor(NamedTuple):
+    """compress(raw, level) -> blob; decompress(blob, n) -> its first n bytes; the usual level."""
+
+    compress: Callable[[bytes, int], bytes]
+    decompress: Callable[[bytes, int], bytes]
+    level: int
+
+
+def store(raw: bytes, level: int) -> bytes:
+    return raw
+
+
+def first_bytes(blob: bytes, n: int) -> bytes:
+    return blob[:n]
+
+
+def zlib_decompress(blob: bytes, n: int) -> bytes:
+    return zlib.decompressobj().decompress(blob, n)
+
+
+def zstd_compress(raw: bytes, level: int) -> bytes:
+    """Independent frames, made on all cores: each kind of tensor gets its own statistics."""
+    pieces = [raw[i : i + ZSTD_FRAME] for i in range(0, len(raw), ZSTD_FRAME)]
+    compressor = zstandard.ZstdCompressor(level=level)
+    frames = compressor.multi_compress_to_buffer(pieces, threads=-1)
+    return b"".join(bytes(frame) for frame in frames)
+
+
+def zstd_decompress(blob: bytes, n: int) -> bytes:
+    reader = zstandard.ZstdDecompressor().stream_reader(blob, read_across_frames=True)
+    return reader.read(n)
+
+
+def lzma_compress(raw: bytes, level: int) -> bytes:
+    return lzma.compress(raw, preset=level)
+
+
+def lzma_decompress(blob: bytes, n: int) -> bytes:
+    return lzma.LZMADecompressor(memlimit=LZMA_MEMORY).decompress(blob, n)
+
+
+# A file names its compressor by the place in this table; the last one makes the smallest files.
+COMPRESSORS = {
+    "none": Compressor(store, first_bytes, 0),
+    "zlib": Compressor(zlib.compress, zlib_decompress, 9),
+    "zstd": Compressor(zstd_compress, zstd_decompress, 22),
+    "lzma": Compressor(lzma_compress, lzma_decompress, 6),
+}
+
+
+class NotOurs(Exception):
+    """What a file holds that encode_container would not have written."""
+
+
+def demand(fine, problem: str) -> None:
+    if not fine:
+        raise NotOurs(problem)
+
+
+# ANS. The codes become one stream of its own (below); zstd takes the rest of the file.
+COMPRESSORS["ans"] = COMPRESSORS["zstd"]
+MAX_CODES = 1 << 27  # that a stream may hold
+LANE = 1 << 14  # codes per lane
+FINE_CODES = 1 << 22  # more codes than this pay for finer contexts
+RANS_BITS = 14
+RANS_TOTAL = 1 << RANS_BITS  # to which the frequencies of one context sum
+WORD_BITS = 16
+WORD_MASK = (1 << WORD_BITS) - 1
+STATE_MIN = 1 << WORD_BITS  # a lane's state stays in [2^16, 2^32)
+STATE_BITS = 32
+
+
+def ans_encode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ANS: all codes of the file in one stream of a range asymmetric numeral system.
+
+    What:   in place of each `NAME:codes`, int8 (rows, columns), the spreads of its rows and
+            columns; and once `:frequency`, (contexts, symbols), and `:stream`, 16-bit words.
+    Why:    rows and columns differ in spread. With its own frequencies for each spread a code
+            takes close to its entropy, which no general compressor reaches.
+    Source: Duda 2013, arXiv:1311.2540; toggle COMPRESSOR=ans.
+    Care:   everything from the spreads on is integers, so the decoder of another machine sees
+            the same contexts. A symbol of frequency 0 cannot be coded: see ans_frequencies.
+    """
+    codes = {name: t.cpu() for name, t in sorted(tensors.items()) if name.endswith(":codes")}
+    parts = {name: t for name, t in tensors.items() if name not in codes}
+    if not codes:
+        return parts
+
+    parts |= code_spreads(codes)
+    _, contexts = code_contexts(parts)
+    flat = np.concatenate([t.numpy().ravel() for t in codes.values()])
+    symbols = in_lanes(flat.view(np.uint8) ^ 0x80)  # -128..127 -> 0..255
+    frequency = ans_frequencies(contexts, symbols)
+    stream = ans_stream(contexts, symbols, frequency)
+    return parts | {
+        ":frequency": torch.from_numpy(frequency.astype(np.int16)),
+        ":stream": torch.from_numpy(stream.view(np.int16)),
+    }
+
+
+def ans_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What ans_encode was given.
+
+    Raises ValueError, LookupError or RuntimeError on parts that ans_encode would not have made.
+    """
+    shapes, contexts = code_contexts(parts)
+    frequency, words = ans_model(parts, lanes=contexts.shape[1])
+    sizes = [shape.numel() for shape in shapes.values()]
+    symbols = ans_symbols(contexts, frequency, words).ravel()[: sum(sizes)]
+    flat = torch.from_numpy((symbols ^ 0x80).view(np.int8))
+
+    tensors = {}
+    for name, t in parts.items():
+        if ":codes:" not in name and name not in (":frequency", ":stream"):
+            tensors[name] = t
+    for (name, shape), codes in zip(shapes.items(), flat.split(sizes), strict=True):
+        tensors[name] = codes.view(shape)
+    return tensors
+
+
+def code_spreads(codes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`NAME:rows` (rows, 1) and `NAME:columns` (1, columns), int8, of each matrix of codes.
+
+    The mean |code| of a row, and of a column against that of the matrix, in parts of an octave.
+    """
+    count = sum(t.numel() for t in codes.values())
+    parts_per_octave = 4 if count > FINE_CODES else 2
+
+    def spread(magnitude: Tensor, dim) -> Tensor:
+        mean = magnitude.mean(dim, keepdim=True) + 1 / 16  # zeros alone: 4 octaves below 1
+        return parts_per_octave * mean.log2()
+
+    spreads = {}
+    for name, t in codes.items():
+        magnitude = t.double().abs()
+        rows = spread(magnitude, -1)
+        columns = spread(magnitude, 0) - spread(magnitude, (0, 1))
+        spreads[name + ":rows"] = rows.round().char()
+        spreads[name + ":columns"] = columns.round().char()
+    return spreads
+
+
+def code_contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarray]:
+    """Name -> shape of each matrix of codes; and the context of every code, (steps, lanes) uint8.
+
+    The context of a code is the spread of its row plus that of its column. Nothing is allocated
+    before the spreads have been checked: they may come from a hostile file.
+    """
+    spreads = {}
+    for name, rows in sorted(parts.items()):
+        if name.endswith(":codes:rows"):
+            columns = parts[name.removesuffix("rows") + "columns"]
+            spreads[name.removesuffix(":rows")] = (rows, columns)
+
+    count = 0
+    fits = True
+    for rows, columns in spreads.values():
+        count += rows.numel() * columns.numel()
+        fits = fits and rows.dtype == columns.dtype == torch.int8
+        fits = fits and rows.shape[1:] == (1,) and columns.shape[:-1] == (1,)
+    if not fits or not 0 < count <= MAX_CODES:
+        raise ValueError(f"{count:,} codes with spreads that do not fit")
+
+    sums = {name: rows + columns for name, (rows, columns) in spreads.items()}
+    flat = np.concatenate([t.view(torch.uint8).numpy().ravel() for t in sums.values()])
+    return {name: t.shape for name, t in sums.items()}, in_lanes(flat)
+
+
+def in_lanes(values: np.ndarray) -> np.ndarray:
+    """(n,) -> (steps, lanes), at most LANE steps; repeats the last value to fill the last step."""
+    lanes = -(-len(values) // LANE)
+    return np.pad(values, (0, -len(values) % lanes), mode="edge").reshape(-1, lanes)
+
+
+def ans_keys(contexts: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+    """Where the frequency of a symbol in its context stands in the flat table, uint16."""
+    return contexts.astype(np.uint16) << 8 | symbols
+
+
+def ans_frequencies(contexts: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+    """(256 contexts, 256 symbols): their counts scaled so that each context sums to RANS_TOTAL.
+
+    A symbol that occurs gets 1 at least; what rounding leaves goes to the most frequent one.
+    """
+    counts = np.bincount(ans_keys(contexts, symbols).ravel(), minlength=1 << 16)
+    counts = counts.reshape(256, 256)
+    occurs = counts > 0
+    to_share = RANS_TOTAL - occurs.sum(1, keepdims=True)
+    frequency = counts * to_share // counts.sum(1, keepdims=True).clip(1) + occurs
+    frequency[range(256), frequency.argmax(1)] += RANS_TOTAL - frequency.sum(1)
+    return frequency
+
+
+def slots_before(frequency: np.ndarray) -> np.ndarray:
+    """The first of the slots that belong to each symbol: the sum of the frequencies before it."""
+    return frequency.cumsum(1) - frequency
+
+
+# How it works. A state x is one number that holds all symbols so far. In 2^14 slots a symbol owns
+# `f`, from slot `before` on. To code it: x -> (x // f) * 2^14 + before + x % f; x grows by the
+# symbol's log2(2^14 / f) bits. To decode: slot = x % 2^14 tells the symbol, and its inverse is
+# x -> f * (x // 2^14) + slot - before. Last in, first out: the encoder goes backwards.
+# A state too large for 32 bits first sends 16 of them to the stream; the decoder fetches them when
+# a state is too small. Many states, the lanes, go side by side, so that numpy has work to do.
+def ans_stream(contexts: np.ndarray, symbols: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+    """The encoder: contexts and symbols (steps, lanes) -> (words,) uint16.
+
+    First the upper halves of the final states, then the lower, then the words of step 0, 1, ...
+    """
+    owned = frequency.ravel()
+    before = slots_before(frequency).ravel()
+    state = np.full(contexts.shape[1], STATE_MIN)
+    sent = []
+    for key in ans_keys(contexts, symbols)[::-1]:
+        full = state >= owned[key] << (STATE_BITS - RANS_BITS)
+        sent.append(state[full] & WORD_MASK)
+        state[full] >>= WORD_BITS
+        state = (state // owned[key] << RANS_BITS) + state % owned[key] + before[key]
+    words = np.concatenate((state >> WORD_BITS, state & WORD_MASK, *reversed(sent)))
+    return words.astype(np.uint16)
+
+
+def ans_symbols(contexts: np.ndarray, frequency: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """The decoder: contexts (steps, lanes) and the stream -> symbols (steps, lanes) uint8."""
+    lanes = contexts.shape[1]
+    owned = frequency.ravel()
+    before = slots_before(frequency).ravel()
+    every_symbol = np.tile(np.arange(256, dtype=np.uint8), 256)
+    # (context, slot) -> symbol
+    owner = np.repeat(every_symbol, owned).reshape(256, RANS_TOTAL)
+
+    state = words[:lanes] << WORD_BITS | words[lanes : 2 * lanes]
+    place = 2 * lanes
+    symbols = []
+    for context in contexts:
+        slot = state & (RANS_TOTAL - 1)
+        symbol = owner[context, slot]
+        symbols.append(symbol)
+        key = ans_keys(context, symbol)
+        state = owned[key] * (state >> RANS_BITS) + slot - before[key]
+        small = np.flatnonzero(state < STATE_MIN)
+        state[small] = state[small] << WORD_BITS | words[place : place + len(small)]
+        place += len(small)
+    if place != len(words) or (state != STATE_MIN).any():
+        raise ValueError("the stream does not end with its codes")
+    return np.stack(symbols)
+
+
+def ans_model(parts: dict[str, Tensor], lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(frequencies (256, 256), words of the stream), int64, once they are known to fit."""
+    frequency = parts[":frequency"]
+    stream = parts[":stream"]
+    fits = [
+        frequency.dtype == stream.dtype == torch.int16,
+        frequency.shape == (256, 256),
+        stream.ndim == 1,
+        stream.numel() >= 2 * lanes,
+        frequency.min() >= 0,
+        (frequency.sum(-1) == RANS_TOTAL).all(),
+    ]
+    if not all(fits):
+        raise ValueError("frequencies or a stream that do not fit")
+    words = stream.numpy().view(np.uint16)
+    return frequency.numpy().astype(int), words.astype(int)
+
+
+def serialise(tensors: dict[str, Tensor], facts: dict, compressor: str) -> bytes:
+    """safetensors, with the facts as JSON in its metadata."""
+    if compressor == "ans":
+        tensors = ans_encode(tensors)
+    plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    return safetensors.torch.save(plain, {"facts": json.dumps(facts)})
+
+
+def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
+    """(facts, tensors) that serialise was given."""
+    tensors = safetensors.torch.load(raw)
+    (length,) = struct.unpack_from("<Q", raw)
+    header = json.loads(raw[8 : 8 + length])
+    if ":stream" in tensors:
+        tensors = ans_decode(tensors)
+    for name, t in tensors.items():
+        demand(t.isfinite().all(), f"tensor {name} is not finite")
+    return dict(json.loads(header["__metadata__"]["facts"])), tensors
+
+
+def encode_container(
+    tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1
+) -> bytes:
+    """The file format of artifacts and checkpoints. level -1: the compressor's usual one.
+
+    HEADER, little-endian, then the payload:
+        byte  0   8 bytes   MAGIC
+        byte  8   2 bytes   FORMAT_VERSION
+        byte 10   2 bytes   compressor: its place in COMPRESSORS
+        byte 12   8 bytes   size of the payload before compression
+        byte 20  32 bytes   sha256 of the rest of the file
+        byte 52             the compressed payload: safetensors, with the facts as JSON
+    """
+    raw = serialise(tensors, facts, compressor)
+    how = COMPRESSORS[compressor]
+    blob = how.compress(raw, how.level if level < 0 else level)
+    number = list(COMPRESSORS).index(compressor)
+    digest = hashlib.sha256(blob).digest()
+    return HEADER.pack(MAGIC, FORMAT_VERSION, number, len(raw), digest) + blob
+
+
+def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """(facts, tensors). Refusal on anything that encode_container would not have written."""
+    try:
+        header, blob = read_plain_file(path)
+        return deserialise(decompress_checked(header, blob))
+    except NotOurs as damage:
+        problem = str(damage)
+    except OSError as error:
+        code = 2 if isinstance(error, FileNotFoundError) else 7
+        remedy = "give the path of a file that a run has written"
+        raise Refusal(f"{path}: {error.strerror}; {remedy}", code) from None
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        zlib.error,
+        lzma.LZMAError,
+        zstandard.ZstdError,
+        safetensors.SafetensorError,
+    ) as error:
+        problem = f"unreadable ({type(error).__name__})"
+    raise Refusal(f"{path}: {problem}; not one of our files, or damaged: make it again")
+
+
+def read_plain_file(path: Path) -> tuple[bytes, bytes]:
+    """(header, the rest). The header is checked before the rest is read."""
+    small = path.stat().st_size < MAX_FILE_BYTES
+    demand(small and path.is_file(), "no plain file below 8 GiB")
+    with path.open("rb") as file:
+        header = file.read(HEADER.size)
+        ours = header.startswith(MAGIC) and len(header) == HEADER.size
+        demand(ours, "no GOLFGPT header")
+        return header, file.read()
+
+
+def decompress_checked(header: bytes, blob: bytes) -> bytes:
+    """The payload, once version, compressor, size and checksum are as they should be."""
+    _, version, number, size, digest = HEADER.unpack(header)
+    demand(
+        version == FORMAT_VERSION,
+        f"format version {version}, but this script reads {FORMAT_VERSION}",
+    )
+    compressors = list(COMPRESSORS.values())
+    largest = MAX_RAW_BYTES if number else len(blob)
+    fits = number < len(compressors) and 8 < size <= largest
+    demand(
+        fits and hashlib.sha256(blob).digest() == digest,
+        f"compressor {number}, size {size:,}, or checksum differs",
+    )
+    raw = compressors[number].decompress(blob, size + 1)  # one byte too many would show
+    demand(len(raw) == size, f"holds {len(raw):,} bytes instead of {size:,}")
+    return raw
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of the file or none of it, also when the machine stops in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only if something failed
+
+
+def role_grid(cfg: Config, role: Role) -> Grid:
+    bits = getattr(cfg, role.bits)
+    return Grid(bits, cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
+
+
+def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
+    """How each tensor is shipped: the one decision that views, averages and the exporter share."""
+    return {name: planned(cfg, name, p) for name, p in model.named_parameters()}
+
+
+def planned(cfg: Config, name: str, p: nn.Parameter) -> Grid | torch.dtype:
+    if p.role.bits is None:
+        return torch.float32
+    patterns = [pattern.strip() for pattern in cfg.fp16_keep_name_patterns.split(",")]
+    kept = any(pattern and pattern in name for pattern in patterns)
+    small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel
+    if kept or small or getattr(cfg, p.role.bits) == 16:
+        return torch.float16
+    return role_grid(cfg, p.role)
+
+
+def as_shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
+    """The fp32 weights that a reader of the artifact gets for w."""
+    if isinstance(how, Grid):
+        return how.fake_quantise(w)
+    return w.to(how).float()
+
+
+def shipped_state(state: State, plan: dict) -> State:
+    return {name: as_shipped(w, plan[name]) for name, w in state.items()}
+
+
+def encode_artifact(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
+    """A container of codes, scales and floats as planned; its facts: the knobs a reader needs."""
+    parts = {}
+    for name, weights in state.items():
+        how = plan[name]
+        w = weights.detach()
+        if isinstance(how, Grid):
+            parts[name + ":codes"], parts[name + ":scale"] = how.quantise(w)
+        else:
+            parts[name] = w.to(how)
+    facts = cfg.knobs("model", "eval")
+    level = cfg.compress_level if level is None else level
+    return encode_container(parts, facts, cfg.compressor, level)
+
+
+def read_artifact(path: Path) -> tuple[dict, State]:
+    """(knobs, fp32 weights) of an artifact. Refusal as in read_container."""
+    knobs, tensors = read_container(path)
+    state = {}
+    for name, t in tensors.items():
+        base, colon, part = name.partition(":")
+        if colon:
+            fine = part in ("codes", "scale") and is_quantised(tensors, base)
+        else:
+            fine = t.dtype in (torch.float16, torch.float32)
+        refuse(not fine, f"{path}: tensor {name}: not one of our artifacts; export it again")
+
+        if not colon:
+            state[base] = t.float()
+        elif base not in state:
+            state[base] = Grid.dequantise(tensors[base + ":codes"], tensors[base + ":scale"])
+    return knobs, state
+
+
+def is_quantised(tensors: dict[str, Tensor], base: str) -> bool:
+    """Whether these are int8 codes (rows, columns) and fp16 scales (rows, 1), and no floats."""
+    codes = tensors.get(base + ":codes")
+    scale = tensors.get(base + ":scale")
+    if codes is None or scale is None or base in tensors:
+        return False
+    types = (codes.dtype, scale.dtype) == (torch.int8, torch.float16)
+    return types and codes.ndim == 2 and scale.shape == (codes.shape[0], 1)
+
+
+def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict:
+    """How well the codes are compressed in an artifact of `total` bytes; {} where it has none.
+
+    Their number, their order-0 entropy in bytes, and the bytes that codes and scales take.
+    """
+    codes = []
+    floats = {}
+    for name, w in state.items():
+        how = plan[name]
+        if isinstance(how, Grid):
+            codes.append(how.quantise(w)[0].flatten())
+        else:
+            floats[name] = w
+
+    symbols = torch.cat(codes or [torch.empty(0)]).int() + 128
+    count = len(symbols)
+    nats = torch.special.entr(symbols.bincount().double() / count).sum().item()
+    bits = count * nats / math.log(2)
+    if not bits:
+        return {}
+    return dict(
+        compressor=cfg.compressor,
+        weights=count,
+        order0_bytes=int(bits / 8),
+        stored_bytes=total - len(encode_artifact(cfg, floats, plan)),
+    )
+
+
+def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
+    """Per kind of tensor: how many, parameters, bytes when compressed alone (fast), and the root
+    mean square of the rounding error."""
+    kinds = {}
+    for name, p in model.named_parameters():
+        kind = (p.role.bits or "control").removeprefix("quant_bits_")
+        kinds.setdefault(kind, []).append(name)
+
+    sizes = {}
+    for kind, names in kinds.items():
+        part = {name: w for name, w in state.items() if name in names}
+        errors = torch.cat([(as_shipped(w, plan[n]) - w).flatten() for n, w in part.items()])
+        sizes[kind] = dict(
+            tensors=len(part),
+            params=len(errors),
+            bytes=len(encode_artifact(cfg, part, plan, 1)),
+            rms_error=errors.square().mean(dtype=torch.float64).sqrt().item(),
+        )
+    return sizes
+
+
+PACKED_NAME = "train_gpt.packed.py"  # in the folder of a run, beside train_gpt.py
+# In a submission, whose train_gpt.py is the packed one
+READABLE_NAME = "train_gpt.readable.py"
+MAX_SOURCE_BYTES = 1 << 24
+XZ_PRESET = 9 | lzma.PRESET_EXTREME
+
+# The packed script. It runs the source under the name of the file that holds it readable, and
+# gives the lines of tracebacks itself, should that file not be there.
+LOADER = """\
+# train_gpt.py, packed without loss by PACK_CODE=lzma. To read it: train_gpt.readable.py beside it,
+# or put print(__source__.decode()) in place of the last line.
+import base64, linecache, lzma, sys, traceback
+
+__source__ = lzma.decompress(base64.b85decode("{code}"))
+__readable__ = __file__.removesuffix(".py") + ".readable.py"
+__lines__ = __source__.decode().splitlines(keepends=True)
+linecache.cache[__readable__] = len(__source__), None, __lines__, __readable__
+if __name__ == "__main__":
+    sys.excepthook = traceback.print_exception  # asks linecache; the built-in one may not
+exec(compile(__source__, __readable__, "exec"))
+"""
+
+
+@cache
+def pack_code(source: bytes, how: str) -> bytes:
+    """Packed code: the script that is counted and shipped.
+
+    What:   "lzma": LOADER with the source as xz in base85, one file of ASCII text that runs as
+            the source does; "none": the source itself.
+    Why:    code counts towards the cap; packed without loss it is about a third.
+    Source: what records ship; toggle PACK_CODE.
+    Care:   lossless, so SOURCE and the hash of the code are the same when run packed.
+    """
+    if how == "none":
+        return source
+    code = base64.b85encode(lzma.compress(source, preset=XZ_PRESET)).decode()
+    return LOADER.replace("{code}", code).encode()
+
+
+def unpack_code(script: bytes) -> bytes:
+    """The source in a packed script. ValueError on any that pack_code would not have made.
+
+    Nothing of the script is run: it has to be LOADER, but for the code.
+    """
+    head, tail = (part.encode() for part in LOADER.split("{code}"))
+    if not (script.startswith(head) and script.endswith(tail)):
+        raise ValueError("no packed script of this loader")
+    code = script[len(head) : len(script) - len(tail)]
+    try:
+        source = lzma_decompress(base64.b85decode(code), MAX_SOURCE_BYTES + 1)
+    except (ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"no packed source ({error})") from None
+    if len(source) > MAX_SOURCE_BYTES:
+        raise ValueError(f"a source above {MAX_SOURCE_BYTES:,} bytes")
+    return source
+
+
+def shipped_code(cfg: Config) -> bytes:
+    """The script whose bytes count: in the size estimate, FIT_TO_CAP, the cap and result.json."""
+    return pack_code(SOURCE, cfg.pack_code)
+
+
+def write_code(cfg: Config, folder: Path) -> None:
+    """The script as it was run, readable; and packed, where that is what counts."""
+    write_atomic(folder / "train_gpt.py", SOURCE)
+    if cfg.pack_code != "none":
+        write_atomic(folder / PACKED_NAME, shipped_code(cfg))
+
+
+class Exported(NamedTuple):
+    """The artifact, and what it took."""
+
+    blob: bytes  # on rank 0; empty on the others
+    total: int  # bytes with the code
+    cfg: Config  # with the COMPRESSOR that was used
+    pruned: float  # share of each large matrix
+
+
+def prune(cfg: Config, state: State, fraction: float) -> State:
+    """Pruning: the smallest weights of each large matrix become 0.
+
+    What:   in each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights, w = 0 where |w| is less than
+            the smallest |w| that stays, which is number `fraction * numel` from below.
+    Why:    zeros compress well, and the smallest weights are missed least.
+    Source: #989; toggle PRUNE_PCT.
+    Care:   weights of equal magnitude stay or go together, so fewer than the fraction may go.
+    """
+    pruned = dict(state)
+    if not fraction:
+        return pruned
+    for name, w in state.items():
+        if w.ndim == 2 and w.numel() > cfg.keep_float_max_numel:
+            stays = w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
+            pruned[name] = torch.where(w.abs() < stays, 0.0, w)
+    return pruned
+
+
+def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: float) -> Exported:
+    """One try with this share pruned. Rank 0 does the work and tells the others the size."""
+    blob = b""
+    total = 0
+    if run.rank == 0:
+        blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
+        total = len(blob) + len(shipped_code(cfg))
+    total = run.broadcast(total)
+    run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
+    return Exported(blob, total, cfg, fraction)
+
+
+def export(cfg: Config, run: Run, state: State, plan: dict) -> Exported:
+    """The artifact of these weights. Over the cap it is shipped too: the exit code tells."""
+    made = export_pruned(cfg, run, state, plan, cfg.prune_pct)
+    if cfg.fit_to_cap and made.total > cfg.cap_bytes:
+        made = fit_to_cap(run, state, plan, made)
+    return made
+
+
+PRUNE_STEP = 0.005
+PRUNE_MOST = 0.9
+
+
+def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
+    """Fit to cap: what has become too large is exported again until it fits.
+
+    What:   first with the compressor that makes the smallest files; then, with the smaller of
+            the two, with the least extra pruning that fits, in steps of 0.5 %.
+    Why:    a run that ends over the cap is lost, one that has lost a little accuracy is not.
+    Source: our own; toggle FIT_TO_CAP.
+    Care:   sizes do not fall steadily as more is pruned, so no bisection. Where nothing fits,
+            the smaller one without extra pruning is returned.
+    """
+    cfg = made.cfg
+    smaller = made
+    smallest = list(COMPRESSORS)[-1]
+    if cfg.compressor != smallest:
+        other = dataclasses.replace(cfg, compressor=smallest, compress_level=-1)
+        made = export_pruned(other, run, state, plan, cfg.prune_pct)
+        if made.total <= cfg.cap_bytes:
+            return made
+        if made.total < smaller.total:
+            smaller = made
+
+    steps = int((PRUNE_MOST - cfg.prune_pct) / PRUNE_STEP + 1.5)
+    for step in range(1, steps):
+        fraction = cfg.prune_pct + step * PRUNE_STEP
+        made = export_pruned(smaller.cfg, run, state, plan, fraction)
+        if made.total <= cfg.cap_bytes:
+            return made
+    return smaller
+
+
+# ── 11 Score ──────────────────────────────────────────────────────────────────────────────────────
+# In: a forward function, the validation tokens, rows of windows. Out: a Score, the same on any
+# number of ranks.
+# Promise: every target is scored exactly once, or the run ends with an error. That it is scored
+# from the tokens before it alone is the model's promise: see 5.
+
+
+class Score(NamedTuple):
+    """Sums over all targets: bits per byte of text, nats per target, and what was counted."""
+
+    bpb: float
+    loss: float
+    targets: int
+    bytes: int
+    seconds: float
+
+
+def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
+    """Sliding windows: rows (n, 3) [start, end, first] that score the targets [low, high) once.
+
+    What:   each window reads up to `length` tokens and scores the last `stride` targets of them.
+    Why:    a target is scored with more text before it than at the start of a fixed window.
+    Source: toggle EVAL_STRIDE; 0: fixed windows.
+    Care:   the first window scores all that it reads, or the first targets would be missing.
+
+    A window reads the tokens [start, end), at most `length`, and scores the targets [first, end);
+    target t is token t + 1. stride 0: windows side by side, each scores all that it reads. Else
+    the first scores all that it reads, each later one `stride` new targets in full context.
+    """
+    if high <= low:
+        first = np.arange(0)
+    else:
+        first = np.append(low, np.arange(low + length, high, stride or length))
+    end = np.append(first[1:], high)[: len(first)]
+    start = first if stride == 0 else np.maximum(end - length, low)
+    return np.stack((start, end, first), axis=1)
+
+
+class ScoreSheet:
+    """Nats of every validation target, each written by one rank and counted.
+
+    Every score adds 1 to the target's count, padding to that of one extra slot at the end. total()
+    sums the counts over all ranks and fails unless each is 1: nothing is missed or scored twice.
+    """
+
+    PAD_TOKENS = 64
+
+    def __init__(self, cfg: Config, run: Run, val: Validation):
+        self.cfg = cfg
+        self.run = run
+        self.val = val
+        self.n = val.n
+        self.began = time.perf_counter()
+        self.both = torch.zeros(2, self.n + 1, device=run.device)
+        self.nats, self.hits = self.both
+
+    def shapes(self, rows: np.ndarray) -> np.ndarray:
+        """(n, 2): tokens that the forward pass reads for each window, and logits it computes.
+
+        Tokens are padded on the right: to the full window where each new shape would compile, else
+        to a multiple of 64, so that many windows share a batch. Logits cost more than all else in
+        a small model, so a window that scores few targets computes EVAL_STRIDE of them only.
+        0 logits stands for one at every token: the window scores all that it reads.
+        """
+        spans = rows[:, 1] - rows[:, 0]
+        targets = rows[:, 1] - rows[:, 2]
+        if self.run.compile:
+            tokens = np.full(len(rows), self.cfg.window)
+        else:
+            padded = -(-spans // self.PAD_TOKENS) * self.PAD_TOKENS
+            tokens = np.minimum(padded, self.cfg.window)
+
+        stride = self.cfg.eval_stride
+        slots = np.where(targets <= stride, np.minimum(stride, tokens), tokens)
+        slots[targets == spans] = 0
+        return np.stack((tokens, slots), axis=1)
+
+    def batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, int, int | None]]:
+        """This rank's (windows (batch, 3) on the device, tokens per window, logits or None: all).
+
+        Windows of one shape go together; the batches are dealt to the ranks in turn. A compiled
+        forward pass gets full batches only: windows with first = end, which score nothing, fill up.
+        """
+        size = self.cfg.eval_batch_seqs
+        shapes = self.shapes(rows)
+        turn = 0
+        for tokens, slots in np.unique(shapes, axis=0).tolist():
+            alike = rows[(shapes == (tokens, slots)).all(axis=1)]
+            if self.run.compile:
+                start_end_end = alike[:1, [0, 1, 1]]
+                idle = np.repeat(start_end_end, -len(alike) % size, axis=0)
+                alike = np.concatenate((alike, idle))
+            for batch in torch.from_numpy(alike).to(self.run.device).split(size):
+                if turn % self.run.world == self.run.rank:
+                    yield batch, tokens, slots or None
+                turn += 1
+
+    @torch.no_grad()
+    def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
+        """Scores these windows: forward(ids, targets, positions) -> nats, as in GPT.forward.
+
+        What lies behind a window's end repeats its last token. Attention is causal, so that changes
+        nothing before it, and what is computed there goes to the extra slot.
+        """
+        val = self.val.tokens
+        device = self.run.device
+        for batch, tokens, slots in self.batches(rows):
+            start, end, first = batch.split(1, dim=1)  # (batch, 1) each
+            read = start + torch.arange(tokens, device=device)  # (batch, tokens)
+            ids = val[read.minimum(end - 1)].long()
+            target = first + torch.arange(slots or tokens, device=device)  # (batch, slots)
+            inside = target.minimum(end - 1)
+            positions = inside - start if slots else None
+            nats = forward(ids, val[inside + 1].long(), positions)
+
+            slot = torch.where(target < end, target, self.n)
+            self.nats[slot] = nats
+            self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
+        return self
+
+    def total(self) -> Score:
+        """Sums over all ranks, in fp64. RuntimeError unless every target was scored once."""
+        if self.run.world > 1:
+            dist.all_reduce(self.both)
+        if not bool((self.hits[:-1] == 1).all()):
+            raise RuntimeError("a target was scored never or twice")
+        nats = self.nats[:-1].double().sum().item()
+        size = int(self.val.target_bytes.sum())
+        seconds = time.perf_counter() - self.began
+        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, seconds)
+
+
+def score(
+    cfg: Config, run: Run, forward: Callable, val: Validation, rows: np.ndarray | None = None
+) -> Score:
+    """The score over these windows; without rows: fixed windows over all targets."""
+    if rows is None:
+        rows = windows(0, val.n, cfg.window, 0)
+    return ScoreSheet(cfg, run, val).fill(forward, rows).total()
+
+
+class ScoringWay(NamedTuple):
+    """A way of scoring beside fixed and sliding windows, and the knob that asks for it.
+
+    score(cfg, run, model, forward, val): the model, and its compiled forward pass.
+    """
+
+    toggle: str
+    score: Callable[[Config, Run, GPT, Callable, Validation], Score]
+
+    def wanted(self, cfg: Config) -> bool:
+        """Whether the knob is set; its default is off."""
+        knob_name = self.toggle.lower()
+        return getattr(cfg, knob_name) != getattr(Config, knob_name)
+
+
+# In this order, as the last one changes the model; the last one that is on gives the result.
+SCORING_WAYS: dict[str, ScoringWay] = {}
+
+
+def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
+    """The targets of windows(0, val.n, ...), none with context from before its document.
+
+    The last target of a document is the BOS of the next one.
+    """
+    starts = np.flatnonzero(val.tokens[: val.n].cpu().numpy() == BOS)
+    edges = np.unique([0, *starts, val.n])
+    parts = [windows(a, b, length, stride) for a, b in itertools.pairwise(edges)]
+    return np.concatenate(parts)
+
+
+def score_documents(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
+    """Documents by themselves: no target is scored in the context of another document.
+
+    What:   windows as ever (EVAL_STRIDE), but of one document each, from its BOS on.
+    Why:    in the stream, what stands before a document says nothing about it.
+    Source: #199; toggle DOC_ISOLATED_EVAL.
+    Care:   the last target of a document is the BOS of the next one: every target still counts.
+    """
+    return score(cfg, run, forward, val, document_windows(val, cfg.window, cfg.eval_stride))
+
+
+SCORING_WAYS["documents"] = ScoringWay("DOC_ISOLATED_EVAL", score_documents)
+
+
+def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
+    """Test-time training: each chunk of the validation text is scored, then learned from.
+
+    What:   SGD (momentum 0.9, clip 1, cosine over the chunks) on TTT_CHUNK_TOKENS tokens at a
+            time, TTT_EPOCHS passes, all but the first TTT_FREEZE_BLOCKS blocks.
+    Why:    later text resembles the text before it.
+    Source: #549, #975; toggle TTT_MODE.
+    Care:   score first: a target is never learned before it is scored (#568, #677). A rank without
+            rows takes part in every step all the same, or the others wait for ever (#975).
+            The model is changed, so it must be scored otherwise before; and not compiled.
+    """
+    rows = windows(0, val.n, cfg.window, cfg.eval_stride)
+    frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
+    adapted = {name: p for name, p in model.named_parameters() if p not in frozen}
+    flat = FlatParameters(adapted, run)
+    optimiser = torch.optim.SGD(adapted.values(), lr=cfg.ttt_lr, momentum=0.9)
+    sheet = ScoreSheet(cfg, run, val)
+
+    chunk_of = rows[:, 2] // cfg.ttt_chunk_tokens  # by a window's first target
+    last = int(chunk_of[-1])
+    for chunk in range(last):
+        sheet.fill(model, rows[chunk_of == chunk])
+        optimiser.param_groups[0]["lr"] = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / last))
+        start = chunk * cfg.ttt_chunk_tokens
+        tokens = val.tokens[start : start + cfg.ttt_chunk_tokens + 1].long()
+        for ids, targets in chunk_batches(cfg, tokens):
+            flat.gradients.zero_()
+            mine = ids[run.rank :: run.world]
+            if len(mine):
+                nats = model(mine, targets[run.rank :: run.world]).sum()
+                (nats * (run.world / targets.numel())).backward()
+            flat.reduce(clip=1.0)
+            optimiser.step()
+    return sheet.fill(model, rows[chunk_of == last]).total()
+
+
+def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, targets), each (rows, window), of a chunk (tokens + 1,): all of it TTT_EPOCHS times."""
+    ids = tokens[:-1].view(-1, cfg.window).split(cfg.eval_batch_seqs)
+    targets = tokens[1:].view(-1, cfg.window).split(cfg.eval_batch_seqs)
+    for _ in range(cfg.ttt_epochs):
+        yield from zip(ids, targets, strict=True)
+
+
+SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train)
+
+
+# ── 12 Report ─────────────────────────────────────────────────────────────────────────────────────
+# In: what was trained and what was scored. Out: the dict that 13 writes as result.json, with the
+# exit code in it, and the last table of the log.
+# Promise: each toggle that was asked for is measured with and without; one that did nothing is
+# named and, with STRICT, is the exit code.
+
+# What a run that only scores has no figures for.
+TRAINING_FIGURES = (
+    "steps",
+    "tokens_seen",
+    "train_seconds",
+    "step_ms_median",
+    "params",
+    "live_val_bpb",
+    "averaged_val_bpb",
+    "quant_gap_bpb",
+)
+
+# The environment variables that change the speed of a run.
+SPEED_VARIABLES = ("NCCL_", "OMP_", "GOMP_", "TORCH_")
+
+# The contest's limit on the seconds that scoring may take.
+SCORE_SECONDS = 600
+
+
+@dataclass
+class Trained:
+    """What training hands to scoring and to the report. Weights are fp32, by parameter name."""
+
+    trainer: Trainer
+    live: State
+    averages: dict[str, State]
+    final: State  # the weights that are shipped, before pruning and quantisation
+    exported: Exported | None = None
+    # kind of tensor -> how many, bytes, rounding error
+    kinds: dict = field(default_factory=dict)
+    codes: dict = field(default_factory=dict)  # the codes beside their order-0 entropy
+
+
+class Probe:
+    """One fixed batch of validation text, on which toggles are measured.
+
+    ids, targets: (at most 4 rows, at most TRAIN_SEQ_LEN tokens) int64.
+    base: nats per token of the live weights.
+    """
+
+    def __init__(self, cfg: Config, run: Run, trained: Trained, val: Validation):
+        self.run = run
+        length = min(val.n, cfg.train_seq_len)
+        rows = min(max(val.n // cfg.train_seq_len, 1), 4)
+        self.ids = val.tokens[: rows * length].long().view(rows, length)
+        self.targets = val.tokens[1 : 1 + rows * length].long().view(rows, length)
+        self.base = self.loss(trained.trainer.model, trained.live)
+
+    @torch.no_grad()
+    def loss(self, model: GPT, state: State | None = None) -> float:
+        """Mean nats per token, with these weights or with those that the model has."""
+        model.load_state_dict(state or {}, strict=False)
+        return model(self.ids, self.targets).double().mean().item()
+
+    def milliseconds(self, model: GPT) -> float:
+        """One forward and backward pass, without torch.compile."""
+        parameters = [*model.parameters()]
+
+        def both_ways() -> None:
+            loss = model(self.ids, self.targets).mean()
+            # a model of one block has skip weights that it does not use
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        return self.run.milliseconds(both_ways)
+
+
+def prove_toggles(
+    cfg: Config, run: Run, trained: Trained, val: Validation, attend: Callable
+) -> None:
+    """Fills in what each toggle does and costs: nats on the probe, with it minus without."""
+    probe = Probe(cfg, run, trained, val)
+    prove_views(run, trained, probe)
+    prove_averages(run, trained, probe)
+    trained.trainer.model.load_state_dict(trained.live)
+    prove_model_toggles(cfg, run, trained, probe, attend)
+    if trained.exported.pruned:
+        run.activity["PRUNE_PCT"] = prove_pruning(cfg, trained, probe)
+
+
+def prove_pruning(cfg: Config, trained: Trained, probe: Probe) -> Activity:
+    """Pruning: the shipped weights against what would have been shipped without it."""
+    trainer = trained.trainer
+    pruned = prune(cfg, trained.final, trained.exported.pruned)
+    off = shipped_state(trained.final, trainer.plan)
+    on = shipped_state(pruned, trainer.plan)
+    changed = [int((on[name] != off[name]).sum()) for name in on]
+    return Activity(
+        tensors=sum(n > 0 for n in changed),
+        params=sum(changed),
+        scope=f"export, {trained.exported.pruned:.1%}",
+        steps=[trainer.steps],
+        effect=probe.loss(trainer.model, on) - probe.loss(trainer.model, off),
+    )
+
+
+def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
+    """Views: the loss with the weights that the forward pass sees, against the latent ones."""
+    trainer = trained.trainer
+    views = trainer.views
+    for name, view in views.techniques.items():
+        enter = partial(views.enter, view.at_full_strength(), 0)
+
+        def there_and_back(enter: Callable = enter) -> None:
+            views.leave(enter())
+
+        latent = enter()
+        run.activity[name].effect = probe.loss(trainer.model) - probe.base
+        views.leave(latent)
+        run.activity[name].cost_ms = run.milliseconds(there_and_back)
+
+
+def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
+    """Averages: the loss with the average against the live weights.
+
+    The milliseconds of a mean of snapshots include those of an average of every step.
+    """
+    trainer = trained.trainer
+    for name, state in trained.averages.items():
+        activity = run.activity[name.upper()]
+        activity.effect = probe.loss(trainer.model, state) - probe.base
+        snapshot = not trainer.averages.on[name].every_step
+        activity.cost_ms = run.milliseconds(partial(trainer.averages.update, snapshot))
+
+
+def prove_model_toggles(
+    cfg: Config, run: Run, trained: Trained, probe: Probe, attend: Callable
+) -> None:
+    """Parts of the model: the trained model against itself without the part."""
+    model = trained.trainer.model
+    for name in MODEL_TOGGLES:
+        knob_name = name.lower()
+        if not getattr(cfg, knob_name):
+            continue
+        without = build_model(dataclasses.replace(cfg, **{knob_name: 0}), run, attend)
+        kept = without.state_dict()
+        extra = [p.numel() for key, p in model.named_parameters() if key not in kept]
+        run.activity[name] = Activity(
+            tensors=len(extra),
+            params=sum(extra),
+            scope="the model; ms forward + backward, eager",
+            steps=[*range(trained.trainer.steps)],
+            effect=probe.base - probe.loss(without, trained.live),
+            cost_ms=probe.milliseconds(model) - probe.milliseconds(without),
+        )
+
+
+def environment(run: Run) -> dict:
+    """The hardware, versions and variables that figures depend on."""
+    return dict(
+        device=device_name(run),
+        threads_per_rank=torch.get_num_threads(),
+        dtype=str(run.dtype),
+        compile=run.compile,
+        cuda=torch.version.cuda,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        variables={k: v for k, v in os.environ.items() if k.startswith(SPEED_VARIABLES)},
+    )
+
+
+def device_name(run: Run) -> str:
+    """The GPU's name; else the processor's, where Linux tells it, and its cores."""
+    if run.cuda:
+        return torch.cuda.get_device_name()
+    name = platform.machine()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    for line in lines:
+        if line.startswith("model name"):
+            name = line.split(": ")[1]
+            break
+    return f"CPU {name}, {os.cpu_count()} cores"
+
+
+def peak_memory(run: Run) -> int:
+    """The most bytes that this rank has held: of the GPU's memory, or of the process on a CPU."""
+    if run.cuda:
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def add_scoring_toggles(run: Run, bpb: dict[str, float], steps: int) -> None:
+    """Ways of scoring that are toggles: their effect is in BPB, against plain scoring."""
+    plain = "sliding" if "sliding" in bpb else "quantised"
+    for name, way in SCORING_WAYS.items():
+        if name in bpb:
+            run.activity[way.toggle] = Activity(
+                scope=f"scoring, against {plain}",
+                unit="bpb",
+                steps=[steps],
+                effect=bpb[name] - bpb[plain],
+            )
+
+
+def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]) -> dict:
+    """What result.json says of the training; without one, None for each of TRAINING_FIGURES."""
+    if trained is None:
+        return dict.fromkeys(TRAINING_FIGURES)
+    trainer = trained.trainer
+    return dict(
+        recompiles=trainer.recompiles,
+        groups=trained.kinds,
+        codes=trained.codes,
+        pruned=trained.exported.pruned,
+        resumed=trainer.resumed,
+        skipped=trainer.skipped,
+        steps=trainer.steps,
+        tokens_seen=trainer.steps * cfg.train_batch_tokens,
+        params=sum(w.numel() for w in trained.live.values()),
+        train_seconds=trainer.elapsed,
+        step_ms_median=statistics.median(trainer.step_seconds or [0.0]) * 1e3,
+        trained_code_sha256=trainer.code_sha256,
+        average=cfg.shipped_average,
+        live_val_bpb=bpb["live"],
+        averaged_val_bpb=bpb.get("averaged"),
+        **gap_figures(bpb),
+    )
+
+
+def gap_figures(bpb: dict[str, float]) -> dict:
+    """What quantising costs and, apart from that, what FIT_TO_CAP's pruning costs."""
+    unfitted = bpb.get("unfitted", bpb["quantised"])
+    fit_cost = None
+    if "unfitted" in bpb:
+        fit_cost = bpb["quantised"] - unfitted
+    quant_gap = unfitted - bpb.get("averaged", bpb["live"])
+    return dict(quant_gap_bpb=quant_gap, fit_cost_bpb=fit_cost)
+
+
+GAP_FIGURES = ("quant_gap_bpb", "fit_cost_bpb")
+
+
+def build_result(
+    cfg: Config,
+    run: Run,
+    scores: dict[str, Score],
+    data: dict,
+    path: Path,
+    trained: Trained | None,
+) -> dict:
+    """result.json: everything that the final table says, and what it takes to reproduce it."""
+    mode, final = list(scores.items())[-1]
+    bpb = {name: score.bpb for name, score in scores.items()}
+    steps = trained.trainer.steps if trained else 0
+    artifact_bytes = path.stat().st_size
+    # packed once, on rank 0
+    code_bytes = run.broadcast(len(shipped_code(cfg)) if run.rank == 0 else 0)
+    total = code_bytes + artifact_bytes
+
+    add_scoring_toggles(run, bpb, steps)
+    toggles = {name: activity.row(steps) for name, activity in run.activity.items()}
+    inactive = [name for name, row in toggles.items() if not row["active"]]
+    code = 0
+    if inactive and cfg.strict:
+        code = 4
+    if total > cfg.cap_bytes:
+        code = 3
+
+    return dict(
+        schema=SCHEMA_VERSION,
+        date=time.strftime("%Y-%m-%d"),
+        exit_code=code,
+        val_bpb=final.bpb,
+        val_loss=final.loss,
+        val_tokens=final.targets,
+        val_bytes=final.bytes,
+        quantised_val_bpb=bpb["quantised"],
+        **training_figures(cfg, trained, bpb),
+        artifact_path=str(path),
+        scored=mode,
+        artifact_bytes=artifact_bytes,
+        code_bytes=code_bytes,
+        total_bytes=total,
+        cap_bytes=cfg.cap_bytes,
+        under_cap=total <= cfg.cap_bytes,
+        eval_seconds=final.seconds,
+        inactive=inactive,
+        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": SCORE_SECONDS},
+        toggles=toggles,
+        scores={name: score._asdict() for name, score in scores.items()},
+        data=data,
+        **provenance(cfg, run),
+    )
+
+
+def provenance(cfg: Config, run: Run) -> dict:
+    """What it takes to reproduce the run, and what the run took."""
+    return dict(
+        seconds=run.seconds,
+        seed=cfg.seed,
+        world_size=run.world,
+        peak_memory_bytes=peak_memory(run),
+        checkpoint=cfg.checkpoint or None,
+        config=cfg.knobs(),
+        **environment(run),
+        non_default=cfg.non_default(),
+        config_sha256=cfg.digest(),
+        code_sha256=CODE_SHA256,
+    )
+
+
+def final_table(r: dict) -> str:
+    """The end of the log, from result.json alone."""
+    tables = {
+        "weights": r["scores"],
+        "size": size_rows(r),
+        "time ledger": ledger_rows(r),
+        "toggle": r["toggles"],
+    }
+    parts = [""]
+    for title, rows in tables.items():
+        if rows:
+            columns = next(iter(rows.values()))
+            lines = [(name, *row.values()) for name, row in rows.items()]
+            parts.append(text_table([(title, *columns), *lines]))
+    if r.get("codes"):
+        parts.append(codes_line(**r["codes"]))
+    for name in GAP_FIGURES:
+        if r.get(name) is not None:
+            parts.append(f"{name}: {r[name]:+.6f}")
+    for name in r["inactive"]:
+        parts.append(f"INACTIVE: {name} was requested and did nothing")
+    parts.append(result_line(r))
+    return "\n\n".join(parts)
+
+
+def size_rows(r: dict) -> dict[str, dict]:
+    """Bytes of what is shipped, beside the cap."""
+    headroom = "headroom" if r["under_cap"] else "OVER CAP BY"
+    sizes = {
+        "code as shipped": r["code_bytes"],
+        "artifact": r["artifact_bytes"],
+        "total": r["total_bytes"],
+        "cap": r["cap_bytes"],
+        headroom: abs(r["cap_bytes"] - r["total_bytes"]),
+    }
+    return {name: {"bytes": n} for name, n in sizes.items()}
+
+
+def ledger_rows(r: dict) -> dict[str, dict]:
+    """Seconds of every phase, beside the limit where it has one."""
+    rows = {}
+    for name, seconds in r["seconds"].items():
+        limit = r["limits"].get(name)
+        rows[name] = {"spent": f"{seconds:.1f} s", "of": limit and f"{limit:g} s"}
+    return rows
+
+
+def codes_line(compressor: str, weights: int, order0_bytes: int, stored_bytes: int) -> str:
+    """How close the compressor comes to the order-0 entropy of the codes."""
+    stored_bits = 8 * stored_bytes / weights
+    entropy_bits = 8 * order0_bytes / weights
+    return (
+        f"{compressor}: {weights:,} codes and their scales: {stored_bytes:,} bytes, "
+        f"{stored_bits:.3f} bits each; order-0 entropy of the codes {order0_bytes:,} bytes, "
+        f"{entropy_bits:.3f} bits each; {stored_bytes / order0_bytes - 1:+.2%}"
+    )
+
+
+def result_line(r: dict) -> str:
+    """The last line of the log."""
+    code = r["exit_code"]
+    return (
+        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
+        f"{r['val_bytes']:,} bytes), {r['total_bytes']:,} bytes in all, "
+        f"exit code {code}: {EXIT_CODES[code]}"
+    )
+
+
+# ── 13 Main ───────────────────────────────────────────────────────────────────────────────────────
+# In: a Config. Out: result.json and an exit code.
+# Promise: what is scored was read back from disk; whatever ends a run early is one line and one
+# exit code.
+
+
+class Inputs(NamedTuple):
+    """The data of a run."""
+
+    splits: dict[str, Split]
+    validation: Validation
+    fingerprint: dict
+
+
+def main(cfg: Config) -> dict:
+    """One run, from its settings to result.json, which it returns."""
+    run = Run(cfg)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, run.signalled)
+    try:
+        finished = finished_result(cfg, run)
+        return finished or train_and_score(cfg, run)
+    except BaseException as error:
+        refusal = explain(run, error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def train_and_score(cfg: Config, run: Run) -> dict:
+    """tokens -> train -> average -> quantise -> pack -> disk -> read back -> score -> result"""
+    path = Path(cfg.eval_only) if cfg.eval_only else run.dir / "artifact.bin"
+    run.log(f"run {run.dir.name}: {device_name(run)}, {run.world} ranks, code {CODE_SHA256[:12]}")
+    saved = saved_training(cfg, run)
+    cfg = complete_settings(cfg, path, saved)
+    log_start(cfg, run)
+
+    inputs = load_inputs(cfg, run)
+    attend = choose_attention(cfg, run)
+    trained = None
+    if not cfg.eval_only:
+        trained = train_and_export(cfg, run, inputs, attend, saved)
+
+    with run.phase("read back"):
+        _, state = read_artifact(path)
+    scores = score_all(cfg, run, state, inputs.validation, attend, trained)
+    if trained:
+        with run.phase("prove toggles"):
+            prove_toggles(cfg, run, trained, inputs.validation, attend)
+
+    report = build_result(cfg, run, scores, inputs.fingerprint, path, trained)
+    return finish(run, report)
+
+
+def finished_result(cfg: Config, run: Run) -> dict | None:
+    """With RESUME, the result of a run that is complete already."""
+    path = run.dir / "result.json"
+    if not cfg.resume or not path.exists():
+        return None
+    run.log(f"resume: {path} is there: nothing is left to do")
+    return json.loads(path.read_text())
+
+
+def saved_training(cfg: Config, run: Run) -> tuple[dict, State] | None:
+    """(facts, tensors) of the checkpoint that this run starts from, if any."""
+    if cfg.checkpoint:
+        return read_container(Path(cfg.checkpoint))
+    if cfg.resume:
+        return last_checkpoint(run)
+    return None
+
+
+def complete_settings(cfg: Config, path: Path, saved: tuple[dict, State] | None) -> Config:
+    """The settings with those that the artifact at `path` (EVAL_ONLY) or the checkpoint holds."""
+    if cfg.eval_only:
+        return inherit_settings(cfg, *read_artifact(path))
+    if saved:
+        facts, tensors = saved
+        live = {
+            name.removeprefix("live/"): w for name, w in tensors.items() if name.startswith("live/")
+        }
+        return inherit_settings(cfg, facts.get("config", {}), live)
+    return dataclasses.replace(cfg, inherited=True)
+
+
+def inherit_settings(cfg: Config, knobs: dict, state: State) -> Config:
+    """The knobs that a file holds, and those of this launch where they may differ.
+
+    Refusal unless all of them fit the very tensors `state` that the file holds.
+    """
+    source = cfg.sources[0]
+    try:
+        check_knob_types(cfg, knobs)
+        own = {name: value for name, value in knobs.items() if name.upper() not in cfg.given}
+        cfg = dataclasses.replace(cfg, inherited=True, **own)
+        fixed = ("model",) if cfg.eval_only else cfg.training_scopes
+        for name, value in cfg.knobs(*fixed).items():
+            made = f"{name.upper()}={value}: {source} was made with {knobs[name]}; unset it"
+            refuse(knobs[name] != value, made)
+        check_tensors(cfg, state)
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        problem = f"its configuration does not fit ({error!r:.200}); make it again"
+        raise Refusal(f"{source}: {problem}") from None
+    return cfg
+
+
+def check_knob_types(cfg: Config, knobs: dict) -> None:
+    """TypeError unless a file holds exactly the knobs that it should, each of its own type."""
+    scopes = ("model", "eval") if cfg.eval_only else ("seed", *COMPARED)
+    wanted = {f.name: f for f in KNOBS if f.metadata["scope"] in scopes}
+    problem = "unknown, missing or mistyped settings"
+    if knobs.keys() != wanted.keys():
+        raise TypeError(problem)
+    for name, value in knobs.items():
+        kinds = (float, int) if wanted[name].type == "float" else (type(wanted[name].default),)
+        if type(value) not in kinds:
+            raise TypeError(problem)
+
+
+def check_tensors(cfg: Config, state: State) -> None:
+    """TypeError unless these are the tensors of a model with these settings; allocates nothing."""
+    shapes = {}
+    # a file may promise more layers than there is memory for, even for empty tensors
+    if cfg.num_layers <= len(state):
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(cfg).named_parameters()}
+    if shapes != {name: w.shape for name, w in state.items()}:
+        raise TypeError("tensors of other names or shapes")
+
+
+def log_start(cfg: Config, run: Run) -> None:
+    """The first lines of both records, and the script beside them."""
+    where = environment(run)
+    chosen = " ".join(f"{name}={value}" for name, value in cfg.non_default().items())
+    run.log(f"settings: {chosen or 'all defaults'}")
+    run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)
+    if run.rank == 0:
+        write_code(cfg, run.dir)
+
+
+def load_inputs(cfg: Config, run: Run) -> Inputs:
+    """Opens and checks the data; training data only where something is trained."""
+    with run.phase("data"):
+        splits = {"val": Split(cfg, "val")}
+        if not cfg.eval_only:
+            splits["train"] = Split(cfg, "train")
+        validation = Validation(cfg, run, splits["val"])
+        fingerprint = check_data(cfg, splits)
+    run.log("data: " + ", ".join(f"{key} {value}" for key, value in fingerprint.items()))
+    return Inputs(splits, validation, fingerprint)
+
+
+def train_and_export(
+    cfg: Config, run: Run, inputs: Inputs, attend: Callable, saved: tuple[dict, State] | None
+) -> Trained:
+    """Trains (or restores what was saved), averages, exports.
+
+    Checkpoint and artifact are on disk when it returns, before anything is scored.
+    """
+    model = build_model(cfg, run, attend)
+    plan = export_plan(cfg, model)
+    trainer = Trainer(cfg, run, model, plan, inputs.splits["train"], inputs.validation)
+    log_model(run, trainer)
+
+    if saved:
+        trainer.restore(*saved)
+        code = trainer.code_sha256[:12]
+        run.log(f"from a checkpoint: {trainer.steps} steps, {trainer.elapsed:.1f} s, code {code}")
+    complete = cfg.checkpoint or (saved and trainer.done())
+    if not complete:
+        trainer.train(saved)
+
+    with run.phase("average"):
+        trained = collect_averages(cfg, run, trainer)
+    with run.phase("quantise and compress"):
+        write_artifact(cfg, run, trained)
+    return trained
+
+
+def log_model(run: Run, trainer: Trainer) -> None:
+    """Says how large the model is and how it will be shipped."""
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    bits = [how.bits for how in trainer.plan.values() if isinstance(how, Grid)]
+    run.log(
+        f"model: {parameters:,} parameters, {len(bits)} of {len(trainer.plan)} tensors quantised "
+        f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step"
+    )
+
+
+def collect_averages(cfg: Config, run: Run, trainer: Trainer) -> Trained:
+    """Copies the live weights and every average, and chooses what is shipped."""
+    live = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    averages = {}
+    for name, state in trainer.averages.results().items():
+        averages[name] = {key: w.clone() for key, w in state.items()}
+
+    for name in cfg.collected():
+        activity = run.activity[name.upper()]
+        steps = activity.steps
+        applied = f"no (AVERAGE={cfg.average})"
+        if name == cfg.shipped_average:
+            applied = "yes"
+        if name not in averages:
+            applied = "NO, none was taken"
+        run.log(
+            f"average: {name} {activity.scope}, {len(steps)} snapshots, "
+            f"steps {steps[:1]} to {steps[-1:]}; applied: {applied}"
+        )
+
+    final = averages.get(cfg.shipped_average, live)
+    finite = all(bool(w.isfinite().all()) for w in final.values())
+    last = trainer.steps - 1
+    problem = f"step {last}: the weights after it are not finite; lower the learning rates"
+    refuse(not finite, problem, 5)
+    return Trained(trainer, live, averages, final)
+
+
+def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
+    """Exports the final weights to artifact.bin and measures what the bytes are spent on."""
+    plan = trained.trainer.plan
+    made = export(cfg, run, trained.final, plan)
+    trained.exported = made
+    sizes = None
+    if run.rank == 0:
+        write_atomic(run.dir / "artifact.bin", made.blob)
+        kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
+        pruned = prune(cfg, trained.final, made.pruned)
+        sizes = kinds, code_size(made.cfg, pruned, plan, len(made.blob))
+    # the broadcast also keeps the other ranks from reading the file before it is written
+    trained.kinds, trained.codes = run.broadcast(sizes)
+
+
+def score_all(
+    cfg: Config,
+    run: Run,
+    state: State,
+    val: Validation,
+    attend: Callable,
+    trained: Trained | None,
+) -> dict[str, Score]:
+    """Scores the trainer's own weights, then the read-back ones in every mode asked for.
+
+    Returns name -> score; the last one is the result.
+    """
+    scores = {}
+
+    def keep(name: str, job: Callable[[], Score]) -> None:
+        with run.phase(f"score {name}"):
+            scores[name] = job()
+        run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
+
+    for name, job in stages_before_the_artifact(cfg, trained):
+        keep(name, job)
+
+    model = build_model(cfg, run, attend)
+    model.load_state_dict(state)
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    measure = partial(score, cfg, run, forward, val)
+    keep("quantised", measure)
+
+    sliding = windows(0, val.n, cfg.window, cfg.eval_stride)
+    if cfg.eval_stride:
+        fixed = -(-val.n // cfg.window)
+        seconds = scores["quantised"].seconds * len(sliding) / fixed
+        speed = "at the speed of the fixed ones"
+        run.log(f"score sliding: {len(sliding):,} windows, about {seconds:.0f} s {speed}")
+        keep("sliding", partial(measure, sliding))
+    for name, way in SCORING_WAYS.items():
+        if way.wanted(cfg):
+            keep(name, partial(way.score, cfg, run, model, forward, val))
+    return scores
+
+
+def stages_before_the_artifact(
+    cfg: Config, trained: Trained | None
+) -> Iterator[tuple[str, Callable[[], Score]]]:
+    """(name, what scores it) of each stage between the last step and the artifact."""
+    if trained is None:
+        return
+    score_weights = trained.trainer.score_weights
+
+    def score_unfitted() -> Score:
+        """Quantised, but without what FIT_TO_CAP pruned."""
+        weights = prune(cfg, trained.final, cfg.prune_pct)
+        return score_weights(shipped_state(weights, trained.trainer.plan))
+
+    yield "live", partial(score_weights, trained.live)
+    if cfg.shipped_average in trained.averages:
+        yield "averaged", partial(score_weights, trained.final)
+    if trained.exported.pruned > cfg.prune_pct:
+        yield "unfitted", score_unfitted
+
+
+def finish(run: Run, report: dict) -> dict:
+    """Writes the result; returns rank 0's, so that all ranks exit alike."""
+    run.log(final_table(report))
+    run.event("result", val_bpb=report["val_bpb"], exit_code=report["exit_code"])
+    if run.rank == 0:
+        write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
+        keep_one_checkpoint(run.dir)
+    report = run.broadcast(report)
+    # from here on a signal comes too late
+    run.phase_name = "stop"
+    return report
+
+
+def keep_one_checkpoint(folder: Path) -> None:
+    """Deletes the checkpoint before the newest.
+
+    It is the newest itself where the machine stopped between the two renamings after the last step.
+    """
+    newest, previous = (folder / name for name in CHECKPOINTS)
+    if previous.exists() and not newest.exists():
+        previous.replace(newest)
+    previous.unlink(missing_ok=True)
+
+
+def explain(run: Run, error: BaseException) -> Refusal | None:
+    """Writes what ended the run into its records.
+
+    Returns the line and the exit code for it, or None where the error speaks for itself.
+    """
+    phase = run.phase_name
+    run.phase_name = "stop"
+    where = f"in phase '{phase}': {type(error).__name__}: {error}"
+    out_of_memory = is_out_of_memory(error)
+
+    # the other ranks are asked only where one of them may be the reason
+    waited = isinstance(error, RuntimeError) or (run.stop and phase != "train")
+    silent = []
+    if waited and run.world > 1 and not out_of_memory:
+        silent = run.silent_ranks()
+
+    # the disk may be full
+    with contextlib.suppress(OSError):
+        run.log(f"stopped {where}")
+        run.event("stopped", phase=phase, error=where)
+
+    again = f"RESUME=1 RUN_ID={run.dir.name}"
+    if out_of_memory:
+        remedy = "training: raise GRAD_ACCUM_STEPS; scoring: lower EVAL_BATCH_SEQS"
+        return Refusal(f"out of memory {where}; {remedy}", 8)
+    if isinstance(error, OSError):
+        return Refusal(f"{where}; mend that, then {again}", 7)
+    if silent:
+        lost = ", ".join(map(str, silent))
+        return Refusal(f"lost rank {lost} {where}; go on with {again}", 6)
+    if run.stop:
+        return Refusal(f"stopped {where}", 128 + run.stop)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host's memory or of the GPU's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "can't allocate" in str(error)
+
+
+def command_line(arguments: list[str]) -> int:
+    """Runs the configuration in the environment; returns the exit code."""
+    if arguments == ["--help"]:
+        print(help_text())
+        return 0
+    if arguments:
+        print(f"{arguments[0]}: settings are environment variables; see --help")
+        return 2
+
+    try:
+        code = main(Config.from_env(os.environ))["exit_code"]
+    except Refusal as refusal:
+        code = refusal.code
+        say_once(refusal.problems, code, os.environ)
+    except KeyboardInterrupt:
+        code = 130
+        say_once([], code, os.environ)
+
+    # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291);
+    # NCCL would wait for lost ranks
+    if dist.is_initialized() and (code in (0, 3, 4) or not torch.cuda.is_available()):
+        dist.destroy_process_group()
+    return code
+
+
+def say_once(problems: list[str], code: int, env) -> None:
+    """Says on stderr what ended this rank; one of the ranks on a host does if all find the same."""
+    text = "\n".join(problems)
+    says_it = env.get("LOCAL_RANK", "0") == "0"
+    if code in RANKS_OWN_CODES:
+        says_it = True
+    else:
+        host = env.get("GROUP_RANK", "0")
+        # there may be no store and no group
+        with contextlib.suppress(RuntimeError, ValueError):
+            says_it = dist.distributed_c10d._get_default_store().add(f"{host} {text}", 1) == 1
+    if not says_it:
+        return
+
+    ending = f"[exit {code}: {EXIT_CODES[code]}]"
+    if len(problems) > 1:
+        lines = [f"error: {len(problems)} problems {ending}", *problems]
+        print("\n  ".join(lines), file=sys.stderr, flush=True)
+    else:
+        print(f"error: {text or EXIT_CODES[code]} {ending}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(sys.argv[1:]))
