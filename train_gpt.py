@@ -4311,7 +4311,6 @@ def build_result(
     bpb = {name: score.bpb for name, score in scores.items()}
     steps = trained.trainer.steps if trained else 0
     artifact_bytes = path.stat().st_size
-    # packed once, on rank 0
     code_bytes = run.broadcast(len(shipped_code(cfg)) if run.rank == 0 else 0)
     total = code_bytes + artifact_bytes
 
