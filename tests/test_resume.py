@@ -174,7 +174,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tiny, mode, worl
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3), (4, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(tiny, before, after):
-    knobs = BASE | MODES["QAT from the start, EMA"]
+    # without QAT: another order of summation moves a weight across the boundary of a code
+    knobs = BASE | {"ema_enabled": True, "ema_decay": 0.8}
     whole, broken = tiny(**knobs), tiny(**knobs)
     assert codes(finish(whole)) == [0]
     assert codes(finish(broken, before, StopAfter(5))) == [143] * before
