@@ -1,0 +1,193 @@
+"""Figures of the log, of metrics.jsonl and of result.json, each against its definition.
+
+One run by a clock of the test: what takes time, and how long, is known to the bit. Would have
+caught: a speed that counts other tokens, bits per byte that are nats, a scoring time of another
+scoring, validation on the training clock, a peak in KiB, an effect with its sign turned round.
+"""
+
+import json
+import math
+import re
+import resource
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY
+from test_pipeline import SMALL, folder
+
+import train_gpt
+from train_gpt import Config, Run, ScoreSheet, Trainer, main, peak_memory
+
+STEPS = 26
+KNOBS = SMALL | dict(
+    iterations=STEPS,
+    warmdown_iters=10,
+    muon_momentum_warmup_start=0.5,
+    muon_momentum=0.9,
+    muon_momentum_warmup_steps=8,
+    train_log_every=1,
+    val_loss_every=5,
+    val_max_tokens=200,
+    qna_enabled=True,
+    qna_magnitude=2.0,
+    qna_stop_scale=0.0,
+    qat_enabled=True,
+    qat_start_kind="iter_frac",
+    qat_start=0.9,
+    swa_enabled=True,
+    swa_every=3,
+    swa_start_kind="iter_frac",
+    swa_start_frac=0.5,
+)
+# Seconds of a step, of filling one score sheet, of one encoding: dyadic, so that sums are exact
+STEP_SECONDS = [step % 7 / 8 + 1 / 4 for step in range(STEPS)]
+SCORE_SECONDS = {"live": 32.0, "averaged": 64.0, "quantised": 128.0, "sliding": 256.0}
+VALIDATION_SECONDS = 16.0
+ENCODE_SECONDS = 4.0
+
+
+class Clock:
+    """A clock that stands still but for what the test lets take time."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.now = 1000.0
+        self.patch = patch
+        patch.setattr(train_gpt, "time", SimpleNamespace(**vars(train_gpt.time)))
+        patch.setattr(train_gpt.time, "perf_counter", lambda: self.now)
+
+    def lasts(self, owner, name: str, seconds) -> None:
+        """From now on each call of owner.name lasts seconds(its arguments)."""
+        work = getattr(owner, name)
+
+        def lasting(*arguments, **named):
+            self.now += seconds(*arguments)
+            return work(*arguments, **named)
+
+        self.patch.setattr(owner, name, lasting)
+
+
+@pytest.fixture(scope="module")
+def clocked(data, tmp_path_factory) -> SimpleNamespace:
+    """A run by this clock: its report, events and log."""
+    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"))
+    logs = tmp_path_factory.mktemp("clocked")
+    cfg = Config(**TINY | KNOBS | paths, logs_dir=str(logs), run_id="run")
+
+    def of_step(trainer, *_) -> float:
+        return STEP_SECONDS[trainer.steps]
+
+    def of_score(sheet, *_) -> float:
+        return SCORE_SECONDS.get(sheet.run.phase_name.split()[-1], VALIDATION_SECONDS)
+
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock(patch)
+        clock.lasts(Trainer, "step", of_step)
+        clock.lasts(ScoreSheet, "fill", of_score)
+        clock.lasts(train_gpt, "encode_artifact", lambda *_: ENCODE_SECONDS)
+        patch.setattr(Run, "milliseconds", lambda run, work: work() or 1.0)
+        report = main(cfg)
+    events = [json.loads(line) for line in (folder(cfg) / "metrics.jsonl").open()]
+    log = (folder(cfg) / "train.log").read_text()
+    return SimpleNamespace(cfg=cfg, report=report, events=events, log=log)
+
+
+def of_kind(run: SimpleNamespace, kind: str) -> list[dict]:
+    return [event for event in run.events if event["event"] == kind]
+
+
+# ── The clock of training ─────────────────────────────────────────────────────────────────────────
+def test_the_training_clock_counts_steps_alone(clocked):
+    """Five validations of 20 s each lie between the steps."""
+    assert len(of_kind(clocked, "val")) == STEPS // 5
+    after = [sum(STEP_SECONDS[: n + 1]) for n in range(STEPS)]
+    assert [event["seconds"] for event in of_kind(clocked, "step")] == after
+    assert [event["seconds"] for event in of_kind(clocked, "val")] == after[4::5]
+    assert clocked.report["train_seconds"] == after[-1]
+
+
+def test_the_seconds_of_a_score_are_its_own_and_eval_seconds_those_of_the_result(clocked):
+    scores = clocked.report["scores"]
+    assert {name: score["seconds"] for name, score in scores.items()} == SCORE_SECONDS
+    assert clocked.report["scored"] == "sliding" and clocked.report["eval_seconds"] == 256.0
+    lines = re.findall(r"^(\w+) +val bpb \d\.\d{6}  \((\d+\.\d) s\)$", clocked.log, re.M)
+    assert {name: float(seconds) for name, seconds in lines} == SCORE_SECONDS
+
+
+# ── What a step says ──────────────────────────────────────────────────────────────────────────────
+def test_the_line_of_a_step_says_its_figures(clocked):
+    line = re.compile(
+        r"step +(\d+) +([\d.]+) s  loss ([\d.]+)  train bpb ~([\d.]+)  lr x([\d.]+)  "
+        r"([\d.]+) ms  ([\d,]+) tok/s"
+    )
+    tokens_per_byte = clocked.report["val_tokens"] / clocked.report["val_bytes"]
+    found = [match.groups() for match in line.finditer(clocked.log)]
+    events = of_kind(clocked, "step")
+    assert len(found) == len(events) == STEPS
+    for n, (event, texts) in enumerate(zip(events, found, strict=True), 1):
+        # the median of the last 20 steps
+        seconds = statistics.median(STEP_SECONDS[max(n - 20, 0) : n])
+        bpb = event["loss"] / math.log(2) * tokens_per_byte
+        assert event["step"] == n and event["step_ms"] == 1000 * seconds
+        assert texts == (
+            str(n),
+            f"{sum(STEP_SECONDS[:n]):.1f}",
+            f"{event['loss']:.4f}",
+            f"{bpb:.4f}",
+            f"{event['lr_scale']:.3f}",
+            f"{1000 * seconds:.1f}",
+            f"{clocked.cfg.train_batch_tokens / seconds:,.0f}",
+        )
+
+
+def test_the_event_of_a_step_says_what_the_step_did(clocked):
+    """Event n is of the step that was begun after n - 1."""
+    for begun, event in enumerate(of_kind(clocked, "step")):
+        ramp = min(begun / 8, 1.0)
+        lr_scale = min((STEPS - begun) / 10, 1.0)
+        expected = dict(
+            lr_scale=pytest.approx(lr_scale),
+            momentum=pytest.approx(0.5 * (1 - ramp) + 0.9 * ramp),
+            qat=begun >= 23,
+            qna=0.0 if begun >= 23 else pytest.approx(2.0 * lr_scale),
+            snapshot=begun in (14, 17, 20, 23),
+        )
+        assert {name: event[name] for name in expected} == expected, begun
+
+
+def test_toggles_are_dated_by_the_steps_that_they_acted_in(clocked):
+    toggles = clocked.report["toggles"]
+    dates = {
+        name: tuple(row[key] for key in ("first_step", "last_step", "share_of_steps"))
+        for name, row in toggles.items()
+    }
+    assert dates == {
+        "QNA": (0, 22, 23 / STEPS),
+        "QAT": (23, 25, 3 / STEPS),
+        "SWA": (14, 23, 4 / STEPS),
+        "WARMDOWN": (17, 25, 9 / STEPS),
+    }
+    phases = {event["name"]: event for event in of_kind(clocked, "phase")}
+    for name, (begun, *_) in dates.items():
+        seconds = sum(STEP_SECONDS[: begun + 1])
+        assert (phases[name]["step"], phases[name]["seconds"]) == (begun, seconds)
+        lr_scale = min((STEPS - begun) / 10, 1.0)
+        line = f"{name} acts from step {begun} ({seconds:.1f} s, lr scale {lr_scale:.3f})"
+        assert line in clocked.log
+
+
+# ── Memory ────────────────────────────────────────────────────────────────────────────────────────
+def test_peak_memory_is_the_bytes_of_this_process_at_its_largest(monkeypatch):
+    status = Path("/proc/self/status").read_text()
+    largest = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    # the kernel's two counts differ a little; one of a child, or of kilobytes, is far away
+    assert 0.9 < peak_memory(SimpleNamespace(cuda=False)) / largest < 100
+
+    usage = {resource.RUSAGE_SELF: 7, resource.RUSAGE_CHILDREN: 11}
+    fake = monkeypatch.setattr
+    fake(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=usage[who]))
+    fake(torch.cuda, "max_memory_allocated", lambda: 13)
+    assert peak_memory(SimpleNamespace(cuda=False)) == 7 * 1024
+    assert peak_memory(SimpleNamespace(cuda=True)) == 13
