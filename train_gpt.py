@@ -848,6 +848,8 @@ class Run:
         self.seconds = {}
         # toggle -> Activity
         self.activity = {}
+        # what the log has warned of, for result.json
+        self.warnings = []
         self.phase_name = "start"
         # number of the first stop signal
         self.stop = 0
@@ -900,6 +902,11 @@ class Run:
         if self.rank == 0:
             print(text, flush=True)
             self.text.write(text + "\n")
+
+    def warn(self, text: str) -> None:
+        """A line of the log that result.json and the end of the log repeat."""
+        self.log(f"WARNING: {text}")
+        self.warnings.append(text)
 
     def event(self, kind: str, **fields) -> None:
         """One JSON object for programs in metrics.jsonl; `t` is seconds since the start."""
@@ -2735,7 +2742,7 @@ def last_checkpoint(run: Run) -> tuple[dict, dict[str, Tensor]] | None:
         except Refusal as error:
             if error.code != 2:
                 raise  # told to stop, or a failing disk: no damage
-            run.log(f"WARNING: {error}: the one before it is used")
+            run.warn(f"{error}: the one before it is used")
             damaged.append(path)
 
     progress = saved[0].get("progress", {}) if saved else None
@@ -2881,7 +2888,7 @@ class Trainer:
         tensors = {name: w.to("cpu", copy=True) for name, w in self.tensors().items()}
         bad = self.writing.result() if self.writing else []  # or its error
         if bad:
-            self.run.log(f"WARNING: no checkpoint: {bad[0]} is not finite")
+            self.run.warn(f"no checkpoint: {bad[0]} is not finite")
         self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
         return self.writing.result() if wait else []
 
@@ -4260,6 +4267,25 @@ def add_scoring_toggles(run: Run, bpb: dict[str, float], steps: int) -> None:
             )
 
 
+def closing_warnings(cfg: Config, run: Run, trained: Trained, bpb: dict[str, float]) -> None:
+    """What a good exit code would hide: steps left out, an average that made things worse."""
+    trainer = trained.trainer
+    if trainer.skipped:
+        run.warn(
+            f"{len(trainer.skipped)} of {trainer.steps} steps were not finite and were left out, "
+            f"the first of them step {trainer.skipped[0]}"
+        )
+    worse = bpb.get("averaged", bpb["live"]) - bpb["live"]
+    if worse > 0:
+        saved = cfg.checkpoint or run.dir / CHECKPOINTS[0]
+        run.warn(
+            f"the shipped average, {cfg.shipped_average}, is worse than the live weights: "
+            f"{bpb['averaged']:.6f} against {bpb['live']:.6f} BPB, {worse:+.6f} (fixed windows, "
+            f"before quantisation); CHECKPOINT={saved} AVERAGE=none exports "
+            "the live ones"
+        )
+
+
 def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]) -> dict:
     """What result.json says of the training; without one, None for each of TRAINING_FIGURES."""
     if trained is None:
@@ -4315,6 +4341,8 @@ def build_result(
     total = code_bytes + artifact_bytes
 
     add_scoring_toggles(run, bpb, steps)
+    if trained:
+        closing_warnings(cfg, run, trained, bpb)
     toggles = {name: activity.row(steps) for name, activity in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
     code = 0
@@ -4342,6 +4370,7 @@ def build_result(
         under_cap=total <= cfg.cap_bytes,
         eval_seconds=final.seconds,
         inactive=inactive,
+        warnings=run.warnings,
         limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": SCORE_SECONDS},
         toggles=toggles,
         scores={name: score._asdict() for name, score in scores.items()},
@@ -4387,6 +4416,8 @@ def final_table(r: dict) -> str:
             parts.append(f"{name}: {r[name]:+.6f}")
     for name in r["inactive"]:
         parts.append(f"INACTIVE: {name} was requested and did nothing")
+    for text in r.get("warnings", []):
+        parts.append(f"WARNING: {text}")
     parts.append(result_line(r))
     return "\n\n".join(parts)
 

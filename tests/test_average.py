@@ -281,6 +281,22 @@ def test_an_average_that_never_starts_is_loud(tiny, kind, strict, code):
     )
 
 
+@pytest.mark.parametrize("decay, told", ((0.999, 1), (0.0, 0)))
+def test_a_shipped_average_that_is_worse_than_the_live_weights_is_a_warning(tiny, decay, told):
+    """Six steps are nothing to an average over a thousand: it is the initial weights."""
+    cfg = tiny(ema_enabled=True, ema_decay=decay)
+    report = train_gpt.main(cfg)
+    assert (report["averaged_val_bpb"] > report["live_val_bpb"]) == bool(told)
+    assert len(report["warnings"]) == told and report["exit_code"] == 4 * (decay == 0)
+    log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
+    assert log.count("WARNING: ") == 2 * told  # at once, and at the end
+    for text in report["warnings"]:
+        assert text.startswith("the shipped average, ema, is worse than the live weights: ")
+        assert f"{report['averaged_val_bpb']:.6f} against {report['live_val_bpb']:.6f}" in text
+        assert "checkpoint.bin AVERAGE=none exports the live ones" in text
+        assert log.count(f"WARNING: {text}\n") == 2
+
+
 # ── on two ranks ──
 def averages(rank: int, world: int, configs: dict) -> dict:
     results = {}

@@ -320,6 +320,7 @@ RESULT = dict(  # what result.json has at least
     world_size=int,
     device=str,
     toggles=dict,
+    warnings=list,
     config=dict,
     code_sha256=str,
     config_sha256=str,
