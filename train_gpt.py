@@ -4324,6 +4324,21 @@ def gap_figures(bpb: dict[str, float]) -> dict:
 GAP_FIGURES = ("quant_gap_bpb", "fit_cost_bpb")
 
 
+def size_figures(cfg: Config, run: Run, path: Path) -> dict:
+    """What is shipped, in bytes, beside the cap."""
+    artifact_bytes = path.stat().st_size
+    code_bytes = run.broadcast(len(shipped_code(cfg)) if run.rank == 0 else 0)
+    total = code_bytes + artifact_bytes
+    return dict(
+        artifact_path=str(path),
+        artifact_bytes=artifact_bytes,
+        code_bytes=code_bytes,
+        total_bytes=total,
+        cap_bytes=cfg.cap_bytes,
+        under_cap=total <= cfg.cap_bytes,
+    )
+
+
 def build_result(
     cfg: Config,
     run: Run,
@@ -4336,9 +4351,7 @@ def build_result(
     mode, final = list(scores.items())[-1]
     bpb = {name: score.bpb for name, score in scores.items()}
     steps = trained.trainer.steps if trained else 0
-    artifact_bytes = path.stat().st_size
-    code_bytes = run.broadcast(len(shipped_code(cfg)) if run.rank == 0 else 0)
-    total = code_bytes + artifact_bytes
+    sizes = size_figures(cfg, run, path)
 
     add_scoring_toggles(run, bpb, steps)
     if trained:
@@ -4348,7 +4361,7 @@ def build_result(
     code = 0
     if inactive and cfg.strict:
         code = 4
-    if total > cfg.cap_bytes:
+    if not sizes["under_cap"]:
         code = 3
 
     return dict(
@@ -4361,13 +4374,8 @@ def build_result(
         val_bytes=final.bytes,
         quantised_val_bpb=bpb["quantised"],
         **training_figures(cfg, trained, bpb),
-        artifact_path=str(path),
         scored=mode,
-        artifact_bytes=artifact_bytes,
-        code_bytes=code_bytes,
-        total_bytes=total,
-        cap_bytes=cfg.cap_bytes,
-        under_cap=total <= cfg.cap_bytes,
+        **sizes,
         eval_seconds=final.seconds,
         inactive=inactive,
         warnings=run.warnings,
