@@ -1527,6 +1527,14 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def table_projection(columns: int, rows: int, role: Role, init: Callable) -> nn.Module:
+    """From the width of a second token table to the width where its rows are added.
+
+    None where the two are equal (#989, #975): the table can learn all that it would do.
+    """
+    return nn.Identity() if columns == rows else Linear(columns, rows, role, init)
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """x / root mean square of its last dimension; no weights."""
     return F.rms_norm(x, (x.shape[-1],))
@@ -1599,8 +1607,11 @@ class BigramHash(nn.Module):
         self.embed = parameter(table, Role("embed", "quant_bits_bigram"))
         optimiser = "muon" if cfg.bigram_proj_opt == "muon" else "scalar"
         role = Role(optimiser, "quant_bits_bigram")
-        self.proj = Linear(cfg.bigram_dim, cfg.model_dim, role, INITS[cfg.init])
-        self.proj.weight.data *= cfg.bigram_proj_gain
+
+        def init(weight: Tensor) -> Tensor:
+            return INITS[cfg.init](weight) * cfg.bigram_proj_gain
+
+        self.proj = table_projection(cfg.bigram_dim, cfg.model_dim, role, init)
         self.scale = parameter(torch.tensor(0.05), CONTROL)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -1631,7 +1642,7 @@ class ValueEmbedding(nn.Module):
         kv_dim = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
         self.embed = parameter(0.01 * torch.randn(cfg.vocab_size, cfg.ve_dim), EMBED_ROLE)
         role = Role("scalar", "quant_bits_bigram")
-        self.proj = Linear(cfg.ve_dim, kv_dim, role, INITS["ortho"])
+        self.proj = table_projection(cfg.ve_dim, kv_dim, role, INITS["ortho"])
         self.scale = parameter(torch.tensor(0.1), CONTROL)
         self.block_scales = parameter(torch.ones(len(self.blocks)), CONTROL)
 
@@ -2080,18 +2091,18 @@ def momentum_at(cfg: Config, step: int) -> float:
 
 
 def trigger_reached(
-    cfg: Config, step: int, total: float, lr_scale: float, kind: str, value: float
+    cfg: Config, total: float, lr_scale: float, steps: int, kind: str, value: float
 ) -> bool:
     """Whether a trigger of this kind and value (QAT_START_KIND and QAT_START, say) is reached.
 
-    total: steps of the whole run, as far as is known now.
+    total: steps of the whole run, as far as is known now. steps: those that are done by then.
     """
     if kind == "lr_scale":
         return lr_scale < value
     if kind == "time_frac":
-        return step >= value * total
+        return steps >= value * total
     if kind == "iter_frac":
-        return step >= int(value * cfg.iterations)
+        return steps >= int(value * cfg.iterations)
     return True  # always
 
 
@@ -2114,10 +2125,11 @@ class Schedule:
         left = steps_left(cfg, step, elapsed)
         lr_scale = learning_rate_scale(cfg, step, left)
 
-        reached = partial(trigger_reached, cfg, step, step + left, lr_scale)
-        if "qat" in self.in_use and reached(cfg.qat_start_kind, cfg.qat_start):
+        reached = partial(trigger_reached, cfg, step + left, lr_scale)
+        if "qat" in self.in_use and reached(step, cfg.qat_start_kind, cfg.qat_start):
             self.fired.add("qat")
-        if "snapshot" in self.in_use and reached(cfg.swa_start_kind, cfg.swa_start_frac):
+        # A snapshot is taken after its step, which is done by then
+        if "snapshot" in self.in_use and reached(step + 1, cfg.swa_start_kind, cfg.swa_start_frac):
             self.fired.add("swa")
         return plan_step(cfg, step, lr_scale, self.fired)
 
@@ -3765,18 +3777,20 @@ class Exported(NamedTuple):
 def prune(cfg: Config, state: State, fraction: float) -> State:
     """Pruning: the smallest weights of each large matrix become 0.
 
-    What:   in each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights, w = 0 where |w| is less than
-            the smallest |w| that stays, which is number `fraction * numel` from below.
+    What:   in each 2-D tensor above KEEP_FLOAT_MAX_NUMEL weights, w = 0 where |w| is below its
+            quantile `fraction`: that lies between two magnitudes, and the upper one stays.
     Why:    zeros compress well, and the smallest weights are missed least.
     Source: #989; toggle PRUNE_PCT.
     Care:   weights of equal magnitude stay or go together, so fewer than the fraction may go.
+            #989 prunes above 65,536 weights whatever ships as fp16: not its bigram projection.
     """
     pruned = dict(state)
     if not fraction:
         return pruned
     for name, w in state.items():
         if w.ndim == 2 and w.numel() > cfg.keep_float_max_numel:
-            stays = w.abs().flatten().kthvalue(int(fraction * w.numel()) + 1).values
+            below = math.ceil(fraction * (w.numel() - 1))
+            stays = w.abs().flatten().kthvalue(below + 1).values
             pruned[name] = torch.where(w.abs() < stays, 0.0, w)
     return pruned
 

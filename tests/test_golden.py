@@ -370,8 +370,7 @@ PR975 = {
     "bigram_proj_opt": "adam",
     "ema_enabled": True,
 }
-# #199 counts the steps that are done, ours those that have begun: its int(0.5 * 5) is our 1
-PR199 = {**B9, "swa_enabled": True, "swa_start_kind": "iter_frac", "swa_start_frac": 0.2}
+PR199 = {**B9, "swa_enabled": True, "swa_start_kind": "iter_frac", "swa_start_frac": 0.5}
 PR145_QAT = {
     "qat_enabled": True,
     "qat_start_kind": "iter_frac",
@@ -518,12 +517,6 @@ def test_qat_sees_the_shipped_grid_where_the_seed_sees_one_beside_it(
     assert differences[begins] == pytest.approx(difference, rel=1e-3)
 
 
-def test_199s_first_snapshot_is_one_that_ours_does_not_take(exact, tmp_path):
-    """#199 asks whether the steps done are a half of ITERATIONS, ours the steps that have begun."""
-    trainer, _ = train_golden("199.row", tmp_path, swa_start_frac=0.5)
-    assert trainer.run.activity["SWA"].steps == [2, 3, 4]
-
-
 @pytest.mark.parametrize("golden", GOLDEN["muon"], ids=lambda case: case["seed"] + case["matrix"])
 def test_muon_alone_is_that_of_the_seed(exact, golden):
     name = golden["matrix"]
@@ -584,7 +577,7 @@ TRIGGERS = {
     "194.seed7": ({"qat_enabled": True, **LATE_SWA, "swa_start_frac": 0.5}, set()),
     "199.B": (
         {"swa_enabled": True, "swa_start_kind": "iter_frac", "swa_start_frac": 0.5},
-        {10_000},
+        set(),
     ),
     "145.row": (
         {"qat_enabled": True, "qat_start_kind": "iter_frac", "qat_start": 0.3},
@@ -622,8 +615,8 @@ def listed(snapshots) -> set[int]:
 @cases(GOLDEN["schedules"]["triggers"])
 def test_triggers_fire_at_the_steps_of_the_seeds(golden):
     """Where ours differs: #194 looks before the counter rises, so that its snapshot `n` holds the
-    weights of one step more, and the last step has none; #199's first snapshot is at the half
-    itself; a script begins its last step while time is left, ours only if it will end in time.
+    weights of one step more, and the last step has none; a script begins its last step while time
+    is left, ours only if it will end in time.
     """
     knobs, differing = TRIGGERS[golden["name"]]
     cfg = Config(
@@ -765,9 +758,7 @@ def test_noise_is_as_wide_as_that_of_975(golden):
 
 
 def test_pruning_takes_the_weights_that_989_takes():
-    """#989's threshold lies between two magnitudes (linear interpolation), ours is a magnitude, the
-    smallest that stays: where the share is no whole number of weights ours takes one less.
-    """
+    """Its threshold lies between two magnitudes, by linear interpolation; ours is the upper one."""
     w = draw("quant.prune", (260, 256), 0.05) * torch.exp(
         draw("quant.prune.rowscale", (260, 1), 0.5)
     )
@@ -782,13 +773,10 @@ def test_pruning_takes_the_weights_that_989_takes():
         assert torch.equal(pruned["vector"], state["vector"])
 
         zeros = pruned["large"] == 0
-        assert int(zeros.sum()) == int(golden["pct"] * w.numel())
-        theirs = w.abs() < golden["threshold"]
-        assert int(theirs.sum()) == golden["zeros"]
-        beyond = theirs ^ zeros
-        assert int(beyond.sum()) == golden["zeros"] - int(zeros.sum()) <= 1
+        assert int(zeros.sum()) == golden["zeros"]
+        assert torch.equal(zeros, w.abs() < golden["threshold"])
         for name, expected in golden["codes"].items():
-            codes, _ = GRIDS[name].quantise(torch.where(theirs, 0.0, w))
+            codes, _ = GRIDS[name].quantise(pruned["large"])
             assert crc(codes) == expected
 
 

@@ -425,7 +425,7 @@ def test_a_training_run_writes_an_event_of_every_kind_at_its_step(trained):
         "QNA": 0,
         "WARMDOWN": 3,
         "QAT": 3,
-        "SWA": 3,
+        "SWA": 2,
     }
     assert [e["qat"] for e in of["step"]] == [False, True, True]
 

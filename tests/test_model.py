@@ -312,6 +312,24 @@ def test_the_value_embedding_is_scaled_per_block():
     torch.testing.assert_close(out[2], -0.5 * out[0])
 
 
+def test_a_table_of_the_width_where_it_is_added_has_no_projection():
+    """As #989's and #975's: of two matrices in a row one is enough where neither is narrow."""
+    tables = dict(bigram_vocab_size=9, ve_enabled=True, ve_layers="0")
+    model = GPT(config(**tables, bigram_dim=32, ve_dim=16))
+    names = [name for name, _ in model.named_parameters() if "proj" in name]
+    assert not any("bigram" in name or "value_embed" in name for name in names)
+    ids = rows(config())[0]
+    ve = model.value_embed
+    torch.testing.assert_close(ve(ids, torch.float32)[0], 0.1 * ve.embed[ids])
+    with torch.no_grad():
+        model.bigram.embed += 1
+    assert (model.bigram(torch.zeros(2, 24, 32), ids) == model.bigram.scale).all()
+
+    narrower = GPT(config(**tables, bigram_dim=31, ve_dim=15))
+    assert narrower.bigram.proj.weight.shape == (32, 31)
+    assert narrower.value_embed.proj.weight.shape == (16, 15)
+
+
 def test_the_value_embedding_starts_small(run):
     ve = train_gpt.build_model(config(**ALL), run, sdpa).value_embed
     assert ve.embed.std().item() == pytest.approx(0.01, rel=0.1)

@@ -194,7 +194,7 @@ NEVER = [
     ("EMA", dict(ema_enabled=True, ema_decay=0.0)),
     ("WARMDOWN", dict(warmdown_iters=1)),
     ("WARMDOWN", dict(warmdown_iters=0, warmdown_frac=0.01)),
-    ("PRUNE_PCT", dict(prune_pct=1e-9)),
+    ("PRUNE_PCT", dict(prune_pct=0.1, keep_float_max_numel=10**6)),
     ("TTT_MODE", dict(ttt_mode="sgd", ttt_chunk_tokens=6400)),
     ("DOC_ISOLATED_EVAL", dict(doc_isolated_eval=True, val_max_tokens=100)),
 ]
