@@ -2027,9 +2027,19 @@ def build_model(cfg: Config, run: Run, attend: Attend) -> GPT:
 
 
 # ── 6 Schedule ────────────────────────────────────────────────────────────────────────────────────
-# In: steps done and training seconds. Out: what the next step does.
-# Promise: pure functions of these two, but for triggers, which stay on once they have fired; so
-# every rank that is told the same time does the same.
+# In: steps done and training seconds, of all steps and of a typical one. Out: what the next step
+# does.
+# Promise: pure functions of these, but for triggers, which stay on once they have fired; so every
+# rank that is told the same times does the same. No trigger fires by a speed that is not known.
+
+# The speed is known once so many steps have been timed, those of the warm-up included
+TIMED_STEPS = 10
+# A typical step is the median of so many, the last
+RECENT_STEPS = 100
+# A mean that is above a typical step by more than this holds a stall: it is no speed
+STALL = 1.25
+
+
 class StepPlan(NamedTuple):
     """What one step does."""
 
@@ -2059,13 +2069,25 @@ def phases_wanted(cfg: Config) -> list[str]:
     return [name for name in PHASES if getattr(cfg, f"{name.lower()}_enabled")]
 
 
-def steps_left(cfg: Config, step: int, elapsed: float) -> float:
-    """Steps still to come: by ITERATIONS, or within the budget at the mean speed so far."""
+def typical_step(timed: list[float]) -> float:
+    """Seconds of a typical one of these steps; 0 while too few are timed to know."""
+    if len(timed) < TIMED_STEPS:
+        return 0.0
+    return statistics.median(timed[-RECENT_STEPS:])
+
+
+def steps_left(cfg: Config, step: int, elapsed: float, typical: float = math.inf) -> float:
+    """Steps still to come: by ITERATIONS, or within the budget at the mean speed so far.
+
+    The mean counts for no more than STALL times the `typical` seconds of a step; where those are
+    not known yet (0), ITERATIONS alone counts.
+    """
     left = float(cfg.iterations - step)
     # Before the first step no speed is known
     if not cfg.max_wallclock_seconds or step == 0:
         return left
-    affordable = (cfg.max_wallclock_seconds - elapsed) * step / max(elapsed, 1e-9)
+    usual = min(elapsed, STALL * typical * step)
+    affordable = (cfg.max_wallclock_seconds - elapsed) * step / max(usual, 1e-9)
     return max(min(left, affordable), 0.0)
 
 
@@ -2107,10 +2129,13 @@ def trigger_reached(
 
 
 class Schedule:
-    """(steps done, training seconds) -> StepPlan.
+    """(steps done, training seconds, seconds of a typical step) -> StepPlan.
 
     Care: a trigger that has fired stays on; else jitter of the step time would switch QAT on and
-    off. `fired` is all that is remembered, and what a checkpoint must keep.
+    off. `fired` is all that is remembered, and what a checkpoint must keep. So a slow step must
+    not fire one: triggers see the mean speed without stalls (steps_left). The learning rate
+    keeps the seeds' rule, the plain mean: after a slow first step it is low until the mean has
+    recovered (4 times a typical step, of 8,000: for one step), and nothing of that stays.
     """
 
     def __init__(self, cfg: Config):
@@ -2119,13 +2144,17 @@ class Schedule:
         # Fields of the plan that anything acts by
         self.in_use = {PHASES[name] for name in phases_wanted(cfg)}
 
-    def at(self, step: int, elapsed: float) -> StepPlan:
-        """The plan of the next step, `step` steps and `elapsed` seconds of training being done."""
-        cfg = self.cfg
-        left = steps_left(cfg, step, elapsed)
-        lr_scale = learning_rate_scale(cfg, step, left)
+    def at(self, step: int, elapsed: float, typical: float = math.inf) -> StepPlan:
+        """The plan of the next step, `step` steps and `elapsed` seconds of training being done.
 
-        reached = partial(trigger_reached, cfg, step + left, lr_scale)
+        typical: typical_step of those timed; inf where all take the same.
+        """
+        cfg = self.cfg
+        lr_scale = learning_rate_scale(cfg, step, steps_left(cfg, step, elapsed))
+
+        left = steps_left(cfg, step, elapsed, typical)
+        usual_scale = learning_rate_scale(cfg, step, left)
+        reached = partial(trigger_reached, cfg, step + left, usual_scale)
         if "qat" in self.in_use and reached(step, cfg.qat_start_kind, cfg.qat_start):
             self.fired.add("qat")
         # A snapshot is taken after its step, which is done by then
@@ -2134,23 +2163,41 @@ class Schedule:
         return plan_step(cfg, step, lr_scale, self.fired)
 
 
-def budget_spent(cfg: Config, step: int, elapsed: float) -> bool:
-    """True when one more step at the mean speed would end after the wallclock budget."""
+def careful_step(timed: list[float]) -> float:
+    """Seconds that the next step may take, by those timed: the second slowest of the last 20.
+
+    And a tenth, for what the clock sees after the last step. One slow step among 20 is a stall.
+    """
+    slowest = sorted(timed[-20:])
+    return 1.1 * slowest[-2:][0]
+
+
+def budget_spent(cfg: Config, step: int, elapsed: float, coming: float = 0.0) -> bool:
+    """True when one more step would end after the wallclock budget.
+
+    It takes the mean of those done, or `coming` seconds where that is more.
+    """
     if not cfg.max_wallclock_seconds or step == 0:
         return False
-    return elapsed + elapsed / step > cfg.max_wallclock_seconds
+    return elapsed + max(elapsed / step, coming) > cfg.max_wallclock_seconds
 
 
-def timeline(cfg: Config, step_seconds: float) -> str:
-    """Planned step and second of every phase asked for, or NEVER.
+class Forecast(NamedTuple):
+    """What a run would do at a constant speed."""
 
-    Found by running the schedule itself at a constant speed.
-    """
+    step_seconds: float
+    steps: int
+    # phase asked for -> (first step, its second), or None: never
+    starts: dict[str, tuple[int, float] | None]
+
+
+def forecast(cfg: Config, step_seconds: float) -> Forecast:
+    """Found by running the schedule itself."""
     starts = {}
     if cfg.warmdown_iters or cfg.warmdown_frac:
-        starts["warmdown"] = "NEVER"
+        starts["warmdown"] = None
     for name in phases_wanted(cfg):
-        starts[name] = "NEVER"
+        starts[name] = None
 
     schedule = Schedule(cfg)
     step = 0
@@ -2161,15 +2208,50 @@ def timeline(cfg: Config, step_seconds: float) -> str:
         if now.lr_scale < 1:
             acting.append("warmdown")
         for name in acting:
-            if starts.get(name) == "NEVER":
-                starts[name] = f"step {step} ({elapsed:.0f} s)"
+            if name in starts and starts[name] is None:
+                starts[name] = step, elapsed
         step += 1
         elapsed = step * step_seconds
+    return Forecast(step_seconds, step, starts)
 
-    text = f"{step} steps of {step_seconds * 1e3:.1f} ms"
-    for name, start in starts.items():
-        text += f", {name} from {start}"
+
+def timeline(cfg: Config, step_seconds: float) -> str:
+    """Planned step and second of every phase asked for, or NEVER."""
+    seen = forecast(cfg, step_seconds)
+    text = f"{seen.steps} steps of {step_seconds * 1e3:.1f} ms"
+    for name, start in seen.starts.items():
+        when = "NEVER"
+        if start is not None:
+            step, elapsed = start
+            when = f"step {step} ({elapsed:.0f} s)"
+        text += f", {name} from {when}"
     return text
+
+
+def averaging_warnings(cfg: Config, seen: Forecast) -> list[str]:
+    """Averages that will hold weights which they should not: one line each."""
+    lines = []
+    qat = seen.starts.get("QAT")
+    if cfg.ema_enabled:
+        # a decay of 1 never forgets
+        memory = 1 / max(1 - cfg.ema_decay, 1e-9)
+        about = f"EMA_DECAY={cfg.ema_decay:g}: the average remembers about {memory:,.0f} steps, "
+        if memory > seen.steps:
+            remedy = "it will hold much of the initial weights; lower EMA_DECAY"
+            lines.append(f"{about}more than the {seen.steps:,} of the run: {remedy}")
+        elif qat and qat[0] > 0 and memory > seen.steps - qat[0]:
+            remedy = "it will hold weights from before QAT; lower EMA_DECAY, or start QAT earlier"
+            lines.append(f"{about}more than the {seen.steps - qat[0]:,} with QAT: {remedy}")
+    for name in ("SWA", "SQWA"):
+        start = seen.starts.get(name)
+        # a snapshot is taken after its step
+        if start and qat and start[0] + 1 < qat[0]:
+            lines.append(
+                f"{name} takes snapshots from step {start[0]} on, QAT acts from step {qat[0]} on: "
+                "their mean will hold weights from before QAT; lower SWA_START_FRAC, or start QAT "
+                "earlier"
+            )
+    return lines
 
 
 # ── 7 Optimiser ───────────────────────────────────────────────────────────────────────────────────
@@ -2791,6 +2873,7 @@ class Trainer:
         "resumed",
         "elapsed",
         "step_seconds",
+        "warmed",
         "recompiles",
         "code_sha256",
     )
@@ -2842,12 +2925,16 @@ class Trainer:
         self.resumed: list[int] = []  # steps done when the run went on
         self.elapsed = 0.0  # seconds of training
         self.step_seconds: list[float] = []
+        self.warmed: list[float] = []  # seconds of the warm-up's steps, but the first
         self.recompiles = 0
         self.saved = 0.0  # `elapsed` of the last checkpoint
         self.code_sha256 = CODE_SHA256
 
     def done(self) -> bool:
-        return self.steps >= self.cfg.iterations or budget_spent(self.cfg, self.steps, self.elapsed)
+        if self.steps >= self.cfg.iterations:
+            return True
+        coming = careful_step(self.step_seconds) if self.steps else 0.0
+        return budget_spent(self.cfg, self.steps, self.elapsed, coming)
 
     # Checkpoints
 
@@ -3002,10 +3089,10 @@ class Trainer:
 
     # The run
 
-    def warm_up(self) -> float:
+    def warm_up(self) -> list[float]:
         """Runs all that the run will need, so that nothing compiles on the clock, and undoes it.
 
-        Returns the median seconds per step.
+        Returns the seconds of each step. The first ones are those that compile.
         """
         weights = self.flat.weights.clone()
         variants = [view.at_full_strength() for view in self.views.techniques.values()]
@@ -3024,14 +3111,15 @@ class Trainer:
             self.score_weights()
         self.flat.weights.copy_(weights)
         self.restart()
-        return statistics.median(seconds[1:] or seconds)
+        return seconds
 
     def train(self, saved: tuple | None = None) -> None:
         """Steps, from the beginning or from what was saved, until ITERATIONS or the budget ends."""
-        cfg, run = self.cfg, self.run
+        run = self.run
         with run.phase("warm-up and compile"):
             seconds = run.broadcast(self.warm_up())
-            run.log("schedule (warm-up speed): " + timeline(cfg, seconds))
+            self.warmed = seconds[1:]
+            self.foretell(statistics.median(seconds[1:] or seconds), warn=not saved)
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
             self.resumed.append(self.steps)
@@ -3059,12 +3147,20 @@ class Trainer:
         if run.stop:
             run.signalled(run.stop, None)
 
+    def foretell(self, step_seconds: float, warn: bool) -> None:
+        """Says when what will begin at the speed of the warm-up, and what is wrong with that."""
+        self.run.log("schedule (warm-up speed): " + timeline(self.cfg, step_seconds))
+        if warn:
+            for text in averaging_warnings(self.cfg, forecast(self.cfg, step_seconds)):
+                self.run.warn(text)
+
     def loop(self) -> None:
         """Step after step. Refusal of all ranks, after the same step, when one was told to stop."""
         run = self.run
         loader = batches(self.cfg, run, self.split, self.steps)
         while not self.done():
-            now = self.schedule.at(self.steps, self.elapsed)
+            typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
+            now = self.schedule.at(self.steps, self.elapsed, typical)
             self.step(next(loader), now)
             before = self.elapsed
             self.elapsed = run.broadcast(time.perf_counter() - self.started)

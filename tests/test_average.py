@@ -287,10 +287,13 @@ def test_a_shipped_average_that_is_worse_than_the_live_weights_is_a_warning(tiny
     cfg = tiny(ema_enabled=True, ema_decay=decay)
     report = train_gpt.main(cfg)
     assert (report["averaged_val_bpb"] > report["live_val_bpb"]) == bool(told)
-    assert len(report["warnings"]) == told and report["exit_code"] == 4 * (decay == 0)
+    assert report["exit_code"] == 4 * (decay == 0)
     log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
-    assert log.count("WARNING: ") == 2 * told  # at once, and at the end
-    for text in report["warnings"]:
+    # the schedule knew it before: EMA_DECAY=0.999 remembers more steps than the run has
+    assert len(report["warnings"]) == 2 * told
+    assert all("EMA_DECAY=0.999" in text for text in report["warnings"][:1])
+    assert log.count("WARNING: ") == 4 * told  # at once, and at the end
+    for text in report["warnings"][1:]:
         assert text.startswith("the shipped average, ema, is worse than the live weights: ")
         assert f"{report['averaged_val_bpb']:.6f} against {report['live_val_bpb']:.6f}" in text
         assert "checkpoint.bin AVERAGE=none exports the live ones" in text

@@ -233,10 +233,10 @@ def test_a_wallclock_run_goes_on_with_the_time_that_is_left(tiny):
     assert codes(finish(go_on(broken), prepare=Clock())) == [0]
     assert_same_run(whole, broken)
     assert [e["name"] for e in logged(whole)] == ["WARMDOWN", "QAT", "SWA"]
-    for cfg in (whole, broken):  # the budget is spent: neither more nor less
+    for cfg in (whole, broken):  # the budget is spent, but for less than two steps
         result = json.loads((folder(cfg) / "result.json").read_text())
         assert 40 < result["steps"] < 60
-        assert 0.4 <= result["train_seconds"] <= 0.4 + 2 / 128
+        assert 0.4 - 2 / 128 <= result["train_seconds"] <= 0.4
         assert result["toggles"]["WARMDOWN"]["effect"] < -0.9
 
 

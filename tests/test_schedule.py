@@ -7,13 +7,25 @@ off (#1002); runs of 601 s and more against a cap of 600 s (#1908, #1956); noise
 weights at once (#975).
 """
 
+import random
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train_gpt import Config, Schedule, StepPlan, budget_spent, timeline
+from train_gpt import (
+    Config,
+    Forecast,
+    Schedule,
+    StepPlan,
+    averaging_warnings,
+    budget_spent,
+    careful_step,
+    forecast,
+    timeline,
+    typical_step,
+)
 
 UNCAPPED = dict(iterations=10**6)
 SPEEDS = pytest.mark.parametrize("speed", [0.5, 1.0, 3.0])
@@ -321,6 +333,96 @@ def test_noise_and_qat_never_act_in_the_same_step(kind, start, stop, seconds):
         assert now.qna == (0 if now.qat or now.lr_scale < stop else 2.0 * now.lr_scale)
 
 
+def with_stalls(cfg: Config, stalls: dict[int, float], warmed: list[float]) -> list[StepPlan]:
+    """The training loop at PLANNED seconds a step, but for these (step -> its seconds)."""
+    schedule = Schedule(cfg)
+    taken = []
+    timed = []
+    while not budget_spent(cfg, len(taken), sum(timed)):
+        typical = typical_step(warmed + timed[-100:])
+        taken.append(schedule.at(len(taken), sum(timed), typical))
+        timed.append(stalls.get(len(timed), PLANNED))
+    return taken
+
+
+LATE = dict(qat_enabled=True, swa_enabled=True, swa_every=1, max_wallclock_seconds=200.0)
+STALLS = {
+    "no step is slow": {},
+    "the first": {0: 4 * PLANNED},
+    "the first by 1,000": {0: 1000 * PLANNED},
+    "the first three": dict.fromkeys(range(3), 20 * PLANNED),
+    "one amid the run": {700: 300 * PLANNED},
+}
+
+
+@pytest.mark.parametrize("warmed", [[], [PLANNED] * 19], ids=["WARMUP_STEPS=1", "20"])
+@pytest.mark.parametrize("kind", ["lr_scale", "time_frac"])
+@pytest.mark.parametrize("stalls", STALLS.values(), ids=STALLS)
+def test_a_slow_step_fires_no_trigger(stalls, kind, warmed):
+    """0.29 s for 0.0745 s switched QAT on from step 1. The mean without its stalls is no more
+    than 1.25 times a step, so that nothing begins with more than 1.25 times its share left.
+    """
+    starts = {
+        "lr_scale": dict(qat_start=0.7, swa_start_frac=0.4, warmdown_iters=1000),
+        "time_frac": dict(qat_start=0.7, swa_start_frac=0.8, warmdown_iters=0),
+    }[kind]
+    cfg = Config(qat_start_kind=kind, swa_start_kind=kind, **LATE, **starts, **UNCAPPED)
+    taken = with_stalls(cfg, stalls, warmed)
+    left = [len(taken) - first(taken, on) for on in (quantises, averages)]
+    usual = [700, 400] if kind == "lr_scale" else [0.3 * len(taken), 0.2 * len(taken)]
+    for found, share in zip(left, usual, strict=True):
+        assert share * 0.98 - 2 <= found <= share * 1.27
+
+
+def test_until_ten_steps_are_timed_no_speed_is_known():
+    cfg = Config(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.7)
+    # 600 steps fit, so that the scale is 0.2 from the start
+    assert quantises(Schedule(cfg).at(4, 4.0))
+    taken = {
+        n: first(with_stalls(cfg, {k: 1.0 for k in range(600)}, [1.0] * n), quantises)
+        for n in (0, 3, 9, 19)
+    }
+    assert taken == {0: 10, 3: 7, 9: 1, 19: 1}
+    assert typical_step([1.0] * 9) == 0
+    assert typical_step([9.0] * 4 + [1.0] * 5 + [2.0]) == 1.5
+
+
+def test_the_learning_rate_is_that_of_the_seeds_with_a_slow_first_step_too():
+    cfg = Config(max_wallclock_seconds=600.0)
+    taken = with_stalls(cfg, {0: 0.29}, [PLANNED] * 19)
+    for step in (1, 2, 3, 100):
+        elapsed = 0.29 + (step - 1) * PLANNED
+        expected = seeds_scale(600.0, 3000, step, elapsed)
+        assert taken[step].lr_scale == pytest.approx(expected, abs=1e-9)
+    assert [step for step, now in enumerate(taken[:3000]) if now.lr_scale < 1] == [1]
+
+
+# ── The end of the budget ─────────────────────────────────────────────────────────────────────────
+def test_a_run_stops_while_a_slow_step_still_fits():
+    """A step may take what the second slowest of the last 20 took, and a tenth more."""
+    cfg = Config(max_wallclock_seconds=100.0)
+    timed = [1.0] * 90 + [2.0, 1.0, 3.0]
+    assert careful_step(timed) == pytest.approx(2.2) and careful_step([4.0]) == pytest.approx(4.4)
+    assert careful_step([3.0] * 9 + [1.0] * 20) == pytest.approx(1.1)
+    for elapsed, spent in ((97.7, False), (97.9, True)):
+        assert budget_spent(cfg, 93, elapsed, careful_step(timed)) == spent
+        assert not budget_spent(cfg, 93, elapsed)
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3])
+def test_a_noisy_run_hardly_ever_overruns_and_gives_no_more_than_a_slow_step_away(noise):
+    """500 runs of 50 s at about 1 s a step; by the mean alone 13 % of the noisy ones overrun."""
+    chance, budget, over = random.Random(0), 50.0, []
+    cfg = Config(max_wallclock_seconds=budget)
+    for _ in range(500):
+        timed = []
+        while not timed or not budget_spent(cfg, len(timed), sum(timed), careful_step(timed)):
+            timed.append(chance.lognormvariate(0, noise))
+        over.append(sum(timed) - budget)
+    assert sum(seconds > 0 for seconds in over) <= 10
+    assert min(over) > -1.1 * 4
+
+
 # ── Snapshots ─────────────────────────────────────────────────────────────────────────────────────
 def snapshots(cfg: Config, seconds: float = 1.0) -> list[int]:
     """The number of steps done when each snapshot is taken."""
@@ -410,3 +512,46 @@ def test_the_timeline_is_silent_about_what_was_not_requested():
 )
 def test_the_timeline_says_never_for_a_phase_that_cannot_fire(never, cfg):
     assert f"{never} from NEVER" in timeline(Config(**cfg), PLANNED)
+
+
+# ── Averages that hold what they should not ───────────────────────────────────────────────────────
+QAT_LATE = dict(qat_enabled=True, qat_start_kind="time_frac", qat_start=0.7)
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        (dict(ema_enabled=True, ema_decay=0.997), []),  # 333 of 1,000 steps
+        (dict(ema_enabled=True, ema_decay=0.9991), ["EMA_DECAY=0.9991", "1,111", "1,000"]),
+        (dict(ema_enabled=True, ema_decay=1.0), ["EMA_DECAY=1", "initial weights"]),
+        (dict(ema_decay=0.9999), []),  # there is none
+        (QAT_LATE | dict(ema_enabled=True, ema_decay=0.996), []),  # 250 of 300 steps with QAT
+        (QAT_LATE | dict(ema_enabled=True, ema_decay=0.997), ["333", "the 300 with QAT"]),
+        (dict(qat_enabled=True, ema_enabled=True, ema_decay=0.997), []),  # from the start
+        (QAT_LATE | dict(swa_enabled=True, swa_start_kind="time_frac", swa_start_frac=0.7), []),
+        (
+            QAT_LATE | dict(swa_enabled=True, swa_start_kind="time_frac", swa_start_frac=0.5),
+            ["SWA takes snapshots from step 499 on", "QAT acts from step 700 on"],
+        ),
+        (
+            QAT_LATE | dict(sqwa_enabled=True, swa_start_kind="time_frac", swa_start_frac=0.5),
+            ["SQWA takes snapshots from step 499 on"],
+        ),
+        (dict(swa_enabled=True, swa_start_kind="always"), []),  # without QAT
+        # QAT never comes: that is the toggle's own line
+        (QAT_LATE | dict(qat_start=1.0, swa_enabled=True, swa_start_kind="always"), []),
+    ],
+    ids=str,
+)
+def test_an_average_of_weights_that_are_too_old_is_warned_of(knobs, words):
+    cfg = Config(iterations=1000, max_wallclock_seconds=0.0, **knobs)
+    lines = averaging_warnings(cfg, forecast(cfg, PLANNED))
+    assert len(lines) == bool(words)
+    assert all(word in line for word in words for line in lines)
+
+
+def test_a_forecast_is_of_the_budget_at_the_speed_that_is_known():
+    cfg = Config(ema_enabled=True, ema_decay=0.999, max_wallclock_seconds=600.0, warmdown_iters=0)
+    assert forecast(cfg, 0.3) == Forecast(0.3, 2000, {})
+    assert averaging_warnings(cfg, forecast(cfg, 0.3)) == []
+    assert "more than the 600" in averaging_warnings(cfg, forecast(cfg, 1.0))[0]
