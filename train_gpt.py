@@ -467,10 +467,14 @@ class Config:
         broken = ttt_mode != "none" and ttt_chunk_tokens % window
         refuse(broken, f"TTT_CHUNK_TOKENS={ttt_chunk_tokens}: {remedy}")
 
-    # No knobs: the names that the environment set, and whether the rest is complete. It is not
+    # No knobs: the names that this launch set, and whether the rest is complete. It is not
     # while a checkpoint or an artifact that is still to be read has a say; rules wait for it.
     given: frozenset = field(default=frozenset(), compare=False)
     inherited: bool = field(default=False, compare=False)
+    # NAME=text of other scripts' settings that do nothing here, as they do there
+    inert: frozenset = field(default=frozenset(), compare=False)
+    # A line for each argument that wins over the environment
+    won: tuple = field(default=(), compare=False)
 
     def __post_init__(self):
         problems = wrong_settings(self.knobs(), self.inherited)
@@ -522,17 +526,31 @@ class Config:
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def from_env(cls, env) -> Config:
-        """The configuration in these variables. Refusal with all that is wrong with them."""
-        problems = []
-        texts = translate_old_names(dict(env), problems)
-        problems += look_alikes(texts)
+    def from_env(cls, env, arguments=(), defaults=()) -> Config:
+        """The configuration of a launch. Refusal with all that is wrong with it.
 
-        given = frozenset(f.name.upper() for f in KNOBS if f.name.upper() in texts)
+        env and arguments: settings, in today's or in old names. The arguments win, and each must
+        be known; in the environment there are other programs' variables too. defaults: of a
+        launcher, in today's names; whatever else has a say wins over them.
+        """
+        problems = []
+        env, arguments, defaults = dict(env), dict(arguments), dict(defaults)
+        everything = env | arguments
+        around = {name: text for name, text in env.items() if name not in arguments}
+        texts = translate_old_names(around, everything, problems)
+        said = translate_old_names(arguments, everything, problems)
+        problems += look_alikes(texts)
+        problems += unknown_names(said | defaults)
+        inert, refused = settings_of_others(everything)
+        problems += refused
+
+        won = overruled(translate_old_names(env, env, []), said)
+        texts |= said
+        given = frozenset(BY_NAME.keys() & texts.keys())
+        texts = defaults | texts
         values = {}
-        for f in KNOBS:
-            name = f.name.upper()
-            if name not in given:
+        for name, f in BY_NAME.items():
+            if name not in texts:
                 values[f.name] = f.default
             elif texts[name] is not None:
                 with noted(problems):
@@ -541,10 +559,11 @@ class Config:
         if problems:
             # each once: an old spelling may stand for several knobs
             raise Refusal(list(dict.fromkeys(problems)))
-        return cls(given=given, **values)
+        return cls(given=given, inert=inert, won=won, **values)
 
 
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
+BY_NAME = {f.name.upper(): f for f in KNOBS}
 
 
 def sources_of(checkpoint: str, eval_only: str, resume: bool, run_id: str) -> list[str]:
@@ -603,15 +622,20 @@ def check_value(f: dataclasses.Field, value) -> None:
         bounds = f"{limits.lo} or more"
         if limits.hi is not None:
             largest = limits.hi
-            bounds += f", {limits.hi} or less"
+        if limits.hi is not None or value > largest:
+            bounds += f", {largest} or less"
         refuse(not limits.lo <= value <= largest, f"{told}: must be {bounds}")
+
+
+# Spellings of a boolean: those of a command, and those of a log
+SWITCHES = {"0": "0", "1": "1", "False": "0", "True": "1"}
 
 
 def parse(name: str, text: str, kind: str):
     """The value of one variable, by the annotated type of its knob."""
     if kind == "bool":
-        refuse(text not in ("0", "1"), f"{name}={text}: must be 0 or 1")
-        return text == "1"
+        refuse(text not in SWITCHES, f"{name}={text}: must be 0 or 1 (or False or True)")
+        return SWITCHES[text] == "1"
     if kind == "str":
         return text
     try:
@@ -633,7 +657,7 @@ def renamed(*names: str) -> Meaning:
 
 def switch(name: str, off: str, on: str) -> Meaning:
     """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
-    return lambda text, env: {name: {"0": off, "1": on}.get(text)}
+    return lambda text, env: {name: {"0": off, "1": on}.get(SWITCHES.get(text))}
 
 
 def bigram_hash(text: str, env: dict) -> dict[str, str | None]:
@@ -647,7 +671,7 @@ def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
     return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
 
 
-# Spellings of the seeds
+# Spellings of the seeds and of records for our knobs
 ALIASES: dict[str, Meaning] = {
     # QAT
     "QAT": renamed("QAT_ENABLED"),
@@ -655,6 +679,7 @@ ALIASES: dict[str, Meaning] = {
     "LATE_QAT": renamed("QAT_ENABLED"),
     "QAT_START_FRAC": renamed("QAT_START"),
     "LATE_QAT_THRESHOLD": late_qat_threshold,
+    "QAT_THRESHOLD": late_qat_threshold,
     # SWA
     "SWA": renamed("SWA_ENABLED"),
     # BigramHash
@@ -664,30 +689,215 @@ ALIASES: dict[str, Meaning] = {
     # Optimiser and schedule
     "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
     "WEIGHT_DECAY": renamed("ADAM_WD"),
+    "ADAM_WEIGHT_DECAY": renamed("ADAM_WD"),
     "WARMDOWN_STEPS": renamed("WARMDOWN_ITERS"),
+    "WARMDOWN_FRACTION": renamed("WARMDOWN_FRAC"),
     # Export
     "QUANT_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"),
+    "MATRIX_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN"),
+    "EMBED_BITS": renamed("QUANT_BITS_EMBED"),
     "FP16_EMBED": switch("QUANT_BITS_EMBED", off="8", on="16"),
     "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", off="8", on="16"),
+    "FP16_PASSTHROUGH_PATTERNS": renamed("FP16_KEEP_NAME_PATTERNS"),
     "USE_ZSTD": switch("COMPRESSOR", off="zlib", on="zstd"),
+    "ZSTD_LEVEL": renamed("COMPRESS_LEVEL"),
+    # Scoring
+    "SLIDING_EVAL_STRIDE": renamed("EVAL_STRIDE"),
+    "SLIDING_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
+    "EVAL_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
+    "SW_EVAL_BATCH": renamed("EVAL_BATCH_SEQS"),
     # Test-time training
     "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
 }
 
-# Off in every published row: the off value is accepted, anything else refused
-UNSUPPORTED = {
-    "TIE_EMBEDDINGS": "1",
-    "NUM_LOOPS": "1",
-    "CONTROL_TENSOR_NAME_PATTERNS": "",
-    "LATE_K_LAYERS": "0",
-    "MTP_NUM_HEADS": "0",
-    "LAWA_ENABLED": "0",
-    "DOC_EVAL_BUG": "0",
-    "GATED_ATTENTION": "0",
-    "VALUE_RESIDUAL": "0",
-    "DTG_ENABLED": "0",
-    "CURRICULUM": "0",
-}
+
+class Absent(NamedTuple):
+    """Settings of other scripts that this one has none such of."""
+
+    names: str
+    # at which they do nothing, there and here; ANY: whatever it is
+    off: tuple[str, ...] | None = ("0",)
+    # names that say nothing while one of `names` is given as off
+    details: str = ""
+    # what to do instead, with {text} for the value
+    remedy: str | Callable[[str, dict], str] = ""
+
+
+ANY = None
+
+
+def mlp_hidden(text: str, env: dict) -> str:
+    """The hidden width as our multiple of MODEL_DIM."""
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        return f"set MLP_MULT={int(text) / int(env.get('MODEL_DIM', Config.model_dim)):.10g}"
+    return "set MLP_MULT"
+
+
+# What later becomes a technique of this script leaves the table line by line
+ABSENT_HERE = (
+    # Shapes
+    Absent("TIE_EMBEDDINGS", ("1",)),
+    Absent("UNTIE_AT_FRACTION", details="CORR_WEIGHT_LR"),
+    Absent("EMBED_LR HEAD_LR", ANY),
+    Absent("EMBED_DIM"),
+    Absent("EMBEDDING_DIM", (), remedy="set MODEL_DIM={text}"),
+    Absent("MLP_HIDDEN", remedy=mlp_hidden),
+    Absent("ACTIVATION", ("relu2",), remedy="set MLP_ACT"),
+    Absent("NEGATIVE_SLOPE", (), remedy="set MLP_ACT=leaky_relu2, whose slope is 0.5"),
+    Absent("ATTN_PROJ_TYPE LOGIT_HEAD_TYPE", ("standard",)),
+    Absent("TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS", details="TVERSKY_MEMBERSHIP"),
+    Absent("MLP_GROUPS BITNET_GROUP_SIZE FP_STORAGE"),
+    Absent("SOFTCAP_TYPE", ("tanh",)),
+    Absent("ASYM_LOGIT_RESCALE TEMP_SCALING DIFF_ATTN SKIP_GATES_ENABLED OPTROT_ENABLED"),
+    Absent("GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS"),
+    Absent("GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE", details="GATED_ATTN_INIT_STD"),
+    Absent("ATTN_OUT_GATE_ENABLED", details="ATTN_OUT_GATE_SRC"),
+    Absent("GATE_ATTN_OUT GATE_MLP_OUT", details="GATE_ATTN_SRC GATE_WIDTH"),
+    Absent(
+        "SPARSE_ATTN_GATE_ENABLED",
+        details="SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE GATE_WINDOW",
+    ),
+    Absent("REFINER", details="REFINER_KERNEL"),
+    Absent("CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE", ("",)),
+    Absent("DISABLE_LAYER0_ATTN"),
+    # SmearGate and n-grams: gates of other forms
+    Absent("USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR", (), remedy="set SMEAR_GATE={text}"),
+    Absent("SMEAR_GATE_WIDTH", ()),
+    Absent("SMEAR_GATE_BOS_FIX", remedy="set SMEAR_MASK_BOS={text}"),
+    Absent("BIGRAM_BUCKETS", (), remedy="set BIGRAM_VOCAB_SIZE={text}"),
+    Absent("TRIGRAM"),
+    Absent(
+        "NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST",
+        details="NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU"
+        " WORD_BOOST WORD_NORMALIZE WORD_ORDER WORD_TAU",
+    ),
+    # Rotary positions
+    Absent("ROPE_TYPE", ("rope",), details="YARN_MAX_LEN"),
+    Absent("ROPE_YARN"),
+    Absent("ROPE_TRAIN_SEQ_LEN", (), remedy="set ROPE_NTK_LEN={text}"),
+    Absent("EVAL_NTK_ALPHA"),
+    # Layers that are used again, layers side by side
+    Absent(
+        "NUM_LOOPS",
+        ("0", "1"),
+        details="ENABLE_LOOPING_AT LOOP_START LOOP_END LOOP_PHASE2_AT LOOP_LAYER_BITS"
+        " LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS",
+    ),
+    Absent("LORA_RANK", details="LORA_LR"),
+    Absent("TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE", ("0", "1")),
+    Absent("NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH", (), details="DEPTH_LORA_RANK"),
+    Absent("RECUR_LAYERS", ("",), details="RECUR_START_STEP"),
+    Absent("REPEAT_UNTIE_MLP", ("none",), details="REPEAT_UNTIE_MLP_LAYERS"),
+    Absent("PARALLEL_RESIDUAL", details="PARALLEL_START_LAYER_IS_PHYSICAL"),
+    Absent("PARALLEL_RESIDUAL_START PARALLEL_START_LAYER", ("-1",), details="PARALLEL_FINAL_LANE"),
+    # Optimiser, schedule, loss
+    Absent("MATRIX_OPTIMIZER", ("muon",), details="ADAM_LR"),
+    Absent("MUON_BETA2", ("0.95",)),
+    Absent("MUON_ROW_NORMALIZE POLAR_EXPRESS"),
+    Absent("MUON_HUBER_WD", details="MUON_HUBER_DELTA"),
+    Absent("BLOCK_LARS_TRUST", details="BLOCK_LARS_MIN_SCALE"),
+    Absent("MATRIX_LR_EARLY MATRIX_LR_LATE", (), "BANK_SPLIT", "set MATRIX_LR for all layers"),
+    Absent("EMBED_WD", (), remedy="set ADAM_WD, which vectors have too"),
+    Absent("WD_TAPER_FINAL_MULT", ("1",), details="WD_TAPER_START_FRAC"),
+    Absent("MIN_LR"),
+    Absent("SEQ_LEN_START", details="SEQ_SCHEDULE_FRACTION"),
+    Absent("BATCH_TOKENS_START", details="BATCH_SCHEDULE_FRACTION"),
+    Absent(
+        "TRAIN_SEQ_SCHEDULE",
+        ("",),
+        details="TRAIN_SEQ_SCHEDULE_MODE TRAIN_MAX_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS",
+        remedy="set TRAIN_SEQ_LEN",
+    ),
+    Absent("CURRICULUM"),
+    Absent("MTP_NUM_HEADS MTP_HEADS", details="MTP_LOSS_WEIGHT"),
+    Absent("LAWA_ENABLED", details="LAWA_FREQ LAWA_K"),
+    Absent("FORCE_STOP_STEP", remedy="set ITERATIONS={text}"),
+    Absent("MIDRUN_CAP_SCHEDULE", ("",)),
+    # QAT, quantisation, export
+    Absent("QAT_INT6", (), remedy="set QUANT_BITS, which QAT follows"),
+    Absent("QAT_FRACTION", remedy="set QAT_START_KIND=time_frac QAT_START=1-{text}"),
+    Absent("USE_INT6", (), remedy="set QUANT_BITS=6 (or 8 for none)"),
+    Absent("INT6_LAYER_START INT6_LAYER_END", ("-1",), remedy="set QUANT_BITS"),
+    Absent("QUANT_CLIP_RANGE", (), remedy="set QUANT_BITS (6 for 31, 8 for 127)"),
+    Absent("MIXED_QUANT", details="N_INT6_LAYERS"),
+    Absent("INT4_LAYERS", ("",), details="INT4_STEP"),
+    Absent("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", ("",)),
+    Absent("PRUNE_RATIO", remedy="see PRUNE_PCT"),
+    Absent("TARGET_MB", (), remedy="set FIT_TO_CAP=1 and CAP_BYTES"),
+    Absent("CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE CLIP_MULT_LOOP", ("1",)),
+    Absent("MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS"),
+    Absent("HESSIAN_CLIP_LAMBDA"),
+    Absent(
+        "GPTQ_ENABLED USE_GPTQ",
+        details="GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES"
+        " GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE",
+    ),
+    Absent("GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS", remedy="lower MAX_WALLCLOCK_SECONDS by it"),
+    Absent(
+        "LQER_ENABLED LQER_RANK",
+        details="LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE"
+        " LQER_TOP_K",
+    ),
+    Absent("AWQ_LITE_ENABLED", details="AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K"),
+    # Scoring and test-time training
+    Absent("CASEOPS_ENABLED DOC_EVAL_BUG"),
+    Absent("SLIDING_EVAL SLIDING_WINDOW_ENABLED", ("1",), remedy="set EVAL_STRIDE=0"),
+    Absent("VAL_DOC_FRACTION", ("1",), remedy="set VAL_MAX_TOKENS"),
+    Absent("EVAL_INCLUDE_TAIL", ("1",)),
+    Absent("SLOT_ENABLED", details="SLOT_LR SLOT_STEPS"),
+    Absent("TTT_MOMENTUM", ("0.9",)),
+    Absent("TTT_GRAD_CLIP TTT_GRAD_STEPS", ("1",)),
+    Absent("TTT_BATCH_SEQS", ("32",), remedy="set EVAL_BATCH_SEQS={text}"),
+    Absent("TTT_OPTIMIZER", ("sgd",)),
+    Absent("TTT_WEIGHT_DECAY TTT_DEBUG_BYPASS"),
+    Absent(
+        "TTT_LORA_RANK TTT_LORA_LR",
+        details="TTT_LORA_ALPHA TTT_LORA_EMA_DECAY TTT_BETA1 TTT_BETA2 TTT_K_LORA TTT_MLP_LORA"
+        " TTT_O_LORA TTT_Q_LORA TTT_V_LORA TTT_WARM_START_A",
+    ),
+    Absent(
+        "TTT_SHORT_LORA_ENABLED TTT_SHORT_SCORE_FIRST_ENABLED",
+        details="TTT_SHORT_BETA2 TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN TTT_SHORT_LORA_LR"
+        " TTT_SHORT_LORA_RANK TTT_SHORT_SCORE_FIRST_STEPS TTT_SHORT_WEIGHT_DECAY",
+    ),
+    Absent(
+        "TTT_WARM_START_MEAN_ENABLED",
+        details="TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM",
+    ),
+    Absent("TTT_MASK TTT_EVAL_BATCHES", ("",)),
+    Absent("TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY TTT_LOCAL_LR_MULT", ()),
+    Absent("TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_ENTROPY_HIGH TTT_ENTROPY_LOW"),
+    Absent("TTT_EVAL_SEQ_LEN", remedy="set EVAL_SEQ_LEN={text}"),
+    Absent("TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN"),
+    Absent(
+        "PHASED_TTT_ENABLED",
+        details="PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_BATCH_SEQS"
+        " GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP"
+        " GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS"
+        " GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS"
+        " GLOBAL_TTT_WARMUP_START_LR",
+    ),
+    # The run
+    Absent("DATA_DIR", (), remedy="set DATA_PATH to its folder of shards, and TOKENIZER_PATH"),
+    Absent("DATASETS_DIR", (), remedy="set DATA_PATH={text}"),
+    Absent("TRAIN_FILES VAL_FILES", (), remedy="set DATA_PATH to their folder"),
+    Absent("ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR", ("",), remedy="set LOGS_DIR={text}"),
+    Absent("EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH", ("",), remedy="see EVAL_ONLY, CHECKPOINT"),
+    Absent("PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY", remedy="see CHECKPOINT"),
+    Absent("TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL", remedy="see EVAL_ONLY"),
+    Absent("SKIP_POST_TRAIN_EVAL"),
+    Absent("COMPILE_MODE", ("default",), remedy="see COMPILE"),
+    # Speed, memory and messages: the results are the same whatever they are
+    Absent("VAL_BATCH_SIZE VAL_BATCH_TOKENS LOGIT_CHUNK_TOKENS FUSED_CE_ENABLED", ANY),
+    Absent("MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL PERGROUP_ROUNDTRIP_CHECK", ANY),
+    Absent("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS", ANY),
+    Absent("COMPILE_SHAPE_WARMUP_LOOP_MODES MIDRUN_CAP_LOG_UPDATES", ANY),
+    Absent("DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT", ANY),
+    Absent("CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS", ANY),
+)
+
+# Name -> what is known of it
+ABSENT = {name: a for a in ABSENT_HERE for name in f"{a.names} {a.details}".split()}
 
 # Variables of other programs (ninja, a cloud, Jenkins) that look like ours
 FOREIGN = {
@@ -700,28 +910,65 @@ FOREIGN = {
 }
 
 
-def translate_old_names(env: dict, problems: list[str]) -> dict[str, str | None]:
-    """The environment in today's names; adds to the problems.
+def settings_of_others(env: dict) -> tuple[frozenset, list[str]]:
+    """(NAME=text of those that do nothing, a problem for each of the rest)."""
+    inert = set()
+    problems = []
+    for name in sorted(ABSENT.keys() & env.keys()):
+        absent = ABSENT[name]
+        toggles = [toggle for toggle in absent.names.split() if toggle in env]
+        says_nothing = is_off(absent, env[name])
+        if name in absent.details.split():
+            says_nothing = toggles and all(is_off(absent, env[toggle]) for toggle in toggles)
+        if says_nothing:
+            inert.add(f"{name}={env[name]}")
+        else:
+            told = f"{name}={env[name]}: a setting of other scripts; this one has none such"
+            problems.append(f"{told}: unset it{other_ways(name, env)}")
+    return frozenset(inert), problems
 
-    None stands for a text under an old name that cannot be read, which the problems tell.
+
+def is_off(absent: Absent, text: str) -> bool:
+    """Whether a setting of others does nothing at this value."""
+    return absent.off is ANY or any(same_value(text, off) for off in absent.off)
+
+
+def same_value(one: str, other: str) -> bool:
+    """Whether two texts say the same: as texts, switches or numbers."""
+    one, other = SWITCHES.get(one, one), SWITCHES.get(other, other)
+    with contextlib.suppress(ValueError):
+        return float(one) == float(other)
+    return one == other
+
+
+def other_ways(name: str, env: dict) -> str:
+    """What else can be done with a setting of other scripts than to unset it."""
+    absent = ABSENT[name]
+    remedy = absent.remedy
+    if callable(remedy):
+        remedy = remedy(env[name], env)
+    elif remedy:
+        remedy = remedy.format(text=env[name])
+    elif absent.off:
+        toggle = name if name in absent.names.split() else absent.names.split()[0]
+        remedy = f"set {toggle}={absent.off[0]}"
+    return f", or {remedy}" if remedy else ""
+
+
+def translate_old_names(env: dict, everything: dict, problems: list[str]) -> dict[str, str | None]:
+    """These variables in today's names, without those of other scripts; adds to the problems.
+
+    everything: all variables of the launch, for an old name that means something only beside
+    another. None stands for a text under an old name that cannot be read, which the problems tell.
     """
-    today = {}
-    for name, text in env.items():
-        if name in UNSUPPORTED:
-            off = UNSUPPORTED[name]
-            if text != off:
-                remedy = f"not supported (off in every published row); set {name}={off}"
-                problems.append(f"{name}={text}: {remedy}")
-        elif name not in ALIASES:
-            today[name] = text
-
+    today = {name: text for name, text in env.items() if name not in {*ALIASES, *ABSENT}}
     for old in sorted(ALIASES.keys() & env.keys()):
-        for name, meant in ALIASES[old](env[old], env).items():
+        for name, meant in ALIASES[old](env[old], everything).items():
             readable = None
             with noted(problems):
                 readable = checked_spelling(old, env[old], name, meant)
             known = today.setdefault(name, readable)
-            if None not in (known, readable) and known != readable:
+            if None not in (known, readable) and not same_value(known, readable):
                 problems.append(f"{old}={env[old]} contradicts {name}={known}; set only {name}")
     return today
 
@@ -731,28 +978,73 @@ def checked_spelling(old: str, text: str, name: str, meant: str | None) -> str:
     if meant is None:
         parse(old, text, "bool")
     if meant == text:
-        types = {f.name.upper(): f.type for f in KNOBS}
-        parse(old, text, types[name])
+        parse(old, text, BY_NAME[name].type)
     return meant
+
+
+def overruled(env: dict, said: dict) -> tuple[str, ...]:
+    """A line for each variable that an argument sets to something else. Both in today's names."""
+    lines = []
+    for name in sorted(said.keys() & env.keys()):
+        if said[name] != env[name]:
+            told = f"argument {name}={said[name]} wins over {name}={env[name]} of the environment"
+            lines.append(told)
+    return tuple(lines)
 
 
 def look_alikes(texts: dict[str, str | None]) -> list[str]:
     """A problem for each variable that looks like ours but is none of ours."""
-    known = {f.name.upper() for f in KNOBS}
     problems = []
-    for name in sorted(texts.keys() - known - FOREIGN):
-        if name == name.upper() and resembles_ours(name):
-            close = difflib.get_close_matches(name, known, 1, 0.5) or ["--help"]
-            remedy = f"no such setting; did you mean {close[0]}? Else unset it"
-            problems.append(f"{name}={texts[name]}: {remedy}")
+    for name in sorted(texts.keys() - BY_NAME.keys() - FOREIGN):
+        if resembles_ours(name):
+            meant = f"no such setting; did you mean {closest_setting(name)}? Else unset it"
+            problems.append(f"{name}={texts[name]}: {meant}")
     return problems
 
 
+def unknown_names(texts: dict[str, str | None]) -> list[str]:
+    """A problem for each argument that is no setting."""
+    return [
+        f"{name}={texts[name]}: no such setting; did you mean {closest_setting(name)}?"
+        for name in sorted(texts.keys() - BY_NAME.keys())
+    ]
+
+
+def core(name: str) -> str:
+    """What a name is about: EMA of ENABLE_EMA, USE_EMA, ema and EMA_ENABLED."""
+    name = name.upper().replace("-", "_").strip("_")
+    name = name.removeprefix("ENABLE_").removeprefix("USE_")
+    return name.removesuffix("_ENABLED").removesuffix("_ENABLE")
+
+
+def closest_setting(name: str) -> str:
+    """The setting that a name which is none was meant to be."""
+    known = [*BY_NAME, *ALIASES, *ABSENT]
+    same = [other for other in known if core(other) == core(name)]
+    close = same or difflib.get_close_matches(name.upper(), known, 1, 0.85)
+    close = close or difflib.get_close_matches(core(name), BY_NAME, 1, 0.5)
+    return close[0] if close else "--help"
+
+
 def resembles_ours(name: str) -> bool:
-    """Misspelt, or it begins with the same word, or one of the two ends like the other."""
-    known = [f.name.upper() for f in KNOBS]
-    first_words = {other.split("_", 1)[0] for other in known} - {"INIT"}
-    if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, known, 1, 0.85):
+    """A known name in lower case, misspelt, with a word more or less, or with our first word."""
+    if name.upper() in {*BY_NAME, *ALIASES, *ABSENT}:
+        return True
+    # names of one word are too short to tell a slip from another program's, and OMP_NUM_THREADS
+    # is near MTP_NUM_HEADS
+    for known, nearness in (((*BY_NAME, *ALIASES), 0.85), (ABSENT, 0.93)):
+        several_words = [other for other in known if "_" in other]
+        if "_" in name and difflib.get_close_matches(name.upper(), several_words, 1, nearness):
+            return True
+    return name == name.upper() and has_words_of_ours(name)
+
+
+def has_words_of_ours(name: str) -> bool:
+    """It begins like a knob, is nearly one, is about the same, or one of the two ends alike."""
+    first_words = {other.split("_", 1)[0] for other in BY_NAME} - {"INIT"}
+    if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, BY_NAME, 1, 0.85):
+        return True
+    if core(name) in {core(other) for other in (*BY_NAME, *ALIASES)}:
         return True
 
     # names of the run, such as LOGS_DIR, end like those of other programs

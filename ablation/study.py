@@ -68,7 +68,7 @@ OWN = {
     "MAX_WALLCLOCK_SECONDS",
 }
 KNOBS = {f.name.upper() for f in train_gpt.KNOBS}
-SETTINGS = KNOBS | set(train_gpt.ALIASES) | set(train_gpt.UNSUPPORTED)
+SETTINGS = KNOBS | set(train_gpt.ALIASES) | set(train_gpt.ABSENT)
 
 # Names of arms, sizes and studies, which become names of folders
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,200}")

@@ -131,7 +131,7 @@ def test_the_guard_of_the_fuzzer_notices(monkeypatch, target, act):
 
 
 # ── Configuration ─────────────────────────────────────────────────────────────────────────────────
-NAMES = [f.name.upper() for f in train_gpt.KNOBS] + [*train_gpt.ALIASES, *train_gpt.UNSUPPORTED]
+NAMES = [f.name.upper() for f in train_gpt.KNOBS] + [*train_gpt.ALIASES, *train_gpt.ABSENT]
 VALUES = st.one_of(
     st.text(max_size=20),
     st.integers().map(str),
