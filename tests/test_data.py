@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
+import train_gpt
 from train_gpt import (
     BOS,
     ByteTable,
@@ -315,13 +316,13 @@ def test_a_table_that_is_wrong_by_one_byte_is_refused_with_the_document(data):
     tokens = np.array(read_shard(data / "fineweb_val_000000.bin")).astype(np.int64)
     table.verify(tokens)
     table.base[sp.piece_to_id("e")] = 2
-    assert "document at token 0 " in refused(table.verify, tokens)
+    assert "document at token 1 " in refused(table.verify, tokens)
 
 
 def test_tokens_that_are_no_text_are_refused(data):
     table, sp = table_of(data / "tokenizer.model")
     tokens = np.array([BOS, sp.piece_to_id("e"), BOS, sp.piece_to_id("<0xFF>"), BOS])
-    assert "document at token 2 " in refused(table.verify, tokens)
+    assert "document at token 3 " in refused(table.verify, tokens)
 
 
 @pytest.mark.parametrize(
@@ -344,21 +345,151 @@ def test_a_vocabulary_of_another_size_is_refused_with_the_right_one(data, size):
     assert message.startswith(f"VOCAB_SIZE={size}: ") and message.endswith("set VOCAB_SIZE=384")
 
 
-def test_a_foreign_tokenizer_of_the_same_size_is_refused_without_a_manifest_too(data, tmp_path):
-    model, reverse = (
-        io.BytesIO(),
-        (" ".join(t.split())[::-1] for _, t in sorted(prepare_data.topics.items())),
-    )
+def trained(path: Path, texts, **settings) -> Path:
+    """A tokenizer of 384 pieces, trained on these texts."""
+    model = io.BytesIO()
+    options = TRAINER | {"vocab_size": 384, "character_coverage": 0.999} | settings
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=reverse,
-        model_writer=model,
-        vocab_size=384,
-        character_coverage=0.999,
-        **TRAINER,
+        sentence_iterator=iter(texts), model_writer=model, **options
     )
-    (tmp_path / "other.model").write_bytes(model.getvalue())
-    cfg = Config(data_path=str(data), tokenizer_path=str(tmp_path / "other.model"), vocab_size=384)
-    assert "tokenizer" in refused(Validation, cfg, rank_of(1), Split(cfg, "val"))
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def topics() -> list[str]:
+    return [" ".join(text.split()) for _, text in sorted(prepare_data.topics.items())]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, topics) -> Path:
+    """A tokenizer of as many pieces as the data's, trained on the same text read backwards."""
+    path = tmp_path_factory.mktemp("other") / "other.model"
+    return trained(path, [text[::-1] for text in topics])
+
+
+def validation_of(folder: Path, tokens, model: Path, limit: int = 0) -> Validation:
+    write_shard(folder / "fineweb_val_000000.bin", tokens)
+    paths = dict(data_path=str(folder), tokenizer_path=str(model))
+    cfg = Config(vocab_size=384, val_max_tokens=limit, **paths)
+    return Validation(cfg, rank_of(1), Split(cfg, "val"))
+
+
+WAYS_TO_SEPARATE = {
+    "BOS": lambda t: t,
+    "EOS": lambda t: np.append(np.where(t == BOS, 2, t)[1:], 2),
+    "nothing": lambda t: t[t != BOS],
+    "cut within a document": lambda t: t[100:6000],
+}
+
+
+@pytest.mark.parametrize("limit", [0, 20])
+@pytest.mark.parametrize("way", WAYS_TO_SEPARATE)
+def test_the_bytes_are_checked_whatever_separates_documents_and_however_few_are_scored(
+    data, other, tmp_path, way, limit
+):
+    tokens = WAYS_TO_SEPARATE[way](read_shard(data / "fineweb_val_000000.bin").astype(int))
+    val = validation_of(tmp_path, tokens, data / "tokenizer.model", limit)
+    check = val.checked
+    assert check.documents == check.of_documents > 0 and check.bytes == check.of_bytes > 8000
+    assert limit or abs(check.bytes - val.target_bytes.sum()) < 9  # the first token is no target
+    message = refused(validation_of, tmp_path, tokens, other, limit)
+    assert "another tokenizer made the shards" in message
+
+
+def test_a_long_validation_text_is_checked_in_documents_from_all_over_it(
+    data, other, tmp_path, monkeypatch
+):
+    tokens = read_shard(data / "fineweb_val_000000.bin").astype(int)
+    monkeypatch.setattr(train_gpt, "CHECKED_TOKENS", 8000)
+    check = validation_of(tmp_path, tokens, data / "tokenizer.model").checked
+    assert (check.documents, check.of_documents) == (2, 8) and 0 < check.bytes < check.of_bytes
+    # a single text longer than that: its head
+    text = tokens[tokens != BOS]
+    check = validation_of(tmp_path, text, data / "tokenizer.model").checked
+    assert 8000 < check.bytes < check.of_bytes
+    assert "another tokenizer" in refused(validation_of, tmp_path, text, other)
+
+
+def test_half_a_character_at_either_end_is_no_damage(data, tmp_path):
+    sp = table_of(data / "tokenizer.model")[1]
+    tokens = [*sp.encode("\u65e5")[-2:], *sp.encode("the end"), *sp.encode("\u65e5")[:2]]
+    check = validation_of(tmp_path, tokens, data / "tokenizer.model").checked
+    assert (check.documents, check.bytes, check.of_bytes) == (1, 7, 11)
+
+
+def test_a_text_of_which_nothing_could_be_checked_is_said_aloud(data, tmp_path):
+    sp = table_of(data / "tokenizer.model")[1]
+    tokens = sp.encode("\u65e5")
+    val = validation_of(tmp_path, tokens, data / "tokenizer.model")
+    assert val.facts()["checked_bytes"] == "0 of 3"
+    assert val.warnings(None) == ["0 bytes of validation were compared with decoded text"]
+
+
+def test_an_unknown_piece_anywhere_in_validation_is_refused_with_its_place(data, tmp_path):
+    tokens = np.tile(read_shard(data / "fineweb_val_000000.bin")[:50], 100)
+    tokens[80 * 50 + 7] = 3
+    message = refused(validation_of, tmp_path, tokens, data / "tokenizer.model")
+    assert "1 of 5,000 tokens are unknown pieces, the first at token 4007 in document 81" in message
+
+
+SPACES_ELSEWHERE = {
+    "behind": dict(treat_whitespace_as_suffix=True),
+    "within": dict(split_by_whitespace=False),
+    "many": dict(remove_extra_whitespaces=False, allow_whitespace_only_pieces=True),
+}
+
+
+@pytest.mark.parametrize("where", SPACES_ELSEWHERE)
+def test_a_piece_whose_space_the_rule_miscounts_is_refused_with_the_reason(tmp_path, topics, where):
+    texts = [text.replace(". ", ".    ") for text in topics] + ["of the end"] * 9999
+    model = trained(tmp_path / "m.model", texts, **SPACES_ELSEWHERE[where])
+    tokens = [BOS, *table_of(model)[1].encode("the end.    At the end of the end.    Of")]
+    message = refused(validation_of, tmp_path, tokens, model)
+    assert "pieces such as" in message and "for whose space the challenge's rule counts" in message
+
+
+def test_a_leading_space_that_the_rule_does_not_count_is_refused_with_the_reason(tmp_path, topics):
+    model = trained(tmp_path / "m.model", topics, remove_extra_whitespaces=False)
+    tokens = [BOS, *table_of(model)[1].encode(" a leading space"), BOS]
+    assert "leading space counts nothing" in refused(validation_of, tmp_path, tokens, model)
+
+
+def test_what_the_tokenizer_loses_of_the_text_is_said_aloud(data, tmp_path, topics):
+    folding = dict(normalization_rule_name="nmt_nfkc_cf")
+    model = trained(tmp_path / "m.model", topics, **folding)
+    tokens = [BOS, *table_of(model)[1].encode(topics[0])]
+    val = validation_of(tmp_path, tokens, model)
+    assert val.altered[0] == ("A", "a")
+    for known, said in (("3 of 8", "3 of 8; "), (None, "unknown how many")):
+        (warning,) = val.warnings(known)
+        assert said in warning and "makes 'A' 'a'" in warning and "leaderboard" in warning
+    assert val.warnings("0 of 8") == []
+    plain = trained(tmp_path / "plain.model", topics)
+    tokens = [BOS, *table_of(plain)[1].encode(topics[0])]
+    assert validation_of(tmp_path, tokens, plain).warnings(None) == []
+
+
+def test_byte_counts_beside_the_shards_are_no_shards_and_must_agree(data, tmp_path):
+    tokens = read_shard(data / "fineweb_val_000000.bin").astype(int)
+    sizes = np.append(0, table_of(data / "tokenizer.model")[0].count(tokens))
+    side_car = tmp_path / "fineweb_val_bytes_000000.bin"
+    write_shard(side_car, sizes)
+    for limit in (0, 100):
+        val = validation_of(tmp_path, tokens, data / "tokenizer.model", limit)
+        assert val.n == (limit or len(tokens) - 1)
+        assert val.facts()["side_car"] == "states the same bytes"
+    sizes[50] += 1
+    write_shard(side_car, sizes)
+    message = refused(validation_of, tmp_path, tokens, data / "tokenizer.model")
+    assert side_car.name in message and "CaseOps" in message
+
+
+@pytest.mark.parametrize("name", ["fineweb_val_copy", "fineweb_val_0.old", "fineweb_val_"])
+def test_a_file_that_is_neither_shard_nor_byte_counts_is_refused(tmp_path, name):
+    shards_in(tmp_path, [BOS, 5])
+    write_shard(tmp_path / f"{name}.bin", [BOS, 5])
+    assert f"{name}.bin: no number" in refused(Split, Config(data_path=str(tmp_path)), "val")
 
 
 # ── Validation ────────────────────────────────────────────────────────────────────────────────────
@@ -398,6 +529,9 @@ def test_the_smallest_validation_split_is_trained_with_and_scored(tiny, data, tm
         tiny(data_path=str(shards_in(tmp_path, [BOS, sp.piece_to_id("er")])), strict=False)
     )
     assert (report["val_tokens"], report["val_bytes"]) == (1, 2) and report["exit_code"] == 0
+    assert report["tokens_per_byte"] == report["data"]["tokens_per_byte"] == 0.5
+    assert report["data"]["checked_documents"] == "1 of 1"
+    assert report["data"]["checked_bytes"] == "2 of 2"
 
 
 # ── Manifest ──────────────────────────────────────────────────────────────────────────────────────
@@ -467,6 +601,18 @@ def test_data_that_agree_with_their_manifest_are_accepted_with_a_fingerprint(dat
 def test_a_folder_without_a_manifest_is_accepted_and_says_what_was_not_checked(dataset):
     (dataset[0] / "manifest.json").unlink()
     assert "not checked" in checked(dataset[1])["manifest"]
+
+
+def test_the_documents_that_the_manifest_calls_lost_are_in_the_result_and_aloud(dataset):
+    assert "lost_documents" not in checked(dataset[1])
+    lost = dict(documents=1234, altered_documents=30)
+    change(dataset[0], lambda m: m["splits"].update(val=lost))
+    assert checked(dataset[1])["lost_documents"] == "30 of 1,234"
+    report = main(dataset[1])
+    log = (Path(dataset[1].logs_dir) / dataset[1].run_id / "train.log").read_text()
+    (warning,) = report["warnings"]
+    assert "30 of 1,234" in warning and log.count(f"WARNING: {warning}") == 2
+    assert "tokens_per_byte 0." in log and report["data"]["lost_documents"] == "30 of 1,234"
 
 
 def test_a_manifest_that_knows_nothing_about_overlap_says_so(dataset):
