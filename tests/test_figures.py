@@ -19,7 +19,18 @@ from conftest import TINY
 from test_pipeline import SMALL, folder
 
 import train_gpt
-from train_gpt import Config, Run, ScoreSheet, Trainer, main, peak_memory
+from train_gpt import (
+    GPT,
+    Config,
+    Grid,
+    Run,
+    ScoreSheet,
+    Trainer,
+    as_shipped,
+    main,
+    peak_memory,
+    prune,
+)
 
 STEPS = 26
 KNOBS = SMALL | dict(
@@ -43,7 +54,7 @@ KNOBS = SMALL | dict(
     swa_start_frac=0.5,
 )
 # Seconds of a step, of filling one score sheet, of one encoding: dyadic, so that sums are exact
-STEP_SECONDS = [step % 7 / 8 + 1 / 4 for step in range(STEPS)]
+STEP_SECONDS = [(1 + step**2 % 37) / 8 for step in range(STEPS)]
 SCORE_SECONDS = {"live": 32.0, "averaged": 64.0, "quantised": 128.0, "sliding": 256.0}
 VALIDATION_SECONDS = 16.0
 ENCODE_SECONDS = 4.0
@@ -169,6 +180,7 @@ def test_toggles_are_dated_by_the_steps_that_they_acted_in(clocked):
         "SWA": (14, 23, 4 / STEPS),
         "WARMDOWN": (17, 25, 9 / STEPS),
     }
+    assert toggles["WARMDOWN"]["effect"] == pytest.approx(1 / 10 - 1)  # of the last step
     phases = {event["name"]: event for event in of_kind(clocked, "phase")}
     for name, (begun, *_) in dates.items():
         seconds = sum(STEP_SECONDS[: begun + 1])
@@ -191,3 +203,106 @@ def test_peak_memory_is_the_bytes_of_this_process_at_its_largest(monkeypatch):
     fake(torch.cuda, "max_memory_allocated", lambda: 13)
     assert peak_memory(SimpleNamespace(cuda=False)) == 7 * 1024
     assert peak_memory(SimpleNamespace(cuda=True)) == 13
+
+
+# ── Effects, with a loss whose every value the test knows ─────────────────────────────────────────
+def made_nats(weights: dict[str, torch.Tensor]) -> float:
+    """The nats of every target: 4, more for each tensor that is there, less for the bigram's."""
+    sizes = {name: w.double().abs().mean().item() for name, w in weights.items()}
+    return 4 + sum(-n if name.startswith("bigram.") else n for name, n in sizes.items())
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory) -> SimpleNamespace:
+    """A run that trains as ever and is scored by the made loss, with an EMA half as large as the
+    live weights and a mean of snapshots twice as large: its report and weights.
+    """
+    knobs = SMALL | dict(
+        smear_gate=True,
+        bigram_vocab_size=64,
+        bigram_dim=16,
+        keep_float_max_numel=64,
+        quant_bits_mlp=3,
+        qat_enabled=True,
+        qat_start_kind="iter_frac",
+        qat_start=0.5,
+        ema_enabled=True,
+        swa_enabled=True,
+        swa_every=1,
+        average="swa",
+        prune_pct=0.5,
+        strict=False,
+    )
+    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"))
+    logs = tmp_path_factory.mktemp("made")
+    cfg = Config(**TINY | knobs | paths, logs_dir=str(logs), run_id="run")
+    trains = GPT.forward
+    collects = train_gpt.collect_averages
+    kept = []
+
+    def forward(model, ids, targets, positions=None) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return trains(model, ids, targets, positions)
+        return torch.full(targets.shape, made_nats(dict(model.named_parameters())))
+
+    def collect(*arguments):
+        trained = collects(*arguments)
+        for name, share in (("ema", 0.5), ("swa", 2.0)):
+            trained.averages[name] = {key: share * w for key, w in trained.live.items()}
+        trained.final = trained.averages["swa"]
+        kept.append(trained)
+        return trained
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", forward)
+        patch.setattr(train_gpt, "collect_averages", collect)
+        patch.setattr(Run, "milliseconds", lambda run, work: work() or 1.0)
+        report = main(cfg)
+    return SimpleNamespace(cfg=cfg, report=report, trained=kept[0])
+
+
+def test_an_effect_is_the_nats_with_the_toggle_minus_those_without(made):
+    live, plan = made.trained.live, made.trained.trainer.plan
+    base = made_nats(live)
+    shipped = {name: as_shipped(w, plan[name]) for name, w in live.items()}
+    quantised = {n: shipped[n] if isinstance(plan[n], Grid) else w for n, w in live.items()}
+    final = made.trained.final
+    pruned = prune(made.cfg, final, 0.5)
+    off, on = ({n: as_shipped(w, plan[n]) for n, w in state.items()} for state in (final, pruned))
+
+    def without(part: str) -> float:
+        return made_nats({name: w for name, w in live.items() if not name.startswith(part)})
+
+    expected = {
+        "QAT": made_nats(quantised) - base,
+        "EMA": made_nats(made.trained.averages["ema"]) - base,
+        "SWA": made_nats(made.trained.averages["swa"]) - base,
+        "SMEAR_GATE": base - without("smear"),
+        "BIGRAM_VOCAB_SIZE": base - without("bigram."),
+        "PRUNE_PCT": made_nats(on) - made_nats(off),
+    }
+    toggles = made.report["toggles"]
+    assert {name: toggles[name]["effect"] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert expected["EMA"] < 0 < expected["SWA"] and expected["BIGRAM_VOCAB_SIZE"] < 0
+    assert all(abs(effect) > 1e-4 for effect in expected.values())
+
+
+def test_scores_and_gaps_are_those_of_their_weights(made):
+    live, plan = made.trained.live, made.trained.trainer.plan
+    pruned = prune(made.cfg, made.trained.final, 0.5)
+    shipped = {name: as_shipped(w, plan[name]) for name, w in pruned.items()}
+    nats = {
+        "live": made_nats(live),
+        "averaged": made_nats(made.trained.final),
+        "quantised": made_nats(shipped),
+        "sliding": made_nats(shipped),
+    }
+    r = made.report
+    to_bpb = r["val_tokens"] / r["val_bytes"] / math.log(2)
+    bpb = {name: to_bpb * n for name, n in nats.items()}
+    assert {name: score["bpb"] for name, score in r["scores"].items()} == pytest.approx(bpb)
+    assert {name: score["loss"] for name, score in r["scores"].items()} == pytest.approx(nats)
+    found = {name: r[f"{name}_val_bpb"] for name in ("live", "averaged", "quantised")}
+    assert found == {name: r["scores"][name]["bpb"] for name in found}
+    assert r["val_bpb"] == r["scores"]["sliding"]["bpb"]
+    assert r["quant_gap_bpb"] == found["quantised"] - found["averaged"]
