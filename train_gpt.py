@@ -60,7 +60,7 @@ import textwrap
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -72,7 +72,6 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torch.utils.benchmark
 import zstandard
 from rich.box import MARKDOWN, Box
 from rich.console import Console
@@ -92,7 +91,7 @@ EXIT_CODES = {
     2: "bad configuration or data",
     3: "over the size cap (all is saved)",
     4: "a toggle did nothing",
-    5: "non-finite loss or gradient",
+    5: "non-finite loss, gradient or score",
     6: "a rank was lost or differs",
     7: "cannot read or write a file",
     8: "out of memory",
@@ -1117,6 +1116,10 @@ RECOMPILE_LIMIT = 32
 State = dict
 
 
+def nothing() -> None:
+    """What a CPU waits for, and what a toggle is measured against that is off by being absent."""
+
+
 class Run:
     """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
 
@@ -1259,16 +1262,24 @@ class Run:
         self.seconds[self.phase_name] = self.seconds.get(self.phase_name, 0.0) - seconds
 
     def milliseconds(self, work: Callable) -> float:
-        """Time of one call on the device: the fastest of three, since others only slow it down."""
-        timer = torch.utils.benchmark.Timer(
-            "work()", globals={"work": work}, num_threads=torch.get_num_threads()
-        )
-        return min(timer.timeit(1).mean for _ in range(3)) * 1e3
+        """Time of one call, to the end of what it starts on the device."""
+        wait = torch.cuda.synchronize if self.device.type == "cuda" else nothing
+        wait()
+        began = time.perf_counter()
+        work()
+        wait()
+        return 1e3 * (time.perf_counter() - began)
+
+
+# What an effect amounts to, in words; lower is better
+DID_NOTHING = "did nothing"
+NOT_FINITE = "not finite"
+UNCLEAR = "not distinguishable"
 
 
 @dataclass
 class Activity:
-    """What one requested toggle did: the proof that it acted."""
+    """What one requested toggle did: the proof that it acted, and what that cost."""
 
     tensors: int = 0
     params: int = 0
@@ -1278,23 +1289,55 @@ class Activity:
     # when it acted
     steps: list[int] = field(default_factory=list)
     effect: float | None = None
+    # 95 %: lowest and highest
+    effect_interval: list[float] | None = None
+    # what the effect is measured on, and against what
+    compared: str = ""
+    # of one time that it acts, which is a step, a snapshot, an export
     cost_ms: float | None = None
+    cost_interval: list[float] | None = None
+    cost_per: str = ""
+    # in the whole run
+    cost_seconds: float | None = None
+    steps_lost: float | None = None
+    # median of the run's own steps in which it did not act, and in which it did
+    step_ms_without: float | None = None
+    step_ms_with: float | None = None
+    bytes_saved: int | None = None
 
     def row(self, total_steps: int) -> dict:
         """For result.json. Active: it acted, and that made a difference."""
         acted = len(self.steps)
+        verdict = in_words(self.effect, self.effect_interval)
+        fields = dataclasses.asdict(self)
+        del fields["steps"]
+        if verdict == NOT_FINITE:
+            # JSON has no NaN
+            fields.update(effect=None, effect_interval=None)
         return {
-            "active": bool(acted and self.effect),
+            "active": bool(acted and verdict not in (None, DID_NOTHING, NOT_FINITE)),
+            "verdict": verdict,
             "first_step": min(self.steps, default=None),
             "last_step": max(self.steps, default=None),
             "share_of_steps": acted / max(total_steps, acted, 1),
-            "tensors": self.tensors,
-            "params": self.params,
-            "effect": self.effect,
-            "unit": self.unit,
-            "cost_ms": self.cost_ms,
-            "scope": self.scope,
+            **fields,
         }
+
+
+def in_words(effect: float | None, interval: list[float] | None) -> str | None:
+    """An effect as people would say it; None where there is none."""
+    if effect is None:
+        return None
+    if not math.isfinite(effect):
+        return NOT_FINITE
+    low, high = interval or (effect, effect)
+    if low == effect == high == 0:
+        return DID_NOTHING
+    if interval is None:
+        return "acted"
+    if low <= 0 <= high:
+        return UNCLEAR
+    return "better" if effect < 0 else "worse"
 
 
 # A table's lines for rich: nothing but a rule of dashes below the header
@@ -2271,7 +2314,9 @@ def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...])
     def both_ways() -> None:
         attend(*inputs).sum().backward()
 
-    return run.milliseconds(both_ways)
+    both_ways()  # whatever a first call sets up is no part of the others
+    # the fastest: others only slow it down
+    return min(run.milliseconds(both_ways) for _ in range(3))
 
 
 def choose_attention(cfg: Config, run: Run) -> Attend:
@@ -3385,7 +3430,11 @@ class Trainer:
         self.views = WeightViews(cfg, run, self.model, self.flat, self.plan)
         self.averages = Averages(cfg, run, self.model, self.flat, self.plan)
         if cfg.warmdown_iters or cfg.warmdown_frac:
-            warmdown = Activity(scope="learning rates", unit="lr scale at the end")
+            warmdown = Activity(
+                scope="learning rates",
+                unit="lr scale",
+                compared="the last step, against no warmdown",
+            )
             run.activity["WARMDOWN"] = warmdown
 
         self.loss = math.nan  # of the last step, nats per token
@@ -4422,13 +4471,45 @@ def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
 
 
 class Score(NamedTuple):
-    """Sums over all targets: bits per byte of text, nats per target, and what was counted."""
+    """Sums over all targets: bits per byte of text, nats per target, and what was counted.
+
+    blocks: nats of each of BLOCKS stretches of the text, by which two scores are compared.
+    """
 
     bpb: float
     loss: float
     targets: int
     bytes: int
     seconds: float
+    blocks: tuple[float, ...] = ()
+
+    def figures(self) -> dict:
+        """For result.json."""
+        figures = self._asdict()
+        del figures["blocks"]
+        return figures
+
+
+# Of paired differences: so many that their mean is nearly normal, each of many tokens
+BLOCKS = 64
+
+
+def block_sums(nats: Tensor) -> tuple[float, ...]:
+    """Sums of BLOCKS stretches of these nats, in fp64. A host sync."""
+    parts = nats.double().flatten().tensor_split(min(BLOCKS, nats.numel()))
+    return tuple(torch.stack([part.sum() for part in parts]).tolist())
+
+
+def paired_margin(on: Sequence[float], off: Sequence[float], units: float) -> float:
+    """Half of the 95 % interval of (sum(on) - sum(off)) / units: two standard errors.
+
+    on, off: nats of the same stretches of text. What makes a stretch hard is in both, so that the
+    spread of the differences is all that counts. NaN where there is but one.
+    """
+    differences = [a - b for a, b in zip(on, off, strict=True)]
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return math.nan
+    return 2 * statistics.stdev(differences) * math.sqrt(len(differences)) / units
 
 
 def windows(low: int, high: int, length: int, stride: int) -> np.ndarray:
@@ -4541,9 +4622,10 @@ class ScoreSheet:
         if not bool((self.hits[:-1] == 1).all()):
             raise RuntimeError("a target was scored never or twice")
         nats = self.nats[:-1].double().sum().item()
+        blocks = block_sums(self.nats[:-1])
         size = int(self.val.target_bytes.sum())
         seconds = time.perf_counter() - self.began
-        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, seconds)
+        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, seconds, blocks)
 
 
 def score(
@@ -4685,37 +4767,121 @@ class Trained:
     codes: dict = field(default_factory=dict)  # the codes beside their order-0 entropy
 
 
-class Probe:
-    """One fixed batch of validation text, on which toggles are measured.
+# The probe holds the tokens of so many training steps, and at most so many
+PROBE_STEPS = 8
+PROBE_TOKENS = 1 << 20
+# Costs: pairs of repeats, the most seconds that one toggle's pairs may take, and the seconds after
+# which no other model is compiled
+COST_PAIRS = 9
+COST_SECONDS = 20.0
+COMPILE_SECONDS = 120.0
 
-    ids, targets: (at most 4 rows, at most TRAIN_SEQ_LEN tokens) int64.
-    base: nats per token of the live weights.
+
+class Probe:
+    """Validation text on which toggles are measured, dealt to the ranks.
+
+    ids, targets: (rows, at most TRAIN_SEQ_LEN) int64, evenly spread over the validation text.
+    base: nats of the live weights, in blocks.
     """
 
     def __init__(self, cfg: Config, run: Run, trained: Trained, val: Validation):
         self.run = run
+        self.trainer = trained.trainer
         length = min(val.n, cfg.train_seq_len)
-        rows = min(max(val.n // cfg.train_seq_len, 1), 4)
-        self.ids = val.tokens[: rows * length].long().view(rows, length)
-        self.targets = val.tokens[1 : 1 + rows * length].long().view(rows, length)
-        self.base = self.loss(trained.trainer.model, trained.live)
+        there = val.n // length
+        wanted = min(PROBE_STEPS * cfg.train_batch_tokens, PROBE_TOKENS) // length
+        rows = max(min(there, wanted), 1)
+        start = torch.arange(rows, device=run.device) * there // rows * length
+        place = start[:, None] + torch.arange(length, device=run.device)
+        self.ids = val.tokens[place].long()
+        self.targets = val.tokens[place + 1].long()
+
+        # What the forward pass of training sees at a time: compiled already, and known to fit
+        own_rows = cfg.train_batch_tokens // cfg.train_seq_len
+        own_rows = own_rows // run.world + (run.rank < own_rows % run.world)
+        self.at_once = -(-own_rows // self.trainer.accumulate)
+        shape = (self.at_once, cfg.train_seq_len)
+        place = torch.arange(math.prod(shape), device=run.device).view(shape) % val.n
+        self.micro_batch = val.tokens[place].long(), val.tokens[place + 1].long()
+        self.base = self.nats(trained.trainer.model, trained.live)
 
     @torch.no_grad()
-    def loss(self, model: GPT, state: State | None = None) -> float:
-        """Mean nats per token, with these weights or with those that the model has."""
+    def nats(self, model: GPT, state: State | None = None) -> tuple[float, ...]:
+        """Nats in blocks, with these weights or with those that the model has. On every rank."""
         model.load_state_dict(state or {}, strict=False)
-        return model(self.ids, self.targets).double().mean().item()
+        nats = torch.zeros(self.targets.shape, device=self.run.device)
+        own = torch.arange(self.run.rank, len(nats), self.run.world, device=self.run.device)
+        for rows in own.split(self.at_once):
+            nats[rows] = model(self.ids[rows], self.targets[rows])
+        if self.run.world > 1:
+            dist.all_reduce(nats)
+        return block_sums(nats)
 
-    def milliseconds(self, model: GPT) -> float:
-        """One forward and backward pass, without torch.compile."""
+    def measure(self, activity: Activity, compared: str, on: Sequence, off: Sequence) -> None:
+        """Fills in the effect: nats per token with the toggle minus without, and its interval."""
+        tokens = self.targets.numel()
+        activity.compared = compared
+        set_effect(activity, (sum(on) - sum(off)) / tokens, paired_margin(on, off, tokens))
+
+    def both_ways(self, forward: Callable, model: GPT) -> Callable[[], None]:
+        """What runs one micro-batch of training forward and backward."""
         parameters = [*model.parameters()]
 
-        def both_ways() -> None:
-            loss = model(self.ids, self.targets).mean()
+        def run_once() -> None:
+            loss = forward(*self.micro_batch).mean()
             # a model of one block has skip weights that it does not use
             torch.autograd.grad(loss, parameters, allow_unused=True)
 
-        return self.run.milliseconds(both_ways)
+        return run_once
+
+
+def set_effect(activity: Activity, effect: float, margin: float) -> None:
+    activity.effect = effect
+    if math.isfinite(effect + margin):
+        activity.effect_interval = [effect - margin, effect + margin]
+
+
+def median_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of the median of a few values: two of them, whatever their distribution.
+
+    Each value is above the median with probability 1/2, so how many are is binomial. Fewer than
+    six values have no such interval.
+    """
+    n = len(values)
+    tail, outside = 0.0, -1
+    while True:
+        tail += math.comb(n, outside + 1) / 2**n
+        if 2 * tail > 0.05:
+            break
+        outside += 1
+    if outside < 0:
+        return None
+    ordered = sorted(values)
+    return [ordered[outside], ordered[n - 1 - outside]]
+
+
+def measure_cost(
+    run: Run, activity: Activity, on: Callable, off: Callable = nothing, times: int = 1
+) -> None:
+    """Fills in the milliseconds of on() above those of off(), so many times: paired repeats.
+
+    The two take turns at going first, so that a machine that slows down slows both. Left out where
+    it would take too long; rank 0's clock decides, and its figures count.
+    """
+    on()  # compiles, and allocates what the others will find
+    off()
+    differences = []
+    for pair in range(COST_PAIRS):
+        took = {}
+        for work in (on, off) if pair % 2 else (off, on):
+            took[work] = run.milliseconds(work)
+        differences.append(times * (took[on] - took[off]))
+        spent = run.broadcast(sum(took.values()) / 1e3) if pair == 0 else 0.0
+        if spent * COST_PAIRS > COST_SECONDS:
+            return
+    differences = run.broadcast(differences)
+    activity.cost_ms = statistics.median(differences)
+    activity.cost_interval = median_interval(differences)
 
 
 def prove_toggles(
@@ -4723,28 +4889,55 @@ def prove_toggles(
 ) -> None:
     """Fills in what each toggle does and costs: nats on the probe, with it minus without."""
     probe = Probe(cfg, run, trained, val)
+    tokens = probe.targets.numel()
+    run.log(f"toggles are measured on {tokens:,} tokens of validation text")
     prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
     trained.trainer.model.load_state_dict(trained.live)
     prove_model_toggles(cfg, run, trained, probe, attend)
     if trained.exported.pruned:
-        run.activity["PRUNE_PCT"] = prove_pruning(cfg, trained, probe)
+        run.activity["PRUNE_PCT"] = prove_pruning(cfg, run, trained, probe)
+    for activity in run.activity.values():
+        sum_up_cost(activity, trained.trainer.step_seconds)
 
 
-def prove_pruning(cfg: Config, trained: Trained, probe: Probe) -> Activity:
+def sum_up_cost(activity: Activity, step_seconds: list[float]) -> None:
+    """The cost in the whole run, where there is any to be told from none."""
+    if activity.cost_ms is None or not tells_apart(activity.cost_interval):
+        return
+    activity.cost_seconds = activity.cost_ms * len(activity.steps) / 1e3
+    if activity.cost_per != "export" and step_seconds:
+        activity.steps_lost = activity.cost_seconds / statistics.median(step_seconds)
+
+
+def tells_apart(interval: list[float] | None) -> bool:
+    """Whether what has this interval can be told from 0."""
+    return interval is not None and not interval[0] <= 0 <= interval[1]
+
+
+def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> Activity:
     """Pruning: the shipped weights against what would have been shipped without it."""
     trainer = trained.trainer
-    pruned = prune(cfg, trained.final, trained.exported.pruned)
+    made = trained.exported
+    pruned = prune(cfg, trained.final, made.pruned)
     off = shipped_state(trained.final, trainer.plan)
     on = shipped_state(pruned, trainer.plan)
     changed = [int((on[name] != off[name]).sum()) for name in on]
-    return Activity(
+    activity = Activity(
         tensors=sum(n > 0 for n in changed),
         params=sum(changed),
-        scope=f"export, {trained.exported.pruned:.1%}",
+        scope=f"export, {made.pruned:.1%}",
         steps=[trainer.steps],
-        effect=probe.loss(trainer.model, on) - probe.loss(trainer.model, off),
+        cost_per="export",
     )
+    nats = [probe.nats(trainer.model, state) for state in (on, off)]
+    probe.measure(activity, "shipped weights, against unpruned ones", *nats)
+    measure_cost(run, activity, partial(prune, cfg, trained.final, made.pruned))
+    saved = 0
+    if run.rank == 0:
+        saved = len(encode_artifact(made.cfg, trained.final, trainer.plan)) - len(made.blob)
+    activity.bytes_saved = run.broadcast(saved)
+    return activity
 
 
 def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
@@ -4752,35 +4945,51 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
     trainer = trained.trainer
     views = trainer.views
     for name, view in views.techniques.items():
+        activity = run.activity[name]
         enter = partial(views.enter, view.at_full_strength(), 0)
 
         def there_and_back(enter: Callable = enter) -> None:
             views.leave(enter())
 
         latent = enter()
-        run.activity[name].effect = probe.loss(trainer.model) - probe.base
+        seen = probe.nats(trainer.model)
         views.leave(latent)
-        run.activity[name].cost_ms = run.milliseconds(there_and_back)
+        probe.measure(activity, "weights as seen, against latent ones", seen, probe.base)
+        activity.cost_per = "step"
+        measure_cost(run, activity, there_and_back)
+        compare_steps(activity, trainer.step_seconds)
 
 
 def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
-    """Averages: the loss with the average against the live weights.
-
-    The milliseconds of a mean of snapshots include those of an average of every step.
-    """
+    """Averages: the loss with the average against the live weights."""
     trainer = trained.trainer
     for name, state in trained.averages.items():
         activity = run.activity[name.upper()]
-        activity.effect = probe.loss(trainer.model, state) - probe.base
-        snapshot = not trainer.averages.on[name].every_step
-        activity.cost_ms = run.milliseconds(partial(trainer.averages.update, snapshot))
+        average = trainer.averages.on[name]
+        averaged = probe.nats(trainer.model, state)
+        probe.measure(activity, "the average, against live weights", averaged, probe.base)
+        activity.cost_per = "step" if average.every_step else "snapshot"
+        measure_cost(run, activity, average.update)
+        compare_steps(activity, trainer.step_seconds)
+
+
+def compare_steps(activity: Activity, step_seconds: list[float]) -> None:
+    """Fills in how long the run's own steps took, without and with; from ten of each on."""
+    acted = set(activity.steps)
+    taken = [s for step, s in enumerate(step_seconds) if step in acted]
+    others = [s for step, s in enumerate(step_seconds) if step not in acted]
+    if min(len(taken), len(others)) >= 10:
+        activity.step_ms_with = 1e3 * statistics.median(taken)
+        activity.step_ms_without = 1e3 * statistics.median(others)
 
 
 def prove_model_toggles(
     cfg: Config, run: Run, trained: Trained, probe: Probe, attend: Callable
 ) -> None:
     """Parts of the model: the trained model against itself without the part."""
-    model = trained.trainer.model
+    trainer = trained.trainer
+    model = trainer.model
+    began = time.perf_counter()
     for name in MODEL_TOGGLES:
         knob_name = name.lower()
         if not getattr(cfg, knob_name):
@@ -4788,14 +4997,24 @@ def prove_model_toggles(
         without = build_model(dataclasses.replace(cfg, **{knob_name: 0}), run, attend)
         kept = without.state_dict()
         extra = [p.numel() for key, p in model.named_parameters() if key not in kept]
-        run.activity[name] = Activity(
+        activity = run.activity[name] = Activity(
             tensors=len(extra),
             params=sum(extra),
-            scope="the model; ms forward + backward, eager",
-            steps=[*range(trained.trainer.steps)],
-            effect=probe.base - probe.loss(without, trained.live),
-            cost_ms=probe.milliseconds(model) - probe.milliseconds(without),
+            scope=f"the model, {'compiled' if run.compile else 'eager'}",
+            steps=[*range(trainer.steps)],
+            cost_per="step",
         )
+        nats = probe.nats(without, trained.live)
+        probe.measure(activity, "the model, against itself without", probe.base, nats)
+
+        forward = without
+        if run.compile:
+            if run.broadcast(time.perf_counter() - began) > COMPILE_SECONDS:
+                continue
+            forward = torch.compile(without, dynamic=False, fullgraph=True)
+        on = probe.both_ways(trainer.forward, model)
+        off = probe.both_ways(forward, without)
+        measure_cost(run, activity, on, off, trainer.accumulate)
 
 
 def environment(run: Run) -> dict:
@@ -4833,17 +5052,24 @@ def peak_memory(run: Run) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def add_scoring_toggles(run: Run, bpb: dict[str, float], steps: int) -> None:
-    """Ways of scoring that are toggles: their effect is in BPB, against plain scoring."""
-    plain = "sliding" if "sliding" in bpb else "quantised"
+def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
+    """Ways of scoring that are toggles: effect in BPB, and seconds, against plain scoring."""
+    against = "sliding" if "sliding" in scores else "quantised"
+    plain = scores[against]
     for name, way in SCORING_WAYS.items():
-        if name in bpb:
-            run.activity[way.toggle] = Activity(
-                scope=f"scoring, against {plain}",
-                unit="bpb",
-                steps=[steps],
-                effect=bpb[name] - bpb[plain],
-            )
+        if name not in scores:
+            continue
+        score = scores[name]
+        activity = run.activity[way.toggle] = Activity(
+            scope=f"scoring, against {against}",
+            unit="bpb",
+            steps=[steps],
+            compared=f"this score, against {against}",
+            cost_per="scoring",
+            cost_seconds=score.seconds - plain.seconds,
+        )
+        margin = paired_margin(score.blocks, plain.blocks, math.log(2) * score.bytes)
+        set_effect(activity, score.bpb - plain.bpb, margin)
 
 
 def closing_warnings(cfg: Config, run: Run, trained: Trained, bpb: dict[str, float]) -> None:
@@ -4932,7 +5158,7 @@ def build_result(
     steps = trained.trainer.steps if trained else 0
     sizes = size_figures(cfg, run, path)
 
-    add_scoring_toggles(run, bpb, steps)
+    add_scoring_toggles(run, scores, steps)
     if trained:
         closing_warnings(cfg, run, trained, bpb)
     toggles = {name: activity.row(steps) for name, activity in run.activity.items()}
@@ -4961,7 +5187,7 @@ def build_result(
         warnings=run.warnings,
         limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": SCORE_SECONDS},
         toggles=toggles,
-        scores={name: score._asdict() for name, score in scores.items()},
+        scores={name: score.figures() for name, score in scores.items()},
         data=data,
         **provenance(cfg, run),
     )
@@ -4989,7 +5215,7 @@ def final_table(r: dict) -> str:
         "weights": r["scores"],
         "size": size_rows(r),
         "time ledger": ledger_rows(r),
-        "toggle": r["toggles"],
+        "toggle": toggle_rows(r),
     }
     parts = [""]
     for title, rows in tables.items():
@@ -5003,7 +5229,10 @@ def final_table(r: dict) -> str:
         if r.get(name) is not None:
             parts.append(f"{name}: {r[name]:+.6f}")
     for name in r["inactive"]:
-        parts.append(f"INACTIVE: {name} was requested and did nothing")
+        did = "did nothing"
+        if r["toggles"][name]["verdict"] == NOT_FINITE:
+            did = "its effect is not finite"
+        parts.append(f"INACTIVE: {name} was requested and {did}")
     for text in r.get("warnings", []):
         parts.append(f"WARNING: {text}")
     parts.append(result_line(r))
@@ -5030,6 +5259,66 @@ def ledger_rows(r: dict) -> dict[str, dict]:
         limit = r["limits"].get(name)
         rows[name] = {"spent": f"{seconds:.1f} s", "of": limit and f"{limit:g} s"}
     return rows
+
+
+def toggle_rows(r: dict) -> dict[str, dict]:
+    """What each toggle did, and what it cost, in words; the numbers are in result.json."""
+    rows = {}
+    for name, row in r["toggles"].items():
+        steps = "never"
+        if row["first_step"] is not None:
+            steps = f"{row['first_step']} to {row['last_step']}"
+        rows[name] = {
+            "steps": steps,
+            "compared": row["compared"] or None,
+            "effect (95 %)": effect_text(row),
+            "in words": row["verdict"],
+            "cost (95 %)": cost_text(row),
+            "in all": total_text(row),
+            "steps without, with": steps_text(row),
+        }
+    return rows
+
+
+def effect_text(row: dict) -> str | None:
+    """-0.0155 nats (-0.0172 to -0.0138)"""
+    if row["effect"] is None:
+        return None
+    text = f"{row['effect']:+.3g} {row['unit']}"
+    if row["effect_interval"]:
+        text += " ({:+.3g} to {:+.3g})".format(*row["effect_interval"])
+    return text
+
+
+def cost_text(row: dict) -> str | None:
+    """3.71 ms a step (3.65 to 3.80)"""
+    if row["cost_ms"] is None:
+        return "not measured" if row["cost_per"] in ("step", "snapshot", "export") else None
+    text = f"{row['cost_ms']:.2f} ms a {row['cost_per']}"
+    if not tells_apart(row["cost_interval"]):
+        text = UNCLEAR
+    if row["cost_interval"]:
+        text += " ({:.2f} to {:.2f})".format(*row["cost_interval"])
+    return text
+
+
+def total_text(row: dict) -> str | None:
+    """2.5 s, 19.6 steps lost"""
+    parts = []
+    if row["cost_seconds"] is not None:
+        parts.append(f"{row['cost_seconds']:.2f} s")
+    if row["steps_lost"] is not None:
+        parts.append(f"{row['steps_lost']:.1f} steps lost")
+    if row["bytes_saved"] is not None:
+        parts.append(f"{row['bytes_saved']:,} bytes saved")
+    return ", ".join(parts) or None
+
+
+def steps_text(row: dict) -> str | None:
+    """128.1 ms, 131.9 ms"""
+    if row["step_ms_with"] is None:
+        return None
+    return f"{row['step_ms_without']:.1f} ms, {row['step_ms_with']:.1f} ms"
 
 
 def codes_line(compressor: str, weights: int, order0_bytes: int, stored_bytes: int) -> str:
@@ -5306,6 +5595,9 @@ def score_all(
         with run.phase(f"score {name}"):
             scores[name] = job()
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
+        remedy = "lower TTT_LR" if name == "ttt" else "lower the learning rates"
+        broken = not math.isfinite(scores[name].bpb)
+        refuse(broken, f"score {name}: a target's nats are not finite; {remedy}", 5)
 
     for name, job in stages_before_the_artifact(cfg, trained):
         keep(name, job)

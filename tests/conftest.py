@@ -60,6 +60,16 @@ def slowdown() -> float:
     return max((time.perf_counter() - wall) / 0.1, 1.0)
 
 
+# What a clock says of a toggle in result.json
+TIMED = (
+    "cost_ms",
+    "cost_interval",
+    "cost_seconds",
+    "steps_lost",
+    "step_ms_without",
+    "step_ms_with",
+)
+
 TINY = dict(
     vocab_size=384,
     num_layers=3,
@@ -146,6 +156,7 @@ LONGEST = [
     "pack",
     "report",
     "prepare_data",
+    "proof",
     "bench",
     "average",
     "peers",

@@ -15,12 +15,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, INHERITED, ROOT, TINY, environment
+from conftest import HANG, INHERITED, ROOT, TIMED, TINY, environment
 from launch import launch
 from test_score import short_documents, two_ranks
 
@@ -29,7 +28,6 @@ from train_gpt import (
     CODE_SHA256,
     Config,
     Refusal,
-    Run,
     encode_container,
     main,
     read_artifact,
@@ -109,11 +107,9 @@ def combination(names: tuple, data: Path, logs: Path) -> Config:
     return Config(**TINY | SMALL | settings | paths, run_id="-".join(names) or "none")
 
 
-def time_once(run: Run, work) -> float:
-    """In place of Run.milliseconds, whose seven repetitions are most of these small runs."""
-    began = time.perf_counter()
-    work()
-    return (time.perf_counter() - began) * 1e3
+def time_once(patch: pytest.MonkeyPatch) -> None:
+    """One pair of repeats: nine of each toggle are most of these small runs."""
+    patch.setattr(train_gpt, "COST_PAIRS", 1)
 
 
 def assert_all_acted(report: dict, names: tuple) -> None:
@@ -129,7 +125,7 @@ def assert_all_acted(report: dict, names: tuple) -> None:
 def test_each_toggle_trains_exports_reloads_scores_and_acts(
     documents, tmp_path, monkeypatch, names
 ):
-    monkeypatch.setattr(Run, "milliseconds", time_once)
+    time_once(monkeypatch)
     cfg = combination(names, documents, tmp_path)
     report = main(cfg)
     assert_all_acted(report, names)
@@ -145,7 +141,7 @@ def test_an_ambiguous_pair_is_refused(documents, tmp_path, names):
 def run_combinations(data: Path, logs: Path) -> dict:
     """names -> report, of every combination, in the one process group of this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "milliseconds", time_once)
+        time_once(patch)
         return {names: main(combination(names, data, logs)) for names in COMBINATIONS}
 
 
@@ -154,7 +150,7 @@ def test_each_toggle_and_each_pair_trains_exports_scores_and_acts_on_two_ranks(
 ):
     """Pairs run here alone: one rank does what two do, and nothing else."""
     first, second = two_ranks(run_combinations, documents, tmp_path / "two", folder=tmp_path)
-    monkeypatch.setattr(Run, "milliseconds", time_once)
+    time_once(monkeypatch)
     for names in COMBINATIONS:
         assert_all_acted(first[names], names)
         assert (
@@ -433,7 +429,8 @@ def outcome(report: dict, *also: str) -> dict:
     """
     report = json.loads(json.dumps(report))
     for row in [*report["scores"].values(), *report["toggles"].values()]:
-        row.pop("seconds", None), row.pop("cost_ms", None)
+        for name in ("seconds", *TIMED):
+            row.pop(name, None)
     keys = [
         "scores",
         "toggles",
@@ -519,7 +516,7 @@ def keep_and_export_again(names: list[str], data: Path, logs: Path) -> dict:
     """
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "milliseconds", time_once)
+        time_once(patch)
         for name in names:
             cfg = kept(name, data, logs)
             reports = main(cfg), main(again(cfg))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TIMED, TINY
 from launch import codes, finish, launch
 from test_pipeline import events, flipped, folder, truncated
 
@@ -139,11 +139,11 @@ def assert_same_run(one: Config, other: Config) -> None:
         "steps",
     ):
         assert results[0][name] == results[1][name], name
-    assert [
-        {k: v for k, v in row.items() if k != "cost_ms"} for row in results[0]["toggles"].values()
-    ] == [
-        {k: v for k, v in row.items() if k != "cost_ms"} for row in results[1]["toggles"].values()
+    timeless = [
+        [{k: v for k, v in row.items() if k not in TIMED} for row in result["toggles"].values()]
+        for result in results
     ]
+    assert timeless[0] == timeless[1]
 
 
 def go_on(cfg: Config) -> Config:

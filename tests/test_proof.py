@@ -1,0 +1,344 @@
+"""The proof that toggles acted: effects with their uncertainty, costs with theirs, in words.
+
+Would have caught: a cost of -326 ms, which was noise (the machine grew slower while it was
+measured); an average that made the model worse and ended in "good"; an effect of NaN that counted
+as "active"; a score that is not finite and ended in "good".
+"""
+
+import json
+import math
+import random
+import statistics
+from types import SimpleNamespace
+
+import pytest
+import scipy.stats
+import torch
+from conftest import TINY
+from test_optimiser import make_trainer, on_ranks
+from test_pipeline import folder
+
+import train_gpt
+from train_gpt import Activity, Probe, Trained, in_words, main, measure_cost
+
+# With these the probe is all of the validation text, in the fixed windows of the scores
+WHOLE = dict(val_max_tokens=1472, eval_stride=0)
+
+
+# ── In words ──────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "effect, interval, words, active",
+    [
+        (-0.02, [-0.03, -0.01], "better", True),
+        (0.057, [0.04, 0.07], "worse", True),
+        (0.001, [-0.001, 0.003], "not distinguishable", True),
+        (-0.001, [-0.003, 0.001], "not distinguishable", True),
+        (0.0, [-0.001, 0.001], "not distinguishable", True),
+        (0.0, [0.0, 0.0], "did nothing", False),
+        (0.0, None, "did nothing", False),
+        (-0.99, None, "acted", True),
+        (math.nan, None, "not finite", False),
+        (math.inf, None, "not finite", False),
+        (math.nan, [math.nan, math.nan], "not finite", False),
+        (None, None, None, False),
+    ],
+)
+def test_an_effect_in_words(effect, interval, words, active):
+    row = Activity(steps=[3, 4], effect=effect, effect_interval=interval).row(5)
+    assert in_words(effect, interval) == row["verdict"] == words
+    assert row["active"] is active
+    json.dumps(row, allow_nan=False)
+    never = Activity(effect=effect, effect_interval=interval).row(5)
+    assert never["active"] is False
+
+
+# ── Intervals ─────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("n", range(1, 31))
+def test_the_interval_of_a_median_is_the_narrowest_of_95_percent(n):
+    """That of two values of n: both rank r from their end, with P(fewer than r on a side)."""
+    values = random.Random(n).sample(range(100), n)
+    interval = train_gpt.median_interval(values)
+    outside = [2 * scipy.stats.binom.cdf(r, n, 0.5) for r in range(n)]
+    fits = [r for r in range(n) if outside[r] <= 0.05]
+    if not fits:
+        assert interval is None and n < 6
+    else:
+        ordered = sorted(values)
+        assert interval == [ordered[fits[-1]], ordered[-1 - fits[-1]]]
+
+
+def test_a_paired_margin_is_two_standard_errors_of_what_differs():
+    draw = random.Random(0)
+    hard = [draw.uniform(0, 1000) for _ in range(64)]  # of the text: in both
+    by = [draw.gauss(0.5, 0.1) for _ in range(64)]
+    margin = train_gpt.paired_margin([h + b for h, b in zip(hard, by, strict=True)], hard, 640)
+    # the sum of 64 differences, per 640 tokens
+    assert margin == pytest.approx(2 * scipy.stats.sem(by) * 64 / 640, rel=1e-9)
+    assert train_gpt.paired_margin(hard, hard, 640) == 0
+    assert math.isnan(train_gpt.paired_margin([1.0], [2.0], 1))
+    assert math.isnan(train_gpt.paired_margin([1.0, math.nan], [2.0, 1.0], 1))
+
+
+def test_block_sums_add_up_and_keep_their_order():
+    nats = torch.rand(1001)
+    sums = train_gpt.block_sums(nats)
+    assert len(sums) == train_gpt.BLOCKS
+    assert sum(sums) == pytest.approx(nats.double().sum().item(), rel=1e-12)
+    assert sums[0] == pytest.approx(nats[:16].double().sum().item(), rel=1e-12)
+    assert train_gpt.block_sums(torch.ones(3)) == (1.0, 1.0, 1.0)
+
+
+# ── Cost ──────────────────────────────────────────────────────────────────────────────────────────
+class Machine:
+    """A run whose clock says what the test likes: milliseconds(name, how many were timed)."""
+
+    def __init__(self, milliseconds, told=lambda value: value):
+        self.takes = milliseconds
+        self.broadcast = told
+        self.calls = []
+        self.timed = []
+
+    def work(self, name: str):
+        return lambda: self.calls.append(name)
+
+    def milliseconds(self, work) -> float:
+        work()
+        self.timed.append(self.calls[-1])
+        return self.takes(self.calls[-1], len(self.timed))
+
+    def cost(self, times: int = 1) -> Activity:
+        activity = Activity(cost_per="step")
+        measure_cost(self, activity, self.work("on"), self.work("off"), times)
+        return activity
+
+
+def test_a_cost_is_measured_in_pairs_that_take_turns():
+    machine = Machine(lambda name, n: 5.0 if name == "on" else 3.0)
+    activity = machine.cost()
+    assert (activity.cost_ms, activity.cost_interval) == (2.0, [2.0, 2.0])
+    pairs = list(zip(machine.timed[::2], machine.timed[1::2], strict=True))
+    assert len(pairs) == train_gpt.COST_PAIRS
+    assert pairs[:4] == [("off", "on"), ("on", "off"), ("off", "on"), ("on", "off")]
+    # what the first call of each sets up is not timed
+    assert machine.calls[:2] == ["on", "off"] and len(machine.calls) == len(machine.timed) + 2
+
+
+def test_a_cost_is_of_a_step_and_not_of_a_micro_batch():
+    activity = Machine(lambda name, n: 5.0 if name == "on" else 3.0).cost(times=4)
+    assert (activity.cost_ms, activity.cost_interval) == (8.0, [8.0, 8.0])
+
+
+def test_a_machine_that_slows_down_makes_no_cost():
+    """Each timing takes 10 ms more than the one before: -326 ms, one after the other."""
+    activity = Machine(lambda name, n: 100.0 + 10 * n).cost()
+    low, high = activity.cost_interval
+    assert low < 0 < high
+    row = activity.row(1)
+    assert train_gpt.cost_text(row) == "not distinguishable (-10.00 to 10.00)"
+    train_gpt.sum_up_cost(activity, [0.1])
+    assert activity.cost_seconds is None and activity.steps_lost is None
+
+
+def test_a_cost_beyond_the_noise_is_found_and_summed_up():
+    noise = random.Random(1)
+    activity = Machine(lambda name, n: (5.0 if name == "on" else 3.0) + noise.gauss(0, 0.3)).cost()
+    activity.steps = [*range(500)]
+    low, high = activity.cost_interval
+    assert 1 < low < activity.cost_ms < high < 3
+    train_gpt.sum_up_cost(activity, [0.1, 0.2, 0.9])
+    assert activity.cost_seconds == pytest.approx(activity.cost_ms / 2)  # 500 times
+    assert activity.steps_lost == pytest.approx(activity.cost_seconds / 0.2)
+
+
+def test_what_would_take_too_long_is_left_out_after_one_pair():
+    slow = 1e3 * train_gpt.COST_SECONDS  # milliseconds
+    machine = Machine(lambda name, n: slow)
+    activity = machine.cost()
+    assert activity.cost_ms is None and activity.cost_interval is None
+    assert machine.timed == ["off", "on"]
+    assert train_gpt.cost_text(activity.row(1)) == "not measured"
+
+
+def test_all_ranks_go_by_the_clock_of_rank_0():
+    """This one is slow, rank 0 is not: it tells 6 ms for the first pair, then its differences."""
+    told = iter([0.006, [2.0] * train_gpt.COST_PAIRS])
+    machine = Machine(lambda name, n: 1e9, told=lambda value: next(told))
+    activity = machine.cost()
+    assert activity.cost_ms == 2.0 and len(machine.timed) == 2 * train_gpt.COST_PAIRS
+
+
+def test_the_steps_of_the_run_are_compared_where_there_are_enough():
+    seconds = [0.1] * 15 + [0.3] * 15
+    activity = Activity(steps=[*range(15, 30)])
+    train_gpt.compare_steps(activity, seconds)
+    assert (activity.step_ms_without, activity.step_ms_with) == (100.0, 300.0)
+    assert train_gpt.steps_text(activity.row(30)) == "100.0 ms, 300.0 ms"
+    always = Activity(steps=[*range(25)])  # 5 without are too few
+    train_gpt.compare_steps(always, seconds)
+    assert always.step_ms_with is None and train_gpt.steps_text(always.row(30)) is None
+
+
+@pytest.mark.parametrize("patience, measured", [(1e9, True), (-1.0, False)])
+def test_a_compiled_run_measures_what_it_compiled(tiny, monkeypatch, patience, measured):
+    """Stands in for the compiler: what is called, and how often, is all that is asked here."""
+    made = []
+
+    def compiled(model, **options):
+        made.append(SimpleNamespace(model=model, calls=0, trained=0))
+        here = made[-1]
+
+        def call(*inputs):
+            here.calls += 1
+            here.trained += torch.is_grad_enabled()
+            return model(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(train_gpt, "COMPILE_SECONDS", patience)
+    report = main(tiny(compile="1", bigram_vocab_size=64, bigram_dim=8))
+    models = [m for m in made if isinstance(m.model, train_gpt.GPT)]
+    without = [m.calls for m in models[2:]]
+    each = train_gpt.COST_PAIRS + 1
+    assert without == [each] * 2 * measured
+    for name in ("SMEAR_GATE", "BIGRAM_VOCAB_SIZE"):
+        row = report["toggles"][name]
+        assert row["scope"] == "the model, compiled" and row["active"]
+        assert (row["cost_ms"] is not None) == measured
+    assert models[0].trained == 1 + 6 + 2 * each * measured  # the warm-up, the steps, "on"
+
+
+# ── Effects of whole runs ─────────────────────────────────────────────────────────────────────────
+def in_nats(report: dict, name: str) -> float:
+    return report["scores"][name]["loss"]
+
+
+def test_the_effect_of_an_average_is_what_the_scores_say(tiny):
+    report = main(tiny(**WHOLE, ema_enabled=True, ema_decay=0.999))
+    row = report["toggles"]["EMA"]
+    assert report["val_tokens"] == 1472
+    worse = in_nats(report, "averaged") - in_nats(report, "live")
+    assert row["effect"] == pytest.approx(worse, rel=1e-4) and worse > 0
+    assert row["verdict"] == "worse" and row["unit"] == "nats"
+    low, high = row["effect_interval"]
+    assert 0 < low < row["effect"] < high and low + high == pytest.approx(2 * row["effect"])
+    assert row["cost_per"] == "step" and len(row["cost_interval"]) == 2
+
+
+def test_the_effect_and_the_cost_of_pruning(tiny):
+    plain, pruned = main(tiny(**WHOLE)), main(tiny(**WHOLE, prune_pct=0.5))
+    row = pruned["toggles"]["PRUNE_PCT"]
+    worse = in_nats(pruned, "quantised") - in_nats(plain, "quantised")
+    assert row["effect"] == pytest.approx(worse, rel=1e-4)
+    assert row["bytes_saved"] == plain["artifact_bytes"] - pruned["artifact_bytes"] > 0
+    assert row["cost_per"] == "export" and row["cost_ms"] is not None
+    assert row["steps_lost"] is None  # it is off the clock
+
+
+def test_the_cost_of_snapshots_is_of_those_that_were_taken(tiny):
+    cfg = tiny(swa_enabled=True, swa_every=2, swa_start_kind="always")
+    row = main(cfg)["toggles"]["SWA"]
+    assert row["cost_per"] == "snapshot" and row["last_step"] == 5
+    if row["cost_seconds"] is not None:  # noise may hide it
+        assert row["cost_seconds"] == pytest.approx(3 * row["cost_ms"] / 1e3)
+        assert row["steps_lost"] > 0
+
+
+def test_the_effect_of_a_part_of_the_model_is_with_it_minus_without(tiny):
+    """A gate that is wide open mixes every token with the one before: much worse without need."""
+    cfg = tiny(**WHOLE)
+    trainer = make_trainer(cfg)
+    trainer.train()
+    with torch.no_grad():
+        trainer.model.smear.gate.fill_(20.0)
+    live = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trained = Trained(trainer, live, {}, live)
+    probe = Probe(cfg, trainer.run, trained, trainer.val)
+    train_gpt.prove_model_toggles(cfg, trainer.run, trained, probe, train_gpt.sdpa)
+    row = trainer.run.activity["SMEAR_GATE"].row(6)
+    assert row["effect"] > 0.01 and row["verdict"] == "worse"
+
+
+def test_a_way_of_scoring_is_compared_with_plain_scoring(tiny, monkeypatch):
+    ttt = dict(ttt_mode="sgd", ttt_chunk_tokens=256, ttt_lr=0.5)
+    report = main(tiny(**ttt, doc_isolated_eval=True))
+    scores, plain = report["scores"], report["scores"]["sliding"]
+    for name, toggle in (("documents", "DOC_ISOLATED_EVAL"), ("ttt", "TTT_MODE")):
+        row = report["toggles"][toggle]
+        effect = scores[name]["bpb"] - plain["bpb"]
+        assert row["effect"] == effect and row["unit"] == "bpb"
+        assert row["cost_seconds"] == scores[name]["seconds"] - plain["seconds"]
+        low, high = row["effect_interval"]
+        assert low < effect < high
+        words = "not distinguishable"
+        if low > 0 or high < 0:
+            words = "better" if effect < 0 else "worse"
+        assert row["verdict"] == words
+    assert "blocks" not in plain
+
+
+# ── Not finite ────────────────────────────────────────────────────────────────────────────────────
+def test_an_effect_of_nan_is_not_active_and_is_told(tiny, monkeypatch):
+    """An average that is collected, not shipped, and full of NaN."""
+    collect = train_gpt.collect_averages
+
+    def poisoned(*arguments):
+        trained = collect(*arguments)
+        for w in trained.averages["ema"].values():
+            w.fill_(math.nan)
+        return trained
+
+    monkeypatch.setattr(train_gpt, "collect_averages", poisoned)
+    cfg = tiny(ema_enabled=True, average="none")
+    report = main(cfg)
+    row = report["toggles"]["EMA"]
+    assert (row["active"], row["verdict"], row["effect"]) == (False, "not finite", None)
+    assert report["inactive"] == ["EMA"] and report["exit_code"] == 4
+    text = "INACTIVE: EMA was requested and its effect is not finite"
+    assert text in (folder(cfg) / "train.log").read_text()
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_score_that_is_not_finite_ends_the_run(tiny):
+    with pytest.raises(train_gpt.Refusal, match=r"score ttt: .* not finite; lower TTT_LR") as error:
+        main(tiny(ttt_mode="sgd", ttt_chunk_tokens=256, ttt_lr=1e38))
+    assert error.value.code == 5
+
+
+# ── Ranks ─────────────────────────────────────────────────────────────────────────────────────────
+def probe_nats(rank: int, world: int, cfg) -> tuple:
+    trainer = make_trainer(cfg)
+    live = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    probe = Probe(cfg, trainer.run, Trained(trainer, live, {}, live), trainer.val)
+    return probe.base, probe.targets.numel()
+
+
+def test_two_ranks_share_the_probe_and_find_the_same(data, tmp_path):
+    def cfg(world: int):
+        paths = dict(
+            data_path=str(data),
+            tokenizer_path=str(data / "tokenizer.model"),
+            logs_dir=str(tmp_path),
+        )
+        return train_gpt.Config(**TINY | paths | dict(run_id=f"probe{world}"))
+
+    first, second = on_ranks(2, tmp_path, probe_nats, cfg(2))
+    alone, tokens = probe_nats(0, 1, cfg(1))
+    assert first == second and first[1] == tokens == 23 * 64
+    assert first[0] == pytest.approx(alone, rel=1e-5)
+    assert statistics.stdev(alone) > 0 and len(alone) == train_gpt.BLOCKS
+
+
+@pytest.mark.parametrize("val_tokens, batch, rows", [(1500, 512, 23), (1500, 64, 8), (40, 512, 1)])
+def test_the_probe_is_spread_over_the_validation_text(tiny, val_tokens, batch, rows):
+    cfg = tiny(val_max_tokens=val_tokens, train_batch_tokens=batch)
+    trainer = make_trainer(cfg)
+    live = dict(trainer.model.named_parameters())
+    probe = Probe(cfg, trainer.run, Trained(trainer, live, {}, live), trainer.val)
+    length = min(64, val_tokens)
+    assert probe.ids.shape == probe.targets.shape == (rows, length)
+    assert torch.equal(probe.ids[:, 1:], probe.targets[:, :-1])
+    tokens = trainer.val.tokens
+    first = [row * (val_tokens // length) // rows * length for row in range(rows)]
+    assert [int(ids[0]) for ids in probe.ids] == [int(tokens[place]) for place in first]
+    assert probe.micro_batch[0].shape == (batch // 64, 64)
