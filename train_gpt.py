@@ -51,6 +51,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -159,6 +160,8 @@ class Knob:
     choices: tuple = ()
     # A toggle that makes the training depend on the quantisation grid
     on_grid: bool = False
+    # What it can do nothing without: other knobs, joined by "and", "or" and "not"
+    needs: str = ""
 
 
 def knob(default, unit: str, doc: str, **more):
@@ -166,11 +169,36 @@ def knob(default, unit: str, doc: str, **more):
     return field(default=default, metadata=vars(Knob(unit, doc, **more)))
 
 
+# What several knobs choose from
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
+QAT_SCOPES = ("exported", "linears", "small_linears")
+SUM_TYPES = ("fp32", "native", "bf16")
+MATRIX = ("muon", "adam")
+ACTIVATIONS = ("relu2", "leaky_relu2")
+BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
+CODERS = ("zlib", "zstd", "lzma", "ans")
+
+# What several knobs need
+RAMP = "muon_momentum_warmup_steps"
+TABLES = "bigram_vocab_size or ve_enabled"
+
 run_knob = partial(knob, scope="run")
 model_knob = partial(knob, scope="model")
 grid_knob = partial(knob, scope="grid")
 export_knob = partial(knob, scope="export")
 eval_knob = partial(knob, scope="eval")
+
+bits_knob = partial(grid_knob, choices=BITS)
+
+# The knobs of a technique
+ve_knob = partial(model_knob, needs="ve_enabled")
+smear_knob = partial(model_knob, needs="smear_gate")
+bigram_knob = partial(model_knob, needs="bigram_vocab_size")
+qat_knob = partial(knob, needs="qat_enabled")
+qna_knob = partial(knob, needs="qna_enabled")
+snapshot_knob = partial(knob, needs="swa_enabled or sqwa_enabled")
+ttt_knob = partial(eval_knob, needs="ttt_mode")
 
 # Where prepare_data.py puts the challenge's data
 FINEWEB = "data/datasets/fineweb10B_sp1024"
@@ -178,15 +206,6 @@ TOKENIZER = "data/tokenizers/fineweb_1024_bpe.model"
 
 # Scopes that make runs comparable: not names, places, machine and seed
 COMPARED = ("model", "train", "grid", "export", "eval")
-
-# What several knobs choose from
-BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
-QAT_SCOPES = ("exported", "linears", "small_linears")
-SUM_TYPES = ("fp32", "native", "bf16")
-ACTIVATIONS = ("relu2", "leaky_relu2")
-BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
-CODERS = ("zlib", "zstd", "lzma", "ans")
 
 # QUANT_CLIP -> the quantiles of a row's magnitudes among which its largest code is chosen
 CLIP_QUANTILES = {
@@ -220,6 +239,7 @@ class Config:
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
     run_id: str = run_knob("", "name", "a new one, but with RESUME; empty: date, time, hash, seed")
     resume: bool = run_knob(False, "", "go on with RUN_ID from its last checkpoint, if it has one")
+    base: str = run_knob("", "name", "another script's defaults, from studies/*.toml; see below")
     checkpoint_every: float = run_knob(60.0, "s", "between checkpoints; 0: first, last, stop", lo=0)
     checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin; train nothing")
     eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
@@ -295,8 +315,8 @@ class Config:
 
     # Value embedding
     ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V")
-    ve_dim: int = model_knob(128, "", "width of the value-embedding table", lo=1)
-    ve_layers: str = model_knob("9,10", "blocks", "blocks that get the value embedding")
+    ve_dim: int = ve_knob(128, "", "width of the value-embedding table", lo=1)
+    ve_layers: str = ve_knob("9,10", "blocks", "blocks that get the value embedding")
 
     @rule
     def value_embedding_blocks_exist(ve_enabled, ve_layers, num_layers):
@@ -309,15 +329,15 @@ class Config:
 
     # SmearGate
     smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding")
-    smear_pos: str = model_knob("pre_norm", "", "input norm", choices=("pre_norm", "post_norm"))
-    smear_mask_bos: bool = model_knob(False, "", "SmearGate never looks across a document start")
-    smear_beta2: float = knob(0.99, "", "AdamW beta2 of the SmearGate; 0: BETA2", lo=0, hi=0.9999)
+    smear_pos: str = smear_knob("pre_norm", "", "input norm", choices=("pre_norm", "post_norm"))
+    smear_mask_bos: bool = smear_knob(False, "", "SmearGate never looks across a document start")
+    smear_beta2: float = knob(0.99, "", "in AdamW; 0: BETA2", lo=0, hi=0.9999, needs="smear_gate")
 
     # BigramHash
     bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0)
-    bigram_dim: int = model_knob(128, "", "width of the BigramHash table", lo=1)
-    bigram_proj_gain: float = model_knob(1.0, "", "initial gain of the BigramHash projection", lo=0)
-    bigram_proj_opt: str = knob("muon", "", "optimiser of its projection", choices=("muon", "adam"))
+    bigram_dim: int = bigram_knob(128, "", "width of the BigramHash table", lo=1)
+    bigram_proj_gain: float = bigram_knob(1.0, "", "initial gain of its projection", lo=0)
+    bigram_proj_opt: str = bigram_knob("muon", "", "its optimiser", scope="train", choices=MATRIX)
 
     @rule
     def bigrams_have_buckets(bigram_vocab_size):
@@ -329,7 +349,7 @@ class Config:
     scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0)
     tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0)
     muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1)
-    muon_momentum_warmup_start: float = knob(0.92, "", "momentum at step 0", lo=0, hi=1)
+    muon_momentum_warmup_start: float = knob(0.92, "", "at step 0", lo=0, hi=1, needs=RAMP)
     muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0)
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
     muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0)
@@ -343,7 +363,7 @@ class Config:
     iterations: int = knob(20000, "steps", "upper bound of steps", lo=1)
     max_wallclock_seconds: float = knob(600.0, "s", "training budget; 0: ITERATIONS alone", lo=0)
     warmup_steps: int = knob(20, "steps", "untimed; they compile everything and are undone", lo=1)
-    warmdown_iters: int = knob(3000, "steps", "linear decay to 0 at the end", lo=0)
+    warmdown_iters: int = knob(3000, "steps", "linear decay to 0", lo=0, needs="not warmdown_frac")
     warmdown_frac: float = knob(0.0, "of run", "> 0: the decay's share of the run", lo=0, hi=1)
     train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
     train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
@@ -360,22 +380,22 @@ class Config:
     # QAT. Scopes: exported, every tensor that ships as codes; linears, those of linear layers;
     # small_linears, only of linear layers outside of the blocks
     qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
-    qat_start_kind: str = knob("always", "", "what starts QAT", choices=TRIGGERS)
-    qat_start: float = knob(0.0, "", "lr scale below / share of ITERATIONS / of run", lo=0, hi=1)
-    qat_scope: str = knob("exported", "", "all; linears; linears not in blocks", choices=QAT_SCOPES)
-    qat_grid: str = knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
+    qat_start_kind: str = qat_knob("always", "", "what starts QAT", choices=TRIGGERS)
+    qat_start: float = qat_knob(0.0, "", "lr scale / share of ITERATIONS / of run", lo=0, hi=1)
+    qat_scope: str = qat_knob("exported", "", "all; linears; not in blocks", choices=QAT_SCOPES)
+    qat_grid: str = qat_knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
 
     @rule
     def qat_start_has_a_kind(qat_enabled, qat_start_kind, qat_start):
         broken = qat_enabled and qat_start_kind == "always" and qat_start > 0
-        remedy = "of what? #989 meant an lr scale, #117 a fraction of steps; set QAT_START_KIND"
+        remedy = "of what? lr scale (#989) or share of steps (#117)? Set QAT_START_KIND or BASE"
         refuse(broken, f"QAT_START={qat_start}: {remedy}")
 
     # QNA
     qna_enabled: bool = knob(False, "", "uniform noise of a grid step, falls with lr", on_grid=True)
-    qna_magnitude: float = knob(1.0, "steps", "noise width at full learning rate", lo=0)
-    qna_stop_scale: float = knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
-    qna_use_floor: bool = knob(True, "", "noise on the true grid, scale floor included; 0: #975")
+    qna_magnitude: float = qna_knob(1.0, "steps", "noise width at full learning rate", lo=0)
+    qna_stop_scale: float = qna_knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
+    qna_use_floor: bool = qna_knob(True, "", "noise on the true grid, with floor; 0: #975")
 
     @rule
     def qat_leaves_time_for_noise(qna_enabled, qat_enabled, qat_start_kind):
@@ -385,10 +405,10 @@ class Config:
 
     # SWA and SQWA: means of snapshots
     swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights")
-    swa_start_kind: str = knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS)
-    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1)
-    swa_every: int = knob(50, "steps", "between snapshots", lo=1)
-    swa_dtype: str = knob("fp32", "", "of sums; native: bf16 tables", choices=SUM_TYPES)
+    swa_start_kind: str = snapshot_knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS)
+    swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, needs="swa_start_kind")
+    swa_every: int = snapshot_knob(50, "steps", "between snapshots", lo=1)
+    swa_dtype: str = snapshot_knob("fp32", "", "of sums; native: bf16 tables", choices=SUM_TYPES)
     sqwa_enabled: bool = knob(False, "", "mean of quantised-dequantised snapshots", on_grid=True)
 
     @rule
@@ -398,10 +418,11 @@ class Config:
 
     # EMA, and which average is shipped: if auto, the last of AVERAGES that is on
     ema_enabled: bool = knob(False, "", "exponential moving average, every step")
-    ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1)
+    ema_decay: float = knob(0.997, "", "weight of the past", lo=0, hi=1, needs="ema_enabled")
     AVERAGES = ("swa", "ema", "sqwa")
+    KEPT = "swa_enabled or ema_enabled or sqwa_enabled"
     SHIPPED = ("auto", "none", *AVERAGES)
-    average: str = export_knob("auto", "", "weights to ship; auto: what is on", choices=SHIPPED)
+    average: str = export_knob("auto", "", "to ship; auto: what is on", choices=SHIPPED, needs=KEPT)
 
     @rule
     def one_average_is_shipped(swa_enabled, ema_enabled, average):
@@ -416,10 +437,10 @@ class Config:
         refuse(not collected.get(average, True), f"AVERAGE={average}: {remedy}")
 
     # The quantisation grid
-    quant_bits_mlp: int = grid_knob(6, "bits", "MLP matrices; 16: fp16", choices=BITS)
-    quant_bits_attn: int = grid_knob(6, "bits", "attention matrices", choices=BITS)
-    quant_bits_bigram: int = grid_knob(6, "bits", "BigramHash, tables' projections", choices=BITS)
-    quant_bits_embed: int = grid_knob(16, "bits", "token and value-embedding tables", choices=BITS)
+    quant_bits_mlp: int = bits_knob(6, "bits", "MLP matrices; 16: fp16")
+    quant_bits_attn: int = bits_knob(6, "bits", "attention matrices")
+    quant_bits_bigram: int = bits_knob(6, "bits", "BigramHash, tables' projections", needs=TABLES)
+    quant_bits_embed: int = bits_knob(16, "bits", "token and value-embedding tables")
     quant_clip: str = grid_knob("quantile", "", "largest weight of a row", choices=CLIPS)
     quant_codes: str = grid_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
     quant_scale_floor: bool = grid_knob(True, "", "step at least 1/c: rows below 1 share one")
@@ -454,10 +475,10 @@ class Config:
 
     # Test-time training
     ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
-    ttt_lr: float = eval_knob(0.002, "", "SGD, cosine over chunks", lo=0)
-    ttt_epochs: int = eval_knob(3, "", "passes over a chunk once it is scored", lo=1)
-    ttt_chunk_tokens: int = eval_knob(32768, "tokens", "scored, then trained on", lo=1)
-    ttt_freeze_blocks: int = eval_knob(2, "blocks", "first blocks that do not adapt", lo=0)
+    ttt_lr: float = ttt_knob(0.002, "", "SGD, cosine over chunks", lo=0)
+    ttt_epochs: int = ttt_knob(3, "", "passes over a chunk once it is scored", lo=1)
+    ttt_chunk_tokens: int = ttt_knob(32768, "tokens", "scored, then trained on", lo=1)
+    ttt_freeze_blocks: int = ttt_knob(2, "blocks", "first blocks that do not adapt", lo=0)
 
     @rule
     def windows_fill_a_chunk(ttt_mode, ttt_chunk_tokens, eval_seq_len, train_seq_len):
@@ -515,9 +536,48 @@ class Config:
         return {name: getattr(self, name) for name in chosen}
 
     def non_default(self) -> dict:
-        """VARIABLE -> value of the knobs that differ from their defaults."""
+        """VARIABLE -> value of the knobs that differ from their defaults.
+
+        Without BASE, whose values stand here: the rest is complete where no study is at hand.
+        """
         values = self.knobs()
-        return {f.name.upper(): values[f.name] for f in KNOBS if values[f.name] != f.default}
+        del values["base"]
+        defaults = {f.name: f.default for f in KNOBS}
+        return {name.upper(): value for name, value in values.items() if value != defaults[name]}
+
+    def idle(self) -> dict[str, str]:
+        """Knob -> the settings by which it can do nothing."""
+        found = {}
+        for f in KNOBS:
+            reason = self.lacking(f, found)
+            if reason:
+                found[f.name] = reason
+        return found
+
+    def lacking(self, f: dataclasses.Field, idle: dict[str, str]) -> str:
+        """The settings by which this knob can do nothing; empty if it can do something.
+
+        `idle`: the answers for the knobs before it.
+        """
+        if self.eval_only and not acts_on_scores(f):
+            return setting("eval_only", self.eval_only)
+        if self.checkpoint and f.name in FOR_TRAINING:
+            return setting("checkpoint", self.checkpoint)
+
+        for needed in filter(None, f.metadata["needs"].split(" and ")):
+            wants = [want.split() for want in needed.split(" or ")]
+            if not any(is_on(getattr(self, want[-1])) != (len(want) > 1) for want in wants):
+                return " ".join(setting(want[-1], getattr(self, want[-1])) for want in wants)
+            if all(want[-1] in idle for want in wants):
+                return idle[wants[0][-1]]
+        return ""
+
+    def without_effect(self) -> dict[str, str]:
+        """VARIABLE -> why it can do nothing, of each setting that was given in vain."""
+        idle = {name.upper(): why for name, why in self.idle().items()}
+        found = {name: why for name, why in idle.items() if name in self.given}
+        elsewhere = "a setting of other scripts that does nothing there either"
+        return found | {told.partition("=")[0]: elsewhere for told in sorted(self.inert)}
 
     def digest(self, *scopes: str) -> str:
         """sha256 of the knobs in these scopes; by default of all that make runs comparable."""
@@ -535,18 +595,24 @@ class Config:
         problems = []
         env, arguments, defaults = dict(env), dict(arguments), dict(defaults)
         everything = env | arguments
+        base = Base()
+        with noted(problems):
+            base = read_base(everything.get("BASE", ""))
+        old_names = base.old_names()
         around = {name: text for name, text in env.items() if name not in arguments}
-        texts = translate_old_names(around, everything, problems)
-        said = translate_old_names(arguments, everything, problems)
+        texts = translate_old_names(around, old_names, everything, problems)
+        said = translate_old_names(arguments, old_names, everything, problems)
         problems += look_alikes(texts)
         problems += unknown_names(said | defaults)
         inert, refused = settings_of_others(everything)
         problems += refused
+        if not everything.get("BASE"):
+            problems += ambiguous(everything)
 
-        won = overruled(translate_old_names(env, env, []), said)
+        won = overruled(translate_old_names(env, old_names, env, []), said)
         texts |= said
         given = frozenset(BY_NAME.keys() & texts.keys())
-        texts = defaults | texts
+        texts = defaults | base.settings | texts
         values = {}
         for name, f in BY_NAME.items():
             if name not in texts:
@@ -555,6 +621,7 @@ class Config:
                 with noted(problems):
                     values[f.name] = parse(name, texts[name], f.type)
         problems += wrong_settings(values)
+        problems += base.other_than_its_script(values)
         if problems:
             # each once: an old spelling may stand for several knobs
             raise Refusal(list(dict.fromkeys(problems)))
@@ -563,6 +630,29 @@ class Config:
 
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
 BY_NAME = {f.name.upper(): f for f in KNOBS}
+
+
+# Knobs of the run that act on a training alone
+FOR_TRAINING = ("base", "checkpoint_every", "nonfinite")
+
+
+def acts_on_scores(f: dataclasses.Field) -> bool:
+    """Whether this knob can do something where an artifact is scored and nothing is made."""
+    if f.name in FOR_TRAINING:
+        return False
+    limits = ("cap_bytes", "pack_code")
+    return f.metadata["scope"] in ("run", "model", "eval") or f.name in limits
+
+
+def is_on(value) -> bool:
+    """Whether a knob with this value lets others act."""
+    return value not in (0, "", "none", "always")
+
+
+def setting(name: str, value) -> str:
+    """A knob's NAME=value as a shell takes it and as it is read back."""
+    text = str(int(value) if isinstance(value, bool) else value)
+    return f"{name.upper()}={shlex.quote(text)}"
 
 
 def sources_of(checkpoint: str, eval_only: str, resume: bool, run_id: str) -> list[str]:
@@ -642,6 +732,90 @@ def parse(name: str, text: str, kind: str):
     except ValueError:
         meant = "a whole number" if kind == "int" else "a number"
         raise Refusal(f"{name}={text}: must be {meant}") from None
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run of another script is, when it is told nothing: the tables [base.NAME] of studies.
+
+    settings: today's VARIABLE -> text.
+    fixed: VARIABLE -> what that script means by another value than this; we have none such.
+    means: a variable of that script -> today's variables.
+    """
+
+    name: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
+    means: dict[str, list[str]] = field(default_factory=dict)
+
+    def with_changes(self, name: str, table: dict) -> Base:
+        """The base `name` whose table states what it changes in this one."""
+        fixed = self.fixed | table.get("fixed", {})
+        means = self.means | table.get("means", {})
+        own = {key: value for key, value in table.items() if key == key.upper()}
+        for key in [*own, *fixed, *itertools.chain(*means.values())]:
+            unknown = f"{table['path']}: base.{name}: {key}: no such setting; correct it"
+            refuse(key not in BY_NAME, unknown)
+        texts = {key: str(int(v) if isinstance(v, bool) else v) for key, v in own.items()}
+        return Base(name, self.settings | texts, fixed, means)
+
+    def old_names(self) -> dict[str, Meaning]:
+        """ALIASES as the script of this base reads them."""
+        return ALIASES | {old: renamed(*names) for old, names in self.means.items()}
+
+    def other_than_its_script(self, values: dict) -> list[str]:
+        """A problem for each value that means something else in the script of this base."""
+        problems = []
+        for name, why in self.fixed.items():
+            own = self.settings[name]
+            value = values.get(name.lower())
+            if value is not None and value != parse(name, own, BY_NAME[name].type):
+                remedy = f"set {name}={own}, or unset BASE for ours"
+                problems.append(f"{name}={value}: with BASE={self.name} {why}; {remedy}")
+        return problems
+
+
+@cache
+def base_tables() -> dict[str, dict]:
+    """NAME -> table of every [base.NAME] in the studies beside this script, its file as `path`.
+
+    Refusal on a file that cannot be read, and on a base that stands in two.
+    """
+    import tomli
+
+    tables = {}
+    for path in sorted((Path(__file__).resolve().parent / "studies").glob("*.toml")):
+        try:
+            bases = tomli.loads(path.read_text(encoding="utf-8-sig")).get("base", {})
+        except (OSError, ValueError) as error:
+            raise Refusal(f"{path}: cannot be read ({error}); mend it, or unset BASE") from None
+        for name, table in bases.items():
+            twice = f"{path}: base.{name} also stands in {tables.get(name, {}).get('path')}"
+            refuse(name in tables, f"{twice}; keep one")
+            tables[name] = table | {"path": str(path)}
+    return tables
+
+
+def read_base(name: str) -> Base:
+    """The base of this name, with what it takes over from its own base. Refusal of other names."""
+    if not name:
+        return Base()
+    tables = base_tables()
+    absent = "studies/*.toml is not beside this script: give the settings themselves, as the line "
+    refuse(not tables, f"BASE={name}: {absent}'settings:' of a log has them, and unset BASE")
+    choices = ", ".join(tables)
+    refuse(name not in tables, f"BASE={name}: no such script; choose from {choices}")
+
+    lineage = [name]
+    while parent := tables[lineage[-1]].get("base"):
+        broken = parent not in tables or parent in lineage
+        remedy = f"no base, or one that comes back to itself; choose from {choices}"
+        refuse(broken, f"{tables[lineage[-1]]['path']}: base = {parent}: {remedy}")
+        lineage.append(parent)
+    base = Base()
+    for ancestor in reversed(lineage):
+        base = base.with_changes(ancestor, tables[ancestor])
+    return base
 
 
 # What an old variable means: (its text, the environment) -> today's variables. None: its text
@@ -954,15 +1128,17 @@ def other_ways(name: str, env: dict) -> str:
     return f", or {remedy}" if remedy else ""
 
 
-def translate_old_names(env: dict, everything: dict, problems: list[str]) -> dict[str, str | None]:
+def translate_old_names(
+    env: dict, old_names: dict[str, Meaning], everything: dict, problems: list[str]
+) -> dict[str, str | None]:
     """These variables in today's names, without those of other scripts; adds to the problems.
 
     everything: all variables of the launch, for an old name that means something only beside
     another. None stands for a text under an old name that cannot be read, which the problems tell.
     """
-    today = {name: text for name, text in env.items() if name not in {*ALIASES, *ABSENT}}
-    for old in sorted(ALIASES.keys() & env.keys()):
-        for name, meant in ALIASES[old](env[old], everything).items():
+    today = {name: text for name, text in env.items() if name not in {*old_names, *ABSENT}}
+    for old in sorted(old_names.keys() & env.keys()):
+        for name, meant in old_names[old](env[old], everything).items():
             readable = None
             with noted(problems):
                 readable = checked_spelling(old, env[old], name, meant)
@@ -970,6 +1146,50 @@ def translate_old_names(env: dict, everything: dict, problems: list[str]) -> dic
             if None not in (known, readable) and not same_value(known, readable):
                 problems.append(f"{old}={env[old]} contradicts {name}={known}; set only {name}")
     return today
+
+
+class Ambiguity(NamedTuple):
+    """A toggle, beside such variables, that one script reads so and another one otherwise."""
+
+    toggle: str
+    beside: tuple[str, ...]
+    # each of these says which is meant
+    settled_by: tuple[str, ...]
+    question: str
+
+
+AMBIGUITIES = (
+    Ambiguity(
+        "SWA",
+        ("SWA_START_FRAC",),
+        ("SWA_START_KIND",),
+        "a share of ITERATIONS (#199) or an lr scale (#194, #989)? Set SWA_START_KIND or BASE",
+    ),
+    Ambiguity(
+        "LATE_QAT",
+        (),
+        ("QAT_START_KIND", "LATE_QAT_THRESHOLD", "QAT_THRESHOLD"),
+        "below which lr scale? Set LATE_QAT_THRESHOLD (0.1 or 0.15 in its scripts) or BASE",
+    ),
+    Ambiguity(
+        "TTT_ENABLED",
+        (),
+        ("TTT_MODE", "TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"),
+        "of all weights (#549) or of adapters (#194), which we lack? Set TTT_MODE=sgd or BASE",
+    ),
+)
+
+
+def ambiguous(env: dict) -> list[str]:
+    """A problem for each toggle that scripts read differently, if nothing says which is meant."""
+    problems = []
+    for case in AMBIGUITIES:
+        on = SWITCHES.get(env.get(case.toggle, "0")) != "0"
+        asked = on and all(name in env for name in case.beside)
+        if asked and not any(name in env for name in case.settled_by):
+            told = " ".join(f"{name}={env[name]}" for name in (case.toggle, *case.beside))
+            problems.append(f"{told}: {case.question}")
+    return problems
 
 
 def checked_spelling(old: str, text: str, name: str, meant: str | None) -> str:
@@ -1066,10 +1286,14 @@ def help_text() -> str:
     codes = "\n".join(f"{code:>7} {meaning}" for code, meaning in EXIT_CODES.items())
     knobs = "\n".join(help_entry(f, width) for f in KNOBS)
     aliases = ", ".join(ALIASES)
+    bases = "the name of a [base.NAME] in studies/*.toml beside this script; none is there"
+    with contextlib.suppress(Refusal):
+        bases = ", ".join(base_tables()) or bases
     parts = [
         __doc__.strip(),
         f"Exit codes:\n\n{codes}",
         f"VARIABLE=default, meaning (type, unit: choices)\n\n{knobs}",
+        textwrap.fill(f"BASE takes {bases}", width),
         textwrap.fill(f"Old spellings of the seeds that also work: {aliases}", width),
     ]
     return "\n\n".join(parts)
@@ -5204,6 +5428,7 @@ def provenance(cfg: Config, run: Run) -> dict:
         config=cfg.knobs(),
         **environment(run),
         non_default=cfg.non_default(),
+        without_effect=cfg.without_effect(),
         config_sha256=cfg.digest(),
         code_sha256=CODE_SHA256,
     )
@@ -5475,8 +5700,13 @@ def check_tensors(cfg: Config, state: State) -> None:
 def log_start(cfg: Config, run: Run) -> None:
     """The first lines of both records, and the script beside them."""
     where = environment(run)
-    chosen = " ".join(f"{name}={value}" for name, value in cfg.non_default().items())
+    chosen = " ".join(setting(name, value) for name, value in cfg.non_default().items())
+    if cfg.base:
+        run.log(f"base: {cfg.base}, whose values are among the settings")
     run.log(f"settings: {chosen or 'all defaults'}")
+    vain = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
+    if vain:
+        run.log(f"without effect: {', '.join(vain)}")
     run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)
     if run.rank == 0:
         write_code(cfg, run.dir)

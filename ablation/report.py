@@ -110,11 +110,15 @@ def load_matrix(matrix: Matrix) -> Finished:
 
 
 def check_settings(trial: Trial, run: dict) -> None:
-    """Refusal when a run was made with other settings than its trial asks for."""
+    """Refusal when a run was made with other settings than its trial asks for.
+
+    Those that can do nothing in this trial may differ.
+    """
     logged = run["config"]
+    idle = trial.cfg.idle()
     wrong = []
     for name, value in trial.cfg.knobs(*COMPARED).items():
-        if name in logged and logged[name] != value:
+        if name in logged and logged[name] != value and name not in idle:
             wrong.append(f"{name.upper()}={value} in the study, {logged[name]} in the log")
     if run["seed"] != trial.seed:
         wrong = wrong or ["another seed"]

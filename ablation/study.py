@@ -10,8 +10,9 @@ import difflib
 import itertools
 import math
 import re
+import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,9 @@ STUDY_KEYS = {
     "size": dict,
     "arm": dict,
     "factorial": dict,
+    "base": dict,
+    "command": str,
+    "corrections": dict,
 }
 SIZE_KEYS = {
     "ranks": int,
@@ -52,7 +56,7 @@ SIZE_KEYS = {
     "note": str,
     "env": dict,
 }
-ARM_KEYS = {"published": dict, "expect": str, "note": str}
+ARM_KEYS = {"published": dict, "command": (str, list), "expect": str, "note": str}
 
 # The least value of each number of a size
 LEAST = {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}
@@ -112,6 +116,9 @@ class Study:
 
     arms: name -> settings on top of env.
     facts: name -> published figures, expectation, note.
+    commands: name -> the variables of the commands that gave its published figures; one for all
+        of them, or one for each.
+    corrections: variable -> why no arm has the value of these commands.
     factors: of a factorial, name -> levels.
     metrics are compared; show stands in the table of arms only.
     compare: pairs of arms, besides each arm against the reference.
@@ -131,6 +138,8 @@ class Study:
     sizes: dict[str, Size]
     arms: dict[str, dict[str, str]]
     facts: dict[str, dict]
+    commands: dict[str, list[dict[str, str]]]
+    corrections: dict[str, str]
     factors: dict[str, list[str]]
 
     @property
@@ -164,6 +173,12 @@ def settings(table: dict, where: str) -> dict[str, str]:
             )
         found[key] = spelt(value)
     return found
+
+
+def corrections(table: dict, where: str) -> dict[str, str]:
+    """A table of settings and the reasons for them."""
+    settings(table, where)
+    return typed(table, dict.fromkeys(table, str), where)
 
 
 def typed(table: dict, allowed: dict[str, type | tuple], where: str) -> dict:
@@ -241,6 +256,25 @@ def read_size(name: str, table: dict, where: str) -> Size:
     return size
 
 
+def published_commands(common: str, facts: dict, where: str) -> list[dict[str, str]]:
+    """The variables of each published command of an arm.
+
+    Refusal of one that train_gpt.py would refuse.
+    """
+    told = facts.get("command", [])
+    commands = []
+    for command in [told] if isinstance(told, str) else told:
+        try:
+            words = shlex.split(f"{common} {command}")
+            variables = dict(word.split("=", 1) for word in words)
+            Config.from_env(variables)
+        except (ValueError, Refusal) as error:
+            problem = "; ".join(str(error).splitlines())
+            raise Refusal(f"{where}: command: {problem}") from None
+        commands.append(variables)
+    return commands
+
+
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────
 def parse_toml(text: str) -> dict:
     """The tables of a TOML text. ValueError where it is none, or meant to keep us busy."""
@@ -262,7 +296,7 @@ def read_toml(path: Path) -> dict:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_STUDY_BYTES:
             raise Refusal(f"{path}: no plain file of at most 1 MiB; give the path of a study")
-        return parse_toml(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Refusal(
             f"{path}: {error.strerror}; give the path of a study, such as {EXAMPLE}"
@@ -280,8 +314,11 @@ def study_of(data: dict, path: Path) -> Study:
 
     own = {}
     facts = {}
+    commands = {}
     for name, table in data.get("arm", {}).items():
-        own[name], facts[name] = split_arm(table, f"{path}: arm.{name}")
+        where = f"{path}: arm.{name}"
+        own[name], facts[name] = split_arm(table, where)
+        commands[name] = published_commands(data.get("command", ""), facts[name], where)
     factors = data.get("factorial", {})
     arms = product_arms(factors, f"{path}: factorial")
     # A table that is named like a cell of the factorial adds to that cell
@@ -303,6 +340,8 @@ def study_of(data: dict, path: Path) -> Study:
         sizes=sizes,
         arms=arms,
         facts=facts,
+        commands=commands,
+        corrections=corrections(data.get("corrections", {}), f"{path}: corrections"),
         factors={key: list(map(str, levels)) for key, levels in factors.items()},
     )
 
@@ -313,6 +352,12 @@ def arms_named(study: Study) -> set[str]:
     for size in study.sizes.values():
         sides += size.arms + size.time_arms
     return {str(side).partition(":")[0] for side in sides}
+
+
+def alike(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The pairs of names that differ in upper and lower case alone."""
+    pairs = itertools.combinations(names, 2)
+    return [(name, other) for name, other in pairs if name.lower() == other.lower()]
 
 
 def is_pair(pair: tuple) -> bool:
@@ -341,6 +386,9 @@ def contradictions(study: Study) -> Iterator[str]:
         yield f"no such arm: {', '.join(sorted(unknown))}"
     if not all(NAME.fullmatch(name) for name in (*study.arms, *study.sizes)):
         yield "names may hold letters, digits and _ . = - only"
+    # their runs would share a folder where a disk takes both for the same
+    for name, other in [*alike(study.arms), *alike(study.sizes)]:
+        yield f"{name} and {other} differ in case alone; rename one"
     if not NAME.fullmatch(study.name):
         yield ("its file name, which names the folder of its runs, must be such a name; rename it")
 
@@ -447,6 +495,19 @@ def share(trial: Trial, donor: Trial) -> Trial:
     return dataclasses.replace(trial, env=trial.env | given, donor=donor.id)
 
 
+def refuse_twins(study: Study, trials: list[Trial]) -> None:
+    """Refusal of two arms of one seed that have the same settings: they would be one run, twice."""
+    first: dict[tuple, str] = {}
+    for trial in trials:
+        same = (trial.cfg.digest(), trial.cfg.data_path, trial.cfg.tokenizer_path)
+        twin = first.setdefault(same, trial.arm)
+        if twin != trial.arm:
+            raise Refusal(
+                f"{study.path}: arms {twin} and {trial.arm} have the same settings; "
+                "change or remove one"
+            )
+
+
 def matrix(
     study: Study, size: str, equal: str, seeds: tuple[int, ...] = (), out: Path | None = None
 ) -> Matrix:
@@ -478,6 +539,7 @@ def matrix(
             training = (trial.cfg.digest(*trial.cfg.training_scopes), trial.cfg.data_path)
             donor = donors.setdefault(training, trial)
             trials.append(trial if donor.arm == arm else share(trial, donor))
+        refuse_twins(study, trials[-len(arms) :])
 
     if not trials or len({trial.id for trial in trials}) < len(trials):
         raise Refusal(f"{study.path}: no seed, or a seed stands there twice")

@@ -1,0 +1,317 @@
+"""Another script's commands train here what they trained there: BASE supplies its defaults.
+
+Failures that these tests would have caught: run commands of five pull requests were accepted and
+trained something else, as 17 to 27 of their settings took our defaults; the Naive Baseline's seven
+variables were all understood, and 11 of its defaults differ; #199's SWA_START_FRAC is a share of
+ITERATIONS, #989's an lr scale; #989's ten published runs mix two settings of pruning, and two rows
+of #194 are two configurations.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train_gpt
+from ablation.study import matrix, read_study
+from train_gpt import COMPARED, GPT, KNOBS, Config, Refusal, base_tables, help_text, read_base
+
+STUDIES = [read_study(path) for path in sorted((ROOT / "studies").glob("*.toml"))]
+# (study, arm, variables of a published command)
+PUBLISHED = [
+    (study, arm, command)
+    for study in STUDIES
+    for arm, commands in study.commands.items()
+    for command in commands
+]
+
+
+def refused(env: dict[str, str]) -> str:
+    with pytest.raises(Refusal) as refusal:
+        Config.from_env(env)
+    assert refusal.value.code == 2
+    return str(refusal.value)
+
+
+# ── The published rows ────────────────────────────────────────────────────────────────────────────
+def differing(row: Config, arm: Config) -> set[str]:
+    """The variables in which two configurations differ, and which do something in one of them."""
+    idle = row.idle().keys() & arm.idle().keys()
+    return {
+        name.upper()
+        for name, value in row.knobs(*COMPARED).items()
+        if value != getattr(arm, name) and name not in idle
+    }
+
+
+def full_size(study) -> dict[str, Config]:
+    """Arm -> what it is at the published size."""
+    return {trial.arm: trial.cfg for trial in matrix(study, "full", "time", (1,)).trials}
+
+
+def test_every_published_figure_has_its_command():
+    for study in STUDIES:
+        for arm, facts in study.facts.items():
+            figures = len(facts.get("published", {}).get("val_bpb", ()))
+            assert len(study.commands[arm]) in ({1, figures} if figures else {0}), arm
+    rows = {Config.from_env(command).digest() for *_, command in PUBLISHED}
+    assert len(PUBLISHED) == 23 and len(rows) == 16
+
+
+@pytest.mark.parametrize("study", [s for s in STUDIES if "full" in s.sizes], ids=lambda s: s.name)
+def test_each_arm_is_its_published_command_but_for_the_corrections_that_the_study_states(study):
+    arms = full_size(study)
+    found = set()
+    for arm, commands in study.commands.items():
+        for command in commands:
+            assert command["BASE"]
+            found |= differing(Config.from_env(command), arms[arm])
+    assert found == set(study.corrections)
+
+
+# Parameters of each script's rows, as its log says them
+PARAMETERS = {
+    "upstream": 17_059_912,
+    "pr145": 17_059_912,
+    "pr199": 17_059_912,
+    "pr194": 26_502_232,
+    "pr989": 25_517_137,
+    "pr975": 26_993_756,
+}
+
+
+@pytest.mark.parametrize("base", PARAMETERS)
+def test_each_published_command_gives_the_published_parameter_count(base):
+    commands = [command for *_, command in PUBLISHED if command["BASE"] == base]
+    shapes = {tuple(Config.from_env(command).knobs("model").values()) for command in commands}
+    assert commands
+    for model in shapes:
+        cfg = Config(**dict(zip(Config().knobs("model"), model, strict=True)))
+        with torch.device("meta"):
+            assert sum(p.numel() for p in GPT(cfg).parameters()) == PARAMETERS[base]
+
+
+# What a script does when it is told nothing, for each variable that it reads and that we have,
+# where it is not what the Naive Baseline does. Read off the scripts (their sha256:
+# tests/golden/seeds.json).
+UPSTREAM = """SEED=1337 ITERATIONS=20000 WARMDOWN_ITERS=1200 WARMUP_STEPS=20 TRAIN_SEQ_LEN=1024
+ TRAIN_BATCH_TOKENS=524288 MAX_WALLCLOCK_SECONDS=600 VAL_LOSS_EVERY=1000 TRAIN_LOG_EVERY=200
+ QK_GAIN_INIT=1.5
+ VOCAB_SIZE=1024 NUM_LAYERS=9 NUM_KV_HEADS=4 MODEL_DIM=512 NUM_HEADS=8 MLP_MULT=2 ROPE_BASE=10000
+ LOGIT_SOFTCAP=30 TIED_EMBED_LR=0.05 TIED_EMBED_INIT_STD=0.005 MATRIX_LR=0.04 SCALAR_LR=0.04
+ MUON_MOMENTUM=0.95 MUON_BACKEND_STEPS=5 MUON_MOMENTUM_WARMUP_START=0.85
+ MUON_MOMENTUM_WARMUP_STEPS=500 BETA1=0.9 BETA2=0.95 ADAM_EPS=1e-8 GRAD_CLIP_NORM=0"""
+DEFAULTS = {
+    "upstream": "",
+    "pr145": "QAT=1 EVAL_STRIDE=64 EVAL_BATCH_SEQS=32 DOC_ISOLATED_EVAL=1 FP16_EMBED_EXPORT=0",
+    "pr199": """QAT=1 EVAL_STRIDE=64 EVAL_BATCH_SEQS=32 DOC_ISOLATED_EVAL=1 FP16_EMBED_EXPORT=0
+ SMEAR_GATE=0 BIGRAM_HASH=0 SWA=0 SWA_START_FRAC=0.5 USE_ZSTD=0""",
+    "pr194": """WARMDOWN_ITERS=3000 TRAIN_SEQ_LEN=2048 NUM_KV_HEADS=8 MLP_MULT=3 QAT=1
+ EVAL_STRIDE=64 QUANT_BITS=6 FP16_EMBED=1 EVAL_BATCH_SEQS=32 SMEAR_GATE=0 BIGRAM_HASH=0
+ TIED_EMBED_LR=0.03
+ MATRIX_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92
+ MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_WEIGHT_DECAY=0 GRAD_CLIP_NORM=0.3 SWA_ENABLED=0
+ SWA_START_FRAC=0.5 SWA_EVERY=200 TTT_ENABLED=0""",
+    "pr989": """SEED=42 VAL_LOSS_EVERY=500 TRAIN_LOG_EVERY=100 WARMDOWN_ITERS=3000
+ TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 NUM_LAYERS=10 MLP_MULT=3 TIED_EMBED_LR=0.03
+ MATRIX_LR=0.02 SCALAR_LR=0.02 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92
+ MUON_MOMENTUM_WARMUP_STEPS=1500 GRAD_CLIP_NORM=0.3 WEIGHT_DECAY=0.04 EVAL_STRIDE=64
+ EVAL_BATCH_SEQS=32 BIGRAM_VOCAB_SIZE=10240 BIGRAM_DIM=128 SWA_ENABLED=1 SWA_START_FRAC=0.4
+ SWA_EVERY=50 ENABLE_QAT=0 QAT_START_FRAC=0.7 PRUNE_PCT=0.1
+ FP16_KEEP_NAME_PATTERNS=tok_emb,blocks.8.attn.c_k""",
+    "pr975": """VAL_LOSS_EVERY=4000 TRAIN_LOG_EVERY=500 WARMDOWN_ITERS=3500
+ TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 EVAL_SEQ_LEN=2048 NUM_LAYERS=11 MLP_MULT=3
+ TIED_EMBED_LR=0.035
+ MATRIX_LR=0.025 SCALAR_LR=0.025 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92
+ MUON_MOMENTUM_WARMUP_STEPS=1500 GRAD_CLIP_NORM=0.3 EVAL_STRIDE=64 SWA_EVERY=50 MUON_WD=0.04
+ ADAM_WD=0.04 BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128 XSA_LAST_N=4 ROPE_DIMS=16 LN_SCALE=1
+ LATE_QAT_THRESHOLD=0.15 VE_ENABLED=1 VE_DIM=128 VE_LAYERS=9,10 TTT_ENABLED=0 TTT_LR=0.002
+ TTT_EPOCHS=3 TTT_CHUNK_TOKENS=32768 TTT_FREEZE_BLOCKS=2 QNA_ENABLED=0 QNA_MAGNITUDE=1
+ SQWA_ENABLED=0""",
+}
+
+
+def pairs(text: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in text.split())
+
+
+@pytest.mark.parametrize("base", DEFAULTS)
+def test_a_base_is_what_its_script_does_when_it_is_told_nothing(base):
+    bare = Config.from_env({"BASE": base})
+    assert Config.from_env({"BASE": base} | pairs(UPSTREAM) | pairs(DEFAULTS[base])) == bare
+
+
+def test_every_base_has_its_defaults_here_and_states_only_what_it_changes():
+    assert set(base_tables()) == set(DEFAULTS) == set(PARAMETERS)
+    for name, table in base_tables().items():
+        over = read_base(table.get("base", "")).settings
+        own = read_base(name).settings
+        assert not [key for key in table if key in over and over[key] == own[key]], name
+
+
+# ── Precedence and identity ───────────────────────────────────────────────────────────────────────
+def test_what_is_given_wins_over_the_base_and_the_base_over_our_defaults():
+    cfg = Config.from_env({"BASE": "pr989", "NUM_LAYERS": "12", "WEIGHT_DECAY": "0.1"})
+    assert (cfg.num_layers, cfg.adam_wd, cfg.bigram_vocab_size) == (12, 0.1, 10240)
+    # as with our own defaults, what a checkpoint holds wins over what nobody gave
+    assert cfg.given == {"BASE", "NUM_LAYERS", "ADAM_WD"}
+
+
+def test_the_hash_of_a_configuration_depends_on_the_values_and_not_on_their_base():
+    cfg = Config.from_env({"BASE": "pr975"})
+    spelt_out = {name: str(value) for name, value in cfg.knobs().items() if name != "base"}
+    for f in KNOBS:
+        if f.type == "bool":
+            spelt_out[f.name] = str(int(getattr(cfg, f.name)))
+    other = Config.from_env({name.upper(): value for name, value in spelt_out.items()})
+    assert other.base == "" and other.digest() == cfg.digest() != Config().digest()
+    assert "BASE" not in cfg.non_default() and cfg.knobs()["base"] == "pr975"
+
+
+# ── What another script means otherwise ───────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "command, base, meant",
+    [
+        (
+            "SWA=1 SWA_START_FRAC=.5",
+            "pr199",
+            {"swa_enabled": True, "swa_start_kind": "iter_frac", "swa_start_frac": 0.5},
+        ),
+        (
+            "ENABLE_QAT=1 QAT_START_FRAC=0.7",
+            "pr989",
+            {"qat_enabled": True, "qat_start_kind": "lr_scale", "qat_start": 0.7},
+        ),
+        ("LATE_QAT=1", "pr975", {"qat_start_kind": "lr_scale", "qat_start": 0.15}),
+        ("TTT_ENABLED=1", "pr975", {"ttt_mode": "sgd"}),
+    ],
+)
+def test_a_pair_that_scripts_read_differently_is_read_as_its_script_did_or_asked_about(
+    command, base, meant
+):
+    cfg = Config.from_env({"BASE": base} | pairs(command))
+    assert {name: getattr(cfg, name) for name in meant} == meant
+    message = refused(pairs(command))
+    assert "BASE" in message and len(message.splitlines()) == 1
+    assert all(word.split("=")[0] in message for word in command.split()[-1:]) or "QAT" in message
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "SWA=1 SWA_START_FRAC=.5 SWA_START_KIND=iter_frac",
+        "SWA=1",
+        "SWA_ENABLED=1 SWA_START_FRAC=.5",
+        "SWA=0 SWA_START_FRAC=.5",
+        "ENABLE_QAT=1 QAT_START_FRAC=0.7 QAT_START_KIND=lr_scale",
+        "ENABLE_QAT=0 QAT_START_FRAC=0.7",
+        "LATE_QAT=1 LATE_QAT_THRESHOLD=0.15",
+        "LATE_QAT=0",
+        "TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3",
+        "TTT_ENABLED=1 TTT_MODE=sgd",
+        "TTT_ENABLED=0",
+    ],
+)
+def test_nothing_is_asked_where_it_is_said_or_off(command):
+    Config.from_env(pairs(command))
+
+
+def test_the_noise_of_975_ends_where_its_qat_begins():
+    cfg = Config.from_env({"BASE": "pr975", "LATE_QAT_THRESHOLD": "0.3"})
+    assert (cfg.qat_start, cfg.qna_stop_scale) == (0.3, 0.3)
+    ours = Config.from_env({"LATE_QAT_THRESHOLD": "0.3"})
+    assert (ours.qat_start, ours.qna_stop_scale) == (0.3, 0.15)
+
+
+@pytest.mark.parametrize(
+    "base, command",
+    [
+        ("pr199", "SMEAR_GATE=1"),
+        ("pr199", "BIGRAM_HASH=1"),
+        ("pr194", "BIGRAM_VOCAB_SIZE=4096"),
+        ("pr194", "TTT_ENABLED=1 TTT_LR=0.01"),
+    ],
+)
+def test_what_we_have_under_the_same_name_but_otherwise_is_refused_under_that_base(base, command):
+    message = refused({"BASE": base} | pairs(command))
+    assert f"with BASE={base}" in message and "unset BASE" in message
+    Config.from_env(pairs(command))
+
+
+# ── Where the tables come from ────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """elsewhere(name=text) writes studies and has the script look for them there alone."""
+    (tmp_path / "studies").mkdir()
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
+    base_tables.cache_clear()
+
+    def write(**files: str) -> Path:
+        for name, text in files.items():
+            (tmp_path / "studies" / f"{name}.toml").write_text(text, encoding="utf-8")
+        base_tables.cache_clear()
+        return tmp_path / "studies"
+
+    yield write
+    base_tables.cache_clear()
+
+
+def test_an_unknown_base_is_refused_with_the_names_that_there_are():
+    message = refused({"BASE": "pr98", "SEED": "one"})
+    assert message.splitlines() == [
+        f"BASE=pr98: no such script; choose from {', '.join(base_tables())}",
+        "SEED=one: must be a whole number",
+    ]
+
+
+def test_without_the_studies_a_base_is_refused_and_all_else_works(elsewhere):
+    message = refused({"BASE": "pr989"})
+    assert message.startswith("BASE=pr989: ") and len(message.splitlines()) == 1
+    assert "studies/*.toml" in message and "settings:" in message
+    Config.from_env({"NUM_LAYERS": "3"})
+    assert "BASE=" in help_text()
+
+
+@pytest.mark.parametrize(
+    "files, told",
+    [
+        ({"a": "[base.x\n"}, "a.toml: cannot be read"),
+        ({"a": "[base.x]\nNO_SUCH = 1\n"}, "base.x: NO_SUCH: no such setting"),
+        ({"a": "[base.x]\nSMEAR_GATE = 0\nfixed = { NO_SUCH = 'why' }\n"}, "NO_SUCH"),
+        ({"a": "[base.x]\nmeans = { OLD = ['NO_SUCH'] }\n"}, "NO_SUCH"),
+        ({"a": "[base.x]\nbase = 'y'\n"}, "base = y: no base"),
+        ({"a": "[base.x]\nbase = 'y'\n[base.y]\nbase = 'x'\n"}, "comes back to itself"),
+        ({"a": "[base.x]\nSEED = 1\n", "b": "[base.x]\nSEED = 2\n"}, "also stands in"),
+        ({"a": "[base.x]\nSEED = -1\n"}, "SEED=-1: must be 0 or more"),
+    ],
+    ids=str,
+)
+def test_a_broken_base_is_refused_in_one_line(elsewhere, files, told):
+    elsewhere(**files)
+    message = refused({"BASE": "x"})
+    assert told in message and len(message.splitlines()) == 1
+
+
+def test_a_base_states_what_it_changes_in_another_file_even_after_a_byte_order_mark(elsewhere):
+    elsewhere(
+        a="\ufeff[base.x]\nNUM_LAYERS = 3\nLN_SCALE = true\n",
+        b="[base.y]\nbase = 'x'\nMODEL_DIM = 64\nVE_LAYERS = '1'\n",
+    )
+    cfg = Config.from_env({"BASE": "y"})
+    assert (cfg.num_layers, cfg.ln_scale, cfg.model_dim, cfg.ve_layers) == (3, True, 64, "1")
+
+
+def test_help_lists_the_bases():
+    text = " ".join(help_text().split())
+    assert f"BASE takes {', '.join(base_tables())}" in text
+
+
+def test_a_base_is_named_in_the_log_and_in_the_result(tiny):
+    cfg = tiny(base="pr989", iterations=2)
+    result = train_gpt.main(cfg)
+    log = (Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
+    assert result["config"]["base"] == "pr989" and "base: pr989" in log
+    assert "BASE" not in result["non_default"]
+    settings = next(line for line in log.splitlines() if line.startswith("settings: "))
+    assert "BASE" not in settings and "ITERATIONS=2" in settings
