@@ -80,6 +80,11 @@ class Clock:
         self.patch.setattr(owner, name, lasting)
 
 
+def one_millisecond(run: Run, work) -> float:
+    work()
+    return 1.0
+
+
 @pytest.fixture(scope="module")
 def clocked(data, tmp_path_factory) -> SimpleNamespace:
     """A run by this clock: its report, events and log."""
@@ -98,7 +103,7 @@ def clocked(data, tmp_path_factory) -> SimpleNamespace:
         clock.lasts(Trainer, "step", of_step)
         clock.lasts(ScoreSheet, "fill", of_score)
         clock.lasts(train_gpt, "encode_artifact", lambda *_: ENCODE_SECONDS)
-        patch.setattr(Run, "milliseconds", lambda run, work: work() or 1.0)
+        patch.setattr(Run, "milliseconds", one_millisecond)
         report = main(cfg)
     events = [json.loads(line) for line in (folder(cfg) / "metrics.jsonl").open()]
     log = (folder(cfg) / "train.log").read_text()
@@ -256,7 +261,7 @@ def made(data, tmp_path_factory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", forward)
         patch.setattr(train_gpt, "collect_averages", collect)
-        patch.setattr(Run, "milliseconds", lambda run, work: work() or 1.0)
+        patch.setattr(Run, "milliseconds", one_millisecond)
         report = main(cfg)
     return SimpleNamespace(cfg=cfg, report=report, trained=kept[0])
 

@@ -19,7 +19,7 @@ from test_optimiser import make_trainer, on_ranks
 from test_pipeline import folder
 
 import train_gpt
-from train_gpt import Activity, Probe, Trained, in_words, main, measure_cost
+from train_gpt import Activity, Probe, Run, Trained, in_words, main, measure_cost
 
 # With these the probe is all of the validation text, in the fixed windows of the scores
 WHOLE = dict(val_max_tokens=1472, eval_stride=0)
@@ -110,6 +110,22 @@ class Machine:
         activity = Activity(cost_per="step")
         measure_cost(self, activity, self.work("on"), self.work("off"), times)
         return activity
+
+
+def test_milliseconds_are_those_of_one_call_to_its_end(monkeypatch):
+    clock = SimpleNamespace(now=7.0)
+    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: clock.now)
+    waits = []
+
+    def work():
+        waits.append("work")
+        clock.now += 0.25
+
+    assert Run.milliseconds(SimpleNamespace(device=torch.device("cpu")), work) == 250.0
+    # on a GPU a call returns before its work is done
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("wait"))
+    assert Run.milliseconds(SimpleNamespace(device=torch.device("cuda")), work) == 250.0
+    assert waits == ["work", "wait", "work", "wait"]
 
 
 def test_a_cost_is_measured_in_pairs_that_take_turns():
