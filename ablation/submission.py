@@ -268,6 +268,13 @@ def seed_rows(summary: dict) -> list[list]:
     return rows
 
 
+def effect_in_words(row: dict) -> str:
+    """A toggle's effect, and what it amounts to where the run's code has said so."""
+    effect = "-" if row["effect"] is None else f"{row['effect']:+.6f}"
+    verdict = row.get("verdict")
+    return f"{effect} ({verdict})" if verdict else effect
+
+
 def toggle_rows(results: Results) -> list[list]:
     """One row per toggle; where seeds differ, their values one after the other."""
     rows = []
@@ -277,7 +284,7 @@ def toggle_rows(results: Results) -> list[list]:
             "steps": [
                 f"{a['first_step']} to {a['last_step']}" if a["active"] else "never" for a in acts
             ],
-            "effect": ["-" if a["effect"] is None else f"{a['effect']:+.6f}" for a in acts],
+            "effect": [effect_in_words(a) for a in acts],
             "unit": [a["unit"] for a in acts],
             "scope": [a["scope"] for a in acts],
         }

@@ -268,6 +268,24 @@ def test_the_fields_of_every_event_stand_on_their_page():
         assert [name for name in event.keys() - {"event", "t"} if name not in row] == []
 
 
+def test_the_columns_of_the_toggles_stand_on_their_page():
+    page = PAGES["how_it_works.md"].partition("## The table of toggles")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| .* \| ([\w, ]+) \|$", page, re.M)
+    activity = train_gpt.Activity(steps=[1]).row(2)
+    (columns,) = train_gpt.toggle_rows({"toggles": {"QAT": activity}}).values()
+    assert [name for name, _ in rows] == list(columns)
+    keys = {key for _, names in rows for key in names.split(", ")}
+    assert keys == activity.keys() - {"tensors", "params"}
+    for figure in (
+        f"at most {train_gpt.PROBE_TOKENS:,} tokens",
+        f"{train_gpt.BLOCKS} stretches",
+        f"take {train_gpt.COST_SECONDS:g} s",
+        f"taken {train_gpt.COMPILE_SECONDS:g} s",
+    ):
+        assert figure in page
+    assert (train_gpt.PROBE_STEPS, train_gpt.COST_PAIRS) == (8, 9)  # eight batches, nine pairs
+
+
 def test_the_printed_figures_of_ans_can_be_made(capsys):
     code = re.search(r"^python - <<END\n(.*?)^END$", PAGES["speed.md"], re.M | re.S)[1]
     assert "52736, 512" in code
