@@ -30,6 +30,7 @@ from train_gpt import (
     main,
     peak_memory,
     prune,
+    read_container,
 )
 
 STEPS = 26
@@ -132,6 +133,21 @@ def test_the_seconds_of_a_score_are_its_own_and_eval_seconds_those_of_the_result
     assert {name: float(seconds) for name, seconds in lines} == SCORE_SECONDS
 
 
+def test_a_validation_says_its_score_in_both_units_and_the_size_to_expect(clocked):
+    r = clocked.report
+    to_bpb = r["val_tokens"] / r["val_bytes"] / math.log(2)
+    for event in of_kind(clocked, "val"):
+        assert event["val_bpb"] == pytest.approx(event["val_loss"] * to_bpb, rel=1e-12)
+        assert abs(event["size_estimate"] - r["total_bytes"]) < r["artifact_bytes"] / 2
+        line = (
+            f"step {event['step']:5d}  val bpb {event['val_bpb']:.4f} (live, fixed windows)  "
+            f"size ~{event['size_estimate']:,} bytes (fast compression)"
+        )
+        assert line in clocked.log
+    # each is of the weights of its moment
+    assert len({event["val_bpb"] for event in of_kind(clocked, "val")}) == STEPS // 5
+
+
 # ── What a step says ──────────────────────────────────────────────────────────────────────────────
 def test_the_line_of_a_step_says_its_figures(clocked):
     line = re.compile(
@@ -193,6 +209,76 @@ def test_toggles_are_dated_by_the_steps_that_they_acted_in(clocked):
         lr_scale = min((STEPS - begun) / 10, 1.0)
         line = f"{name} acts from step {begun} ({seconds:.1f} s, lr scale {lr_scale:.3f})"
         assert line in clocked.log
+
+
+# ── What a result says ────────────────────────────────────────────────────────────────────────────
+def test_the_result_is_the_last_score_and_names_the_others(clocked):
+    r, scores = clocked.report, clocked.report["scores"]
+    assert len({score["bpb"] for score in scores.values()}) == 4
+    final = (r["val_bpb"], r["val_loss"], r["val_tokens"], r["val_bytes"])
+    assert final == tuple(scores["sliding"][key] for key in ("bpb", "loss", "targets", "bytes"))
+    assert r["val_tokens"] == 200 and r["val_loss"] != scores["quantised"]["loss"]
+    named = {name: r[f"{name}_val_bpb"] for name in ("live", "averaged", "quantised")}
+    assert named == {name: scores[name]["bpb"] for name in named}
+    assert r["quant_gap_bpb"] == named["quantised"] - named["averaged"]
+    assert f"quant_gap_bpb: {r['quant_gap_bpb']:+.6f}" in clocked.log
+    assert r["step_ms_median"] == 1000 * statistics.median(STEP_SECONDS)
+    checkpoint = read_container(folder(clocked.cfg) / "checkpoint.bin")[1]
+    live = [w.numel() for name, w in checkpoint.items() if name.startswith("live/")]
+    assert r["params"] == sum(live) > len(live)
+
+
+@pytest.mark.parametrize(
+    "bpb, gap, fit",
+    [
+        (dict(live=2.0, quantised=2.25), 0.25, None),
+        (dict(live=2.0, averaged=1.5, quantised=2.25), 0.75, None),
+        (dict(live=2.0, averaged=1.5, unfitted=1.75, quantised=2.25), 0.25, 0.5),
+        (dict(live=2.0, unfitted=1.75, quantised=1.625, sliding=1.0), -0.25, -0.125),
+    ],
+)
+def test_what_quantising_costs_is_apart_from_what_fitting_costs(bpb, gap, fit):
+    assert train_gpt.gap_figures(bpb) == dict(quant_gap_bpb=gap, fit_cost_bpb=fit)
+
+
+def test_the_codes_are_told_in_bits_and_beside_their_entropy():
+    assert train_gpt.codes_line("ans", weights=1000, order0_bytes=500, stored_bytes=625) == (
+        "ans: 1,000 codes and their scales: 625 bytes, 5.000 bits each; order-0 entropy of the "
+        "codes 500 bytes, 4.000 bits each; +25.00%"
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, cells",
+    [
+        (
+            dict(effect=-0.0155, effect_interval=[-0.0172, -0.0138]),
+            ["-0.0155 nats (-0.0172 to -0.0138)", None, None],
+        ),
+        (dict(effect=0.25, unit="bpb"), ["+0.25 bpb", None, None]),
+        (
+            dict(cost_ms=3.71, cost_interval=[3.65, 3.8], cost_per="step", cost_seconds=2.5),
+            [None, "3.71 ms a step (3.65 to 3.80)", "2.50 s"],
+        ),
+        (
+            dict(cost_ms=-0.5, cost_interval=[-0.75, -0.25], cost_per="step", steps_lost=-19.625),
+            [None, "-0.50 ms a step (-0.75 to -0.25)", "-19.6 steps lost"],
+        ),
+        (dict(cost_ms=3.71, cost_per="step"), [None, "not distinguishable", None]),
+        (
+            dict(cost_per="export", cost_seconds=0.5, bytes_saved=1234),
+            [None, "not measured", "0.50 s, 1,234 bytes saved"],
+        ),
+        (dict(cost_per="scoring", cost_seconds=-1.0), [None, None, "-1.00 s"]),
+    ],
+)
+def test_the_words_of_the_table_are_those_of_the_numbers(fields, cells):
+    row = train_gpt.Activity(steps=[2, 7], **fields).row(10)
+    table = train_gpt.toggle_rows({"toggles": {"X": row}})["X"]
+    assert [table[key] for key in ("effect (95 %)", "cost (95 %)", "in all")] == cells
+    assert table["steps"] == "2 to 7" and table["in words"] == row["verdict"]
+    never = train_gpt.toggle_rows({"toggles": {"X": train_gpt.Activity().row(10)}})["X"]
+    assert never["steps"] == "never"
 
 
 # ── Memory ────────────────────────────────────────────────────────────────────────────────────────
@@ -287,6 +373,8 @@ def test_an_effect_is_the_nats_with_the_toggle_minus_those_without(made):
         "PRUNE_PCT": made_nats(on) - made_nats(off),
     }
     toggles = made.report["toggles"]
+    words = {name: "better" if effect < 0 else "worse" for name, effect in expected.items()}
+    assert {name: toggles[name]["verdict"] for name in expected} == words
     assert {name: toggles[name]["effect"] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert expected["EMA"] < 0 < expected["SWA"] and expected["BIGRAM_VOCAB_SIZE"] < 0
     assert all(abs(effect) > 1e-4 for effect in expected.values())
