@@ -655,6 +655,11 @@ def setting(name: str, value) -> str:
     return f"{name.upper()}={shlex.quote(text)}"
 
 
+def settings_line(cfg: Config) -> str:
+    """All that differs from our defaults, to be pasted before or behind a command."""
+    return " ".join(setting(name, value) for name, value in cfg.non_default().items())
+
+
 def sources_of(checkpoint: str, eval_only: str, resume: bool, run_id: str) -> list[str]:
     """VARIABLE=value for each that names weights which exist already."""
     named = {"CHECKPOINT": checkpoint, "EVAL_ONLY": eval_only}
@@ -5700,10 +5705,9 @@ def check_tensors(cfg: Config, state: State) -> None:
 def log_start(cfg: Config, run: Run) -> None:
     """The first lines of both records, and the script beside them."""
     where = environment(run)
-    chosen = " ".join(setting(name, value) for name, value in cfg.non_default().items())
     if cfg.base:
         run.log(f"base: {cfg.base}, whose values are among the settings")
-    run.log(f"settings: {chosen or 'all defaults'}")
+    run.log(f"settings: {settings_line(cfg) or 'all defaults'}")
     vain = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
     if vain:
         run.log(f"without effect: {', '.join(vain)}")
