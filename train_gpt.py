@@ -179,9 +179,10 @@ ACTIVATIONS = ("relu2", "leaky_relu2")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
 
-# What several knobs need
+# What knobs need that is too long for their line
 RAMP = "muon_momentum_warmup_steps"
 TABLES = "bigram_vocab_size or ve_enabled"
+CODES = "quant_bits_mlp or quant_bits_attn or quant_bits_bigram or quant_bits_embed"
 
 run_knob = partial(knob, scope="run")
 model_knob = partial(knob, scope="model")
@@ -190,6 +191,7 @@ export_knob = partial(knob, scope="export")
 eval_knob = partial(knob, scope="eval")
 
 bits_knob = partial(grid_knob, choices=BITS)
+code_knob = partial(grid_knob, needs=CODES)
 
 # The knobs of a technique
 ve_knob = partial(model_knob, needs="ve_enabled")
@@ -441,11 +443,11 @@ class Config:
     quant_bits_attn: int = bits_knob(6, "bits", "attention matrices")
     quant_bits_bigram: int = bits_knob(6, "bits", "BigramHash, tables' projections", needs=TABLES)
     quant_bits_embed: int = bits_knob(16, "bits", "token and value-embedding tables")
-    quant_clip: str = grid_knob("quantile", "", "largest weight of a row", choices=CLIPS)
-    quant_codes: str = grid_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
-    quant_scale_floor: bool = grid_knob(True, "", "step at least 1/c: rows below 1 share one")
-    keep_float_max_numel: int = grid_knob(65536, "weights", "tensors up to this size: fp16", lo=0)
-    fp16_keep_name_patterns: str = grid_knob("", "csv", "fp16 if its name contains one of these")
+    quant_clip: str = code_knob("quantile", "", "largest weight of a row", choices=CLIPS)
+    quant_codes: str = code_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
+    quant_scale_floor: bool = code_knob(True, "", "step at least 1/c: rows below 1 share one")
+    keep_float_max_numel: int = code_knob(65536, "weights", "tensors up to this size: fp16", lo=0)
+    fp16_keep_name_patterns: str = code_knob("", "csv", "fp16 if its name contains one of these")
 
     # Export: pruning, compression, size
     prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
@@ -566,11 +568,16 @@ class Config:
 
         for needed in filter(None, f.metadata["needs"].split(" and ")):
             wants = [want.split() for want in needed.split(" or ")]
-            if not any(is_on(getattr(self, want[-1])) != (len(want) > 1) for want in wants):
-                return " ".join(setting(want[-1], getattr(self, want[-1])) for want in wants)
-            if all(want[-1] in idle for want in wants):
-                return idle[wants[0][-1]]
+            if not any(self.holds(want, idle) for want in wants):
+                names = [want[-1] for want in wants]
+                reasons = [idle.get(name) or setting(name, getattr(self, name)) for name in names]
+                return " ".join(dict.fromkeys(reasons))
         return ""
+
+    def holds(self, want: list[str], idle: dict[str, str]) -> bool:
+        """Whether [a knob] is on, or ["not", a knob] is off."""
+        on = getattr(self, want[-1]) not in OFF and want[-1] not in idle
+        return on == (len(want) == 1)
 
     def without_effect(self) -> dict[str, str]:
         """VARIABLE -> why it can do nothing, of each setting that was given in vain."""
@@ -632,6 +639,9 @@ KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
 BY_NAME = {f.name.upper(): f for f in KNOBS}
 
 
+# Values of a knob with which others can do nothing; 16 bits: nothing ships as codes
+OFF = (0, "none", "always", 16)
+
 # Knobs of the run that act on a training alone
 FOR_TRAINING = ("base", "checkpoint_every", "nonfinite")
 
@@ -642,11 +652,6 @@ def acts_on_scores(f: dataclasses.Field) -> bool:
         return False
     limits = ("cap_bytes", "pack_code")
     return f.metadata["scope"] in ("run", "model", "eval") or f.name in limits
-
-
-def is_on(value) -> bool:
-    """Whether a knob with this value lets others act."""
-    return value not in (0, "", "none", "always")
 
 
 def setting(name: str, value) -> str:
