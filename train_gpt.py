@@ -4425,15 +4425,39 @@ def role_grid(cfg: Config, role: Role) -> Grid:
 
 
 def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
-    """How each tensor is shipped: the one decision that views, averages and the exporter share."""
-    return {name: planned(cfg, name, p) for name, p in model.named_parameters()}
+    """How each tensor is shipped: the one decision that views, averages and the exporter share.
+
+    Refusal of a pattern that no name of a tensor contains.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in kept_patterns(cfg):
+        if not any(pattern in name for name in parameters):
+            raise Refusal(unknown_pattern(pattern, parameters))
+    return {name: planned(cfg, name, p) for name, p in parameters.items()}
+
+
+def kept_patterns(cfg: Config) -> list[str]:
+    """What a tensor's name contains, if it ships in fp16 whatever its size."""
+    patterns = [pattern.strip() for pattern in cfg.fp16_keep_name_patterns.split(",")]
+    return [pattern for pattern in patterns if pattern]
+
+
+def unknown_pattern(pattern: str, names: Iterable[str]) -> str:
+    """The line about a pattern that is in none of these names, with the likeliest part of one."""
+    parts = set()
+    for name in names:
+        words = name.split(".")
+        for start, end in itertools.combinations(range(len(words) + 1), 2):
+            parts.add(".".join(words[start:end]))
+    close = difflib.get_close_matches(pattern, sorted(parts), 1, 0.4) or ["tok_emb or attn.c_k"]
+    remedy = f"no tensor has it in its name; did you mean {close[0]}? Else leave it out"
+    return f"FP16_KEEP_NAME_PATTERNS={pattern}: {remedy}"
 
 
 def planned(cfg: Config, name: str, p: nn.Parameter) -> Grid | torch.dtype:
     if p.role.bits is None:
         return torch.float32
-    patterns = [pattern.strip() for pattern in cfg.fp16_keep_name_patterns.split(",")]
-    kept = any(pattern and pattern in name for pattern in patterns)
+    kept = any(pattern in name for pattern in kept_patterns(cfg))
     small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel
     if kept or small or getattr(cfg, p.role.bits) == 16:
         return torch.float16

@@ -16,6 +16,7 @@ import math
 import signal
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,6 +347,43 @@ def test_the_codes_entropy_and_their_share_of_the_artifact_are_reported(product,
         stored_bytes=total - floats,
     )
     assert code_size(cfg, {}, plan, total) == {}
+
+
+# ── Names that stay in fp16 ───────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "patterns, wrong, meant",
+    [
+        ("tok_embd", "tok_embd", "tok_emb"),
+        ("tok_emb, blocks.1.attn.ck", "blocks.1.attn.ck", "blocks.1.attn.c_k"),
+        ("blocks.8.attn.c_k", "blocks.8.attn.c_k", "blocks.0.attn.c_k"),
+        ("mlp.fc,smeer", "smeer", "smear"),
+        ("*", "*", "tok_emb or attn.c_k"),
+    ],
+)
+def test_a_pattern_that_no_tensor_has_in_its_name_is_refused_with_the_likeliest_one(
+    tiny, patterns, wrong, meant
+):
+    cfg = tiny(fp16_keep_name_patterns=patterns)
+    with pytest.raises(train_gpt.Refusal) as refusal:
+        main(cfg)
+    assert refusal.value.code == 2
+    line = str(refusal.value)
+    assert line.startswith(f"FP16_KEEP_NAME_PATTERNS={wrong}: ") and len(line.splitlines()) == 1
+    assert f"did you mean {meant}" in line
+    # before anything is trained, warm-up included
+    log = (Path(cfg.logs_dir) / cfg.run_id / "metrics.jsonl").read_text()
+    assert [json.loads(line)["event"] for line in log.splitlines()] == ["start", "stopped"]
+
+
+@pytest.mark.parametrize("patterns", ["", " , ", "tok_emb", "attn.c_k, ,mlp", "blocks.2."])
+def test_patterns_that_tensors_have_in_their_names_are_taken(tiny, patterns):
+    cfg = tiny(fp16_keep_name_patterns=patterns)
+    plan = export_plan(cfg, GPT(cfg))
+    kept = [
+        name for name in plan if any(p.strip() and p.strip() in name for p in patterns.split(","))
+    ]
+    assert not any(isinstance(plan[name], Grid) for name in kept)
+    assert bool(kept) == bool(patterns.strip(", "))
 
 
 # ── the plan ──────────────────────────────────────────────────────────────────────────────────────
