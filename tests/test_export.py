@@ -355,7 +355,7 @@ def test_the_codes_entropy_and_their_share_of_the_artifact_are_reported(product,
     [
         ("tok_embd", "tok_embd", "tok_emb"),
         ("tok_emb, blocks.1.attn.ck", "blocks.1.attn.ck", "blocks.1.attn.c_k"),
-        ("blocks.8.attn.c_k", "blocks.8.attn.c_k", "blocks.0.attn.c_k"),
+        ("blocks.8.attn.c_k", "blocks.8.attn.c_k", "blocks.2.attn.c_k"),
         ("mlp.fc,smeer", "smeer", "smear"),
         ("*", "*", "tok_emb or attn.c_k"),
     ],
