@@ -38,6 +38,7 @@ import typer
 
 import train_gpt
 from ablation.check import check_submission
+from ablation.findings import ERROR, counts, worst_is
 from ablation.records import check_alike, differing, find_runs, metric
 from ablation.report import (
     COMPARISON_HEADER,
@@ -373,13 +374,23 @@ def submission(options: SubmissionOptions) -> None:
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="a submission folder; nothing outside it is read")],
+    run_script: Annotated[
+        bool,
+        typer.Option("--run-script", help="import its train_gpt.py too: only if you trust it"),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
 ) -> None:
-    """Check a submission folder by itself: figures against logs, files, hashes, bytes, times,
-    import. Exit code 1: a problem.
+    """Check anybody's submission folder by itself: files, bytes, times, scores, seeds, numbers.
+    One line per finding with its weight, errors first. Exit code 1: an error.
     """
-    problems = check_submission(folder)
-    print("\n".join(f"PROBLEM {problem}" for problem in problems) or f"{folder}: good")
-    raise typer.Exit(int(bool(problems)))
+    found = check_submission(folder, run_script)
+    wrong = worst_is(found, ERROR)
+    if as_json:
+        print(json.dumps([one._asdict() for one in found], indent=1))
+    else:
+        print("\n".join(f"{one.weight.upper():11s} {one}" for one in found))
+        say(f"{folder}: {'not good' if wrong else 'good'}: {counts(found)}")
+    raise typer.Exit(int(wrong))
 
 
 def main(arguments: list[str] | None = None) -> int:

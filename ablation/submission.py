@@ -1,7 +1,8 @@
-"""Leaderboard folders: how one is written. ablation/check.py compares with the same rendering."""
+"""Leaderboard folders: how one is written. ablation/ours.py compares with the same rendering."""
 
 import contextlib
 import hashlib
+import html
 import itertools
 import json
 import os
@@ -126,6 +127,35 @@ def unlike(results: Results) -> Iterator[str]:
                 )
 
 
+# ── What a reader of the scores has to know ───────────────────────────────────────────────────────
+
+
+def listed(r: dict, key: str) -> list:
+    """A list of a result; empty where it has none."""
+    value = r.get(key)
+    if isinstance(value, dict):
+        return [f"{name}: {part}" for name, part in value.items()]
+    return value if isinstance(value, list) else []
+
+
+def remarks(r: dict) -> list[str]:
+    """What was not as usual in a run, in words; empty when it was trained in one go, and well."""
+    found = []
+    resumed = listed(r, "resumed")
+    if resumed:
+        steps = shown(resumed)[1:-1]
+        found.append(f"trained in {len(resumed) + 1} launches: went on after step {steps}")
+    skipped = listed(r, "skipped")
+    if skipped:
+        steps = shown(skipped)[1:-1]
+        found.append(f"left out {len(skipped)} steps, as they were not finite: {steps}")
+    found += [f"warned: {shown(text)[1:-1]}" for text in listed(r, "warnings")]
+    without_effect = listed(r, "without_effect")
+    if without_effect:
+        found.append(f"settings without effect: {shown(without_effect)[1:-1]}")
+    return found
+
+
 # ── submission.json ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -145,6 +175,11 @@ def seed_row(r: dict) -> dict:
         pre_quant_val_bpb=metric(r, "float_val_bpb"),
         quantised_val_bpb=r["quantised_val_bpb"],
         scored=r["scored"],
+        launches=len(listed(r, "resumed")) + 1,
+        resumed_after_steps=listed(r, "resumed"),
+        skipped_steps=listed(r, "skipped"),
+        warnings=listed(r, "warnings"),
+        without_effect=listed(r, "without_effect"),
     )
 
 
@@ -338,6 +373,17 @@ def compliance_list(results: Results, summary: dict) -> str:
     return "\n".join(lines)
 
 
+def remark_list(results: Results) -> str:
+    """What was not as usual, run by run."""
+    lines = []
+    for seed, r in results.items():
+        # nothing that a run wrote ends the generated part, or begins another one
+        words = [html.escape(remark, quote=False) for remark in remarks(r)]
+        lines += [f"- seed {seed}: {text}" for text in words]
+    nothing = "- every run: one launch, no step left out, no warning, no setting without effect"
+    return "\n".join(lines) or nothing
+
+
 def hash_list(summary: dict) -> str:
     lines = [
         f"- train_gpt.py: sha256 `{summary['code_sha256']}`",
@@ -389,6 +435,8 @@ def render(results: Results, about: dict) -> str:
         figures_table(TOGGLE_COLUMNS, toggle_rows(results)),
         "## Compliance",
         compliance_list(results, s),
+        "## Launches, steps left out, warnings",
+        remark_list(results),
         "## Size",
         size_line(s),
         "## Hashes",

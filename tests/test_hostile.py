@@ -31,7 +31,9 @@ from hypothesis import strategies as st
 import ablate
 import prepare_data
 import train_gpt
-from ablation.check import MAX_CODE_BYTES, check_submission
+from ablation.check import check_submission
+from ablation.findings import ERROR
+from ablation.ours import MAX_CODE_BYTES
 from ablation.page import html_page
 from ablation.records import load
 from ablation.report import Finished, notes, tables, write_report
@@ -895,23 +897,27 @@ def test_a_report_commands_no_terminal_either(study, tmp_path, capsys, text):
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A good submission, whose script is not run."""
-    monkeypatch.setattr("ablation.check.wrong_logs", lambda folder, results: [])
+    monkeypatch.setattr("ablation.ours.check_script", lambda *_: [])
     (tmp_path / "submission").mkdir()
     for name, content in fuzz_readers.submission_of(good_results()).items():
         (tmp_path / "submission" / name).write_bytes(content)
-    assert check_submission(tmp_path / "submission") == []
+    assert wrong(tmp_path / "submission") == []
     return tmp_path / "submission"
 
 
-def problems(folder: Path) -> str:
-    """What the checker says, in printable lines, within 20 seconds."""
+def wrong(folder: Path) -> list[str]:
+    """What the checker calls an error, in printable lines, within 20 seconds."""
     with within(20):
         found = check_submission(folder)
-    assert (
-        found
-        and all(line.isprintable() and len(line) < 1000 for line in found)
-        and len(found) < 200
-    )
+    lines = list(map(str, found))
+    assert all(line.isprintable() and len(line) < 1000 for line in lines) and len(lines) < 300
+    return [str(one) for one in found if one.weight == ERROR]
+
+
+def problems(folder: Path) -> str:
+    """The same as one text, of a folder that has some."""
+    found = wrong(folder)
+    assert found
     return "\n".join(found)
 
 
@@ -926,7 +932,7 @@ def test_numbers_of_the_prose_are_found_whatever_their_size(folder):
     r = good_results()[1]
     with (folder / "README.md").open("a") as file:
         file.write(f"\n{r['val_bpb']:.3f} {r['val_bpb']:.9f} {r['train_seconds']:,.3f}\n")
-    assert check_submission(folder) == []
+    assert wrong(folder) == []
     with (folder / "README.md").open("a") as file:
         file.write(f"\n{r['val_bpb'] + 0.004:.4f} 99999999.123 .000\n")
     assert problems(folder).count("no result shows") in (1, 2, 3)
@@ -949,7 +955,7 @@ def test_a_script_that_takes_long_to_compile_is_not_compiled_here(folder):
     (folder / "train_gpt.py").write_bytes(source)
     with within(20):
         assert (
-            check_submission(folder) == []
+            wrong(folder) == []
         )  # (its import is left out here; it has a process and a time limit of its own)
     source += b" " * MAX_CODE_BYTES
     results = {
@@ -974,7 +980,7 @@ def test_no_name_of_a_setting_becomes_a_command_of_the_readme(folder, name):
 @pytest.mark.parametrize("name", ["a" * 255, "\x1b[2J", "a\nb", "\udcff", "<script>"], ids=repr)
 def test_a_file_of_any_name_is_no_trouble(folder, name):
     (folder / name).write_bytes(b"x")
-    assert check_submission(folder) == []
+    assert wrong(folder) == []
     (folder / name).unlink()
     (folder / name).symlink_to("/etc/passwd")
     assert "a link or a device" in problems(folder)
@@ -990,8 +996,7 @@ def test_a_folder_deeper_than_any_path_is_reported(folder):
         Path("x").touch()
     finally:
         os.chdir(here)
-    with within(20):
-        assert all(line.isprintable() for line in check_submission(folder))
+    wrong(folder)
 
 
 def test_a_problem_is_told_shortly_however_long_the_key(folder):

@@ -18,15 +18,14 @@ import random
 import re
 import shutil
 import statistics
-import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import TINY
-from launch import Forked
 
 import train_gpt
-from ablation.check import Answer, bare_environment, check_submission, first_bytes
+from ablation.check import check_submission
+from ablation.findings import ERROR, UNCHECKED, WARNING, WEIGHTS
 from ablation.submission import build_submission, render, summarise
 from train_gpt import PACKED_NAME, READABLE_NAME, Config, Refusal
 
@@ -79,27 +78,22 @@ def folder(built, tmp_path) -> Path:
 
 @pytest.fixture
 def trusting(monkeypatch) -> None:
-    """Does not ask the script of a folder, which takes seconds."""
-    monkeypatch.setattr("ablation.check.wrong_logs", lambda folder, results: [])
+    """Does not ask what the script makes of results."""
+    monkeypatch.setattr("ablation.ours.check_script", lambda *_: [])
 
 
-def forked_bare(command: list[str], folder: Path, home: Path) -> str:
-    """What run_bare does with a good script,
-    without the seconds that Python and torch need to start.
-    """
-    with tempfile.TemporaryFile() as out:
-        code = Forked(command, bare_environment(home), out, cwd=folder).wait()
-        printed = first_bytes(out)
-    if code or "\0" not in printed:
-        last = (printed.splitlines() or ["it ended early"])[-1]
-        raise Answer(f"does not import, or does not read its results ({last})")
-    return printed.rpartition("\0")[2]
+def said(folder: Path, weight: str, run_script: bool = False) -> list[str]:
+    """The findings of this weight, a line each."""
+    found = check_submission(folder, run_script)
+    # one line each, no control characters, the worst first
+    assert all(str(one).isprintable() for one in found)
+    order = [WEIGHTS.index(one.weight) for one in found]
+    assert order == sorted(order)
+    return [str(one) for one in found if one.weight == weight]
 
 
-@pytest.fixture
-def quick(monkeypatch) -> None:
-    """Asks the script of a folder in a forked process. (Most tests here spoil something else.)"""
-    monkeypatch.setattr("ablation.check.run_bare", forked_bare)
+def errors(folder: Path, run_script: bool = False) -> list[str]:
+    return said(folder, ERROR, run_script)
 
 
 def read(path: Path) -> dict:
@@ -161,17 +155,14 @@ def ship(folder: Path, source: bytes) -> None:
     rebuild(folder)
 
 
-def assert_caught(folder: Path, *words: str) -> None:
-    problems = check_submission(folder)
-    assert all(
-        problem.isprintable() for problem in problems
-    )  # one line each, no control characters
+def assert_caught(folder: Path, *words: str, weight: str = ERROR, run_script: bool = False):
+    problems = said(folder, weight, run_script)
     assert any(all(word in problem for word in words) for problem in problems), problems
 
 
 # ── A good folder ─────────────────────────────────────────────────────────────────────────────────
-def test_a_built_folder_is_good(built):
-    assert check_submission(built) == []
+def test_a_built_folder_is_good_and_so_says_its_own_script(built):
+    assert errors(built, run_script=True) == said(built, WARNING) == said(built, UNCHECKED) == []
 
 
 def test_a_built_folder_has_these_files(built, runs, data):
@@ -279,7 +270,7 @@ def test_the_run_command_gives_the_configuration_of_the_runs(built):
     assert exported["TOKENIZER_PATH"] == "tokenizer.model" and "for seed in 1 7 1337; do" in readme
 
 
-def test_one_seed_has_no_standard_deviation(quick, runs, tmp_path):
+def test_one_seed_has_no_standard_deviation(runs, tmp_path):
     folder = build_submission(runs[:1], tmp_path / "one", ABOUT)
     s = read(folder / "submission.json")
     assert (
@@ -288,7 +279,7 @@ def test_one_seed_has_no_standard_deviation(quick, runs, tmp_path):
         and not s["compliance"]["three_seeds"]
     )
     assert "1 seed: no standard deviation" in (folder / "README.md").read_text()
-    assert check_submission(folder) == []
+    assert errors(folder) == []
 
 
 def test_the_official_tokenizer_is_not_shipped(runs, tmp_path, data, monkeypatch, trusting):
@@ -297,7 +288,7 @@ def test_the_official_tokenizer_is_not_shipped(runs, tmp_path, data, monkeypatch
         hashlib.sha256((data / "tokenizer.model").read_bytes()).hexdigest(),
     )
     folder = build_submission(runs, tmp_path / "out", ABOUT)
-    assert not (folder / "tokenizer.model").exists() and check_submission(folder) == []
+    assert not (folder / "tokenizer.model").exists() and errors(folder) == []
 
 
 def test_prose_with_numbers_that_the_results_show_is_welcome(folder, trusting):
@@ -310,13 +301,13 @@ def test_prose_with_numbers_that_the_results_show_is_welcome(folder, trusting):
         "2.13.1234.5, 3.14, 16,000.\n"
     )
     path.write_text(prose + path.read_text() + "\n## Why\n" + prose)
-    assert check_submission(folder) == []
+    assert errors(folder) == []
 
 
 def test_readme_may_come_with_the_line_ends_of_windows(folder, trusting):
     path = folder / "README.md"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert check_submission(folder) == []
+    assert errors(folder) == []
 
 
 def test_about_texts_that_are_not_required_have_a_default(runs, tmp_path, trusting):
@@ -326,11 +317,7 @@ def test_about_texts_that_are_not_required_have_a_default(runs, tmp_path, trusti
         )
         / "submission.json"
     )
-    assert (
-        "QAT" in s["blurb"]
-        and s["track"].startswith("none")
-        and check_submission(tmp_path / "out") == []
-    )
+    assert "QAT" in s["blurb"] and s["track"].startswith("none") and errors(tmp_path / "out") == []
 
 
 def test_the_leaderboard_track_needs_eight_h100(folder):
@@ -724,16 +711,17 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
         lambda f: forge(f, "config.num_heads", 0),
         ["train_gpt.py", "NUM_HEADS=0"],
     ),
-    "not Python": (lambda f: ship(f, b"def f(:\n"), ["train_gpt.py", "SyntaxError"]),
-    "a zero byte": (lambda f: ship(f, b"x = '\0'\n"), ["train_gpt.py", "null bytes"]),
     "a missing module": (
         lambda f: ship(f, b"import helper_of_mine\n"),
-        ["train_gpt.py", "helper_of_mine"],
+        ["requirements.txt", "helper_of_mine"],
     ),
-    "a script without the table": (lambda f: ship(f, b"x = 1\n"), ["train_gpt.py", "Config"]),
-    "leaves when imported": (
-        lambda f: ship(f, b"import os; os._exit(0)\n"),
-        ["train_gpt.py", "ended early"],
+    "emptied requirements": (
+        writing("requirements.txt", ""),
+        ["requirements.txt", "numpy, rich, safetensors, sentencepiece, torch, zstandard"],
+    ),
+    "requirements without one": (
+        lambda f: replace(f / "requirements.txt", "zstandard", "# zstandard"),
+        ["requirements.txt", "lists no package of zstandard"],
     ),
     "a README that is a folder": (
         lambda f: ((f / "README.md").unlink(), (f / "README.md").mkdir()),
@@ -755,9 +743,28 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
 
 
 @pytest.mark.parametrize("spoil, words", CAUGHT.values(), ids=CAUGHT)
-def test_the_checker_catches(quick, folder, spoil, words):
+def test_the_checker_catches(folder, spoil, words):
     spoil(folder)
     assert_caught(folder, *words)
+
+
+CAUGHT_RUNNING = {
+    "not Python": (lambda f: ship(f, b"def f(:\n"), ["train_gpt.py", "SyntaxError"]),
+    "a zero byte": (lambda f: ship(f, b"x = '\0'\n"), ["train_gpt.py", "null bytes"]),
+    "a script without the table": (lambda f: ship(f, b"x = 1\n"), ["train_gpt.py", "Config"]),
+    "leaves when imported": (
+        lambda f: ship(f, b"import os; os._exit(0)\n"),
+        ["train_gpt.py", "ended early"],
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, words", CAUGHT_RUNNING.values(), ids=CAUGHT_RUNNING)
+def test_the_script_is_run_on_demand_alone(folder, spoil, words):
+    spoil(folder)
+    assert errors(folder) == []
+    assert_caught(folder, "train_gpt.py", "--run-script", weight=UNCHECKED)
+    assert_caught(folder, *words, run_script=True)
 
 
 STUB = b"""%s
@@ -780,14 +787,16 @@ def stub(folder):
             put(folder / f"result_seed{seed}.json", "non_default", {})
         ship(folder, STUB % (line, read(folder / SEED7)["config_sha256"].encode()))
         for seed in SEEDS:
-            (folder / f"train_seed{seed}.log").write_text("log\nthe table\n")
+            bpb = read(folder / f"result_seed{seed}.json")["val_bpb"]
+            text = f"log\nthe table\nRESULT val_bpb {bpb:.6f} (a stub)\n"
+            (folder / f"train_seed{seed}.log").write_text(text)
         return folder
 
     return make
 
 
 def test_the_stub_alone_is_good(stub):
-    assert check_submission(stub(b"pass")) == []
+    assert errors(stub(b"pass"), run_script=True) == []
 
 
 @pytest.mark.parametrize(
@@ -815,24 +824,27 @@ def test_the_stub_alone_is_good(stub):
 def test_the_import_of_the_script_must_have_no_side_effect(stub, monkeypatch, line, words):
     monkeypatch.setenv("SECRET", "1")
     if b"sleep" in line:  # the others may take their time
-        monkeypatch.setattr("ablation.check.IMPORT_SECONDS", 2)
-    assert_caught(stub(line), "train_gpt.py", *words)
+        monkeypatch.setattr("ablation.script.IMPORT_SECONDS", 2)
+    assert_caught(stub(line), "train_gpt.py", *words, run_script=True)
 
 
 def test_the_script_is_not_run_when_something_else_is_wrong(stub, tmp_path):
     folder = stub(f"open({str(tmp_path / 'ran')!r}, 'w').close()".encode())
     (folder / "requirements.txt").unlink()
-    assert_caught(folder, "requirements.txt")
-    assert not (tmp_path / "ran").exists()
+    assert_caught(folder, "requirements.txt", run_script=True)
     (folder / "requirements.txt").touch()
-    assert check_submission(folder) == [] and (tmp_path / "ran").exists()
+    (folder / "link").symlink_to("README.md")
+    assert_caught(folder, "link", run_script=True)
+    (folder / "link").unlink()
+    assert errors(folder) == [] and not (tmp_path / "ran").exists()  # nor without being asked
+    assert errors(folder, run_script=True) == [] and (tmp_path / "ran").exists()
 
 
 def test_no_package_beside_the_script_takes_its_place(stub):
     folder = stub(b"pass")
     (folder / "train_gpt").mkdir()
     (folder / "train_gpt" / "__init__.py").write_text("1 / 0")
-    assert check_submission(folder) == []
+    assert errors(folder, run_script=True) == []
 
 
 def test_no_cached_code_takes_the_place_of_the_script(stub, tmp_path):
@@ -845,28 +857,26 @@ def test_no_cached_code_takes_the_place_of_the_script(stub, tmp_path):
         doraise=True,
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
-    assert check_submission(folder) == []
+    assert errors(folder, run_script=True) == []
 
 
 def test_what_the_script_imports_may_lie_beside_it(stub):
     folder = stub(b"import helper_of_mine")
     (folder / "helper_of_mine.py").touch()
-    assert check_submission(folder) == []
+    assert errors(folder, run_script=True) == []
 
 
 def test_a_missing_folder_is_one_problem(tmp_path):
-    assert (
-        len(check_submission(tmp_path / "nothing")) == 1
-        and "nothing" in check_submission(tmp_path / "nothing")[0]
-    )
+    (problem,) = check_submission(tmp_path / "nothing")
+    assert problem.weight == ERROR and "nothing" in str(problem)
 
 
-def test_the_checker_changes_nothing(quick, folder):
+def test_the_checker_changes_nothing(folder):
     def state():
         return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
 
     before = state()
-    assert check_submission(folder) == [] and state() == before
+    assert errors(folder) == [] and state() == before
 
 
 def places(value, path=()) -> list[tuple]:
@@ -925,7 +935,7 @@ def test_no_value_in_a_file_is_changed_unseen_or_makes_the_checker_stumble(
         part = functools.reduce(lambda part, key: part[key], outer, whole)
         part[last] = dice.choice([value for value in odd if value != part[last]])
         (folder / name).write_text(json.dumps(whole))
-        problems = check_submission(folder)
+        problems = errors(folder)
         assert all(type(p) is str and p.isprintable() for p in problems), place
         unseen |= set() if problems else {place[0]}
     assert not unseen & set(watched.split() or json.loads(good))
