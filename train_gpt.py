@@ -760,14 +760,23 @@ class Base:
 
     def with_changes(self, name: str, table: dict) -> Base:
         """The base `name` whose table states what it changes in this one."""
-        fixed = self.fixed | table.get("fixed", {})
-        means = self.means | table.get("means", {})
+        where = f"{table['path']}: base.{name}"
         own = {key: value for key, value in table.items() if key == key.upper()}
+        fixed = table.get("fixed", {})
+        means = table.get("means", {})
+        rest = table.keys() - own.keys() - {"path", "base", "fixed", "means"}
+        refuse(rest, f"{where}: {', '.join(sorted(rest))}: no such key; take it out")
+        shaped = isinstance(fixed, dict) and isinstance(means, dict)
+        shaped = shaped and all(isinstance(names, list) for names in means.values())
+        refuse(not shaped, f"{where}: fixed needs NAME = 'why', means NAME = ['NAME']; correct it")
+
         for key in [*own, *fixed, *itertools.chain(*means.values())]:
-            unknown = f"{table['path']}: base.{name}: {key}: no such setting; correct it"
-            refuse(key not in BY_NAME, unknown)
+            refuse(key not in BY_NAME, f"{where}: {key}: no such setting; correct it")
         texts = {key: str(int(v) if isinstance(v, bool) else v) for key, v in own.items()}
-        return Base(name, self.settings | texts, fixed, means)
+        settings = self.settings | texts
+        for key in fixed:
+            refuse(key not in settings, f"{where}: fixed.{key}: at which value? Set {key} too")
+        return Base(name, settings, self.fixed | fixed, self.means | means)
 
     def old_names(self) -> dict[str, Meaning]:
         """ALIASES as the script of this base reads them."""
@@ -799,7 +808,11 @@ def base_tables() -> dict[str, dict]:
             bases = tomli.loads(path.read_text(encoding="utf-8-sig")).get("base", {})
         except (OSError, ValueError) as error:
             raise Refusal(f"{path}: cannot be read ({error}); mend it, or unset BASE") from None
+        refuse(not isinstance(bases, dict), f"{path}: base: no tables; write [base.NAME]")
         for name, table in bases.items():
+            refuse(
+                not isinstance(table, dict), f"{path}: base.{name}: no table; write [base.{name}]"
+            )
             twice = f"{path}: base.{name} also stands in {tables.get(name, {}).get('path')}"
             refuse(name in tables, f"{twice}; keep one")
             tables[name] = table | {"path": str(path)}
@@ -818,7 +831,7 @@ def read_base(name: str) -> Base:
 
     lineage = [name]
     while parent := tables[lineage[-1]].get("base"):
-        broken = parent not in tables or parent in lineage
+        broken = parent not in list(tables) or parent in lineage
         remedy = f"no base, or one that comes back to itself; choose from {choices}"
         refuse(broken, f"{tables[lineage[-1]]['path']}: base = {parent}: {remedy}")
         lineage.append(parent)

@@ -20,7 +20,7 @@ import tomli
 
 import train_gpt
 from ablation.records import leaves
-from train_gpt import Config, Refusal
+from train_gpt import Base, Config, Refusal, refuse
 
 # Runs start here, so that relative paths of a study are below it
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,6 +266,8 @@ def published_commands(common: str, facts: dict, where: str) -> list[dict[str, s
     for command in [told] if isinstance(told, str) else told:
         try:
             words = shlex.split(f"{common} {command}")
+            for word in words:
+                refuse("=" not in word, f"{word}: no NAME=value; leave it out")
             variables = dict(word.split("=", 1) for word in words)
             Config.from_env(variables)
         except (ValueError, Refusal) as error:
@@ -311,6 +313,11 @@ def study_of(data: dict, path: Path) -> Study:
     sizes = {}
     for name, table in data.get("size", {}).items():
         sizes[name] = read_size(name, table, f"{path}: size.{name}")
+
+    for name, table in data.get("base", {}).items():
+        if not isinstance(table, dict):
+            raise Refusal(f"{path}: base.{name} = {table!r}: must be a table of settings")
+        Base(settings=dict.fromkeys(KNOBS, "")).with_changes(name, {"path": str(path), **table})
 
     own = {}
     facts = {}

@@ -196,6 +196,22 @@ def test_full_sizes_build_the_models_that_were_published():
         ({"": {"seeds": ["1"]}}, ["seeds", "whole numbers"]),
         ({"": {"seeds": []}}, ["no seed"]),
         ({"": {"metrics": [3]}}, ["metrics"]),
+        # one run, twice; two runs in one folder where a disk takes A and a for the same
+        (dict(arm__twin={"QAT_ENABLED": 0}), ["plain and twin", "same settings"]),
+        (dict(arm__twin={"QUANT_BITS": "5"}), ["five_bits and twin", "same settings"]),
+        (dict(arm__Plain={"QAT_ENABLED": 1}), ["plain and Plain", "case alone"]),
+        (dict(size__Small={"steps": 3, "seconds": 1}), ["small and Small", "case alone"]),
+        # published commands and other scripts' defaults
+        (dict(arm__qat={"command": "QAT=1 SWA=maybe"}), ["arm.qat", "command", "SWA=maybe"]),
+        (dict(arm__qat={"command": ["QAT=1", "NOT_ONE"]}), ["arm.qat", "command", "NOT_ONE"]),
+        (dict(arm__qat={"command": "QAT='1"}), ["arm.qat", "command", "quot"]),
+        (dict(arm__qat={"command": "BASE=nobody"}), ["arm.qat", "command", "BASE=nobody"]),
+        (dict(env={"BASE": "nobody"}), ["BASE=nobody", "choose from"]),
+        (dict(corrections={"NOT_ONE": "why"}), ["corrections", "NOT_ONE"]),
+        (dict(corrections={"SEED": "why"}), ["corrections", "SEED"]),
+        (dict(corrections={"MATRIX_LR": 3}), ["corrections", "MATRIX_LR", "wrong type"]),
+        (dict(base__x={"NOT_ONE": 3}), ["base.x", "NOT_ONE"]),
+        (dict(base={"x": 3}), ["base.x", "table"]),
         (dict(factorial={"qat": 1}), ["qat = 1", "two or more"]),
         (dict(factorial={"qat": [1, 1]}), ["two or more different"]),
         (dict(factorial={"qatt": [0, 1]}), ["QATT", "no such setting"]),
@@ -208,6 +224,22 @@ def test_a_wrong_study_is_refused_by_name_before_anything_starts(study, tmp_path
     assert refusal.value.code == 2
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_is_read_whether_or_not_it_begins_with_a_byte_order_mark(data, tmp_path):
+    text = toml(tables(data))
+    (tmp_path / "plain.toml").write_text(text, encoding="utf-8")
+    (tmp_path / "marked.toml").write_text("\ufeff" + text, encoding="utf-8")
+    plain, marked = (read_study(tmp_path / f"{name}.toml") for name in ("plain", "marked"))
+    assert dataclasses.replace(marked, path=plain.path) == plain
+
+
+def test_an_arm_of_a_base_is_that_script_but_for_what_the_study_gives(study):
+    made = study(env={"BASE": "pr989"}, arm__qat={"NUM_LAYERS": 1})
+    trials = {t.arm: t for t in matrix(made, "small", "steps", (1,)).trials}
+    assert trials["qat"].cfg.prune_pct == 0.1 and trials["qat"].cfg.num_layers == 1
+    # a checkpoint's settings win over those of a base, so that what differs is given
+    assert trials["stride_8"].env["BASE"] == "pr989" and trials["stride_8"].donor == "plain-s1"
 
 
 @pytest.mark.parametrize(
