@@ -1,4 +1,5 @@
 # make train | test | ...  Every setting of train_gpt.py can be given: make train SEED=7 QAT_ENABLED=0
+# (an argument, which must be known), or SEED=7 make train (in the environment).
 PYTHON ?= python3
 GPUS   := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU')
 CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
@@ -14,26 +15,13 @@ help:
 	@echo "make pages    regenerate the tables of README.md and docs/, and the picture, from the code and the logs"
 	@echo "make lock     renew requirements.lock and requirements-cuda.lock from requirements.txt;  make audit: their known holes"
 
-# Without a GPU: the reference architecture scaled down for 2 CPU cores. Anything that you set yourself wins.
+# Without a GPU: the reference architecture scaled down for 2 CPU cores. Defaults: anything that you set yourself wins, and so
+# does a file that holds its own settings (CHECKPOINT, EVAL_ONLY, RESUME).
 ifeq ($(GPUS),0)
 RANKS := $(if $(filter 1,$(CORES)),1,2)
-export MODEL_DIM ?= 96
-export NUM_HEADS ?= 4
-export NUM_KV_HEADS ?= 2
-export TRAIN_SEQ_LEN ?= 256
-export TRAIN_BATCH_TOKENS ?= 1024
-export KEEP_FLOAT_MAX_NUMEL ?= 4096
-export MUON_MOMENTUM ?= 0.95
-export MUON_MOMENTUM_WARMUP_STEPS ?= 100
-export WARMDOWN_FRAC ?= 0.5
-export QAT_ENABLED ?= 1
-export EMA_ENABLED ?= 1
-export EMA_DECAY ?= 0.97
-export MAX_WALLCLOCK_SECONDS ?= 90
-export WARMUP_STEPS ?= 3
-export TRAIN_LOG_EVERY ?= 50
-export VAL_LOSS_EVERY ?= 100
-export VAL_MAX_TOKENS ?= 32768
+DEFAULTS := MODEL_DIM?=96 NUM_HEADS?=4 NUM_KV_HEADS?=2 TRAIN_SEQ_LEN?=256 TRAIN_BATCH_TOKENS?=1024 KEEP_FLOAT_MAX_NUMEL?=4096 \
+  MUON_MOMENTUM?=0.95 MUON_MOMENTUM_WARMUP_STEPS?=100 WARMDOWN_FRAC?=0.5 QAT_ENABLED?=1 EMA_ENABLED?=1 EMA_DECAY?=0.97 \
+  MAX_WALLCLOCK_SECONDS?=90 WARMUP_STEPS?=3 TRAIN_LOG_EVERY?=50 VAL_LOSS_EVERY?=100 VAL_MAX_TOKENS?=32768
 export OMP_NUM_THREADS ?= 1
 # OpenMP threads that spin at barriers are up to 35 times slower beside a busy process
 export GOMP_SPINCOUNT ?= 1000
@@ -45,32 +33,36 @@ endif
 FINEWEB := data/datasets/fineweb10B_sp1024
 ifeq ($(DATA_PATH)$(wildcard $(FINEWEB)/fineweb_train_*.bin),)
 DEMO_DATA := data/demo/manifest.json
-export DATA_PATH := data/demo
-export TOKENIZER_PATH := data/demo/tokenizer.model
-export MAX_WALLCLOCK_SECONDS ?= 90
-export WARMDOWN_FRAC ?= 0.5
+DEFAULTS += DATA_PATH?=data/demo TOKENIZER_PATH?=data/demo/tokenizer.model MAX_WALLCLOCK_SECONDS?=90 WARMDOWN_FRAC?=0.5
 endif
 
-# Your own data: the tokenizer that lies beside the shards.
-ifneq ($(and $(DATA_PATH),$(wildcard $(DATA_PATH)/tokenizer.model)),)
-export TOKENIZER_PATH ?= $(DATA_PATH)/tokenizer.model
-endif
+# What stands on make's command line and is neither this file's nor another program's is a setting. Its value goes through the
+# environment, where make puts it, so that spaces and quotes survive.
+NO_SETTINGS := PYTHON GPUS CORES RANKS NAME FORCE WORKERS GOLF_DATA SEED194 RECORD1855 PEERS PIP_% \
+  OMP_% GOMP_% MKL_% CUDA_% NCCL_% GLOO_% TORCH% PYTORCH_%
+GIVEN = $(foreach name,$(filter-out $(NO_SETTINGS),$(.VARIABLES)),$(if $(filter command,$(origin $(name))),"$(name)=$$$(name)"))
+# For a recipe: "$$@" are the settings, with the tokenizer that lies beside your own data
+SETTINGS = set -- $(GIVEN) $(patsubst %,'%',$(DEFAULTS)); \
+  if [ -n "$$DATA_PATH" ] && [ -f "$$DATA_PATH/tokenizer.model" ]; then \
+    set -- "$$@" "TOKENIZER_PATH?=$$DATA_PATH/tokenizer.model"; fi;
 
 train: .venv/installed $(DEMO_DATA)
-	.venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py
+	@$(SETTINGS) echo "torchrun --nproc_per_node=$(RANKS) train_gpt.py $$*"; \
+	  .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py "$$@"
 
 # Files are dealt out in the order of conftest.py, the longest first. One worker more than cores: some tests only wait.
 WORKERS = $(shell expr $(CORES) + 1)
 test: .venv/installed
 	env -i PATH="$$PATH" HOME="$$HOME" $(if $(GOLF_DATA),GOLF_DATA="$(GOLF_DATA)") .venv/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
-BENCH = .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) bench.py run $(if $(NAME),--name $(NAME)) $(if $(FORCE),--force)
+BENCH = $(SETTINGS) .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) bench.py run $(if $(NAME),--name $(NAME)) \
+  $(if $(FORCE),--force) "$$@"
 bench: .venv/installed $(DEMO_DATA)
 	$(BENCH)
 
 # A step that fails does not keep the next from running. PEERS: options of bench.py peers, such as --seconds 80
 gpu: .venv/installed $(DEMO_DATA)
-	@failed=0; GOLF_GPU=1 .venv/bin/python -m pytest -q tests/test_gpu.py || failed=1; $(BENCH) || failed=1; \
+	@failed=0; GOLF_GPU=1 .venv/bin/python -m pytest -q tests/test_gpu.py || failed=1; { $(BENCH); } || failed=1; \
 	  $(if $(SEED194)$(RECORD1855),.venv/bin/python bench.py peers --gpus $(GPUS) --data $(or $(DATA_PATH),$(FINEWEB)) \
 	    --tokenizer $(or $(TOKENIZER_PATH),data/tokenizers/fineweb_1024_bpe.model) $(if $(SEED194),--script 194=$(SEED194)) \
 	    $(if $(RECORD1855),--script 1855=$(RECORD1855) $$(.venv/bin/python -c 'import flash_attn_interface' 2>/dev/null || \

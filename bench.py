@@ -44,6 +44,9 @@ app = typer.Typer(help=__doc__.split("\n\n")[0], add_completion=False, rich_mark
 
 @app.command()
 def run(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=value ...", help="as for train_gpt.py")
+    ] = None,
     name: Annotated[str, typer.Option(help="of the report; default: the device's")] = "",
     force: Annotated[bool, typer.Option("--force", help="overwrite a report of this name")] = False,
     quick: Annotated[
@@ -51,10 +54,10 @@ def run(
     ] = False,
     out: Annotated[Path, typer.Option(help="folder of the reports")] = BENCH,
 ) -> None:
-    """Measure everything here, write OUT/NAME.json, print its table. Settings: the environment, as
-    for train_gpt.py.
+    """Measure everything here, write OUT/NAME.json, print its table. Settings: arguments and the
+    environment, as for train_gpt.py.
     """
-    cfg = Config.from_env(os.environ)
+    cfg = Config.from_env(os.environ, settings or [])
     refuse(
         cfg.checkpoint or cfg.eval_only,
         "CHECKPOINT, EVAL_ONLY: bench.py trains a few steps; unset them",

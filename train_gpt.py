@@ -7,7 +7,9 @@
            -> nats of every target, once     -> bits per byte
            -> toggles measured on and off    -> result.json, the table at the end of the log
 
-Launch:  make train, or KNOB=value ... torchrun --standalone --nproc_per_node=8 train_gpt.py
+Launch:  make train KNOB=value ..., or
+         torchrun --standalone --nproc_per_node=8 train_gpt.py KNOB=value ...
+         A knob may be an environment variable instead; the argument wins.
 Help:    python train_gpt.py --help lists every knob.
 Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint.bin, artifact.bin,
          train_gpt.py as it was run and train_gpt.packed.py, the script that is counted.
@@ -50,6 +52,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -60,6 +63,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,7 +86,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ── 1 Config ──────────────────────────────────────────────────────────────────────────────────────
-# In: environment variables. Out: one frozen Config, every value typed and in range.
+# In: environment variables and arguments. Out: one frozen Config, every value typed and in range.
 # Promise: nothing that looks like a setting is ignored; all that is wrong with a launch is said
 # at once. Knows nothing of torch.
 
@@ -260,6 +264,11 @@ class Config:
     @rule
     def resume_needs_a_run(resume, run_id):
         refuse(resume and not run_id, "RESUME=1: of which run? Set its RUN_ID")
+
+    @rule
+    def run_is_a_folder_of_logs_dir(run_id):
+        remedy = "a name, not a path: it becomes a folder in LOGS_DIR"
+        refuse("/" in run_id or run_id in (".", ".."), f"RUN_ID={run_id}: {remedy}")
 
     # The model
     vocab_size: int = model_knob(1024, "tokens", "must be the tokenizer's", lo=2, hi=65536)
@@ -592,15 +601,16 @@ class Config:
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def from_env(cls, env, arguments=(), defaults=()) -> Config:
+    def from_env(cls, env, arguments: Iterable[str] = ()) -> Config:
         """The configuration of a launch. Refusal with all that is wrong with it.
 
-        env and arguments: settings, in today's or in old names. The arguments win, and each must
-        be known; in the environment there are other programs' variables too. defaults: of a
-        launcher, in today's names; whatever else has a say wins over them.
+        Settings are variables of env and arguments NAME=value, in today's or in old names. The
+        arguments win, and each must be known; in env there are other programs' variables too.
+        An argument NAME?=value is a default of the launcher: whatever else has a say wins.
         """
         problems = []
-        env, arguments, defaults = dict(env), dict(arguments), dict(defaults)
+        env = dict(env)
+        arguments, defaults = read_arguments(arguments, problems)
         everything = env | arguments
         base = Base()
         with noted(problems):
@@ -714,7 +724,9 @@ def check_value(f: dataclasses.Field, value) -> None:
         choices = ", ".join(map(str, limits.choices))
         refuse(value not in limits.choices, f"{told}: choose one of {choices}")
     if isinstance(value, str):
-        refuse(not value.isprintable(), f"{told}: control characters; leave them out")
+        # a name of a file may hold bytes that are no text, which Python keeps as \udc80 to \udcff
+        rest = re.sub("[\udc80-\udcff]", "", value) if limits.unit in ("file", "folder") else value
+        refuse(not rest.isprintable(), f"{told}: control characters; leave them out")
     if limits.lo is not None:
         # without a bound of its own: what fits a tensor
         largest = 2**62 if f.type == "int" else 3e38
@@ -839,6 +851,21 @@ def read_base(name: str) -> Base:
     for ancestor in reversed(lineage):
         base = base.with_changes(ancestor, tables[ancestor])
     return base
+
+
+def read_arguments(arguments: Iterable[str], problems: list[str]) -> tuple[dict, dict]:
+    """NAME -> text of the arguments NAME=text, and of those NAME?=text; adds to the problems."""
+    settings = {}
+    defaults = {}
+    for argument in arguments:
+        name, sign, text = argument.partition("=")
+        if not sign:
+            problems.append(f"{argument}: an argument is NAME=value; --help lists the names")
+        elif name.endswith("?"):
+            defaults[name[:-1]] = text
+        elif settings.setdefault(name, text) != text:
+            problems.append(f"{name}={text} contradicts {name}={settings[name]}; give only one")
+    return settings, defaults
 
 
 # What an old variable means: (its text, the environment) -> today's variables. None: its text
@@ -1236,20 +1263,20 @@ def overruled(env: dict, said: dict) -> tuple[str, ...]:
 
 def look_alikes(texts: dict[str, str | None]) -> list[str]:
     """A problem for each variable that looks like ours but is none of ours."""
-    problems = []
-    for name in sorted(texts.keys() - BY_NAME.keys() - FOREIGN):
-        if resembles_ours(name):
-            meant = f"no such setting; did you mean {closest_setting(name)}? Else unset it"
-            problems.append(f"{name}={texts[name]}: {meant}")
-    return problems
+    strange = sorted(texts.keys() - BY_NAME.keys() - FOREIGN)
+    strange = [name for name in strange if resembles_ours(name)]
+    return [f"{no_such_setting(name, texts[name])}? Else unset it" for name in strange]
 
 
 def unknown_names(texts: dict[str, str | None]) -> list[str]:
     """A problem for each argument that is no setting."""
-    return [
-        f"{name}={texts[name]}: no such setting; did you mean {closest_setting(name)}?"
-        for name in sorted(texts.keys() - BY_NAME.keys())
-    ]
+    strange = sorted(texts.keys() - BY_NAME.keys())
+    return [f"{no_such_setting(name, texts[name])}? --help lists all" for name in strange]
+
+
+def no_such_setting(name: str, text: str | None) -> str:
+    """What is wrong with a name that is none, and what was perhaps meant."""
+    return f"{name}={text}: no such setting; did you mean {closest_setting(name)}"
 
 
 def core(name: str) -> str:
@@ -1264,8 +1291,8 @@ def closest_setting(name: str) -> str:
     known = [*BY_NAME, *ALIASES, *ABSENT]
     same = [other for other in known if core(other) == core(name)]
     close = same or difflib.get_close_matches(name.upper(), known, 1, 0.85)
-    close = close or difflib.get_close_matches(core(name), BY_NAME, 1, 0.5)
-    return close[0] if close else "--help"
+    close = close or difflib.get_close_matches(core(name), BY_NAME, 1, 0)
+    return close[0]
 
 
 def resembles_ours(name: str) -> bool:
@@ -1367,6 +1394,26 @@ def nothing() -> None:
     """What a CPU waits for, and what a toggle is measured against that is off by being absent."""
 
 
+def say(text: str, stream) -> None:
+    """One line on a terminal. The run goes on where nobody reads it any more (`| head -3`)."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        # what is still in the stream's buffer goes there, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def append_to(path: Path):
+    """A text file that each line is written to at once; names of files need not be text."""
+    return path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+
+
+def free_name(folder: Path, name: str) -> str:
+    """The name, or the first of NAME-2, NAME-3 ... that is not taken in the folder."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(free for free in names if not (folder / free).exists())
+
+
 class Run:
     """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
 
@@ -1406,25 +1453,44 @@ class Run:
     def open_folder(self, cfg: Config) -> None:
         """Makes LOGS_DIR/RUN_ID and opens the records. Refusal on every rank if rank 0 cannot."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = cfg.run_id or f"{stamp}-{cfg.digest()[:8]}-s{cfg.seed}"
+        name = cfg.run_id or free_name(
+            Path(cfg.logs_dir), f"{stamp}-{cfg.digest()[:8]}-s{cfg.seed}"
+        )
         self.dir = Path(cfg.logs_dir) / self.broadcast(name)
 
         problem = ""
         if self.rank == 0:
+            self.made_folder = not self.dir.exists()
             try:
                 self.dir.mkdir(parents=True, exist_ok=cfg.resume)
-                self.text = (self.dir / "train.log").open("a", buffering=1)
-                self.jsonl = (self.dir / "metrics.jsonl").open("a", buffering=1)
+                self.text = append_to(self.dir / "train.log")
+                self.jsonl = append_to(self.dir / "metrics.jsonl")
                 # one process at a time
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                reason = f"cannot create {self.dir}, or another process is at work there"
-                problem = f"RUN_ID={name}: {reason} ({error.strerror})"
+                problem = self.why_no_folder(cfg, error)
         problem = self.broadcast(problem)
         refuse(problem, problem)
 
         unseen = f"rank {self.rank} does not see it; use a disk that all share"
         refuse(not self.dir.is_dir(), f"LOGS_DIR={cfg.logs_dir}: {unseen}")
+
+    def why_no_folder(self, cfg: Config, error: OSError) -> str:
+        """What is wrong with the folder of this run, and the remedy."""
+        told = f"RUN_ID={self.dir.name}"
+        if isinstance(error, FileExistsError) and self.dir.is_dir():
+            free = free_name(Path(cfg.logs_dir), self.dir.name)
+            return f"{told}: {self.dir} is there; RESUME=1 goes on with it, RUN_ID={free} is free"
+        reason = f"cannot create {self.dir}, or another process is at work there"
+        return f"{told}: {reason} ({error.strerror})"
+
+    def take_back_folder(self) -> None:
+        """Deletes the folder of a launch that was refused: nothing is in it, its name is free."""
+        if self.rank or not self.made_folder:
+            return
+        records = {"train.log", "metrics.jsonl", "train_gpt.py", PACKED_NAME}
+        if {path.name for path in self.dir.iterdir()} <= records:
+            shutil.rmtree(self.dir)
 
     def broadcast(self, value):
         """Rank 0's value, on every rank."""
@@ -1442,7 +1508,7 @@ class Run:
     def log(self, text: str) -> None:
         """One line for people: terminal and train.log, flushed."""
         if self.rank == 0:
-            print(text, flush=True)
+            say(text, sys.stdout)
             self.text.write(text + "\n")
 
     def warn(self, text: str) -> None:
@@ -5638,6 +5704,8 @@ def main(cfg: Config) -> dict:
         return finished or train_and_score(cfg, run)
     except BaseException as error:
         refusal = explain(run, error)
+        if isinstance(error, Refusal) and error.code == 2:
+            run.take_back_folder()
         if refusal is None:
             raise
         raise refusal from error
@@ -5753,6 +5821,8 @@ def log_start(cfg: Config, run: Run) -> None:
     vain = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
     if vain:
         run.log(f"without effect: {', '.join(vain)}")
+    for line in cfg.won:
+        run.log(line)
     run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)
     if run.rank == 0:
         write_code(cfg, run.dir)
@@ -5983,23 +6053,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate" in str(error)
 
 
+# Where torchrun looks for what ended a rank. It shows that at the end of its own last words,
+# which would bury it otherwise
+LAUNCHERS_FILE = "TORCHELASTIC_ERROR_FILE"
+
+# Seconds; torchrun takes less than one
+PATIENCE_OF_THE_SILENT = 20
+
+
 def command_line(arguments: list[str]) -> int:
-    """Runs the configuration in the environment; returns the exit code."""
+    """Runs the configuration of the environment and the arguments; returns the exit code."""
+    if sys.stdout:
+        # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments == ["--help"]:
-        print(help_text())
+        say(help_text(), sys.stdout)
         return 0
-    if arguments:
-        print(f"{arguments[0]}: settings are environment variables; see --help")
-        return 2
 
     try:
-        code = main(Config.from_env(os.environ))["exit_code"]
+        code = main(Config.from_env(os.environ, arguments))["exit_code"]
+        if code:
+            tell_launcher(f"[exit {code}: {EXIT_CODES[code]}]", os.environ)
     except Refusal as refusal:
         code = refusal.code
         say_once(refusal.problems, code, os.environ)
     except KeyboardInterrupt:
         code = 130
         say_once([], code, os.environ)
+    except Exception:
+        tell_launcher(traceback.format_exc(), os.environ)
+        raise
 
     # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291);
     # NCCL would wait for lost ranks
@@ -6019,15 +6102,26 @@ def say_once(problems: list[str], code: int, env) -> None:
         # there may be no store and no group
         with contextlib.suppress(RuntimeError, ValueError):
             says_it = dist.distributed_c10d._get_default_store().add(f"{host} {text}", 1) == 1
-    if not says_it:
-        return
 
-    ending = f"[exit {code}: {EXIT_CODES[code]}]"
+    message = f"error: {text or EXIT_CODES[code]} [exit {code}: {EXIT_CODES[code]}]"
     if len(problems) > 1:
-        lines = [f"error: {len(problems)} problems {ending}", *problems]
-        print("\n  ".join(lines), file=sys.stderr, flush=True)
-    else:
-        print(f"error: {text or EXIT_CODES[code]} {ending}", file=sys.stderr, flush=True)
+        first = f"error: {len(problems)} problems [exit {code}: {EXIT_CODES[code]}]"
+        message = "\n  ".join([first, *problems])
+    if says_it:
+        say(message, sys.stderr)
+    elif LAUNCHERS_FILE in env and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        # torchrun ends the others with the first that fails: let that be who says it
+        time.sleep(PATIENCE_OF_THE_SILENT)
+    tell_launcher(message, env)
+
+
+def tell_launcher(text: str, env) -> None:
+    """Leaves what ended this rank for torchrun, in the form of its @record."""
+    if LAUNCHERS_FILE in env:
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        told = {"message": {"message": text, "extraInfo": more}}
+        with contextlib.suppress(OSError):
+            Path(env[LAUNCHERS_FILE]).write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

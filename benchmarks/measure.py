@@ -93,7 +93,7 @@ def facts(cfg: Config, run: Run, quick: bool) -> dict:
     )
     own = dict(
         quick=quick,
-        settings={name: setting(getattr(cfg, name.lower())) for name in sorted(cfg.given)},
+        settings={name: setting(value) for name, value in sorted(cfg.non_default().items())},
         config_sha256=cfg.digest(),
         world_size=run.world,
         load_average=os.getloadavg()[0],

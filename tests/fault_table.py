@@ -94,6 +94,38 @@ FAULTS = [
         },
     ),
     Fault(
+        "a mistyped setting, or one of other scripts that is missing here",
+        "each by name with what was meant, all at once; under torchrun as its last words, too",
+        "2",
+        "nothing was begun, and `RUN_ID` stays free",
+        {
+            "test_launch": (
+                "an_argument_that_is_no_setting_is_refused_whatever_it_looks_like",
+                "what_is_wrong_is_the_last_thing_that_torchrun_shows",
+                "a_refused_launch_leaves_its_name_free",
+            ),
+            "test_config": ("no_variable_of_a_published_command_is_ignored_in_silence",),
+        },
+    ),
+    Fault(
+        "`RUN_ID` is taken",
+        "the folder, `RESUME=1`, and a name that is free",
+        "2",
+        "everything",
+        {
+            "test_launch": ("a_run_id_that_is_taken_is_refused_with_both_remedies",),
+        },
+    ),
+    Fault(
+        "whoever reads the output ends (`| head -3`)",
+        "nothing; `train.log` goes on",
+        "0",
+        "everything",
+        {
+            "test_launch": ("a_run_whose_output_nobody_reads_goes_on_to_its_end",),
+        },
+    ),
+    Fault(
         "a second process works on the same run",
         "`another process is at work there`",
         "2",

@@ -35,16 +35,19 @@ HOWS = (
 
 
 def demo_settings() -> dict[str, str]:
-    """What `make train` exports without a GPU."""
-    text = (ROOT / "Makefile").read_text()
-    found = dict(
-        re.findall(r"^export (\w+) \?= (\S+)$", text.split("else\nRANKS := gpu")[0], re.MULTILINE)
-    )
-    return found | dict(
-        DATA_PATH="data/demo",
-        TOKENIZER_PATH="data/demo/tokenizer.model",
-        MAX_WALLCLOCK_SECONDS="60",
-        CHECKPOINT_EVERY="5",
+    """What `make train` sets without a GPU."""
+    text = (ROOT / "Makefile").read_text().split("else\nRANKS := gpu")[0]
+    variables = dict(re.findall(r"^export (\w+) \?= (\S+)$", text, re.MULTILINE))
+    defaults = dict(re.findall(r" (\w+)\?=(\S+)", text))
+    return (
+        variables
+        | defaults
+        | dict(
+            DATA_PATH="data/demo",
+            TOKENIZER_PATH="data/demo/tokenizer.model",
+            MAX_WALLCLOCK_SECONDS="60",
+            CHECKPOINT_EVERY="5",
+        )
     )
 
 

@@ -534,18 +534,18 @@ def test_the_log_holds_no_source(folder):
 
 
 def test_a_run_that_stops_says_so_in_both_records(tiny):
-    cfg = tiny(vocab_size=512)
+    cfg = tiny(matrix_lr=1e38, scalar_lr=1e38, tied_embed_lr=1e38, grad_clip_norm=0.0)
     with pytest.raises(train_gpt.Refusal):
         main(cfg)
     folder = Path(cfg.logs_dir) / cfg.run_id
     last = strict((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last.keys() == {"event", "t", *EVENTS["stopped"]} and (last["event"], last["phase"]) == (
         "stopped",
-        "data",
+        "train",
     )
     assert (
-        "VOCAB_SIZE=512" in last["error"]
-        and "VOCAB_SIZE=512" in (folder / "train.log").read_text().splitlines()[-1]
+        "not finite" in last["error"]
+        and "not finite" in (folder / "train.log").read_text().splitlines()[-1]
     )
 
 

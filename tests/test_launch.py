@@ -1,0 +1,331 @@
+"""How a launch is spelt, what it says when it is refused, and what it leaves.
+
+Failures that these tests would have caught: a mistyped argument of `make train` was a variable
+that nobody read; the defaults of `make train` contradicted the checkpoint that it was given; under
+torchrun what was wrong stood above 35 lines of its traceback, and was lost where rank 0 was not the
+first to end; `| head -3` ended a run; RUN_ID=../x wrote elsewhere; a refused launch kept its name.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HANG, INHERITED, ROOT, environment, make_data
+
+import train_gpt
+from train_gpt import EXIT_CODES, Config, Refusal, Run, command_line, main
+
+
+def refused(env: dict[str, str], arguments: list[str]) -> list[str]:
+    """The lines with which this launch is refused."""
+    with pytest.raises(Refusal) as refusal:
+        Config.from_env(env, arguments)
+    assert refusal.value.code == 2
+    return refusal.value.problems
+
+
+# ── Arguments ─────────────────────────────────────────────────────────────────────────────────────
+def test_an_argument_is_a_setting_in_any_spelling():
+    cfg = Config.from_env({}, ["QAT=True", "NUM_LAYERS=9", "RUN_ID=a=b"])
+    assert cfg == Config(qat_enabled=True, num_layers=9, run_id="a=b")
+    assert cfg.given == {"QAT_ENABLED", "NUM_LAYERS", "RUN_ID"} and cfg.won == ()
+
+
+@pytest.mark.parametrize(
+    "argument, suggestion",
+    [
+        ("PATH=/bin", "DATA_PATH"),
+        ("TYPO=1", ""),
+        ("seed=7", "SEED"),
+        ("--seed=7", "SEED"),
+        ("=7", ""),
+        ("CUDA_VISIBLE_DEVICES=0", ""),
+        ("EMA=1", "EMA_ENABLED"),
+        ("LAYERS=9", "VE_LAYERS"),
+    ],
+)
+def test_an_argument_that_is_no_setting_is_refused_whatever_it_looks_like(argument, suggestion):
+    (message,) = refused({}, [argument])
+    assert message.startswith(f"{argument}: no such setting; did you mean {suggestion}")
+    assert "--help" in message
+
+
+def test_an_argument_of_other_scripts_is_refused_by_name_or_without_effect():
+    assert Config.from_env({}, ["GATED_ATTENTION=0"]).inert == {"GATED_ATTENTION=0"}
+    (message,) = refused({}, ["GATED_ATTENTION=1"])
+    assert message.startswith("GATED_ATTENTION=1: a setting of other scripts")
+
+
+def test_arguments_win_over_the_environment_and_say_so():
+    env = {"SEED": "1", "QAT": "1", "NUM_LAYERS": "9", "EMA_ENABLED": "maybe"}
+    cfg = Config.from_env(env, ["SEED=2", "QAT_ENABLED=0", "NUM_LAYERS=9", "EMA_ENABLED=0"])
+    assert (cfg.seed, cfg.qat_enabled, cfg.num_layers, cfg.ema_enabled) == (2, False, 9, False)
+    assert cfg.won == (
+        "argument EMA_ENABLED=0 wins over EMA_ENABLED=maybe of the environment",
+        "argument QAT_ENABLED=0 wins over QAT_ENABLED=1 of the environment",
+        "argument SEED=2 wins over SEED=1 of the environment",
+    )
+
+
+def test_an_old_name_wins_over_the_environment_too():
+    cfg = Config.from_env({"QAT": "0"}, ["QAT=1"])
+    assert cfg.qat_enabled
+    assert cfg.won == ("argument QAT_ENABLED=1 wins over QAT_ENABLED=0 of the environment",)
+
+
+def test_a_default_of_the_launcher_yields_to_everything_and_is_not_given():
+    defaults = ["SEED?=1", "NUM_LAYERS?=2", "MODEL_DIM?=96"]
+    cfg = Config.from_env({"SEED": "5"}, [*defaults, "NUM_LAYERS=3"])
+    assert (cfg.seed, cfg.num_layers, cfg.model_dim) == (5, 3, 96)
+    assert cfg.given == {"SEED", "NUM_LAYERS"} and cfg.won == ()
+    (message,) = refused({}, ["TYPO?=1"])
+    assert message.startswith("TYPO=1: no such setting")
+
+
+def test_all_that_is_wrong_with_arguments_and_environment_is_said_at_once():
+    lines = refused(
+        {"EMA": "1", "SEED": "one"}, ["help", "TYPO=1", "NUM_LAYERS=0", "INIT=a", "INIT=ortho"]
+    )
+    assert [line.split(":")[0] for line in lines] == [
+        "help",
+        "INIT=ortho contradicts INIT=a; give only one",
+        "EMA=1",
+        "TYPO=1",
+        "SEED=one",
+        "NUM_LAYERS=0",
+        "INIT=a",
+    ]
+
+
+def test_the_log_says_which_argument_won(tiny, monkeypatch):
+    cfg = tiny(iterations=1)
+    env = environment(cfg) | {"SEED": "1"}
+    assert main(Config.from_env(env, ["SEED=2"]))["exit_code"] == 0
+    log = (Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text().splitlines()
+    assert "argument SEED=2 wins over SEED=1 of the environment" in log
+
+
+def test_a_file_that_holds_its_settings_wins_over_the_launchers_defaults(tiny):
+    cfg = tiny(iterations=1)
+    first = main(cfg)
+    artifact = Path(cfg.logs_dir) / cfg.run_id / "artifact.bin"
+    env = {"DATA_PATH": cfg.data_path, "LOGS_DIR": cfg.logs_dir, "EVAL_ONLY": str(artifact)}
+    env["TOKENIZER_PATH"] = cfg.tokenizer_path
+    again = main(Config.from_env(env, ["MODEL_DIM?=96", "VAL_MAX_TOKENS?=7"]))
+    assert again["val_bpb"] == first["val_bpb"]
+
+
+# ── make ──────────────────────────────────────────────────────────────────────────────────────────
+PRINTER = "#!/bin/sh\nfor word; do printf '%s\\0' \"$word\"; done\n"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(*words, **variables) -> the arguments that its script gets on a machine without GPU."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "torchrun").write_text(PRINTER)
+    (programs / "torchrun").chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+
+    def run(*words: str, **variables: str) -> list[str]:
+        old = ["-o", ".venv/installed", "-o", "data/demo/manifest.json"]
+        for path in old[1::2]:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).touch()
+        env = {name: os.environ[name] for name in INHERITED if name in os.environ}
+        done = subprocess.run(
+            ["make", "-s", *old, *words, "GPUS=0"],
+            cwd=tmp_path,
+            env={**env, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        printed = done.stdout.rpartition("\n")[2].removesuffix("\0").split("\0")
+        return printed[printed.index(f"{'bench' if 'bench' in words else 'train_gpt'}.py") + 1 :]
+
+    return run
+
+
+@pytest.mark.parametrize("target", ["train", "bench"])
+def test_settings_on_makes_command_line_become_arguments_with_whatever_they_hold(make, target):
+    strange = 'it\'s "one", a $HOME `x` \\ *;#'
+    escaped = strange.replace("$", "$$")
+    arguments = make(target, "SEED=7", f"RUN_ID={escaped}", "NAME=mine", "PYTHON=python3")
+    cfg = Config.from_env({}, [a for a in arguments if a not in ("run", "--name", "mine")])
+    assert (cfg.seed, cfg.run_id) == (7, strange) and cfg.given == {"SEED", "RUN_ID"}
+
+
+def test_variables_of_make_and_of_other_programs_are_no_arguments(make):
+    others = ["NAME=x", "PYTHON=python3", "RANKS=1", "CORES=2", "OMP_NUM_THREADS=1"]
+    arguments = make("train", *others, "CUDA_VISIBLE_DEVICES=0", "NCCL_DEBUG=INFO")
+    assert all("?=" in argument for argument in arguments)
+
+
+def test_a_mistyped_setting_of_make_is_refused(make):
+    (message,) = refused({}, make("train", "TYPO=1"))
+    assert message.startswith("TYPO=1: no such setting")
+
+
+def test_the_defaults_of_make_contradict_no_file_and_no_variable(make):
+    arguments = make("train", "CHECKPOINT=x/checkpoint.bin", VAL_MAX_TOKENS="5")
+    cfg = Config.from_env({"VAL_MAX_TOKENS": "5"}, arguments)
+    assert cfg.given == {"CHECKPOINT", "VAL_MAX_TOKENS"}
+    assert (cfg.model_dim, cfg.val_max_tokens, cfg.data_path) == (96, 5, "data/demo")
+
+
+def test_the_tokenizer_beside_your_own_data_is_the_default(make, tmp_path):
+    place = tmp_path / "my data"
+    place.mkdir()
+    (place / "tokenizer.model").touch()
+    cfg = Config.from_env({}, make("train", f"DATA_PATH={place}"))
+    assert (cfg.data_path, cfg.tokenizer_path) == (str(place), f"{place}/tokenizer.model")
+    arguments = make("train", DATA_PATH=str(place), TOKENIZER_PATH="other.model")
+    env = {"DATA_PATH": str(place), "TOKENIZER_PATH": "other.model"}
+    assert Config.from_env(env, arguments).tokenizer_path == "other.model"
+
+
+# ── Refusals on the screen ────────────────────────────────────────────────────────────────────────
+def test_what_is_wrong_is_the_last_thing_that_torchrun_shows():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "train_gpt.py"), "NUM_LAYERS=0"],
+        env=env | {"SEED": "one", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    *others, border = done.stderr.splitlines()
+    assert set(border) == {"="}
+    message = [
+        f"error: 2 problems [exit 2: {EXIT_CODES[2]}]",
+        "SEED=one: must be a whole number",
+        "NUM_LAYERS=0: must be 1 or more",
+    ]
+    assert others[-3] == f"  traceback : {message[0]}"
+    assert [line.strip() for line in others[-2:]] == message[1:]
+    # by rank 0, which is not ended before it has said it
+    assert done.stderr.startswith(f"{message[0]}\n  {message[1]}\n  {message[2]}\n")
+    assert done.stderr.count(message[0]) == 2 and "rank      : 0 (local_rank: 0)" in others[-6]
+
+
+def test_an_exception_that_nobody_expects_is_told_to_the_launcher_too(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ZeroDivisionError("unexpected")
+
+    monkeypatch.setattr(train_gpt, "main", fail)
+    monkeypatch.setattr(Config, "from_env", fail)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(ZeroDivisionError):
+        command_line([])
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]
+    assert "ZeroDivisionError: unexpected" in told["py_callstack"] and told["timestamp"].isdecimal()
+
+
+def test_a_result_that_is_not_good_is_told_to_the_launcher(monkeypatch, tmp_path):
+    monkeypatch.setattr(Config, "from_env", lambda *_: None)
+    monkeypatch.setattr(train_gpt, "main", lambda _: {"exit_code": 3})
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert command_line([]) == 3
+    assert EXIT_CODES[3] in (tmp_path / "error.json").read_text()
+
+
+@contextlib.contextmanager
+def nobody_reads():
+    """stdout and stderr are pipes that nobody reads any more."""
+    streams = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            reading, writing = os.pipe()
+            os.close(reading)
+            streams.append(os.fdopen(writing, "w"))
+            patch.setattr(sys, name, streams[-1])
+        yield
+    # what Python still writes when it ends meets no broken pipe
+    for stream in streams:
+        stream.close()
+
+
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tiny):
+    cfg = tiny(iterations=2)
+    with nobody_reads():
+        assert main(cfg)["exit_code"] == 0
+    log = (Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
+    assert "RESULT val_bpb" in log.splitlines()[-1]
+
+
+def test_a_refusal_that_nobody_reads_keeps_its_exit_code():
+    with nobody_reads():
+        assert command_line(["TYPO=1"]) == 2
+        assert command_line(["--help"]) == 0
+
+
+# ── Names and places ──────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("name", ["../escape", "/tmp/escape", "a/b", "a//b", "a/", "/", ".", ".."])
+def test_a_run_id_cannot_leave_the_folder_of_the_logs(name):
+    (message,) = refused({"RUN_ID": name}, [])
+    assert message.startswith(f"RUN_ID={name}: a name, not a path")
+
+
+def test_a_run_id_that_is_taken_is_refused_with_both_remedies(tiny, tmp_path):
+    for taken in ("mine", "mine-2"):
+        (tmp_path / "logs" / taken).mkdir(parents=True)
+    with pytest.raises(Refusal) as refusal:
+        Run(tiny(run_id="mine"))
+    message = str(refusal.value)
+    assert message.startswith(f"RUN_ID=mine: {tmp_path}/logs/mine is there; RESUME=1 ")
+    assert message.endswith("RUN_ID=mine-3 is free")
+    assert Run(tiny(run_id="mine", resume=True)).dir.name == "mine"
+    assert Run(tiny(run_id="mine-3")).dir.name == "mine-3"
+
+
+def test_two_runs_that_begin_in_the_same_second_get_names_of_their_own(tiny, monkeypatch):
+    monkeypatch.setattr(train_gpt.time, "strftime", lambda _: "20260101-000000")
+    first, second = Run(tiny(run_id="")), Run(tiny(run_id=""))
+    assert second.dir.name == f"{first.dir.name}-2"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_refused_launch_leaves_its_name_free(tiny, resume):
+    cfg = tiny(vocab_size=512, resume=resume)
+    for _ in range(2):
+        with pytest.raises(Refusal, match="VOCAB_SIZE=512"):
+            main(cfg)
+        assert not (Path(cfg.logs_dir) / cfg.run_id).exists()
+
+
+def test_a_refused_launch_takes_nothing_of_others_with_it(tiny):
+    cfg = tiny(vocab_size=512, resume=True)
+    folder = Path(cfg.logs_dir) / cfg.run_id
+    folder.mkdir(parents=True)
+    (folder / "train.log").write_text("a launch before\n")
+    with pytest.raises(Refusal, match="VOCAB_SIZE=512"):
+        main(cfg)
+    assert (folder / "train.log").read_text().startswith("a launch before\n")
+
+
+def test_data_in_a_folder_whose_name_is_no_text_are_trained_on(tmp_path):
+    """An umlaut of Latin-1, or any where the locale is C and UTF-8 mode is off."""
+    place = os.fsdecode(os.fsencode(tmp_path) + b"/d\xe4ta")
+    Path(place).mkdir()
+    make_data(tmp_path, 384)
+    for path in [*tmp_path.glob("*.bin"), tmp_path / "tokenizer.model"]:
+        path.rename(f"{place}/{path.name}")
+    command = "VOCAB_SIZE=384 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 ITERATIONS=1"
+    command += " MAX_WALLCLOCK_SECONDS=0 WARMUP_STEPS=1 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=128"
+    command += " EVAL_STRIDE=0 VAL_MAX_TOKENS=500 RUN_ID=r"
+    paths = [f"DATA_PATH={place}", f"TOKENIZER_PATH={place}/tokenizer.model"]
+    cfg = Config.from_env({}, [*shlex.split(command), *paths, f"LOGS_DIR={tmp_path}"])
+    assert cfg.data_path == place and main(cfg)["exit_code"] == 0
+    assert re.search(r"settings: DATA_PATH=\S+d\\udce4ta", (tmp_path / "r/train.log").read_text())
