@@ -21,7 +21,7 @@ import pages_code
 import pages_demo
 from demo_picture import demo_picture
 from fault_table import faults
-from pages_studies import STUDIES, adopt, study_tables
+from pages_studies import STUDIES, adopt, published_rows, study_tables
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PICTURE = ROOT / "docs" / "demo.svg"
@@ -40,6 +40,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-settings": pages_bench.demo_settings,
     "artifact": pages_bench.artifact,
     "banded": pages_bench.banded,
+    "published-rows": published_rows,
 }
 for _name in STUDIES:
     BLOCKS["-".join(_name)] = partial(study_tables, *_name)

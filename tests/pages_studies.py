@@ -13,6 +13,7 @@ from ablation.report import (
 )
 from ablation.runner import Ledger
 from ablation.study import Matrix, matrix, read_study
+from train_gpt import COMPARED, Config, setting
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "logs" / "studies"  # the runs of studies, as lines
@@ -32,6 +33,9 @@ STUDIES = [
     ("pr199_swa_doc_isolated", "fineweb", "steps"),
     ("swa_sums_in_bf16", "small", "steps"),
 ]
+
+# How often a run speaks and is scored on the way, and how many windows at a time
+OFTEN = {"train_log_every", "val_loss_every", "eval_batch_seqs"}
 
 # Columns that the pages leave out
 LONG_ARMS = {"settings", "published, expected", "code + artifact, bytes"}
@@ -84,6 +88,48 @@ def study_tables(stem: str, size: str, equal: str) -> str:
         if rows:
             blocks.append(shortened(header, rows, dropped))
     return "\n\n".join(blocks)
+
+
+def published_rows() -> str:
+    """Every published configuration: how it is run here, and where its study differs on purpose."""
+    figures = {}
+    cells = {}
+    for stem in PULL_REQUESTS:
+        made = read_study(ROOT / "studies" / f"{stem}.toml")
+        arms = {trial.arm: trial.cfg for trial in matrix(made, "full", "time", (1,)).trials}
+        for arm, commands in made.commands.items():
+            published = made.facts[arm].get("published", {})
+            found = published.get("val_bpb", [])
+            for place, command in enumerate(commands):
+                row = Config.from_env(command)
+                key = stem, arm, row.digest()
+                own = found[place : place + 1] if len(commands) > 1 else found
+                figures.setdefault(key, []).extend(f"{bpb:.5f}" for bpb in own)
+                title = f"#{stem[2:5]} {published['row']}"
+                differing = ", ".join(f"`{name}`" for name in unlike(row, arms[arm]))
+                cells[key] = [title, short_command(row), f"`{arm}`", differing]
+
+    header = ["published row", "BPB of its seeds", "command here", "arm", "its arm differs in"]
+    rows = [[c[0], ", ".join(figures[key]), *c[1:]] for key, c in cells.items()]
+    return markdown_table(header, rows)
+
+
+def short_command(row: Config) -> str:
+    """What a configuration changes in its base."""
+    bare = Config.from_env({"BASE": row.base}).knobs(*COMPARED)
+    words = [f"BASE={row.base}"]
+    for name, value in row.knobs(*COMPARED).items():
+        if value != bare[name] and name not in OFTEN:
+            words.append(setting(name, value))
+    return f"`{' '.join(words)}`"
+
+
+def unlike(row: Config, arm: Config) -> list[str]:
+    """The variables in which an arm differs from its published row."""
+    idle = row.idle().keys() & arm.idle().keys() | OFTEN
+    values = arm.knobs(*COMPARED)
+    found = row.knobs(*COMPARED).items()
+    return [name.upper() for name, value in found if value != values[name] and name not in idle]
 
 
 def adopt(logs: Path, kept: Path = COMMITTED) -> None:

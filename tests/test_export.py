@@ -387,40 +387,12 @@ def test_patterns_that_tensors_have_in_their_names_are_taken(tiny, patterns):
 
 
 # ── the plan ──────────────────────────────────────────────────────────────────────────────────────
-SEEDS = {
-    "989": dict(
-        num_layers=10,
-        bigram_vocab_size=10240,
-        quant_bits_mlp=5,
-        quant_clip="amax",
-        quant_codes="asym",
-        quant_scale_floor=False,
-        keep_float_max_numel=8192,
-        fp16_keep_name_patterns="tok_emb,blocks.8.attn.c_k",
-    ),
-    "194": dict(num_layers=11),
-    "975": dict(
-        num_layers=11,
-        bigram_vocab_size=2048,
-        ve_enabled=True,
-        quant_bits_bigram=8,
-        quant_bits_embed=8,
-        quant_clip="search5",
-    ),
-    "145": dict(
-        num_layers=9,
-        mlp_mult=2.0,
-        smear_gate=False,
-        quant_bits_mlp=8,
-        quant_bits_attn=8,
-        quant_bits_embed=8,
-    ),
-}
+SEEDS = ("989", "194", "975", "145")
 
 
 def full_size_plan(seed: str) -> dict:
     """Tensor name -> bits, or "fp16" / "fp32", for the seed's model at its true size, on meta."""
-    cfg = Config(init="default", **SEEDS[seed])
+    cfg = Config.from_env({"BASE": f"pr{seed}", "INIT": "default"})
     with torch.device("meta"):
         plan = export_plan(cfg, GPT(cfg))
     floats = {torch.float16: "fp16", torch.float32: "fp32"}
