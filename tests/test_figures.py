@@ -211,6 +211,32 @@ def test_toggles_are_dated_by_the_steps_that_they_acted_in(clocked):
         assert line in clocked.log
 
 
+def score_of(*blocks: float, seconds: float) -> train_gpt.Score:
+    """Of 100 targets and 250 bytes."""
+    nats = sum(blocks)
+    return train_gpt.Score(nats / math.log(2) / 250, nats / 100, 100, 250, seconds, blocks)
+
+
+@pytest.mark.parametrize("against", ["quantised", "sliding"])
+def test_ways_of_scoring_are_compared_in_bits_per_byte(against):
+    scores = {
+        "quantised": score_of(90.0, 80.0, 70.0, 60.0, seconds=1.0),
+        against: score_of(80.0, 70.0, 60.0, 50.0, seconds=8.0),
+        "ttt": score_of(79.0, 68.0, 58.0, 49.0, seconds=96.0),
+    }
+    run = SimpleNamespace(activity={})
+    train_gpt.add_scoring_toggles(run, scores, steps=7)
+    row = run.activity.pop("TTT_MODE").row(7)
+    assert run.activity == {}
+    # -1, -2, -2 and -1 nats; of their sum two standard errors
+    bits = math.log(2) * 250
+    effect, margin = -6 / bits, 2 * math.sqrt(1 / 3) * 2 / bits
+    assert row["effect"] == pytest.approx(effect)
+    assert row["effect_interval"] == pytest.approx([effect - margin, effect + margin])
+    assert (row["verdict"], row["unit"], row["cost_seconds"]) == ("better", "bpb", 88.0)
+    assert row["scope"].endswith(against) and row["compared"].endswith(against)
+
+
 # ── What a result says ────────────────────────────────────────────────────────────────────────────
 def test_the_result_is_the_last_score_and_names_the_others(clocked):
     r, scores = clocked.report, clocked.report["scores"]
