@@ -17,6 +17,7 @@ from ablation.prose import (
     ANY,
     BPB,
     BYTES,
+    HEADROOM,
     MAX_NUMBERS,
     NATS,
     SECONDS,
@@ -580,7 +581,7 @@ def figures_of(f: Folder) -> Figures:
         figures.add_differences(NATS, (one.loss for one in log.finals))
         for size in (log.total_bytes, log.model_bytes, *log.code_bytes.values()):
             figures.add(BYTES, size)
-            figures.add(BYTES, size and CAP_BYTES - size)
+            figures.add(HEADROOM, size and CAP_BYTES - size)
         if log.steps and log.train_seconds:
             figures.add(SECONDS, log.train_seconds / log.steps)
         figures.add(SECONDS, log.eval_seconds)

@@ -16,6 +16,7 @@ from ablation.prose import (
     ANY,
     BPB,
     BYTES,
+    HEADROOM,
     MAX_NUMBERS,
     NATS,
     SECONDS,
@@ -34,6 +35,8 @@ from ablation.submission import (
     TOKENIZER,
     Results,
     check_hash,
+    listed,
+    lost_documents,
     remarks,
     render,
     ships_tokenizer,
@@ -55,7 +58,7 @@ RESULT_NAME = re.compile(r"result_seed(-?\d{1,18})\.json")
 WENT_ON = re.compile(r"^from a checkpoint: (\d+) steps", re.MULTILINE)
 LEFT_OUT = re.compile(r"^WARNING: step (\d+): .*; left out$", re.MULTILINE)
 RESULT_LINE = re.compile(r"^RESULT val_bpb (\d+\.\d+) ", re.MULTILINE)
-LOG_WARNING = re.compile(r"^WARNING: (.{1,300})", re.MULTILINE)
+LOG_WARNING = re.compile(r"^WARNING: (.{1,2000})", re.MULTILINE)
 
 
 class Found(list):
@@ -142,6 +145,11 @@ def check_texts(folder: Path, submission: dict | None, results: Results) -> list
         return [Finding(UNCHECKED, "submission.json and README.md", problem)]
     found = Found()
     about = {key: submission[key] for key in ABOUT}
+    for seed, r in results.items():
+        if lost_documents(r) and not about["track"].startswith("none"):
+            problem = f"{shown(about['track'])}, but {lost_documents(r)}"
+            remedy = "use a tokenizer that keeps the text, or no track"
+            found.append(Finding(ERROR, f"submission.json.track, seed {seed}", problem, remedy))
     summary = found.attempt(summarise, results, about)
     if summary is None:
         return found
@@ -293,7 +301,7 @@ def known_figures(folder: Path, results: Results, summary: dict) -> tuple[Figure
         for r in results.values():
             scores = [r["live_val_bpb"], r["averaged_val_bpb"], r["quantised_val_bpb"]]
             figures.add_differences(BPB, [*scores, r["val_bpb"]])
-            figures.add(BYTES, CAP_BYTES - r["total_bytes"])
+            figures.add(HEADROOM, CAP_BYTES - r["total_bytes"])
             figures.add(SECONDS, r["train_seconds"] / r["steps"])
         for kind, key in GROUPS:
             figures.add_group(kind, [r[key] for r in results.values()])
@@ -369,22 +377,19 @@ def check_logs(folder: Path, results: Results) -> Iterator[Finding]:
             (WENT_ON, "resumed", "goes on from a checkpoint after"),
             (LEFT_OUT, "skipped", "leaves out the steps"),
         ):
-            told = r.get(key)
-            told = told if isinstance(told, list) else []
-            hidden = sorted({int(step) for step in pattern.findall(log)} - set(map(str_int, told)))
+            told = {step for step in listed(r, key) if type(step) is int}
+            # one that began after the last step trained nothing
+            seen = {int(step) for step in pattern.findall(log)}
+            hidden = sorted(step for step in seen - told if step < (r["steps"] or 0))
             if hidden:
                 problem = f"{words} {shown(hidden)}, of which result_seed{seed}.json says nothing"
                 yield Finding(ERROR, name, problem, "put back both files of that run")
-        warned = list(dict.fromkeys(LOG_WARNING.findall(log)))
+        told = {str(warning) for warning in listed(r, "warnings")}
+        warned = [text for text in dict.fromkeys(LOG_WARNING.findall(log)) if text not in told]
         for warning in warned[:3]:
             yield Finding(WARNING, name, f"warned: {warning}")
         if len(warned) > 3:
             yield Finding(WARNING, name, f"warned {len(warned) - 3} times more", "read it")
-
-
-def str_int(value) -> int:
-    """A step of a list in a result; -1 for anything else."""
-    return value if type(value) is int else -1
 
 
 def check_script(folder: Path, results: Results, run_script: bool, spoilt: bool) -> list[Finding]:

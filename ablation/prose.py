@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 BPB, NATS, BYTES, SECONDS, ANY = "BPB", "nats", "bytes", "seconds", "any"
+# Bytes below the cap. No size in MB: 15.9 MB is no artifact because another one leaves 15.9 MB
+HEADROOM = "headroom"
 SIZE = 1e5  # bytes that may be a claim on the size of what is shipped
 
 MAX_NUMBERS = 20_000  # of a text that a person wrote
@@ -117,7 +119,7 @@ class Figures:
 
     def __init__(self):
         self.values: dict[str, set[float]] = {kind: set() for kind in RULES}
-        self.values[BPB] = set()
+        self.values |= {BPB: set(), HEADROOM: set()}
         for kind, values in RULES.items():
             self.values[kind].update(values)
         self.ordered: dict[str, list[float]] = {}
@@ -168,6 +170,8 @@ class Figures:
     def shows(self, found: Stated, cut: bool = False) -> bool:
         """Whether a figure rounds to this number; or is cut to it, where that is allowed."""
         kinds = [found.kind]
+        if found.kind == BYTES and found.half < SIZE / 100:
+            kinds.append(HEADROOM)
         if found.kind == ANY:
             kinds = list(self.values)
         below = found.half * 1.000001 + 1e-12

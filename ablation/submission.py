@@ -138,6 +138,14 @@ def listed(r: dict, key: str) -> list:
     return value if isinstance(value, list) else []
 
 
+def lost_documents(r: dict) -> str:
+    """That validation documents do not come back from their tokens; empty when all do."""
+    lost = r["data"].get("lost_documents")
+    if not lost or str(lost).startswith("0 "):
+        return ""
+    return f"{shown(lost)} validation documents do not come back from their tokens"
+
+
 def remarks(r: dict) -> list[str]:
     """What was not as usual in a run, in words; empty when it was trained in one go, and well."""
     found = []
@@ -149,6 +157,8 @@ def remarks(r: dict) -> list[str]:
     if skipped:
         steps = shown(skipped)[1:-1]
         found.append(f"left out {len(skipped)} steps, as they were not finite: {steps}")
+    if lost_documents(r):
+        found.append(lost_documents(r))
     found += [f"warned: {shown(text)[1:-1]}" for text in listed(r, "warnings")]
     without_effect = listed(r, "without_effect")
     if without_effect:
@@ -178,6 +188,7 @@ def seed_row(r: dict) -> dict:
         launches=len(listed(r, "resumed")) + 1,
         resumed_after_steps=listed(r, "resumed"),
         skipped_steps=listed(r, "skipped"),
+        lost_documents=r["data"].get("lost_documents"),
         warnings=listed(r, "warnings"),
         without_effect=listed(r, "without_effect"),
     )
@@ -198,6 +209,14 @@ def deviation(results: Results, key: str) -> float | None:
     return statistics.stdev(column(results, key))
 
 
+def documents_come_back(results: Results) -> bool | None:
+    """Whether validation can be decoded from its tokens; None: the manifest does not say."""
+    if any(map(lost_documents, results.values())):
+        return False
+    stated = [r["data"].get("lost_documents") for r in results.values()]
+    return None if None in stated else True
+
+
 def compliance_of(results: Results) -> dict[str, bool | None]:
     """Each rule of the contest that figures can show; None: it does not apply."""
     first = next(iter(results.values()))
@@ -206,6 +225,7 @@ def compliance_of(results: Results) -> dict[str, bool | None]:
         three_seeds=len(results) >= 3,
         artifact_under_16mb=max(column(results, "total_bytes")) <= CAP_BYTES,
         eval_under_600s=max(column(results, "eval_seconds")) <= LIMIT_SECONDS,
+        documents_come_back=documents_come_back(results),
         score_first_ttt=None if first["config"]["ttt_mode"] == "none" else True,
     )
 
@@ -358,6 +378,9 @@ def compliance_list(results: Results, summary: dict) -> str:
     kept = {key: VERDICTS[value] for key, value in summary["compliance"].items()}
     train = max(column(results, "train_seconds"))
     evaluation = max(column(results, "eval_seconds"))
+    back = kept["documents_come_back"]
+    if summary["compliance"]["documents_come_back"] is None:
+        back = "not counted by prepare_data.py"
     lines = [
         f"- training at most {LIMIT_SECONDS} s: {kept['train_under_600s']}, "
         f"the longest took {train:.1f} s",
@@ -367,6 +390,7 @@ def compliance_list(results: Results, summary: dict) -> str:
         f"the largest has {summary['bytes_total']:,}",
         f"- three seeds or more, one script and one configuration: {kept['three_seeds']}, "
         f"{len(results)}",
+        f"- every validation document comes back from its tokens: {back}",
         f"- test-time training only on tokens already scored: {kept['score_first_ttt']}",
         f"- data: manifest {first['data']['manifest']}",
     ]

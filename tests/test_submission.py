@@ -7,6 +7,7 @@ another configuration (#2124), 5 % and 10 % pruning inside one mean (#989), arti
 (#989), scripts that do not import (#1437, #514).
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -22,7 +23,11 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from launch import codes, finish
+from test_faults import NotFinite
+from test_resume import StopAfter
 
+import ablate
 import train_gpt
 from ablation.check import check_submission
 from ablation.findings import ERROR, UNCHECKED, WARNING, WEIGHTS
@@ -162,7 +167,7 @@ def assert_caught(folder: Path, *words: str, weight: str = ERROR, run_script: bo
 
 # ── A good folder ─────────────────────────────────────────────────────────────────────────────────
 def test_a_built_folder_is_good_and_so_says_its_own_script(built):
-    assert errors(built, run_script=True) == said(built, WARNING) == said(built, UNCHECKED) == []
+    assert errors(built, run_script=True) == said(built, UNCHECKED) == []
 
 
 def test_a_built_folder_has_these_files(built, runs, data):
@@ -229,6 +234,7 @@ def test_submission_json_holds_the_figures_of_the_runs(built, runs):
         three_seeds=True,
         artifact_under_16mb=True,
         eval_under_600s=True,
+        documents_come_back=None,
         score_first_ttt=None,
     )
     assert set(s["technique_summary"].split(", ")) == {"QAT", "EMA", "WARMDOWN", "SMEAR_GATE"}
@@ -302,6 +308,166 @@ def test_prose_with_numbers_that_the_results_show_is_welcome(folder, trusting):
     )
     path.write_text(prose + path.read_text() + "\n## Why\n" + prose)
     assert errors(folder) == []
+
+
+def test_a_number_that_no_log_shows_and_that_is_no_result_is_listed_as_not_checked(folder):
+    replace(
+        folder / "README.md",
+        "<!-- generated -->",
+        "Line one.\n\n7.25 weeks, 41 %.\n<!-- generated -->",
+    )
+    assert errors(folder) == []
+    assert_caught(folder, "README.md", "7.25 (line 3)", "41 % (line 3)", weight=UNCHECKED)
+
+
+CLAIMS = {  # what a README says -> how the error names it
+    "score": ("We reach 1.12 BPB.", "1.12 BPB"),
+    "score of": ("a val_bpb of **1.12**", "1.12 [bpb]"),
+    "score, one decimal": ("BPB: 1.1", "1.1 [bpb]"),
+    "nats": ("that is 1.9 nats", "1.9 nats"),
+    "megabytes": ("in 15.9 MB", "15.9 MB"),
+    "kilobytes": ("an artifact of 734 kB", "734 kB"),
+    "bytes": ("in all 15,911,222 bytes", "15,911,222 bytes"),
+    "thousands": ("in all 15,911,222", "15,911,222"),
+    "table": ("\n| seed | final BPB | MB |\n|---|---|---|\n| 7 | 1.12 | 0.1 |\n", "1.12 [bpb]"),
+    "table, bytes": ("\n| seed | bytes |\n|---|---|\n| 7 | 734,001 |\n", "734,001 [bytes]"),
+}
+
+
+@pytest.mark.parametrize("text, name", CLAIMS.values(), ids=CLAIMS)
+def test_a_claim_has_to_be_a_result_whatever_its_digits(folder, text, name):
+    replace(folder / "README.md", "<!-- end -->\n", f"<!-- end -->\n{text}\n")
+    assert_caught(folder, "README.md, line", f"no result shows the number {name}; correct it")
+
+
+def test_the_same_claims_are_welcome_where_they_are_true(folder):
+    s = read(folder / "submission.json")
+    r = results_of(folder)[7]
+    text = (
+        f"BPB {s['val_bpb']:.2f}, {r['val_bpb']:.1f} BPB, {r['val_loss']:.1f} nats, "
+        f"{r['total_bytes'] / 1e6:.2f} MB, {r['artifact_bytes']:,} bytes of {16_000_000:,}\n\n"
+        f"| seed | final BPB | kB |\n|---|---|---|\n| 7 | **{r['val_bpb']:.2f}** | "
+        f"{r['total_bytes'] / 1e3:.1f} |\n"
+    )
+    replace(folder / "README.md", "<!-- end -->\n", f"<!-- end -->\n{text}")
+    assert errors(folder) == said(folder, UNCHECKED) == []
+
+
+# ── What a reader of the scores has to know ───────────────────────────────────────────────────────
+@pytest.fixture(scope="session")
+def eventful(data, tmp_path_factory) -> Path:
+    """The folder of a run that went on after step 2 and left out step 4."""
+    logs = tmp_path_factory.mktemp("eventful")
+    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"))
+    cfg = Config(**TINY, **paths, logs_dir=str(logs), run_id="run", seed=7, nonfinite="skip")
+    assert codes(finish(cfg, prepare=StopAfter(1))) == [143]
+    again = dataclasses.replace(cfg, resume=True)
+    assert codes(finish(again, prepare=NotFinite((4,)))) == [0]
+    return build_submission([logs / "run"], tmp_path_factory.mktemp("built") / "folder", ABOUT)
+
+
+def test_launches_and_left_out_steps_are_told_and_demanded(eventful, tmp_path):
+    result = read(eventful / SEED7)
+    assert (result["resumed"], result["skipped"]) == ([2], [4])
+    row = read(eventful / "submission.json")["seed_results"]["7"]
+    assert (row["launches"], row["resumed_after_steps"], row["skipped_steps"]) == (2, [2], [4])
+    readme = (eventful / "README.md").read_text()
+    for words in (
+        "2 launches: went on after step 2",
+        "left out 1 steps, as they were not finite: 4",
+    ):
+        assert f"- seed 7: {words}" in readme or words in readme
+        assert_caught(eventful, SEED7, words, weight=WARNING)
+    assert errors(eventful) == []
+
+    folder = Path(shutil.copytree(eventful, tmp_path / "folder"))
+    replace(folder / "README.md", "trained in 2 launches", "trained in 1 launch")
+    assert_caught(folder, "README.md", "generated part")
+    put(folder / "submission.json", "seed_results.7.skipped_steps", [])
+    assert_caught(folder, "submission.json.seed_results.7.skipped_steps", "the logs give [4]")
+
+
+@pytest.mark.parametrize(
+    "key, words",
+    [("resumed", "goes on from a checkpoint after [2]"), ("skipped", "leaves out the steps [4]")],
+)
+def test_a_result_that_hides_what_its_log_shows_is_caught(eventful, tmp_path, key, words):
+    folder = Path(shutil.copytree(eventful, tmp_path / "folder"))
+    log = (folder / "train_seed7.log").read_text()
+    put(folder / SEED7, key, [])
+    results = results_of(folder)
+    (folder / "submission.json").write_text(json.dumps(summarise(results, ABOUT)))
+    (folder / "README.md").write_text(render(results, ABOUT))
+    assert (folder / "train_seed7.log").read_text() == log
+    assert_caught(folder, "train_seed7.log", words, f"{SEED7} says nothing")
+
+
+REMARKS = {  # a key of the results -> its value -> the words of README.md and check
+    "warnings": (["the average is worse"], "warned: the average is worse"),
+    "without_effect": (
+        {"QAT_START_FRAC": "QAT_ENABLED is 0"},
+        "settings without effect: 'QAT_START",
+    ),
+    "data.lost_documents": ("30 of 1,234", "'30 of 1,234' validation documents do not come back"),
+}
+
+
+@pytest.mark.parametrize("key", REMARKS)
+def test_warnings_and_what_had_no_effect_are_told(folder, key):
+    value, words = REMARKS[key]
+    forge(folder, key, value)
+    assert words in (folder / "README.md").read_text()
+    assert_caught(folder, SEED7, words, weight=WARNING)
+    assert read(folder / "submission.json")["compliance"]["documents_come_back"] is (
+        False if "lost" in key else None
+    )
+
+
+def test_a_warning_of_a_log_alone_is_told_too(folder):
+    path = folder / "train_seed7.log"
+    path.write_text("WARNING: the disk is slow\n" + path.read_text())
+    assert_caught(folder, "train_seed7.log", "warned: the disk is slow", weight=WARNING)
+
+
+def test_a_score_of_documents_that_do_not_come_back_is_in_no_track(folder, monkeypatch):
+    forge(folder, "data.lost_documents", "30 of 1,234")
+    put(folder / "submission.json", "track", "10min_16mb")
+    assert_caught(folder, "submission.json.track", "10min_16mb", "do not come back")
+    results = results_of(folder)
+    for r in results.values():
+        r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
+    assert summarise(results, ABOUT | {"track": ""})["track"].startswith("none")
+
+
+def test_the_first_problem_does_not_end_the_check(folder):
+    (folder / "requirements.txt").write_text("torch==2.13.0\n")
+    (folder / "pipe").symlink_to("README.md")
+    put(folder / "submission.json", "val_bpb", 1.25)
+    forged = results_of(folder)[7]
+    put(folder / SEED7, "total_bytes", 16_638_468)
+    put(folder / SEED7, "artifact_bytes", 16_638_468 - forged["code_bytes"])
+    (folder / "result_seed1337.json").write_text("{")
+    found = "\n".join(errors(folder))
+    for words in (
+        "requirements.txt: lists no package of numpy",
+        "pipe: a link",
+        "over the cap of 16,000,000",
+        "result_seed1337.json: no good JSON",
+    ):
+        assert words in found
+    assert_caught(folder, "submission.json and README.md", "not compared", weight=UNCHECKED)
+
+
+def test_the_command_says_its_findings_and_fails_on_an_error_alone(folder, capsys):
+    replace(folder / "README.md", "<!-- end -->\n", "<!-- end -->\nIt took 7.25 weeks.\n")
+    assert ablate.main(["check", str(folder)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("NOT CHECKED README.md: ") for line in lines)
+    assert last.startswith(f"{folder}: good: 0 errors, ") and " 1 not checked, " in last
+    (folder / "requirements.txt").write_text("")
+    assert ablate.main(["check", str(folder), "--json"]) == 1
+    first = json.loads(capsys.readouterr().out)[0]
+    assert first["weight"] == ERROR and first["thing"] == "requirements.txt" and first["remedy"]
 
 
 def test_readme_may_come_with_the_line_ends_of_windows(folder, trusting):
