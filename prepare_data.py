@@ -18,9 +18,9 @@ shards -> manifest -> folder -> download -> commands.
 """
 
 import ast
+import bz2
 import dataclasses
 import functools
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -31,6 +31,7 @@ import lzma
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
@@ -171,38 +172,133 @@ class TextOptions(Recipe):
 # ---- Documents of the user's files
 
 
-def read_zst(path: Path) -> Iterator[bytes]:
-    """Decompress chunk by chunk.
+class Packing(typing.NamedTuple):
+    """A kind of compressed file: one stream after the other, each with a start and an end."""
 
-    Raises EOFError on a cut file, which zstandard's own reader takes for a whole one.
-    """
-    frames = zstandard.ZstdDecompressor(max_window_size=2**31)
-    decoder = None
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            while chunk:
-                if decoder is None:
-                    decoder = frames.decompressobj()
-                yield decoder.decompress(chunk)
-                chunk = decoder.unused_data
-                if decoder.eof:
-                    decoder = None
-    if decoder:
-        raise EOFError("it ends inside a frame")
+    new_decoder: Callable  # for one stream: decompress(), eof, unused_data
+    padding: int  # zeros between streams come in so many; 0: none may be there
+    errors: type[Exception]
 
 
-def read_with(opener: Callable, path: Path) -> Iterator[bytes]:
-    """Read what `opener` makes of the file, chunk by chunk."""
-    with opener(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            yield chunk
+def new_zst_decoder():
+    """Decode one zstd frame, of a window of any size."""
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
-DECOMPRESSORS = {
-    ".gz": functools.partial(read_with, gzip.open),
-    ".xz": functools.partial(read_with, lzma.open),
-    ".zst": read_zst,
+PACKINGS = {
+    ".gz": Packing(functools.partial(zlib.decompressobj, wbits=31), 1, zlib.error),
+    ".bz2": Packing(bz2.BZ2Decompressor, 0, OSError),
+    ".xz": Packing(functools.partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), 4, lzma.LZMAError),
+    ".zst": Packing(new_zst_decoder, 0, zstandard.ZstdError),
 }
+# Small, as a chunk may become a thousand times as large.
+CHUNK = 1 << 14
+
+
+def unpack(file: typing.BinaryIO, packing: Packing) -> Iterator[bytes]:
+    """Decompress every stream of a file, chunk by chunk; parallel compressors write many.
+
+    Raises EOFError for one that is cut or damaged, and for what stands behind a stream and is
+    none: Python's own readers of .xz and .zst files take those for the end.
+    """
+    decoder = None
+    streams = 0
+    zeros = 0
+    while chunk := file.read(CHUNK):
+        while chunk:
+            if decoder is None:
+                rest = chunk.lstrip(b"\0")
+                zeros += len(chunk) - len(rest)
+                chunk = rest
+                if not chunk:
+                    break
+                check_padding(zeros, packing, streams)
+                zeros = 0
+                streams += 1
+                decoder = packing.new_decoder()
+            try:
+                yield decoder.decompress(chunk)
+            except packing.errors as error:
+                raise EOFError(f"stream {streams}: {error}") from error
+            chunk = decoder.unused_data
+            if decoder.eof:
+                decoder = None
+    if decoder:
+        raise EOFError(f"it ends inside stream {streams}")
+    if not streams:
+        raise EOFError("it is empty")
+    check_padding(zeros, packing, streams)
+
+
+def check_padding(zeros: int, packing: Packing, streams: int) -> None:
+    """Raise EOFError for zeros that are no padding of this kind of file."""
+    if zeros and (not packing.padding or zeros % packing.padding or not streams):
+        raise EOFError(f"{zeros} zeros behind stream {streams}")
+
+
+# Kind of file: how it begins. Frames that a reader of zstd skips count up in their first byte.
+BEGINNINGS = {
+    ".gz": (b"\x1f\x8b",),
+    ".bz2": tuple(b"BZh%d1AY&SY" % level for level in range(1, 10)),
+    ".xz": (b"\xfd7zXZ\0",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + n]) + b"\x2a\x4d\x18" for n in range(16))),
+    ".parquet": (b"PAR1\x15",),
+    ".zip": (b"PK\x03\x04",),
+    ".lz4": (b"\x04\x22\x4d\x18",),
+    ".7z": (b"7z\xbc\xaf",),
+    ".arrow": (b"ARROW1\0\0",),
+    ".avro": (b"Obj\x01",),
+}
+BEGINNING = 16  # bytes that tell all of them
+# UTF-32 first, as it begins like UTF-16. Without a mark the zeros of the first letter show it.
+ENCODINGS = {
+    "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0]"),
+    "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff|[^\0]\0|\0[^\0]"),
+}
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+def kind_of(start: bytes) -> str:
+    """Tell the kind of a file from its first bytes; "" for one without such a mark, as text."""
+    for kind, beginnings in BEGINNINGS.items():
+        if start.startswith(beginnings):
+            return kind
+    return ""
+
+
+def check_kind(path: Path) -> None:
+    """Raise UserError when a file is of another kind than its name says; pipes are not opened."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = kind_of(file.read(BEGINNING))
+    if found and found != path.suffix:
+        raise UserError(f"{path} holds {found} data: rename it so that its name ends in {found}")
+
+
+def check_text(path: Path, start: bytes) -> None:
+    """Raise UserError when this start of a file, decompressed, is none of UTF-8 text."""
+    found = kind_of(start)
+    if found:
+        raise UserError(f"{path} holds {found} data within: unpack it")
+    for name, beginning in ENCODINGS.items():
+        if beginning.match(start):
+            raise UserError(f"{path} is {name}: convert it, with iconv -f {name} -t UTF-8")
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield what a plain or compressed file holds, without the mark that some put before UTF-8."""
+    with path.open("rb") as file:
+        chunks = iter(functools.partial(file.read, CHUNK), b"")
+        if path.suffix in PACKINGS:
+            chunks = unpack(file, PACKINGS[path.suffix])
+        start = b""
+        # Enough to tell what it is
+        while len(start) < BEGINNING and (chunk := next(chunks, b"")):
+            start += chunk
+        check_text(path, start)
+        yield start.removeprefix(UTF8_MARK)
+        yield from chunks
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -210,16 +306,19 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
     Raises UserError when it is damaged.
     """
-    read = DECOMPRESSORS.get(path.suffix, functools.partial(read_with, open))
-    rest = b""
+    rest = []
     try:
-        for chunk in read(path):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
+        for chunk in read_chunks(path):
+            first, *others = chunk.split(b"\n")
+            rest.append(first)
+            if others:
+                yield b"".join(rest)
+                yield from others[:-1]
+                rest = others[-1:]
+    except (EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read to its end ({error}): get a whole copy") from error
-    if rest:
-        yield rest
+    if any(rest):
+        yield b"".join(rest)
 
 
 def is_not_blank(line: bytes) -> bool:
@@ -240,61 +339,130 @@ def read_txt(path: Path, field: str) -> Iterator[str]:
             yield block
 
 
+# What json.loads makes of the other kinds of values
+JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+JSON_KINDS |= {dict: "an object", str: "a string", type(None): "null"}
+
+
+def text_field(line: bytes, field: str) -> str:
+    """Return the text field of a line of JSON. Raises ValueError that says what is wrong."""
+    try:
+        found = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 ({error}): convert it, for example with iconv") from error
+    except RecursionError as error:
+        raise ValueError("is JSON nested too deeply to be read: leave that line out") from error
+    except ValueError as error:
+        raise ValueError(f"is no JSON ({error}): give one whole object a line") from error
+    if not isinstance(found, dict):
+        kind = JSON_KINDS[type(found)]
+        raise ValueError(f"is {kind} and no JSON object: give one object a line")
+    if field not in found:
+        fields = ", ".join(map(repr, itertools.islice(found, 9))) or "none"
+        raise ValueError(f"has no field {field!r} (but {fields}): name one with --field")
+    text = found[field]
+    if not isinstance(text, str):
+        kind = JSON_KINDS[type(text)]
+        raise ValueError(
+            f"has {kind} in the field {field!r}, not text: leave that line out, "
+            "or name another with --field"
+        )
+    return text
+
+
 def read_jsonl(path: Path, field: str) -> Iterator[str]:
     """Yield the text field of the JSON object on each line."""
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[field]
-        except (ValueError, LookupError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise UserError(
-                f"{path}:{number} is no JSON object with the text field {field!r}: "
-                "name it with --field"
-            )
+            text = text_field(line, field)
+        except ValueError as error:
+            raise UserError(f"{path}:{number} {error}") from error
         # JSON can spell half a surrogate pair, which is no character and has no UTF-8 form.
         yield text.encode(errors="replace").decode()
 
 
-def read_parquet(path: Path, field: str) -> Iterator[str]:
-    """Yield the values of one string column."""
+# Bytes are taken for UTF-8: not every writer marks its text so.
+TEXT_COLUMN = re.compile(
+    r"(dictionary<values=)?(large_)?(string|binary)(_view)?(, .*>)?|fixed_size_binary\[\d+\]"
+)
+
+
+@contextmanager
+def open_parquet(path: Path, field: str) -> Iterator:
+    """Yield a Parquet file with that text column.
+
+    Raises UserError when it is none, has no such column, or is damaged.
+    """
     import pyarrow.parquet  # optional: only Parquet input needs it
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        for batch in file.iter_batches(columns=[field]):
-            if not batch.num_columns:
-                columns = file.schema_arrow.names
-                raise UserError(
-                    f"{path} has no column {field!r}: name one of {columns} with --field"
-                )
-            yield from (text for text in batch.column(0).to_pylist() if text)
-    except pyarrow.ArrowException as error:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            kinds = {column.name: str(column.type) for column in file.schema_arrow}
+            texts = [name for name, kind in kinds.items() if TEXT_COLUMN.fullmatch(kind)]
+            remedy = f"name one of {texts} with --field"
+            if file.schema_arrow.names.count(field) != 1:
+                raise UserError(f"{path} has no column {field!r}, or two: {remedy}")
+            if field not in texts:
+                kind = kinds[field]
+                raise UserError(f"{path} has {kind} in its column {field!r}, not text: {remedy}")
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"{path} is no readable Parquet file ({error}): get a whole copy"
         ) from error
+
+
+def read_parquet(path: Path, field: str) -> Iterator[str]:
+    """Yield the values of one text column; rows without one are left out, and counted aloud."""
+    rows = 0
+    nulls = 0
+    with open_parquet(path, field) as file:
+        for batch in file.iter_batches(columns=[field]):
+            try:
+                texts = [as_text(value) for value in batch.column(0).to_pylist()]
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} has a value in its column {field!r} that is not UTF-8 ({error}), "
+                    f"in row {rows + 1} or later: convert it"
+                ) from error
+            yield from filter(None, texts)
+            rows += len(texts)
+            nulls += texts.count(None)
+    if nulls:
+        print(f"{path}: left out {nulls:,} of {rows:,} rows, which have null in {field!r}")
+
+
+def as_text(value: str | bytes | None) -> str | None:
+    """Read bytes as UTF-8."""
+    return value.decode() if isinstance(value, bytes) else value
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
 def reader_of(path: Path) -> Callable[[Path, str], Iterator[str]]:
-    """Choose the reader by suffix.
-
-    Raises UserError at once for a file that would fail hours into a long run.
-    """
-    compressed = path.suffix in DECOMPRESSORS
+    """Choose the reader by suffix."""
+    compressed = path.suffix in PACKINGS
     reader = READERS.get(Path(path.stem).suffix if compressed else path.suffix)
     if reader is None or (compressed and reader is read_parquet):
         raise UserError(
             f"{path} is of no known kind: "
-            "give .txt or .jsonl, plain or as .gz .xz .zst, or .parquet"
+            "give .txt or .jsonl, plain or as .gz .bz2 .xz .zst, or .parquet"
         )
+    return reader
+
+
+def check_input(path: Path, field: str) -> None:
+    """Raise UserError at once for a file that would fail hours into a long run."""
+    reader = reader_of(path)
+    check_kind(path)
     if reader is read_parquet and importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{path} needs pyarrow, which is not installed: pip install pyarrow")
-    return reader
+    if reader is read_parquet:
+        with open_parquet(path, field):
+            pass
 
 
 def text_documents(inputs: list[Path], field: str) -> Iterator[str]:
@@ -411,7 +579,12 @@ def document_key(text: str) -> bytes:
 
     Returns 16 bytes.
     """
-    return hashlib.blake2b(NORMALIZER.normalize(text).encode(), digest_size=16).digest()
+    return key_of(NORMALIZER.normalize(text))
+
+
+def key_of(normalised: str) -> bytes:
+    """Hash a text that is normalised already."""
+    return hashlib.blake2b(normalised.encode(), digest_size=16).digest()
 
 
 def key_fraction(key: bytes) -> float:
@@ -443,6 +616,14 @@ class Splitter:
         return split
 
 
+def in_split(documents: Iterable[str], recipe: Recipe, split: str) -> Iterator[str]:
+    """Yield the distinct documents of one side."""
+    splitter = Splitter(recipe)
+    for text in documents:
+        if splitter.split_of(document_key(text)) == split:
+            yield text
+
+
 # ---- Tokenizer
 
 # More text moves few of 1,024 merges; 10 MB train in two seconds.
@@ -451,12 +632,10 @@ TOKENIZER_SAMPLE_CHARACTERS = 50_000_000
 
 def tokenizer_sample(documents: Iterable[str], recipe: Recipe) -> Iterator[str]:
     """Yield the first training documents, so that no validation text shapes the tokenizer."""
-    splitter = Splitter(recipe)
     characters = 0
-    for text in documents:
-        if splitter.split_of(document_key(text)) == "train":
-            yield text
-            characters += len(text)
+    for text in in_split(documents, recipe, "train"):
+        yield text
+        characters += len(text)
         if characters >= TOKENIZER_SAMPLE_CHARACTERS:
             return
 
@@ -510,11 +689,130 @@ def load_tokenizer(path: Path) -> spm.SentencePieceProcessor:
     return tokenizer
 
 
+# ---- Do the tokens give their text back?
+
+WORD_MARK = "\u2581"
+# White space where models differ; a character of no text; letters, accents, another script.
+PROBES = (" leads", "two  spaces", "ends ", "a \U000f0000", "The English, naïve \u65e5\u672c")
+
+
+def byte_table(model: Path):
+    """Return train_gpt.py's count of bytes: what is written here is scored by that rule there.
+
+    It is imported late, as it needs torch, which the workers do without.
+    """
+    import train_gpt
+
+    size = load_tokenizer(model).vocab_size()
+    return train_gpt.ByteTable(train_gpt.Config(tokenizer_path=str(model), vocab_size=size))
+
+
+def misfit(table) -> str:
+    """Say why the tokens of this table's tokenizer do not give back their text; "" where they do.
+
+    The text is as the tokenizer normalises it; what that loses is comes_back's to tell.
+    """
+    odd = np.flatnonzero(table.inner_space)
+    if len(odd):
+        return (
+            f"its piece {table.sp.id_to_piece(int(odd[0]))!r} has a space behind its first "
+            f"character, for which the challenge's rule counts 3 bytes ({len(odd)} pieces do)"
+        )
+    for probe in PROBES:
+        tokens = np.array(table.sp.encode(probe))
+        decoded = table.sp.decode(tokens.tolist())
+        if table.unknown[tokens].any():
+            return "it has no byte fallback, so that what it has no piece for is lost"
+        # A model may put a space before the first word; decoding takes it away.
+        text = table.sp.normalize(probe).replace(WORD_MARK, " ")
+        if decoded not in (text, text.removeprefix(" ")):
+            return f"its tokens of {probe!r} give back {decoded!r}"
+        size = len(decoded.encode())
+        counted = table.count_document(tokens)
+        if size != counted:
+            return (
+                f"{decoded!r} has {size} bytes; by the challenge's rule its tokens have {counted}"
+            )
+    return ""
+
+
+def refuse_misfit(name: Path, table, documents: Iterable[str]) -> None:
+    """Raise UserError for a tokenizer whose scores would be wrong, and say what it loses here."""
+    reason = misfit(table)
+    if not reason:
+        return
+    lost = ""
+    if not len(np.flatnonzero(table.inner_space)):
+        lost = loss_of(table, documents)
+    raise UserError(
+        f"{name} is unfit: {reason}; BPB would be wrong{lost}: give another --tokenizer "
+        "(byte fallback, spaces only at the start of pieces, no extra spaces)"
+    )
+
+
+def loss_of(table, documents: Iterable[str]) -> str:
+    """Say how much of the first thousand validation documents is lost in their tokens."""
+    lost = []
+    sizes = np.zeros(3, int)
+    number = 0
+    for number, text in enumerate(itertools.islice(documents, 1000), start=1):
+        tokens = np.array(table.sp.encode(text), int)
+        if table.unknown[tokens].any():
+            lost.append(number)
+        normalised = NORMALIZER.normalize(text)
+        sizes += len(text.encode()), len(normalised.encode()), table.count_document(tokens)
+    if not lost:
+        return ""
+    raw, normalised, counted = sizes
+    return (
+        f" (unknown pieces in {len(lost):,} of {number:,} validation documents, first in number "
+        f"{lost[0]:,}: of {raw:,} bytes, {normalised:,} normalised, {counted:,} would count)"
+    )
+
+
+def comes_back(text: str, decoded: str) -> bool:
+    """Tell whether tokens lose no more of a text than those of the challenge's own tokenizer.
+
+    That one folds white space and compatibility forms, and takes the word mark for a space.
+    """
+    kept = NORMALIZER.normalize(text.replace(WORD_MARK, " "))
+    return NORMALIZER.normalize(decoded) == kept
+
+
+def print_changes(table) -> None:
+    """Say before the hours of encoding what the tokenizer changes."""
+    changes = table.altered()
+    for character, becomes in changes[:1]:
+        print(
+            f"WARNING: the tokenizer makes {character!r} {becomes!r}, and changes {len(changes):,} "
+            "characters in all that the challenge's own keeps"
+        )
+
+
+def print_losses(splits: dict[str, dict]) -> None:
+    """Say aloud which splits have documents that do not come back from their tokens."""
+    for split, totals in splits.items():
+        if totals.get("altered_documents"):
+            print(
+                f"WARNING: {totals['altered_documents']:,} of {totals['documents']:,} documents "
+                f"in {split} do not come back from their tokens: the tokenizer folds case, or "
+                "loses other text, so that no score on them is one for the leaderboard"
+            )
+
+
 # ---- Tokens
 
-# Document key; uint16 tokens with BOS first; UTF-8 bytes that they stand for.
-Encoded = tuple[bytes, np.ndarray, int]
 BATCH_DOCUMENTS = 64
+
+
+class Encoded(typing.NamedTuple):
+    """A document as tokens."""
+
+    key: bytes
+    tokens: np.ndarray  # uint16, BOS first
+    utf8_bytes: int  # of the text that they stand for
+    raw_bytes: int  # of the document
+    altered: bool  # it does not come back from the tokens
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
@@ -535,8 +833,17 @@ def encode_batch(model: Path, texts: list[str]) -> list[Encoded]:
     encoded = []
     for text in texts:
         tokens = tokenizer.encode(text)
-        utf8_bytes = len(tokenizer.decode(tokens).encode())
-        encoded.append((document_key(text), np.array([BOS, *tokens], dtype=TOKEN), utf8_bytes))
+        decoded = tokenizer.decode(tokens)
+        normalised = NORMALIZER.normalize(text)
+        encoded.append(
+            Encoded(
+                key=key_of(normalised),
+                tokens=np.array([BOS, *tokens], dtype=TOKEN),
+                utf8_bytes=len(decoded.encode()),
+                raw_bytes=len(text.encode()),
+                altered=decoded != normalised and not comes_back(text, decoded),
+            )
+        )
     return encoded
 
 
@@ -580,6 +887,10 @@ def shard_entry(path: Path, split: str, tokens: int) -> dict:
     }
 
 
+# What the manifest sums up for each split; see Encoded.
+TOTALS = ("documents", "tokens", "utf8_bytes", "raw_bytes", "altered_documents")
+
+
 class ShardWriter:
     """Cut one split's tokens into shards of exactly `shard_tokens`, the last one shorter.
 
@@ -592,14 +903,16 @@ class ShardWriter:
         self.recipe = recipe
         self.buffer = bytearray()
         self.shards: list[dict] = []
-        self.totals = {"documents": 0, "tokens": 0, "utf8_bytes": 0}
+        self.totals = dict.fromkeys(TOTALS, 0)
 
-    def add(self, tokens: np.ndarray, utf8_bytes: int) -> None:
+    def add(self, document: Encoded) -> None:
         """Append one document."""
-        self.buffer += tokens.tobytes()
+        self.buffer += document.tokens.tobytes()
         self.totals["documents"] += 1
-        self.totals["tokens"] += len(tokens)
-        self.totals["utf8_bytes"] += utf8_bytes
+        self.totals["tokens"] += len(document.tokens)
+        self.totals["utf8_bytes"] += document.utf8_bytes
+        self.totals["raw_bytes"] += document.raw_bytes
+        self.totals["altered_documents"] += document.altered
         shard_bytes = self.recipe.shard_tokens * TOKEN.itemsize
         while len(self.buffer) >= shard_bytes:
             self.write(self.buffer[:shard_bytes])
@@ -644,10 +957,15 @@ def write_dataset(
         sample = tokenizer_sample(itertools.islice(documents(), recipe.max_docs), recipe)
         model.write_bytes(train_tokenizer(list(sample), recipe.vocab_size))
 
+    table = byte_table(model)
+    held_out = in_split(itertools.islice(documents(), recipe.max_docs), recipe, "val")
+    refuse_misfit(recipe.tokenizer or model, table, held_out)
+    print_changes(table)
+
     splitter = Splitter(recipe)
     writers = {split: ShardWriter(folder, split, recipe) for split in SPLITS}
     encoded = encode(itertools.islice(documents(), recipe.max_docs), model, workers)
-    write_splits(encoded, splitter, writers)
+    write_splits(encoded, splitter, writers, table)
 
     splits = {split: writers[split].totals for split in SPLITS}
     refuse_empty_splits(splits, recipe)
@@ -657,15 +975,26 @@ def write_dataset(
 
 
 def write_splits(
-    encoded: Iterable[Encoded], splitter: Splitter, writers: dict[str, ShardWriter]
+    encoded: Iterable[Encoded], splitter: Splitter, writers: dict[str, ShardWriter], table
 ) -> None:
-    """Send each distinct document to the writer of its split, up to --max-tokens."""
+    """Send each distinct document to the writer of its split, up to --max-tokens.
+
+    Raises UserError for one whose tokens do not count the bytes of their text: misfit has probed
+    the tokenizer, but not every text.
+    """
     limit = splitter.recipe.max_tokens
     with progress("encoding", "documents") as advance:
-        for key, tokens, utf8_bytes in encoded:
-            split = splitter.split_of(key)
+        for number, document in enumerate(encoded, start=1):
+            split = splitter.split_of(document.key)
             if split:
-                writers[split].add(tokens, utf8_bytes)
+                counted = table.count(document.tokens).sum()
+                if counted != document.utf8_bytes or table.unknown[document.tokens].any():
+                    raise UserError(
+                        f"document {number:,} has {document.utf8_bytes:,} bytes when decoded; by "
+                        f"the challenge's rule its tokens have {counted:,}: leave that document "
+                        "out, or give another --tokenizer"
+                    )
+                writers[split].add(document)
             advance()
             if limit and sum(writer.totals["tokens"] for writer in writers.values()) >= limit:
                 break
@@ -721,6 +1050,7 @@ def write_manifest(folder: Path, model: Path, shards: list[dict], rest: dict) ->
     partial.replace(folder / MANIFEST)
     for split, totals in manifest["splits"].items():
         print(f"{split}: {totals['tokens']:,} tokens of {totals['documents']:,} documents")
+    print_losses(manifest["splits"])
 
 
 def is_of_our_form(manifest: dict) -> bool:
@@ -728,10 +1058,15 @@ def is_of_our_form(manifest: dict) -> bool:
     names_and_hashes = []
     for entry in (manifest["tokenizer"], *manifest["shards"]):
         names_and_hashes += [entry["file"], entry["sha256"]]
+    # Manifests of before say nothing of altered documents.
+    numbers = []
+    for totals in dict(manifest["splits"]).values():
+        numbers += [totals["documents"], dict(totals).get("altered_documents")]
     return (
         manifest["format"] == FORMAT
         and isinstance(manifest["settings"], dict)
         and all(isinstance(text, str) for text in names_and_hashes)
+        and all(isinstance(number, int | None) for number in numbers)
     )
 
 
@@ -787,6 +1122,7 @@ def is_finished(folder: Path, settings: dict) -> bool:
             )
     shards = len(manifest["shards"])
     print(f"{folder} is complete and its {shards} shards match their hashes: nothing to do")
+    print_losses(manifest["splits"])
     return True
 
 
@@ -813,13 +1149,17 @@ def exclusive(target: Path) -> Iterator[None]:
 def partial_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` if the block succeeds and is deleted if not."""
     partial = sibling(target, "partial")
-    # What a killed run left.
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        print(f"{partial} is left of a run that was killed: deleted, this one starts anew")
+        shutil.rmtree(partial)
     partial.mkdir()
     try:
         yield partial
         partial.replace(target)
         print(f"made {target}")
+    except KeyboardInterrupt:
+        print(f"nothing is kept of {target}: the next run starts anew")
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -947,7 +1287,7 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
 
     inspect_file = functools.partial(inspect_shard, vocab_size=tokenizer.vocab_size())
     shards = []
-    splits = {split: {"documents": 0, "tokens": 0, "utf8_bytes": None} for split in SPLITS}
+    splits = {split: dict.fromkeys(TOTALS) | {"documents": 0, "tokens": 0} for split in SPLITS}
     with progress("downloading", "shards", len(names)) as advance:
         for name in names:
             remote = f"{prefix}/datasets/{folder.name}/{name}"
@@ -1009,11 +1349,11 @@ def text(options: TextOptions) -> None:
     """Make a dataset of your own text files.
 
     A .txt file holds documents separated by blank lines, a .jsonl file one object a line, a
-    .parquet file one a row. All but .parquet may be compressed (.gz, .xz, .zst). The order of the
-    input is kept: shuffle it beforehand.
+    .parquet file one a row. All but .parquet may be compressed (.gz, .bz2, .xz, .zst). The order of
+    the input is kept: shuffle it beforehand. A run that was interrupted starts anew.
     """
     for path in options.inputs:
-        reader_of(path)
+        check_input(path, options.field)
     settings = {"command": "text", **dataclasses.asdict(options)}
     del settings["out"], settings["workers"]
     settings["inputs"] = [f"{path.name} of {path.stat().st_size} bytes" for path in options.inputs]

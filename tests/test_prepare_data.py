@@ -3,6 +3,7 @@
 No network: the hub is a server on this machine. Real data comes from $GOLF_DATA.
 """
 
+import bz2
 import gzip
 import hashlib
 import http.server
@@ -150,13 +151,15 @@ def test_official_validation_shard_is_rebuilt_token_for_token(tmp_path):
     assert np.array_equal(shard_tokens(tmp_path / "out", "val"), official)
     texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
     assert manifest_of(tmp_path / "out")["splits"] == {
-        "train": {"documents": 0, "tokens": 0, "utf8_bytes": 0},
+        "train": dict.fromkeys(prepare_data.TOTALS, 0),
         # These texts are already as the tokenizer normalises them, so their own bytes are what
         # must be counted.
         "val": {
             "documents": len(texts),
             "tokens": len(official),
             "utf8_bytes": sum(len(t.encode()) for t in texts),
+            "raw_bytes": sum(len(t.encode()) for t in texts),
+            "altered_documents": 0,
         },
     }
 
@@ -182,6 +185,7 @@ def compress(path: Path, suffix: str) -> Path:
     packed = path.with_name(path.name + suffix)
     pack = {
         ".gz": gzip.compress,
+        ".bz2": bz2.compress,
         ".xz": lzma.compress,
         ".zst": zstandard.ZstdCompressor().compress,
     }[suffix]
@@ -198,7 +202,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     txt = tmp_path / "in.v1.txt"
     txt.write_text("\n \n\n".join(documents), encoding="utf-8")
     files = [jsonl, txt] + [
-        compress(path, suffix) for path in (jsonl, txt) for suffix in (".gz", ".xz", ".zst")
+        compress(path, suffix) for path in (jsonl, txt) for suffix in prepare_data.PACKINGS
     ]
     for path in files:
         assert list(prepare_data.text_documents([path], "text")) == documents, path
@@ -215,17 +219,139 @@ def test_lines_longer_than_a_chunk_and_half_surrogates_are_read(tmp_path):
     ]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
-def test_parquet_gives_the_same_documents(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
+LINES = [f'{{"text": "document {index} {"word " * 99}"}}\n'.encode() for index in range(3)]
+PACK = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+SKIPPED_FRAME = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+STREAMS = {  # name: (packed, what is read: the number of documents or a part of the refusal)
+    **{f"three{suffix}": (b"".join(map(pack, LINES)), 3) for suffix, pack in PACK.items()},
+    "padded.gz": (gzip.compress(LINES[0]) + bytes(5) + gzip.compress(LINES[1]) + bytes(512), 2),
+    "padded.xz": (lzma.compress(LINES[0]) + bytes(4) + lzma.compress(LINES[1]) + bytes(8), 2),
+    "padded wrongly.xz": (lzma.compress(LINES[0]) + bytes(3) + lzma.compress(LINES[1]), "3 zeros"),
+    "padded wrongly at the end.xz": (lzma.compress(LINES[0]) + bytes(5), "5 zeros"),
+    "padded.bz2": (bz2.compress(LINES[0]) + bytes(4), "4 zeros behind stream 1"),
+    "skipped.zst": (SKIPPED_FRAME + PACK[".zst"](LINES[0]) + SKIPPED_FRAME, 1),
+    "empty streams.xz": (lzma.compress(b"") * 3 + lzma.compress(LINES[0]), 1),
+    **{
+        f"garbage{suffix}": (pack(LINES[0]) + b"garbage", "stream 2")
+        for suffix, pack in PACK.items()
+    },
+    **{
+        f"second damaged{suffix}": (pack(LINES[0]) + b"\xff" + pack(LINES[1])[1:], "stream 2")
+        for suffix, pack in PACK.items()
+    },
+    **{
+        f"second cut{suffix}": (pack(LINES[0]) + pack(LINES[1])[:-3], "stream 2")
+        for suffix, pack in PACK.items()
+    },
+    **{f"nothing{suffix}": (b"", "it is empty") for suffix in PACK},
+}
 
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 14])
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_stream_of_a_compressed_file_is_read_or_the_file_is_refused(
+    tmp_path, name, chunk, monkeypatch
+):
+    monkeypatch.setattr(prepare_data, "CHUNK", chunk)
+    packed, right = STREAMS[name]
+    path = tmp_path / f"in.jsonl{Path(name).suffix}"
+    path.write_bytes(packed)
+    if isinstance(right, int):
+        assert len(list(prepare_data.text_documents([path], "text"))) == right
+    else:
+        with pytest.raises(prepare_data.UserError, match=f"cannot be read to its end.*{right}"):
+            list(prepare_data.text_documents([path], "text"))
+
+
+OTHER_KINDS = {  # name: (content, what the refusal names)
+    "gz.jsonl": (gzip.compress(LINES[0]), "holds .gz data: rename it .* ends in .gz"),
+    "zst.jsonl.gz": (PACK[".zst"](LINES[0]), "holds .zst data: rename it .* ends in .zst"),
+    "xz.txt.zst": (lzma.compress(LINES[0]), "holds .xz data"),
+    "bz2.txt.xz": (bz2.compress(LINES[0]), "holds .bz2 data"),
+    "parquet.jsonl": (b"PAR1\x15\x04\x15\x20", "holds .parquet data"),
+    "gz.parquet": (gzip.compress(LINES[0]), "holds .gz data"),
+    "zip.txt": (b"PK\x03\x04" + bytes(30), "holds .zip data"),
+    "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES[0])), "holds .gz data within: unpack it"),
+    "u16.jsonl": (LINES[0].decode().encode("utf-16"), "is UTF-16: .*iconv -f UTF-16"),
+    "u16be.txt": ("a word".encode("utf-16-be"), "is UTF-16: .*iconv -f UTF-16"),
+    "u16.jsonl.gz": (gzip.compress(LINES[0].decode().encode("utf-16-le")), "is UTF-16"),
+    "u32.txt": ("a word".encode("utf-32"), "is UTF-32: .*iconv -f UTF-32"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_file_of_another_kind_than_its_name_says_is_refused_with_its_kind(
+    tmp_path, model, capsys, name
+):
+    content, said = OTHER_KINDS[name]
+    (tmp_path / name).write_bytes(content)
+    options = ["--tokenizer", model, "--val-docs", "1", "--workers", "1"]
+    line = refusal(capsys, "text", tmp_path / name, "--out", tmp_path / "out", *options)
+    assert re.search(said, line) and name in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_looks_like_another_kind_and_a_mark_before_utf8_are_read(tmp_path):
+    for text in ("BZh and PK and PAR1", "PAR1 is a prefix", "7z"):
+        (tmp_path / "in.txt").write_text(text)
+        prepare_data.check_input(tmp_path / "in.txt", "text")
+        assert list(prepare_data.text_documents([tmp_path / "in.txt"], "text")) == [text]
+    marked = tmp_path / "in.jsonl"
+    marked.write_text('{"text": "marked"}', encoding="utf-8-sig")
+    assert list(prepare_data.text_documents([marked], "text")) == ["marked"]
+
+
+def parquet_of(path: Path, **columns) -> Path:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_parquet_gives_the_same_documents(tmp_path, capsys):
     documents = make_documents(20)
-    table = pyarrow.table({"id": list(range(21)), "text": [*documents, None]})
-    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
-    assert list(prepare_data.text_documents([tmp_path / "in.parquet"], "text")) == documents
-    with pytest.raises(prepare_data.UserError, match=r"no column 'body'.*--field"):
-        list(prepare_data.text_documents([tmp_path / "in.parquet"], "body"))
+    path = parquet_of(tmp_path / "in.parquet", id=list(range(21)), text=[*documents, None])
+    assert list(prepare_data.text_documents([path], "text")) == documents
+    assert "left out 1 of 21 rows, which have null in 'text'" in capsys.readouterr().out
+    with pytest.raises(prepare_data.UserError, match=r"no column 'body'.*\['text'\] with --field"):
+        list(prepare_data.text_documents([path], "body"))
+
+
+def test_parquet_columns_of_bytes_and_of_repeated_text_are_text(tmp_path):
+    documents = make_documents(3)
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    for column in (
+        [text.encode() for text in documents],
+        pyarrow.array(documents, pyarrow.large_string()),
+        pyarrow.array(documents).dictionary_encode(),
+    ):
+        path = parquet_of(tmp_path / "in.parquet", text=column)
+        assert list(prepare_data.text_documents([path], "text")) == documents
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        ([1, 2], "has int64 in its column 'text', not text"),
+        ([["a"], ["b"]], "has list<element: string> in its column 'text'"),
+        ([{"text": "a"}, {"text": "b"}], "has struct<text: string> in its column 'text'"),
+        ([None, None], "has null in its column 'text'"),
+        ([b"good", b"na\xefve"], "has a value in its column 'text' that is not UTF-8"),
+    ],
+    ids=str,
+)
+def test_parquet_columns_that_are_no_text_are_refused_in_one_line(
+    tmp_path, model, capsys, column, said
+):
+    path = parquet_of(tmp_path / "in.parquet", text=column, title=["a", "b"])
+    options = ["--tokenizer", model, "--val-docs", "1", "--workers", "1"]
+    line = refusal(capsys, "text", path, "--out", tmp_path / "out", *options)
+    assert said in line and ("UTF-8" in said or "name one of ['title'] with --field" in line), line
 
 
 def test_parquet_without_pyarrow_names_the_install_command(tmp_path, capsys, monkeypatch):
@@ -321,7 +447,7 @@ def test_val_docs_shard_size_name_and_limits(tmp_path, model):
     ]
     assert run(*arguments, "--out", tmp_path / "b", "--max-tokens", "700") == 0
     kept = len(decoded(tmp_path / "b", "train"))
-    sizes = [len(tokens) for _, tokens, _ in prepare_data.encode_batch(model, documents)]
+    sizes = [len(document.tokens) for document in prepare_data.encode_batch(model, documents)]
     assert sum(sizes[: 2 + kept]) >= 700 > sum(sizes[: 1 + kept])
 
 
@@ -331,7 +457,7 @@ def test_shards_hold_the_stream_whatever_the_cuts(tmp_path_factory, sizes, shard
     writer = prepare_data.ShardWriter(folder, "train", prepare_data.Recipe(shard_tokens=shard))
     stream = np.arange(sum(sizes), dtype="<u2")
     for part in np.split(stream, np.cumsum(sizes))[: len(sizes)]:
-        writer.add(part, 1)
+        writer.add(prepare_data.Encoded(b"", part, 1, 1, False))
     writer.close()
     (folder / "manifest.json").write_text(json.dumps({"shards": writer.shards}))
     assert np.array_equal(shard_tokens(folder, "train"), stream)
@@ -350,9 +476,8 @@ def test_utf8_bytes_are_those_of_the_byte_table(model):
         "<s> </s> <unk>",
     ]
     tokenizer = spm.SentencePieceProcessor(model_file=str(model))
-    for text, (_, tokens, utf8_bytes) in zip(
-        texts, prepare_data.encode_batch(model, texts), strict=True
-    ):
+    for text, document in zip(texts, prepare_data.encode_batch(model, texts), strict=True):
+        tokens = document.tokens
         # What the challenge counts: a piece's own bytes, plus one for its leading space unless a
         # document opens.
         table = 0
@@ -360,7 +485,9 @@ def test_utf8_bytes_are_those_of_the_byte_table(model):
             piece = tokenizer.id_to_piece(token)
             own = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("▁").encode())
             table += own + (piece.startswith("▁") and not tokenizer.is_control(before))
-        assert utf8_bytes == table == len(tokenizer.decode(tokens[1:].tolist()).encode()), text
+        decoded = tokenizer.decode(tokens[1:].tolist())
+        assert document.utf8_bytes == table == len(decoded.encode()), text
+        assert document.raw_bytes == len(text.encode()) and not document.altered
 
 
 def test_workers_do_not_change_the_result(tmp_path):
@@ -370,6 +497,122 @@ def test_workers_do_not_change_the_result(tmp_path):
         assert run("text", source, "--out", tmp_path / str(workers), *arguments) == 0
     assert tree_hash(tmp_path / "1") == tree_hash(tmp_path / "2")
     assert manifest_of(tmp_path / "1")["tokenizer"]["vocab_size"] == 320
+
+
+# ---- Do the tokens give their text back?
+
+
+def trained(path: Path, **settings) -> Path:
+    """A tokenizer of 320 pieces, or the fewest that there can be, with these settings."""
+    texts = [text.replace(" the ", "    the ") for text in make_documents(50)]
+    options = dict(model_type="bpe", vocab_size=400, hard_vocab_limit=False, byte_fallback=True)
+    options |= dict(character_coverage=0.999, normalization_rule_name="nmt_nfkc", pad_id=0)
+    options |= dict(bos_id=1, eos_id=2, unk_id=3, minloglevel=2, num_threads=1)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(path), **(options | settings)
+    )
+    return path.with_suffix(".model")
+
+
+def never(*arguments):
+    raise AssertionError("encoded")
+
+
+MISFITS = {  # name: (settings of its training, what the refusal says)
+    "no byte fallback": (dict(byte_fallback=False, vocab_size=60), "no byte fallback, .* lost"),
+    "characters": (dict(byte_fallback=False, model_type="char"), "no byte fallback, .* lost"),
+    "words": (dict(model_type="word", byte_fallback=False), "no byte fallback, .* lost"),
+    "words with bytes": (dict(model_type="word"), "its tokens of ' leads' give back '▁leads'"),
+    "space as suffix": (dict(treat_whitespace_as_suffix=True), "'.▁' has a space behind its first"),
+    "pieces of words": (dict(split_by_whitespace=False), "has a space behind its first"),
+    "pieces of spaces": (
+        dict(remove_extra_whitespaces=False, allow_whitespace_only_pieces=True),
+        "has a space behind its first",
+    ),
+    "kept spaces": (
+        dict(remove_extra_whitespaces=False, add_dummy_prefix=False),
+        "' leads' has 6 bytes; by the challenge's rule its tokens have 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_tokenizer_whose_tokens_do_not_give_text_back_is_refused_before_encoding(
+    tmp_path, capsys, name, monkeypatch
+):
+    settings, reason = MISFITS[name]
+    tokenizer = trained(tmp_path / "m", **settings)
+    monkeypatch.setattr(prepare_data, "encode", never)
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(5))
+    options = ["--tokenizer", tokenizer, "--val-docs", "2", "--workers", "1"]
+    line = refusal(capsys, "text", source, "--out", tmp_path / "out", *options)
+    assert re.search(f"m.model is unfit: .*{reason}", line), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_for_unknown_pieces_says_what_they_lose_of_validation(tmp_path, capsys):
+    tokenizer = trained(tmp_path / "m", byte_fallback=False, vocab_size=60)
+    documents = ["the golf of  a small model", "is \u6771\u4eac what it has", "left out"]
+    source = write_jsonl(tmp_path / "in.jsonl", documents)
+    options = ["--tokenizer", tokenizer, "--val-docs", "2", "--workers", "1"]
+    line = refusal(capsys, "text", source, "--out", tmp_path / "out", *options)
+    loss = r"unknown pieces in 1 of 2 validation documents, first in number 2: of 47 bytes, 46 norm"
+    # The unknown piece takes the space before it along
+    assert re.search(loss + r"alised, 39 would count", line), line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(add_dummy_prefix=False),
+        dict(model_type="char"),
+        dict(model_type="unigram"),
+        dict(remove_extra_whitespaces=False),
+        dict(normalization_rule_name="identity"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_whose_tokens_give_text_back_is_accepted(tmp_path, settings, capsys):
+    tokenizer = trained(tmp_path / "m", **settings)
+    documents = [*make_documents(5), " leads, and  folds\nno \u2460", "\u6771\u4eac 🏌️ ẞ"]
+    source = write_jsonl(tmp_path / "in.jsonl", documents)
+    options = ["--tokenizer", tokenizer, "--val-docs", "4", "--workers", "1"]
+    assert run("text", source, "--out", tmp_path / "out", *options) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    for split, texts in (("val", documents[:4]), ("train", documents[4:])):
+        found = manifest_of(tmp_path / "out")["splits"][split]
+        assert found["altered_documents"] == 0
+        assert found["raw_bytes"] == sum(len(text.encode()) for text in texts)
+        assert found["utf8_bytes"] == sum(
+            map(len, map(str.encode, decoded(tmp_path / "out", split)))
+        )
+
+
+def test_documents_that_a_tokenizer_folds_are_counted_and_said_aloud(tmp_path, capsys):
+    tokenizer = trained(tmp_path / "m", normalization_rule_name="nmt_nfkc_cf")
+    documents = ["The golf", "all small", "OF A", "in few bits", "Say"]
+    source = write_jsonl(tmp_path / "in.jsonl", documents)
+    options = ["--tokenizer", tokenizer, "--val-docs", "2", "--workers", "1"]
+    for again in ("", "nothing to do"):
+        assert run("text", source, "--out", tmp_path / "out", *options) == 0
+        out = capsys.readouterr().out
+        assert again in out
+        assert "WARNING: 2 of 3 documents in train do not come back from their tokens" in out
+        assert "WARNING: 1 of 2 documents in val do not come back from their tokens" in out
+    splits = manifest_of(tmp_path / "out")["splits"]
+    assert [splits[name]["altered_documents"] for name in ("train", "val")] == [2, 1]
+
+
+def test_a_document_that_the_probes_did_not_foresee_is_refused_with_its_number(
+    tmp_path, model, capsys, monkeypatch
+):
+    monkeypatch.setattr(prepare_data, "misfit", lambda table: "")
+    tokenizer = trained(tmp_path / "m", byte_fallback=False, vocab_size=60)
+    source = write_jsonl(tmp_path / "in.jsonl", ["the golf", "of a", "a \u6771"])
+    options = ["--tokenizer", tokenizer, "--val-docs", "1", "--workers", "1"]
+    line = refusal(capsys, "text", source, "--out", tmp_path / "out", *options)
+    assert "document 3 has" in line and not (tmp_path / "out").exists()
 
 
 # ---- Progress
@@ -477,7 +720,17 @@ runpy.run_path({str(ROOT / "prepare_data.py")!r}, run_name="__main__")
 """
 
 
-def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tmp_path, model):
+def test_an_interrupted_run_keeps_nothing_and_says_so(tmp_path, made, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "encode", interrupted)
+    assert run(*made[1], "--out", tmp_path / "out") == 130
+    assert "the next run starts anew" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tmp_path, model, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", make_documents(1000))
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
     options = ["text", source, "--tokenizer", model, "--workers", "1", "--shard-tokens", "2000"]
@@ -490,7 +743,9 @@ def test_a_killed_run_leaves_nothing_and_the_next_one_is_clean(tmp_path, model):
     )
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists() and partial.exists()
+    capsys.readouterr()
     assert run(*command) == 0
+    assert "left of a run that was killed: deleted, this one starts anew" in capsys.readouterr().out
     assert not partial.exists()
     assert run(*command[:-1], tmp_path / "fresh") == 0
     assert tree_hash(out) == tree_hash(tmp_path / "fresh")
@@ -504,11 +759,17 @@ BAD_INPUTS = {
     "in.parquet.gz": (b"", "no known kind"),
     "in.jsonl": (
         b'{"text": "good"}\n{"text": 5}\n',
-        r":2 is no JSON object with the text field 'text'.*--field",
+        r":2 has a number in the field 'text', not text: .*--field",
     ),
-    "cut.jsonl": (b'{"text": "good"}\n{"text', ":2 is no JSON object"),
+    "null.jsonl": (b'{"text": "good"}\n\n{"text": null}\n', ":3 has null in the field 'text'"),
+    "fields.jsonl": (b'{"body": 1, "url": 2}\n', r":1 has no field 'text' \(but 'body', 'url'\)"),
+    "list.jsonl": (b'["text"]\n', ":1 is a list and no JSON object"),
+    "array.jsonl": (b'[\n{"text": "good"}\n]\n', ":1 is no JSON .*one whole object a line"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000, ":1 is JSON nested too deeply"),
+    "huge.jsonl": (b'{"n": ' + b"1" * 9999 + b"}", ":1 is no JSON .*4300"),
+    "cut.jsonl": (b'{"text": "good"}\n{"text', ":2 is no JSON "),
     "latin.txt": ("naïve".encode("latin-1"), "not UTF-8.*iconv"),
-    "latin.jsonl": ('{"text": "naïve"}'.encode("latin-1"), ":1 is no JSON object"),
+    "latin.jsonl": ('{"text": "naïve"}'.encode("latin-1"), ":1 is not UTF-8.*iconv"),
     "cut.txt.gz": (gzip.compress(os.urandom(4000))[:-400], "cannot be read to its end.*whole copy"),
     "cut.txt.xz": (lzma.compress(os.urandom(4000))[:-400], "cannot be read to its end.*whole copy"),
     "cut.txt.zst": (
@@ -567,7 +828,7 @@ def test_damage_is_named_when_the_tokenizer_reads_first(tmp_path, capsys):
     line = refusal(
         capsys, "text", source, "--out", tmp_path / "out", "--vocab-size", "320", "--val-docs", "1"
     )
-    assert "in.jsonl:21 is no JSON object" in line
+    assert "in.jsonl:21 is no JSON (" in line
 
 
 def test_a_tokenizer_with_other_ids_is_refused(tmp_path, capsys):
@@ -861,7 +1122,8 @@ def test_fineweb_is_downloaded_verified_and_extended(hub, tmp_path, model):
     assert (tmp_path / "tokenizers" / "fineweb_1024_bpe.model").read_bytes() == model.read_bytes()
     manifest = manifest_of(folder)
     assert len(shard_tokens(folder, "train")) == 2000 and len(shard_tokens(folder, "val")) == 1000
-    assert manifest["splits"]["train"] == {"documents": 6, "tokens": 2000, "utf8_bytes": None}
+    train = dict.fromkeys(prepare_data.TOTALS) | {"documents": 6, "tokens": 2000}
+    assert manifest["splits"]["train"] == train
     assert manifest["disjoint"] is None and manifest["tokenizer"]["vocab_size"] == 320
     assert (folder / manifest["tokenizer"]["file"]).read_bytes() == model.read_bytes()
     assert not (folder.parent / ".fineweb10B_sp1024.partial").exists()
