@@ -174,10 +174,14 @@ def knob(default, unit: str, doc: str, **more):
 
 
 # What several knobs choose from
-BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
+BITS = (*CODE_BITS, 16)
+QAT_BITS = (0, *CODE_BITS)
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
-QAT_SCOPES = ("exported", "linears", "small_linears")
+SCOPES = ("exported", "linears", "small_linears", "block_linears")
+NOISES = ("export", "row")
 SUM_TYPES = ("fp32", "native", "bf16")
+FLOATS = ("fp16", "fp32")
 MATRIX = ("muon", "adam")
 ACTIVATIONS = ("relu2", "leaky_relu2")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
@@ -220,6 +224,7 @@ CLIP_QUANTILES = {
     "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
 }
 CLIPS = tuple(CLIP_QUANTILES)
+clip_knob = partial(grid_knob, choices=("auto", *CLIPS))
 
 # Functions of knobs, which they name as parameters: each refuses what does not go together
 RULES: list[Callable[..., None]] = []
@@ -388,13 +393,14 @@ class Config:
         remedy = f"is no multiple of TRAIN_SEQ_LEN={train_seq_len}"
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
 
-    # QAT. Scopes: exported, every tensor that ships as codes; linears, those of linear layers;
-    # small_linears, only of linear layers outside of the blocks
+    # QAT. Scopes, QNA's too: exported, every tensor that ships as codes; linears, the matrices of
+    # linear layers; small_linears and block_linears, those outside and inside of the blocks
     qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
     qat_start_kind: str = qat_knob("always", "", "what starts QAT", choices=TRIGGERS)
     qat_start: float = qat_knob(0.0, "", "lr scale / share of ITERATIONS / of run", lo=0, hi=1)
-    qat_scope: str = qat_knob("exported", "", "all; linears; not in blocks", choices=QAT_SCOPES)
+    qat_scope: str = qat_knob("exported", "", "which tensors see their codes", choices=SCOPES)
     qat_grid: str = qat_knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
+    qat_bits: int = qat_knob(0, "bits", "to round to; 0: those that ship", choices=QAT_BITS)
 
     @rule
     def qat_start_has_a_kind(qat_enabled, qat_start_kind, qat_start):
@@ -406,7 +412,8 @@ class Config:
     qna_enabled: bool = knob(False, "", "uniform noise of a grid step, falls with lr", on_grid=True)
     qna_magnitude: float = qna_knob(1.0, "steps", "noise width at full learning rate", lo=0)
     qna_stop_scale: float = qna_knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
-    qna_use_floor: bool = qna_knob(True, "", "noise on the true grid, with floor; 0: #975")
+    qna_scope: str = qna_knob("exported", "", "which tensors get noise", choices=SCOPES)
+    qna_grid: str = qna_knob("export", "", "step; row: without clip and floor", choices=NOISES)
 
     @rule
     def qat_leaves_time_for_noise(qna_enabled, qat_enabled, qat_start_kind):
@@ -453,10 +460,15 @@ class Config:
     quant_bits_bigram: int = bits_knob(6, "bits", "BigramHash, tables' projections", needs=TABLES)
     quant_bits_embed: int = bits_knob(16, "bits", "token and value-embedding tables")
     quant_clip: str = code_knob("quantile", "", "largest weight of a row", choices=CLIPS)
+    quant_clip_mlp: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_mlp")
+    quant_clip_attn: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_attn")
+    quant_clip_bigram: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_bigram")
+    quant_clip_embed: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_embed")
     quant_codes: str = code_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
     quant_scale_floor: bool = code_knob(True, "", "step at least 1/c: rows below 1 share one")
     keep_float_max_numel: int = code_knob(65536, "weights", "tensors up to this size: fp16", lo=0)
     fp16_keep_name_patterns: str = code_knob("", "csv", "fp16 if its name contains one of these")
+    control_dtype: str = grid_knob("fp16", "", "of gains, gates and scales", choices=FLOATS)
 
     # Export: pruning, compression, size
     prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
@@ -2312,7 +2324,7 @@ class Role(NamedTuple):
     """A parameter's policy, given where it is created: its optimiser, and its bits at export."""
 
     optimiser: str  # "muon", or a group of ADAMW_RATES
-    bits: str | None = None  # the knob with its bits; None: stays fp32
+    bits: str | None = None  # the knob with its bits; None: a float of CONTROL_DTYPE
 
 
 # Group -> the knobs with the learning rate and beta2 of its AdamW; a beta2 of 0 is BETA2
@@ -3347,6 +3359,21 @@ class Optimiser:
 # rank does the same arithmetic.
 
 
+def grids_in_scope(
+    cfg: Config, model: GPT, exported: dict[str, Grid], scope: str
+) -> dict[str, Grid]:
+    """Name -> grid of the tensors that a view changes; the seeds had narrower scopes (SCOPES)."""
+    if scope == "exported":
+        return exported
+    grids = {}
+    for name, p in model.named_parameters():
+        place = "block_linears" if name.startswith("blocks.") else "small_linears"
+        linear = name.endswith(".weight") and getattr(cfg, p.role.bits) < 16
+        if linear and scope in ("linears", place):
+            grids[name] = role_grid(cfg, p.role)
+    return grids
+
+
 class Qat:
     """QAT, quantisation-aware training: the forward pass sees what the artifact will hold.
 
@@ -3354,27 +3381,18 @@ class Qat:
     Why:    training moves the weights to where rounding costs least.
     Source: #989; toggle QAT_ENABLED, from QAT_START_KIND and QAT_START on.
     Care:   grids and tensors are those of the exporter, bit for bit; the seeds' own grids were not
-            (#194), or covered other tensors (#975, #145): QAT_SCOPE, QAT_GRID rebuild them.
+            (#194), or had other bits (#975), or covered other tensors (#975, #145): QAT_GRID,
+            QAT_BITS and QAT_SCOPE rebuild them.
     """
 
     def __init__(self, cfg: Config, model: GPT, exported: dict[str, Grid]):
         self.cfg = cfg
         self.scope = cfg.qat_scope
-        self.grids = exported
-        if self.scope != "exported":
-            self.grids = self.grids_of_linears(model)
+        self.grids = grids_in_scope(cfg, model, exported, self.scope)
         if cfg.qat_grid == "amax":
             self.grids = {n: grid._replace(clip="amax") for n, grid in self.grids.items()}
-
-    def grids_of_linears(self, model: GPT) -> dict[str, Grid]:
-        """The narrower scopes of the seeds: all linear layers, or those outside of the blocks."""
-        grids = {}
-        for name, p in model.named_parameters():
-            linear = name.endswith(".weight")
-            in_scope = self.scope == "linears" or not name.startswith("blocks.")
-            if linear and in_scope and getattr(self.cfg, p.role.bits) < 16:
-                grids[name] = role_grid(self.cfg, p.role)
-        return grids
+        if cfg.qat_bits:
+            self.grids = {n: grid._replace(bits=cfg.qat_bits) for n, grid in self.grids.items()}
 
     def at_full_strength(self) -> StepPlan:
         """A step in which it acts, for the warm-up and for the proof that it does something."""
@@ -3396,17 +3414,18 @@ class Qna:
     Why:    weights learn to bear errors as large as those of rounding, before QAT rounds them.
     Source: #975; toggle QNA_ENABLED.
     Care:   noise depends on SEED, step and stack alone: every rank, and a run that goes on, draws
-            the same. scale(w) is the exported one. #975's ignored the floor of the
-            step, so that its noise was smaller than the true error.
+            the same. scale(w) is the exported one. #975's is the largest weight of the row over
+            the largest code, without clip and floor, so smaller than the true error, in the
+            matrices of the blocks alone: QNA_GRID=row, QNA_SCOPE=block_linears.
     """
-
-    scope = "exported"
 
     def __init__(self, cfg: Config, model: GPT, exported: dict[str, Grid]):
         self.cfg = cfg
-        self.grids = {}
-        for name, grid in exported.items():
-            self.grids[name] = grid._replace(floor=grid.floor and cfg.qna_use_floor)
+        self.scope = cfg.qna_scope
+        self.grids = grids_in_scope(cfg, model, exported, self.scope)
+        if cfg.qna_grid == "row":
+            row = dict(clip="amax", floor=False)
+            self.grids = {n: grid._replace(**row) for n, grid in self.grids.items()}
 
     def at_full_strength(self) -> StepPlan:
         """A step with the noise of full learning rate."""
@@ -3449,7 +3468,7 @@ class WeightViews:
             run.activity[name] = Activity(len(view.grids), entries, view.scope)
             refuse(
                 not view.grids and cfg.strict,
-                f"{name}: would touch no tensor; see QAT_SCOPE, QUANT_BITS_*, "
+                f"{name}: would touch no tensor; see {name}_SCOPE, QUANT_BITS_*, "
                 "KEEP_FLOAT_MAX_NUMEL, STRICT",
                 4,
             )
@@ -4499,8 +4518,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def role_grid(cfg: Config, role: Role) -> Grid:
+    """The grid of tensors with this role: QUANT_BITS_MLP and QUANT_CLIP_MLP, say."""
     bits = getattr(cfg, role.bits)
-    return Grid(bits, cfg.quant_clip, cfg.quant_codes, cfg.quant_scale_floor)
+    clip = getattr(cfg, role.bits.replace("bits", "clip"))
+    if clip == "auto":
+        clip = cfg.quant_clip
+    return Grid(bits, clip, cfg.quant_codes, cfg.quant_scale_floor)
 
 
 def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
@@ -4535,7 +4558,7 @@ def unknown_pattern(pattern: str, names: Iterable[str]) -> str:
 
 def planned(cfg: Config, name: str, p: nn.Parameter) -> Grid | torch.dtype:
     if p.role.bits is None:
-        return torch.float32
+        return torch.float16 if cfg.control_dtype == "fp16" else torch.float32
     kept = any(pattern in name for pattern in kept_patterns(cfg))
     small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel
     if kept or small or getattr(cfg, p.role.bits) == 16:

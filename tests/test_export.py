@@ -390,9 +390,9 @@ def test_patterns_that_tensors_have_in_their_names_are_taken(tiny, patterns):
 SEEDS = ("989", "194", "975", "145")
 
 
-def full_size_plan(seed: str) -> dict:
+def full_size_plan(seed: str, **settings: str) -> dict:
     """Tensor name -> bits, or "fp16" / "fp32", for the seed's model at its true size, on meta."""
-    cfg = Config.from_env({"BASE": f"pr{seed}", "INIT": "default"})
+    cfg = Config.from_env({"BASE": f"pr{seed}", "INIT": "default"} | settings)
     with torch.device("meta"):
         plan = export_plan(cfg, GPT(cfg))
     floats = {torch.float16: "fp16", torch.float32: "fp32"}
@@ -434,8 +434,9 @@ def test_each_tensor_of_a_seed_is_shipped_as_in_the_seed(seed, part, expected):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_control_tensors_stay_fp32_and_every_matrix_is_planned(seed):
-    plan = full_size_plan(seed)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_control_tensors_ship_as_control_dtype_says_and_every_matrix_is_planned(seed, dtype):
+    plan = full_size_plan(seed, CONTROL_DTYPE=dtype)
     control = {name for name in plan if not name.endswith(("weight", "embed", "tok_emb"))}
     assert {n.split(".")[-1] for n in control} >= {
         "q_gain",
@@ -444,7 +445,48 @@ def test_control_tensors_stay_fp32_and_every_matrix_is_planned(seed):
         "mlp_scale",
         "skip_weights",
     }
-    assert {name for name, how in plan.items() if how == "fp32"} == control
+    assert {plan[name] for name in control} == {dtype}
+    if dtype == "fp32":
+        assert {name for name, how in plan.items() if how == "fp32"} == control
+
+
+def test_control_tensors_come_back_as_their_dtype_holds_them(product, tmp_path):
+    """fp16 is the default; files of earlier code have fp32, and are read as they are."""
+    sizes = {}
+    for dtype, precision in (("fp16", torch.float16), ("fp32", torch.float32)):
+        cfg, state, plan = product(control_dtype=dtype)
+        path = tmp_path / dtype
+        path.write_bytes(encode_artifact(cfg, state, plan))
+        sizes[dtype] = path.stat().st_size
+        _, read = read_artifact(path)
+        for name in ("skip_weights", "blocks.0.resid_mix", "blocks.1.attn.q_gain", "smear.gate"):
+            assert torch.equal(read[name], state[name].to(precision).float())
+    assert sizes["fp16"] < sizes["fp32"]
+    assert Config().control_dtype == "fp16"
+
+
+# Kind of tensor, as in QUANT_BITS_MLP: parts of the names
+KINDS = {
+    "attn": ("attn.c_q.", "attn.c_k.", "attn.c_v.", "attn.proj."),
+    "mlp": (".mlp.",),
+    "bigram": ("bigram.embed", "bigram.proj", "value_embed.proj"),
+    "embed": ("tok_emb", "value_embed.embed"),
+}
+
+
+def of_kind(names, kind: str) -> set[str]:
+    return {name for name in names if any(part in name for part in KINDS[kind])}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_can_be_chosen_for_one_kind_of_tensor(product, kind):
+    """As in #975, whose tables take the quantile and whose matrices the best of five."""
+    knobs = {**ALL_ON, "quant_clip": "search5", "keep_float_max_numel": 0}
+    before = product(**knobs)[2]
+    after = product(**knobs, **{f"quant_clip_{kind}": "amax"})[2]
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == of_kind(after, kind) and len(changed) > 1
+    assert all(after[name] == before[name]._replace(clip="amax") for name in changed)
 
 
 def test_a_tensor_of_exactly_the_limit_stays_fp16_and_bits_16_means_fp16(product):
@@ -709,20 +751,12 @@ def test_a_configuration_that_lacks_knobs_is_refused(artifact, tiny, config):
 # ── sizes by kind of tensor ───────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("compressor", CHOICES)
 def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(product, compressor):
-    cfg, state, plan = product(**ALL_ON, compressor=compressor, quant_clip="amax")
+    knobs = dict(compressor=compressor, quant_clip="amax", control_dtype="fp32")
+    cfg, state, plan = product(**ALL_ON, **knobs)
     model = GPT(cfg)
     groups = sizes_by_kind(cfg, model, state, plan)
     assert groups.keys() == {"mlp", "attn", "bigram", "embed", "control"}
-    kinds = {
-        "attn": ("attn.c_q.", "attn.c_k.", "attn.c_v.", "attn.proj."),
-        "mlp": (".mlp.",),
-        "bigram": ("bigram.embed", "bigram.proj", "value_embed.proj"),
-        "embed": ("tok_emb", "value_embed.embed"),
-    }
-    members = {
-        kind: {n for n in state if any(part in n for part in parts)}
-        for kind, parts in kinds.items()
-    }
+    members = {kind: of_kind(state, kind) for kind in KINDS}
     members["control"] = state.keys() - set().union(*members.values())
     for kind, names in members.items():
         squares = sum(

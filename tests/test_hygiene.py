@@ -226,12 +226,14 @@ def test_every_knob_is_read_outside_its_declaration_and_its_checks():
         for n in ast.walk(tree)
         if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
     }
-    # getattr(cfg, role.bits) and the like read knobs, or NAME_ENABLED, whose names stand as text
+    # getattr(cfg, role.bits) and the like read knobs whose names stand as text; or NAME_ENABLED; or
+    # the clip beside a role's bits
     for top in tree.body:
         if not ast.unparse(top).startswith(("ALIASES", "ABSENT")) and top is not config:
             texts = [n.value for n in ast.walk(top) if isinstance(n, ast.Constant)]
             names = {text.lower() for text in texts if isinstance(text, str)}
             read |= names | {f"{name}_enabled" for name in names}
+            read |= {name.replace("quant_bits", "quant_clip") for name in names}
     assert [f.name for f in KNOBS if f.name not in read] == []
 
 

@@ -171,6 +171,7 @@ def changed(bench, seen) -> set[str]:
                 {n for n in BLOCK_LINEARS if "attn" in n} | SMALL_LINEARS,
             ),
             ("small_linears", dict(qat_scope="small_linears"), SMALL_LINEARS),
+            ("block_linears", dict(qat_scope="block_linears"), BLOCK_LINEARS),
         ]
     ],
 )
@@ -243,6 +244,16 @@ def test_qat_grid_amax_changes_the_clip_only(bench):
     assert b.plan[name] == Grid(6, "search5", "sym", True)
 
 
+@pytest.mark.parametrize("bits", (3, 6))
+def test_qat_bits_changes_the_bits_that_training_sees_alone(bench, bits):
+    b = bench(qat_enabled=True, qat_bits=bits, quant_bits_attn=8, quant_bits_mlp=4)
+    seen = b.seen(qat=True)
+    for name, shipped in (("blocks.0.mlp.fc.weight", 4), ("blocks.1.attn.c_q.weight", 8)):
+        faked = Grid(bits, "quantile", "sym", True).fake_quantise(b.latent[name])
+        assert torch.equal(seen[name], faked)
+        assert b.plan[name].bits == shipped
+
+
 # ── QAT: gradients ──
 @pytest.mark.parametrize("phase", (dict(qat=True), dict(qna=1.0)), ids=str)
 def test_the_gradient_is_that_of_the_seen_weights(trainer, phase):
@@ -286,15 +297,33 @@ def test_noise_is_uniform_within_half_a_step_of_the_exported_grid(bench, floor):
     assert steps.std() == pytest.approx(1 / math.sqrt(12), rel=0.02) and steps.abs().max() > 0.49
 
 
-def test_noise_without_the_floor_uses_the_step_of_the_row(bench):
+def test_noise_on_the_row_alone_ignores_the_floor_and_the_clip(bench):
     name = "blocks.0.attn.c_q.weight"
-    with_floor, without = (
-        bench(qna_enabled=True, qna_use_floor=on).noise()[name] for on in (True, False)
-    )
-    ratio = (without / with_floor).nanmedian(dim=1).values
-    w = bench().latent[name].abs().amax(1)
-    torch.testing.assert_close(ratio, w.clamp_max(1), rtol=0.03, atol=0)
+    knobs = dict(qna_enabled=True, quant_clip="search5")
+    shipped, row = (bench(**knobs, qna_grid=grid).noise()[name] for grid in ("export", "row"))
+    ratio = (row / shipped).nanmedian(dim=1).values
+    b = bench()
+    w = b.latent[name]
+    exported = Grid(6, "search5", "sym", True).scale(w).squeeze(1)
+    torch.testing.assert_close(ratio, w.abs().amax(1) / 31 / exported, rtol=0.03, atol=0)
     assert ratio.min() < 0.1 and ratio.max() > 0.97
+
+
+@pytest.mark.parametrize(
+    "scope, expected",
+    [
+        ("block_linears", BLOCK_LINEARS),
+        ("small_linears", SMALL_LINEARS),
+        ("linears", BLOCK_LINEARS | SMALL_LINEARS),
+        ("exported", BLOCK_LINEARS | SMALL_LINEARS | TABLES),
+    ],
+)
+def test_noise_covers_its_scope(bench, scope, expected):
+    knobs = dict(quant_bits_embed=8, keep_float_max_numel=0, qna_scope=scope)
+    b = bench(**ALL, **knobs, qna_enabled=True)
+    assert b.noise().keys() == expected
+    assert b.run.activity["QNA"].scope == scope
+    assert b.run.activity["QNA"].tensors == len(expected)
 
 
 def test_noise_scales_with_its_width(bench):
