@@ -5799,6 +5799,8 @@ def inherit_settings(cfg: Config, knobs: dict, state: State) -> Config:
     try:
         check_knob_types(cfg, knobs)
         own = {name: value for name, value in knobs.items() if name.upper() not in cfg.given}
+        if cfg.resume and cfg.base:
+            check_base(cfg, own, source)
         cfg = dataclasses.replace(cfg, inherited=True, **own)
         fixed = ("model",) if cfg.eval_only else cfg.training_scopes
         for name, value in cfg.knobs(*fixed).items():
@@ -5809,6 +5811,19 @@ def inherit_settings(cfg: Config, knobs: dict, state: State) -> Config:
         problem = f"its configuration does not fit ({error!r:.200}); make it again"
         raise Refusal(f"{source}: {problem}") from None
     return cfg
+
+
+def check_base(cfg: Config, own: dict, source: str) -> None:
+    """Refusal of a BASE whose values are not those with which a run goes on.
+
+    own: the values of the file that this launch does not give itself.
+    """
+    for variable in read_base(cfg.base).settings:
+        name = variable.lower()
+        if name in own and own[name] != getattr(cfg, name):
+            made = f"{source} was made with {setting(name, own[name])}"
+            there = setting(name, getattr(cfg, name))
+            raise Refusal(f"BASE={cfg.base}: has {there}, but {made}; unset BASE")
 
 
 def check_knob_types(cfg: Config, knobs: dict) -> None:
@@ -5838,7 +5853,7 @@ def check_tensors(cfg: Config, state: State) -> None:
 def log_start(cfg: Config, run: Run) -> None:
     """The first lines of both records, and the script beside them."""
     where = environment(run)
-    if cfg.base:
+    if cfg.base and "base" not in cfg.idle():
         run.log(f"base: {cfg.base}, whose values are among the settings")
     run.log(f"settings: {settings_line(cfg) or 'all defaults'}")
     vain = [f"{name} ({why})" for name, why in cfg.without_effect().items()]

@@ -7,6 +7,7 @@ ITERATIONS, #989's an lr scale; #989's ten published runs mix two settings of pr
 of #194 are two configurations.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,27 @@ def test_a_base_states_what_it_changes_in_another_file_even_after_a_byte_order_m
     )
     cfg = Config.from_env({"BASE": "y"})
     assert (cfg.num_layers, cfg.ln_scale, cfg.model_dim, cfg.ve_layers) == (3, True, 64, "1")
+
+
+def test_a_run_goes_on_under_its_base_and_under_no_other(elsewhere):
+    small = "MODEL_DIM = 32\nNUM_HEADS = 2\nNUM_KV_HEADS = 1\nVOCAB_SIZE = 16\nNUM_LAYERS = "
+    elsewhere(a=f"[base.x]\n{small}2\nPRUNE_PCT = 0.2\n[base.y]\n{small}1\n")
+    variables = {"BASE": "x", "RESUME": "1", "RUN_ID": "r"}
+    cfg = Config.from_env(variables)
+    weights = {name: p.detach() for name, p in GPT(cfg).named_parameters()}
+
+    def go_on(**changes: str) -> Config:
+        launch = Config.from_env(variables | changes)
+        return train_gpt.inherit_settings(launch, cfg.knobs("seed", *COMPARED), weights)
+
+    assert go_on() == dataclasses.replace(cfg, inherited=True)
+    # what is given may differ where a resumed run may
+    assert go_on(PRUNE_PCT="0.1").prune_pct == 0.1
+    assert go_on(BASE="y", NUM_LAYERS="2").num_layers == 2
+    with pytest.raises(Refusal) as refusal:
+        go_on(BASE="y")
+    made = "has NUM_LAYERS=1, but RESUME=1 RUN_ID=r was made with NUM_LAYERS=2"
+    assert str(refusal.value) == f"BASE=y: {made}; unset BASE"
 
 
 def test_help_lists_the_bases():
