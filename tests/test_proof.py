@@ -34,6 +34,8 @@ WHOLE = dict(val_max_tokens=1472, eval_stride=0)
         (0.001, [-0.001, 0.003], "not distinguishable", True),
         (-0.001, [-0.003, 0.001], "not distinguishable", True),
         (0.0, [-0.001, 0.001], "not distinguishable", True),
+        (0.001, [0.0, 0.002], "not distinguishable", True),
+        (-0.001, [-0.002, 0.0], "not distinguishable", True),
         (0.0, [0.0, 0.0], "did nothing", False),
         (0.0, None, "did nothing", False),
         (-0.99, None, "acted", True),

@@ -275,6 +275,8 @@ def test_batched_scores_equal_one_window_at_a_time(setting, mode, compiled_shape
     torch.testing.assert_close(nats, expected, rtol=1e-5, atol=1e-5)
     bpb = expected.double().sum().item() / math.log(2) / val.target_bytes.sum().item()
     assert found.bpb == pytest.approx(bpb, rel=1e-6) and found.targets == val.n == 700
+    # what is computed behind a window's end is in no block
+    assert sum(found.blocks) == pytest.approx(found.loss * val.n, rel=1e-9)
 
 
 def test_each_mode_scores_the_same_targets_and_bytes_but_in_other_contexts(setting):
