@@ -60,11 +60,10 @@ def folder(cfg: Config) -> Path:
 
 
 def events(cfg: Config, kind: str) -> list[dict]:
-    return [
-        e
-        for line in (folder(cfg) / "metrics.jsonl").open()
-        if (e := json.loads(line))["event"] == kind
-    ]
+    """None of a launch that was refused: it leaves no folder."""
+    path = folder(cfg) / "metrics.jsonl"
+    told = [json.loads(line) for line in path.open()] if path.exists() else []
+    return [e for e in told if e["event"] == kind]
 
 
 def losses(cfg: Config) -> list[float]:
