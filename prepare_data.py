@@ -248,6 +248,7 @@ BEGINNINGS = {
     ".7z": (b"7z\xbc\xaf",),
     ".arrow": (b"ARROW1\0\0",),
     ".avro": (b"Obj\x01",),
+    ".pdf": (b"%PDF-",),
 }
 BEGINNING = 16  # bytes that tell all of them
 # UTF-32 first, as it begins like UTF-16. Without a mark the zeros of the first letter show it.
@@ -331,6 +332,8 @@ def read_txt(path: Path, field: str) -> Iterator[str]:
     for has_text, lines in itertools.groupby(read_lines(path), key=is_not_blank):
         try:
             block = b"\n".join(lines).decode()
+            if "\0" in block:
+                raise UserError(f"{path} is no text (it holds zero bytes): give plain UTF-8 text")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path} is not UTF-8 ({error}): convert it, for example with iconv"

@@ -2200,13 +2200,11 @@ class Validation:
     def warnings(self, lost: str | None) -> list[str]:
         """Why the score is none of the challenge's text. lost: as in Manifest."""
         found = []
-        if lost is None and self.altered:
-            lost = "unknown how many (no manifest tells)"
         if lost and not lost.startswith("0 "):
+            problem = f"{lost} documents of validation do not come back from their tokens"
             for character, becomes in self.altered[:1]:
-                lost += f"; the tokenizer makes {character!r} {becomes!r}, among others"
-            problem = "documents of validation do not come back from their tokens"
-            found.append(f"{problem}: {lost}; no score for the leaderboard")
+                problem += f"; the tokenizer makes {character!r} {becomes!r}, among others"
+            found.append(f"{problem}; no score for the leaderboard")
         if not self.checked.bytes:
             found.append("0 bytes of validation were compared with decoded text")
         return found
@@ -5875,6 +5873,8 @@ def load_inputs(cfg: Config, run: Run) -> Inputs:
         validation = Validation(cfg, run, splits["val"])
         fingerprint = check_data(cfg, splits)
         fingerprint |= validation.facts()
+        if validation.altered:
+            fingerprint.setdefault("lost_documents", "an unknown number of")
     run.log("data: " + ", ".join(f"{key} {value}" for key, value in fingerprint.items()))
     for problem in validation.warnings(fingerprint.get("lost_documents")):
         run.warn(problem)

@@ -461,13 +461,27 @@ def test_what_the_tokenizer_loses_of_the_text_is_said_aloud(data, tmp_path, topi
     tokens = [BOS, *table_of(model)[1].encode(topics[0])]
     val = validation_of(tmp_path, tokens, model)
     assert val.altered[0] == ("A", "a")
-    for known, said in (("3 of 8", "3 of 8; "), (None, "unknown how many")):
-        (warning,) = val.warnings(known)
-        assert said in warning and "makes 'A' 'a'" in warning and "leaderboard" in warning
+    (warning,) = val.warnings("3 of 8")
+    assert warning.startswith("3 of 8 documents") and "makes 'A' 'a'" in warning
+    assert "leaderboard" in warning
     assert val.warnings("0 of 8") == []
     plain = trained(tmp_path / "plain.model", topics)
     tokens = [BOS, *table_of(plain)[1].encode(topics[0])]
     assert validation_of(tmp_path, tokens, plain).warnings(None) == []
+
+
+@pytest.mark.parametrize("rule, lost", [("nmt_nfkc_cf", "an unknown number of"), ("nmt_nfkc", "")])
+def test_without_a_manifest_a_tokenizer_that_loses_text_is_found_by_itself(
+    tmp_path, topics, tiny, run, rule, lost
+):
+    model = trained(tmp_path / "m.model", topics, normalization_rule_name=rule)
+    tokens = [BOS, *table_of(model)[1].encode(topics[0])]
+    cfg = tiny(data_path=str(tmp_path), tokenizer_path=str(model))
+    for split in ("val", "train"):
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", tokens)
+    assert train_gpt.load_inputs(cfg, run).fingerprint.get("lost_documents", "") == lost
+    assert [text for text in run.warnings if f"{lost} documents" in text] == run.warnings
+    assert len(run.warnings) == bool(lost)
 
 
 def test_byte_counts_beside_the_shards_are_no_shards_and_must_agree(data, tmp_path):

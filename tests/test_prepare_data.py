@@ -275,6 +275,8 @@ OTHER_KINDS = {  # name: (content, what the refusal names)
     "bz2.txt.xz": (bz2.compress(LINES[0]), "holds .bz2 data"),
     "parquet.jsonl": (b"PAR1\x15\x04\x15\x20", "holds .parquet data"),
     "gz.parquet": (gzip.compress(LINES[0]), "holds .gz data"),
+    "tar.txt.gz": (gzip.compress(b"name.txt" + bytes(249) + b"ustar\0"), "is no text .*zero bytes"),
+    "pdf.txt": (b"%PDF-1.7\n%\xe2\xe3", "holds .pdf data"),
     "zip.txt": (b"PK\x03\x04" + bytes(30), "holds .zip data"),
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES[0])), "holds .gz data within: unpack it"),
     "u16.jsonl": (LINES[0].decode().encode("utf-16"), "is UTF-16: .*iconv -f UTF-16"),
