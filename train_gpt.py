@@ -100,6 +100,7 @@ EXIT_CODES = {
     6: "a rank was lost or differs",
     7: "cannot read or write a file",
     8: "out of memory",
+    9: "over a time limit (all is saved)",
     130: "interrupted",
     143: "terminated",
 }
@@ -1401,6 +1402,23 @@ RECOMPILE_LIMIT = 32
 # Parameter name -> fp32 tensor, the same on every rank
 State = dict
 
+# Phases in which a stop signal waits: until the step is done and saved, or the run's end
+WAITING = ("train", "validate", "last checkpoint", "stop")
+
+# In the folder of a run that is at work, or was killed: launches, and seconds of all of them
+ALIVE = "alive.txt"
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        ticks = int(fields[19])
+        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return max(since_boot - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
+
 
 def nothing() -> None:
     """What a CPU waits for, and what a toggle is measured against that is off by being absent."""
@@ -1427,9 +1445,17 @@ def free_name(folder: Path, name: str) -> str:
 
 
 class Run:
-    """This process among its ranks: device, log, seconds per phase, and what each toggle did."""
+    """This process among its ranks: device, log, clock, and what each toggle did.
 
-    def __init__(self, cfg: Config):
+    One clock books all seconds: each belongs to the phase under way, an inner one pauses the one
+    around it. So the rows of the ledger are disjoint and add up to the wall time of all launches.
+
+    start_up: seconds that this process took before.
+    """
+
+    def __init__(self, cfg: Config, start_up: float = 0.0):
+        self.started = time.perf_counter()
+        self.booked = self.started
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.cuda = torch.cuda.is_available()
@@ -1444,14 +1470,23 @@ class Run:
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
-        self.started = time.perf_counter()
-        # phase -> wall seconds
+        # phase -> wall seconds of this launch, all until `booked`
         self.seconds = {}
+        if start_up:
+            self.seconds["start-up"] = start_up
+        # the same of earlier launches, as far as a checkpoint tells
+        self.earlier = {}
+        self.launches = 1
+        # from the last checkpoint of each earlier launch to its end; None: not known
+        self.lost_seconds = 0.0
+        # the file that says so; what earlier launches left in it is read first
+        self.alive = None
+        self.shows_alive = not cfg.resume
         # toggle -> Activity
         self.activity = {}
         # what the log has warned of, for result.json
         self.warnings = []
-        self.phase_name = "start"
+        self.phase_name = "set-up and other"
         # number of the first stop signal
         self.stop = 0
         self.open_folder(cfg)
@@ -1526,7 +1561,8 @@ class Run:
     def warn(self, text: str) -> None:
         """A line of the log that result.json and the end of the log repeat."""
         self.log(f"WARNING: {text}")
-        self.warnings.append(text)
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def event(self, kind: str, **fields) -> None:
         """One JSON object for programs in metrics.jsonl; `t` is seconds since the start."""
@@ -1537,7 +1573,7 @@ class Run:
     def signalled(self, number: int, _) -> None:
         """On SIGTERM and SIGINT: stops at once, but while training between two steps."""
         self.stop = self.stop or number
-        waits = self.phase_name in ("train", "stop")
+        waits = self.phase_name in WAITING
         refuse(not waits, f"stopped by {signal.Signals(number).name}", 128 + number)
 
     def silent_ranks(self, seconds: float = 5) -> list[int]:
@@ -1568,23 +1604,73 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str):
-        """Names what is going on and books its wall seconds.
+        """Names what is going on. Its seconds are no longer those of the phase around it.
 
         An exception leaves the name, so that the message can say where.
         """
         outer = self.phase_name
-        self.phase_name = name
-        began = time.perf_counter()
+        self.enter(name)
         yield
+        self.enter(outer)
+
+    def enter(self, name: str) -> None:
+        """From now on another phase is under way; the GPU's work until now is the old one's."""
         if self.cuda:
             torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-        self.phase_name = outer
+        self.tick()
+        self.phase_name = name
 
-    def set_aside(self, name: str, seconds: float) -> None:
-        """Books seconds of the phase under way on another one."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.seconds[self.phase_name] = self.seconds.get(self.phase_name, 0.0) - seconds
+    def tick(self) -> float:
+        """Books the time until now on the phase under way.
+
+        Returns its seconds in all launches: `train` is the training clock.
+        """
+        now = time.perf_counter()
+        name = self.phase_name
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.booked
+        self.booked = now
+        self.show_alive()
+        return self.earlier.get(name, 0.0) + self.seconds[name]
+
+    def ledger(self) -> dict[str, float]:
+        """Wall seconds by phase, of all launches, until the last tick."""
+        rows = dict(self.earlier)
+        for name, seconds in self.seconds.items():
+            rows[name] = rows.get(name, 0.0) + seconds
+        return rows
+
+    def show_alive(self) -> None:
+        """Leaves on disk how long the run has been at work, should it be killed."""
+        if self.rank == 0 and self.shows_alive:
+            if self.alive is None:
+                self.alive = os.open(self.dir / ALIVE, os.O_WRONLY | os.O_CREAT, 0o644)
+            seconds = sum(self.ledger().values())
+            os.pwrite(self.alive, f"{self.launches:9d} {seconds:20.6f}\n".encode(), 0)
+
+    def go_on(self, ledger: dict[str, float], launches: int, warnings: list[str]) -> None:
+        """Takes over what earlier launches have booked and said until their last checkpoint.
+
+        What ALIVE says beyond that was lost, or done again; without it that is not known.
+        """
+        self.earlier = dict(ledger)
+        self.launches = launches + 1
+        self.warnings[:] = dict.fromkeys([*warnings, *self.warnings])
+        self.lost_seconds = None
+        # a disk may hold anything
+        with contextlib.suppress(OSError, ValueError):
+            before, seconds = (self.dir / ALIVE).read_text(errors="replace").split()
+            self.launches = max(launches, int(before)) + 1
+            lost = max(float(seconds) - sum(self.earlier.values()), 0.0)
+            if math.isfinite(lost):
+                self.earlier["lost"] = self.earlier.get("lost", 0.0) + lost
+                self.lost_seconds = self.earlier["lost"]
+
+    def remove_alive(self) -> None:
+        """The run is complete."""
+        if self.alive is not None:
+            os.close(self.alive)
+            self.alive = None
+        (self.dir / ALIVE).unlink(missing_ok=True)
 
     def milliseconds(self, work: Callable) -> float:
         """Time of one call, to the end of what it starts on the device."""
@@ -3809,7 +3895,14 @@ class Trainer:
         """What a checkpoint says beside its tensors, as JSON can hold it."""
         snapshots = self.averages.snapshots
         activity = {n: dataclasses.asdict(a) for n, a in self.run.activity.items()}
+        # the checkpoint is of the end of the last step: what is booked since is lost with a kill
+        ledger = self.run.ledger()
+        if "train" in ledger:
+            ledger["train"] = self.elapsed
         return {
+            "ledger": ledger,
+            "launches": self.run.launches,
+            "warnings": [*self.run.warnings],
             "config": self.cfg.knobs("seed", *COMPARED),
             "fired": sorted(self.schedule.fired),
             "progress": {name: copy.copy(getattr(self, name)) for name in self.PROGRESS},
@@ -3971,27 +4064,21 @@ class Trainer:
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
             self.resumed.append(self.steps)
-        with run.phase("checkpoint"):
+        with run.phase("first checkpoint"):
             self.save()  # shows, before anything is spent, that the disk takes it
 
         compiled = torch._dynamo.utils.counters["stats"]
         graphs = compiled["unique_graphs"]
-        with run.phase("train"):
-            self.started = time.perf_counter() - self.elapsed
-            try:
-                self.loop()
-            except Refusal as stop:
-                self.save_what_is_left(stop)
-                raise
-            if run.cuda:
-                torch.cuda.synchronize()
-            self.elapsed = run.broadcast(time.perf_counter() - self.started)
+        try:
+            with run.phase("train"):
+                last = self.loop()
+            self.elapsed = run.broadcast(run.ledger()["train"])
             self.recompiles += compiled["unique_graphs"] - graphs
-            run.log(
-                f"trained {self.steps} steps in {self.elapsed:.1f} s; "
-                f"recompiles after the clock started: {self.recompiles}"
-            )
-            self.save()
+            with run.phase("last checkpoint"):
+                self.close(last)
+        except Refusal as stop:
+            self.save_what_is_left(stop)
+            raise
         if run.stop:
             run.signalled(run.stop, None)
 
@@ -4002,21 +4089,41 @@ class Trainer:
             for text in averaging_warnings(self.cfg, forecast(self.cfg, step_seconds)):
                 self.run.warn(text)
 
-    def loop(self) -> None:
-        """Step after step. Refusal of all ranks, after the same step, when one was told to stop."""
+    def loop(self) -> StepPlan:
+        """Step after step; returns what the last one did.
+
+        Refusal of all ranks, after the same step, when one was told to stop.
+        """
         run = self.run
         loader = batches(self.cfg, run, self.split, self.steps)
-        while not self.done():
+        while True:
             typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
             now = self.schedule.at(self.steps, self.elapsed, typical)
             self.step(next(loader), now)
             before = self.elapsed
-            self.elapsed = run.broadcast(time.perf_counter() - self.started)
+            self.elapsed = run.broadcast(run.tick())
             self.step_seconds.append(self.elapsed - before)
+            if self.done():
+                break
             self.report(now)
-            number = run.stop or signal.SIGTERM
-            refuse(self.stopping, f"stopped by {signal.Signals(number).name}", 128 + number)
+            self.obey()
         loader.close()
+        return now
+
+    def close(self, last: StepPlan) -> None:
+        """What is due after the last step, when the clock of training has stopped."""
+        self.report(last)
+        self.obey()
+        self.run.log(
+            f"trained {self.steps} steps in {self.elapsed:.1f} s; "
+            f"recompiles after the clock started: {self.recompiles}"
+        )
+        self.save()
+
+    def obey(self) -> None:
+        """Refusal of all ranks when one was told to stop before the step that is done."""
+        number = self.run.stop or signal.SIGTERM
+        refuse(self.stopping, f"stopped by {signal.Signals(number).name}", 128 + number)
 
     def save_what_is_left(self, stop: Refusal) -> None:
         """A checkpoint before the run ends early: no step is half done.
@@ -4098,16 +4205,13 @@ class Trainer:
 
     def validate(self) -> None:
         """Score of the live weights and an estimate of the size, off the clock. A host sync."""
-        paused = time.perf_counter()
-        live = self.score_weights()
         size = 0
-        if self.run.rank == 0:
-            weights = dict(self.model.named_parameters())
-            artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
-            size = len(shipped_code(self.cfg)) + len(artifact)
-        seconds = time.perf_counter() - paused
-        self.started += seconds
-        self.run.set_aside("validate", seconds)
+        with self.run.phase("validate"):
+            live = self.score_weights()
+            if self.run.rank == 0:
+                weights = dict(self.model.named_parameters())
+                artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
+                size = len(shipped_code(self.cfg)) + len(artifact)
         self.run.log(
             f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
             f"size ~{size:,} bytes (fast compression)"
@@ -4838,7 +4942,7 @@ class Score(NamedTuple):
     loss: float
     targets: int
     bytes: int
-    seconds: float
+    seconds: float = 0.0  # of its phase: the row of the ledger
     blocks: tuple[float, ...] = ()
 
     def figures(self) -> dict:
@@ -4905,7 +5009,6 @@ class ScoreSheet:
         self.run = run
         self.val = val
         self.n = val.n
-        self.began = time.perf_counter()
         self.both = torch.zeros(2, self.n + 1, device=run.device)
         self.nats, self.hits = self.both
 
@@ -4969,6 +5072,7 @@ class ScoreSheet:
             nats = forward(ids, val[inside + 1].long(), positions)
 
             slot = torch.where(target < end, target, self.n)
+            self.run.tick()
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
         return self
@@ -4982,8 +5086,7 @@ class ScoreSheet:
         nats = self.nats[:-1].double().sum().item()
         blocks = block_sums(self.nats[:-1])
         size = int(self.val.target_bytes.sum())
-        seconds = time.perf_counter() - self.began
-        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, seconds, blocks)
+        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, blocks=blocks)
 
 
 def score(
@@ -5107,8 +5210,9 @@ TRAINING_FIGURES = (
 # The environment variables that change the speed of a run.
 SPEED_VARIABLES = ("NCCL_", "OMP_", "GOMP_", "TORCH_")
 
-# The contest's limit on the seconds that scoring may take.
+# The contest's limit on the seconds that scoring may take, and the GPUs that it is meant for.
 SCORE_SECONDS = 600
+SCORE_GPUS = 8
 
 
 @dataclass
@@ -5521,16 +5625,14 @@ def build_result(
         closing_warnings(cfg, run, trained, bpb)
     toggles = {name: activity.row(steps) for name, activity in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
-    code = 0
-    if inactive and cfg.strict:
-        code = 4
-    if not sizes["under_cap"]:
-        code = 3
+    elapsed = trained.trainer.elapsed if trained else None
+    limits = time_limits(cfg, run, elapsed, mode, final.seconds)
+    late = [name for name, row in limits.items() if row["slack"] < 0]
 
     return dict(
         schema=SCHEMA_VERSION,
         date=time.strftime("%Y-%m-%d"),
-        exit_code=code,
+        exit_code=verdict(cfg, sizes["under_cap"], late, inactive),
         val_bpb=final.bpb,
         val_loss=final.loss,
         val_tokens=final.targets,
@@ -5543,7 +5645,8 @@ def build_result(
         eval_seconds=final.seconds,
         inactive=inactive,
         warnings=run.warnings,
-        limits={"train": cfg.max_wallclock_seconds or None, f"score {mode}": SCORE_SECONDS},
+        limits=limits,
+        over_limit=late,
         toggles=toggles,
         scores={name: score.figures() for name, score in scores.items()},
         data=data,
@@ -5551,10 +5654,48 @@ def build_result(
     )
 
 
+def time_limits(
+    cfg: Config, run: Run, elapsed: float | None, mode: str, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Row of the ledger -> its seconds, its limit, and what is left: negative when it is over.
+
+    Training is held to its budget, wherever it runs. Scoring is held to the contest's limit on the
+    contest's number of GPUs, or more. With fewer, or on a CPU, the same scoring takes longer
+    without being too slow for the contest, so that there no limit is claimed.
+    """
+    held = {}
+    if elapsed is not None and cfg.max_wallclock_seconds:
+        held["train"] = elapsed, cfg.max_wallclock_seconds
+    if run.cuda and run.world >= SCORE_GPUS:
+        held[f"score {mode}"] = seconds, SCORE_SECONDS
+    return {
+        name: {"spent": spent, "limit": limit, "slack": limit - spent}
+        for name, (spent, limit) in held.items()
+    }
+
+
+def verdict(cfg: Config, under_cap: bool, late: list[str], inactive: list[str]) -> int:
+    """The exit code of a run that came to its end: of several the one that weighs most.
+
+    Size before time: both break the contest's rules, but a file can be made smaller without
+    training again. The log names everything.
+    """
+    if not under_cap:
+        return 3
+    if late:
+        return 9
+    if inactive and cfg.strict:
+        return 4
+    return 0
+
+
 def provenance(cfg: Config, run: Run) -> dict:
     """What it takes to reproduce the run, and what the run took."""
+    run.tick()
     return dict(
-        seconds=run.seconds,
+        seconds=run.ledger(),
+        launches=run.launches,
+        lost_seconds=run.lost_seconds,
         seed=cfg.seed,
         world_size=run.world,
         peak_memory_bytes=peak_memory(run),
@@ -5587,6 +5728,7 @@ def final_table(r: dict) -> str:
     for name in GAP_FIGURES:
         if r.get(name) is not None:
             parts.append(f"{name}: {r[name]:+.6f}")
+    parts += time_lines(r)
     for name in r["inactive"]:
         did = "did nothing"
         if r["toggles"][name]["verdict"] == NOT_FINITE:
@@ -5612,11 +5754,21 @@ def size_rows(r: dict) -> dict[str, dict]:
 
 
 def ledger_rows(r: dict) -> dict[str, dict]:
-    """Seconds of every phase, beside the limit where it has one."""
-    rows = {}
-    for name, seconds in r["seconds"].items():
-        limit = r["limits"].get(name)
-        rows[name] = {"spent": f"{seconds:.1f} s", "of": limit and f"{limit:g} s"}
+    """Seconds of every phase, a limit beside those that have one; the sum is the wall time."""
+
+    def row(seconds: float, held: dict | None = None) -> dict:
+        cells = {"spent": f"{seconds:.1f} s", "limit": None, "slack": None}
+        if held:
+            # as many decimals as it takes to see who is over
+            cells["limit"] = f"{held['limit']:g} s"
+            cells["slack"] = f"{held['slack']:+.3f} s"
+        return cells
+
+    rows = {name: row(seconds, r["limits"].get(name)) for name, seconds in r["seconds"].items()}
+    rows["sum"] = row(sum(r["seconds"].values()))
+    for name, held in r["limits"].items():
+        if name not in rows:
+            rows[f"{name} (before the checkpoint)"] = row(held["spent"], held)
     return rows
 
 
@@ -5680,6 +5832,29 @@ def steps_text(row: dict) -> str | None:
     return f"{row['step_ms_without']:.1f} ms, {row['step_ms_with']:.1f} ms"
 
 
+def time_lines(r: dict) -> list[str]:
+    """What the ledger does not say by itself: limits that were broken, seconds that were lost."""
+    lines = []
+    for name in r["over_limit"]:
+        row = r["limits"][name]
+        lines.append(
+            f"OVER THE LIMIT: {name} took {row['spent']:.3f} s of {row['limit']:g} s, "
+            f"{-row['slack']:.3f} s too long"
+        )
+    if r["launches"] > 1 and r["lost_seconds"] is None:
+        lines.append(
+            f"{r['launches']} launches: how long the ones before went on after their last "
+            "checkpoint is not known; those seconds are in no row"
+        )
+    elif r["launches"] > 1:
+        lines.append(
+            f"{r['launches']} launches: at least {r['lost_seconds']:.1f} s from the last "
+            "checkpoint of each to its end were lost or done again; they are in the row `lost`, "
+            "and no training that counts"
+        )
+    return lines
+
+
 def codes_line(compressor: str, weights: int, order0_bytes: int, stored_bytes: int) -> str:
     """How close the compressor comes to the order-0 entropy of the codes."""
     stored_bits = 8 * stored_bytes / weights
@@ -5715,9 +5890,9 @@ class Inputs(NamedTuple):
     fingerprint: dict
 
 
-def main(cfg: Config) -> dict:
+def main(cfg: Config, start_up: float = 0.0) -> dict:
     """One run, from its settings to result.json, which it returns."""
-    run = Run(cfg)
+    run = Run(cfg, start_up)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.signalled)
     try:
@@ -5771,8 +5946,29 @@ def saved_training(cfg: Config, run: Run) -> tuple[dict, State] | None:
     if cfg.checkpoint:
         return read_container(Path(cfg.checkpoint))
     if cfg.resume:
-        return last_checkpoint(run)
+        saved = last_checkpoint(run)
+        take_over(run, saved[0] if saved else {})
+        return saved
     return None
+
+
+def take_over(run: Run, facts: dict) -> None:
+    """The ledger of the launches before this one. Refusal where a checkpoint holds none.
+
+    A run that was stopped before its first checkpoint begins again; its seconds are lost.
+    """
+    if not facts and not (run.dir / ALIVE).exists():
+        run.shows_alive = True
+        return
+    ledger = facts.get("ledger", {})
+    launches = facts.get("launches", 0)
+    warnings = facts.get("warnings", [])
+    fine = isinstance(ledger, dict) and isinstance(warnings, list) and type(launches) is int
+    fine = fine and all(type(n) in (int, float) and 0 <= n < math.inf for n in ledger.values())
+    fine = fine and all(isinstance(text, str) for text in warnings)
+    refuse(not fine, f"RESUME=1: the checkpoint in {run.dir} holds no ledger; train again")
+    run.go_on(ledger, launches, warnings)
+    run.shows_alive = True
 
 
 def complete_settings(cfg: Config, path: Path, saved: tuple[dict, State] | None) -> Config:
@@ -5976,8 +6172,10 @@ def score_all(
     scores = {}
 
     def keep(name: str, job: Callable[[], Score]) -> None:
-        with run.phase(f"score {name}"):
-            scores[name] = job()
+        phase = f"score {name}"
+        with run.phase(phase):
+            found = job()
+        scores[name] = found._replace(seconds=run.ledger()[phase])
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
         remedy = "lower TTT_LR" if name == "ttt" else "lower the learning rates"
         broken = not math.isfinite(scores[name].bpb)
@@ -6032,6 +6230,7 @@ def finish(run: Run, report: dict) -> dict:
     if run.rank == 0:
         write_atomic(run.dir / "result.json", (json.dumps(report, indent=1) + "\n").encode())
         keep_one_checkpoint(run.dir)
+        run.remove_alive()
     report = run.broadcast(report)
     # from here on a signal comes too late
     run.phase_name = "stop"
@@ -6060,7 +6259,7 @@ def explain(run: Run, error: BaseException) -> Refusal | None:
     out_of_memory = is_out_of_memory(error)
 
     # the other ranks are asked only where one of them may be the reason
-    waited = isinstance(error, RuntimeError) or (run.stop and phase != "train")
+    waited = isinstance(error, RuntimeError) or (run.stop and phase not in WAITING)
     silent = []
     if waited and run.world > 1 and not out_of_memory:
         silent = run.silent_ranks()
@@ -6069,6 +6268,7 @@ def explain(run: Run, error: BaseException) -> Refusal | None:
     with contextlib.suppress(OSError):
         run.log(f"stopped {where}")
         run.event("stopped", phase=phase, error=where)
+        run.tick()
 
     again = f"RESUME=1 RUN_ID={run.dir.name}"
     if out_of_memory:
@@ -6109,7 +6309,7 @@ def command_line(arguments: list[str]) -> int:
         return 0
 
     try:
-        code = main(Config.from_env(os.environ, arguments))["exit_code"]
+        code = main(Config.from_env(os.environ, arguments), process_seconds())["exit_code"]
         if code:
             tell_launcher(f"[exit {code}: {EXIT_CODES[code]}]", os.environ)
     except Refusal as refusal:
@@ -6124,7 +6324,7 @@ def command_line(arguments: list[str]) -> int:
 
     # Gloo's threads must let go before the interpreter ends, or may abort it (PyTorch #179291);
     # NCCL would wait for lost ranks
-    if dist.is_initialized() and (code in (0, 3, 4) or not torch.cuda.is_available()):
+    if dist.is_initialized() and (code in (0, 3, 4, 9) or not torch.cuda.is_available()):
         dist.destroy_process_group()
     return code
 

@@ -285,6 +285,19 @@ FAULTS = [
         },
     ),
     Fault(
+        "training or scoring takes longer than its limit",
+        "`OVER THE LIMIT: train took ... too long`, and the slack in the time ledger",
+        "9",
+        "everything",
+        {
+            "test_ledger": (
+                "training_over_its_limit_is_not_good",
+                "scoring_is_held_to_the_limit_where_the_contest_holds_it",
+            ),
+            "test_faults": ("a_machine_that_slept_ends_the_run_in_good_order",),
+        },
+    ),
+    Fault(
         "an artifact or checkpoint that is damaged, forged or huge",
         "`not one of our files, or damaged`",
         "2",

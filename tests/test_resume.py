@@ -108,9 +108,10 @@ def state(cfg: Config) -> tuple[dict, dict]:
     facts["progress"] = {
         k: v
         for k, v in facts["progress"].items()
-        if k not in ("elapsed", "step_seconds", "resumed")
+        if k not in ("elapsed", "step_seconds", "resumed", "warmed")
     }
-    return {k: v for k, v in facts.items() if k != "metrics_bytes"}, tensors
+    times = ("metrics_bytes", "ledger", "launches", "warnings")
+    return {k: v for k, v in facts.items() if k not in times}, tensors
 
 
 def assert_same_run(one: Config, other: Config) -> None:
@@ -384,9 +385,13 @@ def test_a_run_stopped_after_training_exports_and_scores_without_training_again(
     for file in ("result.json", "artifact.bin"):
         (folder(cfg) / file).unlink()
     (folder(cfg) / CHECKPOINTS[0]).rename(folder(cfg) / name)
+    before = read_container(folder(cfg) / name)[0]["ledger"]
     report = main(cfg)
     assert_same_run(stopped[0], cfg)
-    assert report["resumed"] == [] and "warm-up and compile" not in report["seconds"]
+    # no second warm-up, no second training
+    for phase in ("warm-up and compile", "train"):
+        assert report["seconds"][phase] == before[phase]
+    assert report["resumed"] == [] and report["launches"] == 2
 
 
 # ── whose checkpoint ──────────────────────────────────────────────────────────────────────────────
