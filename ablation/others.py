@@ -18,14 +18,13 @@ from ablation.prose import (
     BPB,
     BYTES,
     HEADROOM,
-    MAX_NUMBERS,
     NATS,
     SECONDS,
     Figures,
     Stated,
     half_a_digit,
     kind_of,
-    numbers,
+    numbers_of,
 )
 from ablation.records import MAX_BYTES
 from ablation.statistics import RECORD_LEVEL, RECORD_NATS, half_width
@@ -34,25 +33,38 @@ from ablation.submission import CAP_BYTES, LIMIT_SECONDS
 MAX_LINE = 4000  # characters of a line of a log that holds a figure
 MAX_LISTED = 40  # numbers of a README in one line
 MAX_CHOICES = 64  # of one log for each seed
+MAX_LINES = 100_000  # of a log that may hold figures
+MAX_EVALUATIONS = 1000  # of a log while it trains
+MAX_FINALS = 100  # of a log after training, and stages of all logs
 LATE_SECONDS = 1.0  # beyond the limit, as accepted records are: the clock is read after a step
 
+MAY_HOLD = re.compile(
+    r"^.*(?:val_bpb|train_time|total_eval_time|bytes|Code size|Total submission|budget:"
+    r"|train_shards|seed[:=]).*$",
+    re.MULTILINE,
+)
 EVALUATION = re.compile(
-    r"^(?:\d{9,10}\.\d+ )?(?P<label>.{0,200}?)[ ]*(?:sliding )?val_loss: ?(?P<loss>\d+\.\d+) "
-    r"(?:sliding )?val_bpb: ?(?P<bpb>\d+\.\d+)(?P<rest>.*)$"
+    r"^(?:\d{9,10}\.\d+ )?(?P<label>.{0,200}?)[ ]*(?:sliding )?val_loss: ?"
+    r"(?P<loss>\d{1,12}\.\d{1,20}) "
+    r"(?:sliding )?val_bpb: ?(?P<bpb>\d{1,12}\.\d{1,20})(?P<rest>.*)$"
 )
 STEP_LABEL = re.compile(r"^(?:step:? ?)?\d+/\d+")
-TOOK = re.compile(r"\btime: ?(\d+(?:\.\d+)?)(ms|s)\b|eval_time: ?(\d+(?:\.\d+)?)(ms|s)\b")
-TOTAL_EVAL = re.compile(r"total_eval_time: ?(\d+(?:\.\d+)?)s")
-STOPPED = re.compile(r"stopping_early: .*train_time: ?(\d+)ms step: ?(\d+)/")
-TRAIN_TIME = re.compile(r"^(?:\d+\.\d+ )?(?:step:? ?)?(\d+)/\d+ .*train_time: ?(\d+)ms")
-CODE = re.compile(r"Code size( \([a-z]+\))?: ?(\d+)(?: bytes)?\s*$")
-MODEL = re.compile(r"Serialized model (\S[^:]{0,60}): ?(\d+) bytes")
-TOTAL = re.compile(r"Total submission(?: size)?( [^:]{0,60})?: ?(\d+)(?: bytes)?\s*$")
-BUDGET = re.compile(r"budget: ?(\d+)/16000000\b")
-SHARDS = re.compile(r"train_shards: ?(\d+)")
-SEED_LINE = re.compile(r"^\s*(?:\d+\.\d+ )?seed: ?(\d+)\s*$")
-SEED_SETTING = re.compile(r"(?:^| )seed=(\d+)(?= |$)")
-SEED_NAME = re.compile(r"seed[_-]?(\d+)|[_-](\d+)\.(?:txt|log)$", re.IGNORECASE)
+TOOK = re.compile(
+    r"\btime: ?(\d{1,12}(?:\.\d{1,20})?)(ms|s)\b|eval_time: ?(\d{1,12}(?:\.\d{1,20})?)(ms|s)\b"
+)
+TOTAL_EVAL = re.compile(r"total_eval_time: ?(\d{1,12}(?:\.\d{1,20})?)s")
+STOPPED = re.compile(r"stopping_early: .*train_time: ?(\d{1,15})ms step: ?(\d{1,15})/")
+TRAIN_TIME = re.compile(
+    r"^(?:\d{1,12}\.\d{1,20} )?(?:step:? ?)?(\d{1,15})/\d+ .*train_time: ?(\d{1,15})ms"
+)
+CODE = re.compile(r"Code size( \([a-z]+\))?: ?(\d{1,15})(?: bytes)?\s*$")
+MODEL = re.compile(r"Serialized model (\S[^:]{0,60}): ?(\d{1,15}) bytes")
+TOTAL = re.compile(r"Total submission(?: size)?( [^:]{0,60})?: ?(\d{1,15})(?: bytes)?\s*$")
+BUDGET = re.compile(r"budget: ?(\d{1,15})/16000000\b")
+SHARDS = re.compile(r"train_shards: ?(\d{1,15})")
+SEED_LINE = re.compile(r"^\s*(?:\d{1,12}\.\d{1,20} )?seed: ?(\d{1,15})\s*$")
+SEED_SETTING = re.compile(r"(?:^| )seed=(\d{1,15})(?= |$)")
+SEED_NAME = re.compile(r"seed[_-]?(\d{1,15})|[_-](\d{1,15})\.(?:txt|log)$", re.IGNORECASE)
 
 SCORE_KEYS = ("val_bpb", "mean_val_bpb", "mean_bpb")
 TOTAL_KEYS = ("bytes_total", "artifact_bytes", "artifact_size_bytes", "artifact_bytes_max")
@@ -67,8 +79,6 @@ class Evaluation(NamedTuple):
     loss: float
     bpb: float
     half: float  # of the last digit of the bpb
-    seconds: float | None
-    in_training: bool
 
 
 class Log:
@@ -77,7 +87,8 @@ class Log:
     def __init__(self, name: str, text: str):
         self.name = name
         self.text = text
-        self.evaluations: list[Evaluation] = []
+        self.evaluations: list[Evaluation] = []  # in training
+        self.finals: list[Evaluation] = []  # after it
         self.steps: int | None = None
         self.train_seconds: float | None = None
         self.eval_seconds: float | None = None
@@ -86,9 +97,12 @@ class Log:
         self.total_bytes: int | None = None
         self.train_shards: int | None = None
         self.said_seed: int | None = None
-        for line in text.split("\n"):
-            if len(line) <= MAX_LINE:
-                self.read_line(line)
+        self.too_long = False
+        lines = itertools.islice(MAY_HOLD.finditer(text), MAX_LINES + 1)
+        for number, match in enumerate(lines):
+            if match.end() - match.start() <= MAX_LINE:
+                self.read_line(match[0].rstrip("\r"))
+            self.too_long = number == MAX_LINES
         match = SEED_NAME.search(name.rpartition("/")[2])
         self.named_seed = int(match[1] or match[2]) if match else None
 
@@ -125,8 +139,11 @@ class Log:
             self.eval_seconds = seconds
         bpb = float(match["bpb"])
         half = half_a_digit(match["bpb"])
-        found = Evaluation(label, float(match["loss"]), bpb, half, seconds, in_training)
-        self.evaluations.append(found)
+        found = Evaluation(label, float(match["loss"]), bpb, half)
+        if in_training and len(self.evaluations) < MAX_EVALUATIONS:
+            self.evaluations.append(found)
+        elif not in_training:
+            self.finals = [*self.finals[1 - MAX_FINALS :], found]
 
     def read_bytes(self, line: str) -> None:
         if match := CODE.search(line):
@@ -149,18 +166,30 @@ class Log:
         return next(iter(self.code_bytes.values()), None)
 
     @property
-    def finals(self) -> list[Evaluation]:
-        """The evaluations after training."""
-        return [found for found in self.evaluations if not found.in_training]
-
-    @property
     def final(self) -> Evaluation | None:
         """The last evaluation after training."""
         return self.finals[-1] if self.finals else None
 
     @property
     def shows_anything(self) -> bool:
-        return bool(self.evaluations or self.total_bytes or self.train_seconds)
+        return bool(self.evaluations or self.finals or self.total_bytes or self.train_seconds)
+
+    def has(self, key: str, stated: float) -> Evaluation | None:
+        """The last evaluation after training that rounds to a number.
+
+        Where the log shows fewer digits, the number has to round to these; but not when the log
+        shows the same evaluation with more of them, too.
+        """
+        for one in reversed(self.finals):
+            value = getattr(one, key)
+            finer = any(
+                other.half < one.half and abs(getattr(other, key) - value) <= one.half * 1.01
+                for other in self.finals
+            )
+            reach = 0.0 if finer else one.half
+            if abs(value - stated) <= max(half_a_digit(repr(stated)), reach) + 1e-9:
+                return one
+        return None
 
 
 class Folder(NamedTuple):
@@ -212,7 +241,7 @@ def number_at(value, keys: Iterable[str]) -> tuple[str, float] | None:
 
 def rounds_to(value: float, stated: float, digits: float = 1.0) -> bool:
     """Whether a value rounds to a number that is written with as many digits as it has."""
-    return abs(value - stated) <= digits * half_a_digit(repr(stated)) + 1e-9
+    return abs(value - stated) <= digits * half_a_digit(repr(stated)) + 6e-9
 
 
 # ── Files and words ───────────────────────────────────────────────────────────────────────────────
@@ -279,7 +308,8 @@ def at_stage(label: str, key: str) -> Callable[[Log], float | None]:
 
 def groups(logs: list[Log], key: str) -> Iterator[tuple[str, tuple]]:
     """(label, a figure of each seed) of every evaluation that two seeds or more have."""
-    for label in dict.fromkeys(one.label for log in logs for one in log.finals):
+    labels = dict.fromkeys(one.label for log in logs for one in log.finals)
+    for label in itertools.islice(labels, MAX_FINALS):
         for values in one_per_seed(logs, at_stage(label, key)):
             if len(values) > 1:
                 yield label, values
@@ -288,9 +318,8 @@ def groups(logs: list[Log], key: str) -> Iterator[tuple[str, tuple]]:
 def shown_by_log(f: Folder, stated: float, key: str) -> str:
     """Which evaluation of which log is a score; empty when none is."""
     for log in f.logs:
-        for one in reversed(log.finals):
-            if rounds_to(getattr(one, key), stated):
-                return f"'{one.label}' of {log.name}"
+        if one := log.has(key, stated):
+            return f"'{one.label}' of {log.name}"
     return ""
 
 
@@ -301,12 +330,17 @@ def shown_by(f: Folder, stated: float, key: str) -> str:
             return f"the mean of '{label}' over {len(values)} seeds"
     if source := shown_by_log(f, stated, key):
         return source
-    # the mean of rows which are held to the logs one by one
-    rows = [row.get("val_" + key if key == "bpb" else "val_loss") for row in f.seed_rows.values()]
-    rows = [value for value in rows if type(value) in (int, float)]
-    if len(rows) > 1 and rounds_to(statistics.fmean(rows), stated, digits=2.02):
+    rows = [row.get("val_" + key) for row in f.seed_rows.values()]
+    shown_rows = [value for value in rows if is_shown(f, value, key)]
+    whole = len(shown_rows) == len(rows) > 1
+    if whole and rounds_to(statistics.fmean(shown_rows), stated, digits=2.02):
         return "the mean of its seeds"
     return ""
+
+
+def is_shown(f: Folder, value, key: str) -> bool:
+    """Whether a value of submission.json is a number that a log shows."""
+    return type(value) in (int, float) and bool(shown_by_log(f, value, key))
 
 
 def logs_say(f: Folder, key: str) -> str:
@@ -336,7 +370,7 @@ def wrong_scores(f: Folder) -> Iterator[Finding]:
             if name == "bpb":
                 yield from of_one_seed(f, where, value, source)
         elif not has_finals:
-            yield Finding(UNCHECKED, where, f"{value}: no log has an evaluation after training")
+            yield in_training_alone(f, where, value, name)
         elif name == "loss" and shown_by(f, value, "bpb"):
             yield Finding(ERROR, where, f"{value} is a score in BPB", "give nats per token")
         else:
@@ -344,6 +378,15 @@ def wrong_scores(f: Folder) -> Iterator[Finding]:
             yield Finding(ERROR, where, problem, "correct it, or add the log that shows it")
     yield from wrong_rows(f)
     yield from wrong_ratio(f)
+
+
+def in_training_alone(f: Folder, where: str, value: float, key: str) -> Finding:
+    """A score where no log scores what is shipped."""
+    for log in f.logs:
+        if log.evaluations and rounds_to(getattr(log.evaluations[-1], key), value):
+            problem = f"{value} is of {log.name} while it trains, none is of what is shipped"
+            return Finding(WARNING, where, problem, "score the artifact")
+    return Finding(UNCHECKED, where, f"{value}: no log has an evaluation after training")
 
 
 def of_one_seed(f: Folder, where: str, value: float, source: str) -> Iterator[Finding]:
@@ -370,7 +413,7 @@ def wrong_rows(f: Folder) -> Iterator[Finding]:
             finals = [getattr(one, name) for log in logs for one in log.finals]
             if type(value) not in (int, float) or not finals:
                 continue
-            if not any(rounds_to(final, value) for final in finals):
+            if not any(log.has(name, value) for log in logs):
                 problem = f"{value}, but {logs[0].name} ends with {finals[-1]}"
                 other = shown_by_log(f, value, name)
                 if other:
@@ -383,7 +426,7 @@ def wrong_ratio(f: Folder) -> Iterator[Finding]:
     """Bytes per token are of the validation text: the same in each evaluation of all logs."""
     ratios = {}
     for log in f.logs:
-        if log.final and log.final.bpb > 0:
+        if log.final and min(log.final.bpb, log.final.loss) > 0:
             ratios[log.name] = log.final.loss / log.final.bpb / math.log(2)
     if len(ratios) > 1 and max(ratios.values()) / min(ratios.values()) > 1.001:
         low = min(ratios, key=ratios.get)
@@ -538,8 +581,8 @@ def wrong_row_bytes(f: Folder) -> Iterator[Finding]:
         logs = [log for log in f.logs if str(log.seed) == seed and log.total_bytes]
         if type(value) is not int or not logs:
             continue
-        known = {n for log in logs for n in (log.total_bytes, log.model_bytes)}
-        if value not in known:
+        known = {n for log in logs for n in (log.total_bytes, log.model_bytes)} - {None}
+        if value not in known | {n + sum(f.scripts.values()) for n in known}:
             problem = f"{value:,}, but {logs[0].name} says {logs[0].total_bytes:,}"
             yield Finding(ERROR, f"{f.where}.{seed}.artifact_bytes", problem, "correct it")
 
@@ -574,7 +617,7 @@ def figures_of(f: Folder) -> Figures:
     figures.add(BYTES, CAP_BYTES)
     for log in f.logs:
         figures.add_text(log.text)
-        for one in log.evaluations:
+        for one in log.evaluations + log.finals:
             figures.add(BPB, one.bpb)
             figures.add(NATS, one.loss)
         figures.add_differences(BPB, (one.bpb for one in log.finals))
@@ -607,22 +650,18 @@ GROUPS: list[tuple[str, Callable[[Log], float | None]]] = [
 ]
 
 
-def wrong_prose(f: Folder) -> Iterator[Finding]:
+def wrong_prose(f: Folder, figures: Figures) -> Iterator[Finding]:
     """The score of submission.json has to stand in the README; numbers that no log shows."""
     if f.readme is None:
         return
-    found = list(itertools.islice(numbers(f.readme), MAX_NUMBERS + 1))
-    if len(found) > MAX_NUMBERS:
-        problem = f"all numbers after the first {MAX_NUMBERS:,}"
-        yield Finding(UNCHECKED, "README.md", problem, "shorten it")
-        found = found[:MAX_NUMBERS]
+    found, long = numbers_of("README.md", f.readme)
+    yield from long
     stated = number_at(f.submission, SCORE_KEYS)
     if stated:
         score = stated[1]
         if not any(abs(n.value - score) <= n.half * 1.02 and n.half <= 5e-3 for n in found):
             problem = f"does not show the score of {f.where}, {score}"
             yield Finding(WARNING, "README.md", problem, "let both say the same")
-    figures = figures_of(f)
     lost = [n for n in found if not figures.shows(n, cut=True)]
     claims = [n for n in lost if n.is_claim]
     others = [n for n in lost if not n.is_claim]
@@ -668,9 +707,8 @@ def json_numbers(value, path: str = "", name: str = "") -> Iterator[Stated]:
         yield Stated(f"{path} {value}", 0, kind, abs(value) * unit, half)
 
 
-def unread_json(f: Folder) -> Iterator[Finding]:
+def unread_json(f: Folder, figures: Figures) -> Iterator[Finding]:
     """Numbers of submission.json that no log shows."""
-    figures = figures_of(f)
     lost = [n for n in json_numbers(f.submission) if not figures.shows(n, cut=True)]
     if lost:
         yield Finding(UNCHECKED, f.where, f"no log shows {listed(lost)}")
@@ -685,8 +723,6 @@ CHECKS = (
     wrong_totals,
     wrong_bytes,
     wrong_times,
-    wrong_prose,
-    unread_json,
 )
 
 
@@ -694,6 +730,13 @@ def check_others(f: Folder) -> Iterator[Finding]:
     """Every finding of a folder that another tool made."""
     for check in CHECKS:
         yield from check(f)
+    figures = figures_of(f)
+    yield from wrong_prose(f, figures)
+    yield from unread_json(f, figures)
+    for log in f.logs:
+        if log.too_long:
+            problem = f"more than {MAX_LINES:,} lines with figures: the rest of it"
+            yield Finding(UNCHECKED, log.name, problem, "shorten it")
 
 
 def read_logs(folder: Path, files: list[Path]) -> tuple[list[Log], list[Finding]]:

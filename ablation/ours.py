@@ -17,12 +17,13 @@ from ablation.prose import (
     BPB,
     BYTES,
     HEADROOM,
-    MAX_NUMBERS,
+    MAX_LOGGED,
     NATS,
     SECONDS,
     Figures,
     Stated,
     numbers,
+    numbers_of,
 )
 from ablation.records import RESULT_SHAPE, TEXT, read_json, read_text, shown
 from ablation.script import ask_script
@@ -284,7 +285,8 @@ def check_readme(folder: Path, readme: str, results: Results, about: dict) -> li
     texts |= {f"submission.json.{key}": about[key] for key in ABOUT}
     stated = {}
     for name, text in texts.items():
-        stated[name] = list(itertools.islice(numbers(text), MAX_NUMBERS + 1))
+        stated[name], long = numbers_of(name, text)
+        found += long
     if any(stated.values()):
         strict, loose = known_figures(folder, results, summarise(results, about))
         for name, ones in stated.items():
@@ -309,7 +311,7 @@ def known_figures(folder: Path, results: Results, summary: dict) -> tuple[Figure
         path = folder / f"train_seed{seed}.log"
         if path.is_file():
             loose_text = path.read_text(encoding="utf-8", errors="replace")
-            for number in itertools.islice(numbers(loose_text), 10 * MAX_NUMBERS):
+            for number in itertools.islice(numbers(loose_text), MAX_LOGGED):
                 both[1].add(ANY, number.value)
     return both
 
@@ -338,9 +340,7 @@ def wrong_numbers(
     """Numbers of a text: a result that no run has is an error, another one was not checked."""
     shown_ones = 0
     lost = []
-    if len(stated) > MAX_NUMBERS:
-        yield Finding(UNCHECKED, name, f"all numbers after the first {MAX_NUMBERS:,}", "shorten it")
-    for n in stated[:MAX_NUMBERS]:
+    for n in stated:
         if (strict if is_result(n) else loose).shows(n):
             shown_ones += 1
         elif is_result(n):

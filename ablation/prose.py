@@ -12,12 +12,17 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ablation.findings import UNCHECKED, Finding
+
 BPB, NATS, BYTES, SECONDS, ANY = "BPB", "nats", "bytes", "seconds", "any"
 # Bytes below the cap. No size in MB: 15.9 MB is no artifact because another one leaves 15.9 MB
 HEADROOM = "headroom"
 SIZE = 1e5  # bytes that may be a claim on the size of what is shipped
 
 MAX_NUMBERS = 20_000  # of a text that a person wrote
+MAX_PROSE = 1 << 20  # characters of one
+MAX_LOGGED = 200_000  # of a log
+MAX_ROW = 10_000  # characters of a row of a table
 
 # What the rules of the contest say, so that a text may say it too
 RULES = {BYTES: (16e6,), SECONDS: (600.0,), NATS: (0.005,), ANY: (0.01, 8, 80, 10, 16, 3)}
@@ -77,8 +82,8 @@ NUMBER = re.compile(
 )
 # Not numbers of a result: links, and numbers of pull requests, dates, versions, list items
 CUT = re.compile(
-    r"\]\([^)\s]{0,500}\)|https?://\S+|(?:#|\b(?:PR|pull|issue)s?[ #]{0,2})\d+(?:\s*/\s*#?\d+)*"
-    r"|\b\d{4}-\d\d-\d\d(?:T[\d:.Z]+)?|\b\d+(?:\.\d+){2,}\S*|^\s*\d+\.\s",
+    r"\]\([^)\s]{0,500}\)|https?://\S+|(?:#|\b(?:PR|pull|issue)s?[ #]{0,2})\d+(?: ?/ ?#?\d+)*"
+    r"|\b\d{4}-\d\d-\d\d(?:T[\d:.Z]+)?|\b\d+(?:\.\d+){2,}\S*|^[ \t]*\d+\.\s",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -147,7 +152,7 @@ class Figures:
 
     def add_text(self, text: str) -> None:
         """Every number of a log: of any kind, and of the kind that its unit says."""
-        for found in itertools.islice(numbers(text), 50 * MAX_NUMBERS):
+        for found in itertools.islice(numbers(text), MAX_LOGGED):
             self.add(found.kind, found.value)
             self.add(ANY, found.value)
 
@@ -225,9 +230,20 @@ def numbers(text: str) -> Iterator[Stated]:
             yield stated(match, row, column_of(line, match, heads))
 
 
+def numbers_of(name: str, text: str) -> tuple[list[Stated], list[Finding]]:
+    """(the numbers of a text that a person wrote, what of it is too long to look at)."""
+    found = list(itertools.islice(numbers(text[:MAX_PROSE]), MAX_NUMBERS + 1))
+    if len(found) <= MAX_NUMBERS and len(text) <= MAX_PROSE:
+        return found, []
+    problem = f"what comes after {MAX_NUMBERS:,} numbers or {MAX_PROSE:,} characters"
+    return found[:MAX_NUMBERS], [Finding(UNCHECKED, name, problem, "shorten it")]
+
+
 def column_of(line: str, match: re.Match, heads: list[str]) -> str:
     """The unit that the heading of a table gives to a number in this line."""
-    place = line[: match.start("number")].count("|") - 1
+    if not heads or len(line) > MAX_ROW:
+        return ""
+    place = line.count("|", 0, match.start("number")) - 1
     return heads[place] if 0 <= place < len(heads) else ""
 
 
@@ -238,7 +254,8 @@ def stated(match: re.Match, line: int, column: str) -> Stated:
     name = unit or (match["before"] or "").lower() or column
     kind, factor = UNITS.get(name, (ANY, 1.0))
     half = half_a_digit(text.replace(",", ""))
-    if re.search(r"[~≈±][ *_`]{0,3}$", match.string[: match.start("number")][-4:]):
+    start = match.start("number")
+    if re.search(r"[~≈±][ *_`]{0,3}$", match.string[max(0, start - 4) : start]):
         half *= 2  # "about": the last digit may be cut instead of rounded
     value = float(text.replace(",", "")) * factor
     shown = text + re.sub(r"[*_`~]", "", match["unit"] or "")

@@ -1,0 +1,400 @@
+"""Leaderboard folders that other tools made: every finding with its weight, and none too many.
+
+Each case is of a kind that a folder of the contest has: no requirements.txt (most have none), a log
+of another seed than its name says, an artifact over the cap, bytes of the artifact alone, the score
+of the best seed, a standard deviation that is divided by n.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from ablation.check import check_submission
+from ablation.findings import ERROR, FINE, UNCHECKED, WARNING
+
+SCRIPT = "import numpy as np\nimport torch\n\nopen('ran', 'w').close()\n" + "# code\n" * 200
+CODE = len(SCRIPT)
+BPB = {1337: 1.07258208, 42: 1.07324696, 7: 1.07426259}
+MODEL = {1337: 15_969_354, 42: 15_967_029, 7: 15_957_953}
+LOSS = {seed: round(bpb * 2.58311, 8) for seed, bpb in BPB.items()}
+
+
+def log_of(seed: int) -> str:
+    """A log with the lines that the logs of the contest have in common."""
+    bpb, loss, model = BPB[seed], LOSS[seed], MODEL[seed]
+    return f"""Hyperparameters:
+  matrix_lr: 0.022
+  seed: {seed}
+train_shards: 80
+val_tokens: 40540160
+4000/20000 val_loss: 2.8742 val_bpb: 1.1126
+4867/20000 val_loss: 2.7700 val_bpb: 1.0723
+stopping_early: wallclock_cap train_time: 587{seed % 1000:03d}ms step: 4867/20000
+peak memory allocated: 41723 MiB reserved: 47090 MiB
+diagnostic pre-quantization post-ema val_loss:2.76877360 val_bpb:1.07184400 eval_time:5993ms
+Serialized model: 135409136 bytes
+Code size: {CODE} bytes
+Serialized model quantized+brotli: {model} bytes
+Total submission size quantized+brotli: {model + CODE} bytes
+quantized_ttt val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:338190ms
+total_eval_time:338.2s
+"""
+
+
+def submission_json() -> dict:
+    mean = statistics.fmean(BPB.values())
+    rows = {
+        str(seed): {
+            "val_bpb": BPB[seed],
+            "val_loss": LOSS[seed],
+            "artifact_bytes": MODEL[seed] + CODE,
+        }
+        for seed in BPB
+    }
+    return {
+        "author": "A",
+        "github_id": "a",
+        "name": "Fast",
+        "date": "2026-04-11",
+        "track": "10min_16mb",
+        "val_bpb": round(mean, 8),
+        "val_bpb_std": round(statistics.stdev(BPB.values()), 8),
+        "val_loss": round(statistics.fmean(LOSS.values()), 8),
+        "bytes_total": max(MODEL.values()) + CODE,
+        "bytes_code": CODE,
+        "seeds": list(BPB),
+        "seed_results": rows,
+    }
+
+
+def readme() -> str:
+    mean = statistics.fmean(BPB.values())
+    rows = "".join(f"| {n} | 4,867 | **{BPB[n]:.5f}** | {MODEL[n] + CODE:,} |\n" for n in BPB)
+    largest = (max(MODEL.values()) + CODE) / 1e6
+    return f"""# Fast: val_bpb {mean:.5f} (3-seed mean) | {largest:.2f} MB | 8xH100, 587 s
+
+| seed | steps | BPB | bytes |
+| --- | --- | --- | --- |
+{rows}
+MATRIX_LR=0.022 as in #1493, on torch 2.9.1+cu128, scored in 338 s.
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A good folder of somebody else, to be spoilt."""
+    made = tmp_path / "records" / "fast"
+    made.mkdir(parents=True)
+    files = {
+        "README.md": readme(),
+        "submission.json": json.dumps(submission_json()),
+        "train_gpt.py": SCRIPT,
+        "requirements.txt": "torch==2.9.1\nnumpy\n",
+    } | {f"train_seed{seed}.log": log_of(seed) for seed in BPB}
+    for name, text in files.items():
+        (made / name).write_text(text)
+    return made
+
+
+def lines(folder: Path, weight: str) -> list[str]:
+    found = check_submission(folder)
+    assert all(str(one).isprintable() and len(str(one)) < 700 for one in found)
+    return [str(one) for one in found if one.weight == weight]
+
+
+def assert_said(folder: Path, weight: str, *words: str) -> None:
+    found = lines(folder, weight)
+    assert any(all(word in line for word in words) for line in found), (found, lines(folder, ERROR))
+
+
+def test_a_good_folder_of_somebody_else_has_no_error_and_no_warning(folder):
+    assert lines(folder, ERROR) == lines(folder, WARNING) == []
+    assert_said(folder, FINE, "submission.json.val_bpb", "the mean of 'quantized_ttt' over 3 seeds")
+    assert_said(folder, FINE, "train_seed42.log: code + artifact", "under the cap")
+    assert_said(folder, FINE, "train_seed7.log: scoring took 338.200 s")
+    assert_said(folder, UNCHECKED, "record rule: 3 seeds, mean 1.073364", "0.00194 BPB")
+
+
+def test_nothing_of_the_folder_is_run_even_when_that_is_asked_for(folder):
+    check_submission(folder, run_script=True)
+    assert not (folder / "ran").exists()
+    assert_said(folder, UNCHECKED, "scripts: imports and scores, as nothing of a folder is run")
+
+
+def without(name: str):
+    return lambda f: (f / name).unlink()
+
+
+def put(key: str, value):
+    def spoil(f: Path) -> None:
+        whole = json.loads((f / "submission.json").read_text())
+        *outer, last = key.split(".")
+        part = whole
+        for name in outer:
+            part = part[name]
+        part[last] = value
+        (f / "submission.json").write_text(json.dumps(whole))
+
+    return spoil
+
+
+def edit(name: str, old: str, new: str):
+    def spoil(f: Path) -> None:
+        text = (f / name).read_text()
+        assert old in text
+        (f / name).write_text(text.replace(old, new))
+
+    return spoil
+
+
+def both(*spoils):
+    return lambda f: [spoil(f) for spoil in spoils]
+
+
+def grown(f: Path) -> None:
+    """As the folder with an artifact of 16,638,468 bytes."""
+    more = 16_638_468 - CODE - MODEL[7]
+    for old in (MODEL[7], MODEL[7] + CODE):
+        edit("train_seed7.log", f" {old} bytes", f" {old + more} bytes")(f)
+
+
+SAID = {  # what is done to a good folder -> weight, words of one line
+    "no requirements": (
+        without("requirements.txt"),
+        (WARNING, "requirements.txt: missing", "import numpy, torch"),
+    ),
+    "emptied requirements": (
+        lambda f: (f / "requirements.txt").write_text("# none\n"),
+        (ERROR, "requirements.txt: lists no package of numpy, torch"),
+    ),
+    "one package too few": (
+        lambda f: (f / "requirements.txt").write_text("torch\n"),
+        (WARNING, "requirements.txt: lists no package of numpy"),
+    ),
+    "no README": (without("README.md"), (ERROR, "README.md: missing")),
+    "no submission.json": (without("submission.json"), (ERROR, "submission.json: missing")),
+    "no script": (without("train_gpt.py"), (ERROR, "train_gpt.py: missing")),
+    "other names": (
+        both(
+            lambda f: (f / "train_gpt.py").rename(f / "train_gpt_ssm.py"),
+            lambda f: (f / "submission.json").rename(f / "submission_ssm.json"),
+        ),
+        (WARNING, "train_gpt.py: called train_gpt_ssm.py"),
+        (WARNING, "submission.json: called submission_ssm.json"),
+        (FINE, "submission_ssm.json.val_bpb"),
+    ),
+    "no log": (
+        both(*[without(f"train_seed{seed}.log") for seed in BPB]),
+        (ERROR, "logs: no training log"),
+        (UNCHECKED, "submission.json.val_bpb"),
+    ),
+    "a log is missing": (
+        without("train_seed7.log"),
+        (ERROR, "seeds: submission.json names seed 7, and no log says that it is of it"),
+    ),
+    "a log of another seed": (
+        edit("train_seed7.log", "  seed: 7\n", "  seed: 1337\n"),
+        (ERROR, "train_seed7.log: its name says seed 7, its lines say 1337"),
+    ),
+    "no key that reviewers want": (
+        lambda f: (f / "submission.json").write_text('{"val_bpb": 1.07336388}'),
+        (WARNING, "submission.json: no author, github_id, name, date, bytes_total"),
+    ),
+    "a better score": (
+        put("val_bpb", 1.0611),
+        (ERROR, "submission.json.val_bpb: 1.0611, but the logs end with", "1.07324696"),
+        (WARNING, "README.md: does not show the score of submission.json, 1.0611"),
+    ),
+    "the best seed's score": (
+        put("val_bpb", BPB[1337]),
+        (WARNING, "submission.json.val_bpb: 1.07258208 is that of one seed, the mean over 3"),
+    ),
+    "BPB as loss": (
+        put("val_loss", BPB[7]),
+        (ERROR, "submission.json.val_loss: 1.07426259 is a score in BPB"),
+    ),
+    "a seed's score": (
+        put("seed_results.42.val_bpb", BPB[7]),
+        (ERROR, "submission.json.42.val_bpb: 1.07426259, but train_seed42.log ends with"),
+        (ERROR, "and it is 'quantized_ttt' of train_seed7.log"),
+    ),
+    "a seed's bytes": (
+        put("seed_results.42.artifact_bytes", 15_991_486),
+        (ERROR, "submission.json.42.artifact_bytes: 15,991,486, but train_seed42.log says"),
+    ),
+    "a spread of all instead of a sample": (
+        put("val_bpb_std", round(statistics.pstdev(BPB.values()), 8)),
+        (WARNING, "submission.json.val_bpb_std", "it is divided by n"),
+    ),
+    "a spread of nothing": (
+        put("val_bpb_std", 0.0001),
+        (ERROR, "submission.json.val_bpb_std: 0.0001, but the 3 seeds have 0.00084633 (n - 1)"),
+    ),
+    "bytes of the artifact alone": (
+        put("bytes_total", MODEL[1337]),
+        (ERROR, "submission.json.bytes_total: 15,969,354 are the artifact alone"),
+    ),
+    "rounded bytes": (
+        put("bytes_total", 15_900_000),
+        (ERROR, "submission.json.bytes_total: 15,900,000, but the logs and files give"),
+    ),
+    "bytes of other code": (
+        put("bytes_code", 48_917),
+        (ERROR, f"submission.json.bytes_code: 48,917, but the logs and files give {CODE:,}"),
+    ),
+    "over the cap": (
+        grown,
+        (ERROR, "train_seed7.log: code + artifact 16,638,468 bytes, 638,468 over the cap"),
+    ),
+    "over the cap with the script of the log": (
+        both(
+            edit("train_seed7.log", f"Code size: {CODE} ", "Code size: 78688 "),
+            edit("train_seed7.log", f" {MODEL[7] + CODE} ", f" {MODEL[7] + 78688} "),
+        ),
+        (WARNING, "train_seed7.log: code + artifact 16,036,641 bytes, 36,641 over the cap"),
+        (WARNING, f"with the scripts that are here {MODEL[7] + CODE:,}"),
+    ),
+    "another script": (
+        lambda f: (f / "train_gpt.py").write_text(SCRIPT + "#\n"),
+        (WARNING, f"train_gpt.py: {CODE + 2:,} bytes, but the logs say {CODE:,}"),
+    ),
+    "packed bytes of a script that is not packed": (
+        both(
+            edit(
+                "train_seed1337.log",
+                f"Code size: {CODE} bytes",
+                "Code size (compressed): 900 bytes",
+            ),
+            lambda f: (f / "train_gpt.py").write_text(SCRIPT + "#" * 40_000),
+        ),
+        (WARNING, "over the cap, under it by the", "bytes that the log counts"),
+    ),
+    "training too long": (
+        edit("train_seed7.log", "train_time: 587007ms", "train_time: 603500ms"),
+        (ERROR, "train_seed7.log: training took 603.500 s, over 600 s by 3.500 s"),
+    ),
+    "a step too long": (
+        edit("train_seed7.log", "train_time: 587007ms", "train_time: 600038ms"),
+        (WARNING, "train_seed7.log: training took 600.038 s, over 600 s by 0.038 s"),
+    ),
+    "scoring too long": (
+        edit("train_seed7.log", "total_eval_time:338.2s", "total_eval_time:688.4s"),
+        (ERROR, "train_seed7.log: scoring took 688.400 s, over 600 s"),
+    ),
+    "no record": (
+        both(
+            put("track", "non-record-unlimited-compute"),
+            edit("train_seed7.log", "train_time: 587007ms", "train_time: 14400039ms"),
+        ),
+        (WARNING, "train_seed7.log: training took 14,400.039 s", "(no record)"),
+    ),
+    "data prepared at home": (
+        edit("train_seed7.log", "train_shards: 80", "train_shards: 1499"),
+        (WARNING, "train_seed7.log: train_shards 1,499"),
+    ),
+    "another validation text": (
+        edit("train_seed7.log", "val_bpb:1.07426259", "val_bpb:0.91817315"),
+        (WARNING, "bytes per token", "in train_seed7.log"),
+        (ERROR, "submission.json.7.val_bpb: 1.07426259, but train_seed7.log ends with 0.91817315"),
+    ),
+    "claims of a README": (
+        edit("README.md", "MATRIX_LR", "We reach 1.12 BPB in 15.7 MB, MATRIX_LR"),
+        (WARNING, "README.md: no log here shows 1.12 BPB (line 9), 15.7 MB (line 9)"),
+    ),
+    "numbers of a README": (
+        edit("README.md", "MATRIX_LR", "By 7.25 %, with 3,141 rows, MATRIX_LR"),
+        (UNCHECKED, "README.md", "none shows 7.25 % (line 9), 3,141 (line 9)"),
+    ),
+    "numbers of submission.json": (
+        put("comparison_baseline_bpb", 1.081),
+        (UNCHECKED, "submission.json: no log shows comparison_baseline_bpb 1.081"),
+    ),
+    "a link": (
+        lambda f: (f / "more.log").symlink_to("/etc/passwd"),
+        (ERROR, "more.log: a link or a device"),
+        (FINE, "submission.json.val_bpb"),
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, expected", [(s, e) for s, *e in SAID.values()], ids=SAID)
+def test_what_is_wrong_is_said_with_its_weight_and_the_rest_is_checked_too(folder, spoil, expected):
+    spoil(folder)
+    for weight, *words in expected:
+        assert_said(folder, weight, *words)
+    if all(weight != ERROR for weight, *_ in expected):
+        assert lines(folder, ERROR) == []
+
+
+def test_several_logs_of_a_seed_and_a_second_name_for_one_are_no_trouble(folder):
+    """As a folder with the logs of a first and of a second try."""
+    shutil.copy(folder / "train_seed1337.log", folder / "train.log")
+    for seed in BPB:
+        text = log_of(seed).replace("val_bpb:1.07", "val_bpb:1.08")
+        (folder / f"train_seed{seed}_again.log").write_text(text)
+    assert lines(folder, ERROR) == []
+    assert_said(folder, FINE, "submission.json.val_bpb", "over 3 seeds")
+
+
+def test_the_older_lines_are_known_too(folder):
+    old = """seed:1337
+step:13780/20000 val_loss:2.0606 val_bpb:1.2172 train_time:600038ms step_avg:43.54ms
+Serialized model: 67224983 bytes
+Code size: 47642 bytes
+Total submission size: 67272625 bytes
+Serialized model int8+zlib: 15815847 bytes (payload:17178912 raw_torch:17224025)
+Total submission size int8+zlib: 15863489 bytes
+final_int8_zlib_roundtrip val_loss:2.0727 val_bpb:1.2244 eval_time:1401ms
+final_int8_zlib_roundtrip_exact val_loss:2.07269931 val_bpb:1.22436570
+"""
+    for seed in BPB:
+        (folder / f"train_seed{seed}.log").unlink()
+    (folder / "train.log").write_text(old)
+    stated = dict(val_loss=2.07269931, val_bpb=1.2243657, bytes_total=15863489, bytes_code=47642)
+    (folder / "submission.json").write_text(json.dumps(stated))
+    assert lines(folder, ERROR) == []
+    assert_said(folder, FINE, "train.log: code + artifact 15,863,489 bytes")
+    assert_said(
+        folder, FINE, "val_bpb: 1.2243657, as 'final_int8_zlib_roundtrip_exact' of train.log"
+    )
+    assert_said(folder, WARNING, "train.log: training took 600.038 s")
+
+
+HOSTILE = {
+    "zeros": b"\0" * 10**6,
+    "deep": b"[" * 10**6,
+    "one long line": b"val_bpb: 1.1 " * 10**6,
+    "many lines": b"val_loss: 2.1 val_bpb: 1.1\n" * 150_000,
+    "many blank lines": b"\n" * 10**7,
+    "many stages": b"".join(b"stage%d val_loss:2.1 val_bpb:1.1\n" % n for n in range(20_000)),
+    "digits": b"9" * 10**7,
+    "a row": b"| BPB |\n|---|\n" + b"| 1.23 " * 10**6,
+    "seeds": b"seed: 7\n" * 10**6,
+    "huge numbers": b"Serialized model x: %s bytes\nval_loss:9.9 val_bpb:9%s.9"
+    % ((b"9" * 999,) * 2),
+    "commands": b"\x1b[2J\x1b]0;x\x07 val_loss:2.1 val_bpb:1.1\n\x1b[2Jseed: 7",
+    "no UTF-8": b"\xff\xfe val_loss:2.1 val_bpb:1.1",
+}
+
+
+@pytest.mark.parametrize("name", ["README.md", "submission.json", "train_seed7.log"])
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_no_content_of_a_file_of_a_stranger_makes_the_checker_stumble(folder, name, content):
+    (folder / name).write_bytes(content)
+    began = os.times()
+    lines(folder, ERROR)
+    ended = os.times()
+    assert ended.user - began.user < 60  # seconds of processor, not of a busy machine
+
+
+def test_a_folder_of_many_files_is_read(folder):
+    for n in range(150):
+        (folder / f"seed{n}_train.log").write_text(log_of(7))
+    began = time.process_time()
+    lines(folder, ERROR)
+    assert time.process_time() - began < 60
