@@ -898,7 +898,8 @@ def switch(name: str, off: str, on: str) -> Meaning:
 
 def bigram_hash(text: str, env: dict) -> dict[str, str | None]:
     """An old 0 / 1 variable beside that of the number of buckets."""
-    buckets = env.get("BIGRAM_HASH_BUCKETS", "4096")
+    beside = env.get("BIGRAM_VOCAB_SIZE", "0")
+    buckets = env.get("BIGRAM_HASH_BUCKETS", "4096" if beside == "0" else beside)
     return switch("BIGRAM_VOCAB_SIZE", off="0", on=buckets)(text, env)
 
 
@@ -1233,6 +1234,12 @@ AMBIGUITIES = (
         (),
         ("QAT_START_KIND", "LATE_QAT_THRESHOLD", "QAT_THRESHOLD"),
         "below which lr scale? Set LATE_QAT_THRESHOLD (0.1 or 0.15 in its scripts) or BASE",
+    ),
+    Ambiguity(
+        "BIGRAM_HASH",
+        (),
+        ("BIGRAM_VOCAB_SIZE",),
+        "the hashes of #194 and #199, which we lack? Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE",
     ),
     Ambiguity(
         "TTT_ENABLED",

@@ -212,6 +212,8 @@ def test_a_pair_that_scripts_read_differently_is_read_as_its_script_did_or_asked
         "TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3",
         "TTT_ENABLED=1 TTT_MODE=sgd",
         "TTT_ENABLED=0",
+        "BIGRAM_HASH=1 BIGRAM_VOCAB_SIZE=512",
+        "BIGRAM_HASH=0",
     ],
 )
 def test_nothing_is_asked_where_it_is_said_or_off(command):
@@ -237,7 +239,14 @@ def test_the_noise_of_975_ends_where_its_qat_begins():
 def test_what_we_have_under_the_same_name_but_otherwise_is_refused_under_that_base(base, command):
     message = refused({"BASE": base} | pairs(command))
     assert f"with BASE={base}" in message and "unset BASE" in message
+    if "BIGRAM_HASH" in command:
+        # without a base it is asked which hash is meant
+        command = "BIGRAM_HASH=1 BIGRAM_VOCAB_SIZE=4096"
     Config.from_env(pairs(command))
+
+
+def test_the_old_toggle_of_other_hashes_is_asked_about():
+    assert "BIGRAM_VOCAB_SIZE=4096" in refused({"BIGRAM_HASH": "1"})
 
 
 # ── Where the tables come from ────────────────────────────────────────────────────────────────────

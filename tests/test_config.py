@@ -184,7 +184,7 @@ OLD_SPELLINGS = {
     "QAT_START_FRAC": ("0.7", LR_TRIGGER, {"QAT_START": 0.7, "QAT_START_KIND": "lr_scale"}),
     "LATE_QAT_THRESHOLD": ("0.15", {}, {"QAT_START": 0.15, "QAT_START_KIND": "lr_scale"}),
     "QAT_THRESHOLD": ("0.1", {}, {"QAT_START": 0.1, "QAT_START_KIND": "lr_scale"}),
-    "BIGRAM_HASH": ("1", {}, {"BIGRAM_VOCAB_SIZE": 4096}),
+    "BIGRAM_HASH": ("1", {"BIGRAM_VOCAB_SIZE": "4096"}, {"BIGRAM_VOCAB_SIZE": 4096}),
     "BIGRAM_HASH_BUCKETS": ("2048", {}, {"BIGRAM_VOCAB_SIZE": 2048}),
     "BIGRAM_HASH_DIM": ("64", {}, {"BIGRAM_DIM": 64}),
     "QUANT_BITS": ("5", {}, {"QUANT_BITS_MLP": 5, "QUANT_BITS_ATTN": 5, "QUANT_BITS_BIGRAM": 5}),
@@ -213,11 +213,12 @@ def test_an_old_spelling_does_what_its_name_says_and_only_that(old):
     assert Config.from_env({old: value, **others}).non_default() == changed
 
 
-def test_bigram_hash_takes_its_size_from_the_old_bucket_variable():
-    assert (
-        Config.from_env({"BIGRAM_HASH": "1", "BIGRAM_HASH_BUCKETS": "2048"}).bigram_vocab_size
-        == 2048
-    )
+def test_bigram_hash_takes_its_size_from_the_variable_beside_it():
+    for others in (
+        {"BIGRAM_VOCAB_SIZE": "2048"},
+        {"BIGRAM_VOCAB_SIZE": "2048", "BIGRAM_HASH_BUCKETS": "2048"},
+    ):
+        assert Config.from_env({"BIGRAM_HASH": "1", **others}).bigram_vocab_size == 2048
 
 
 @pytest.mark.parametrize("old", OLD_SPELLINGS)
@@ -562,6 +563,8 @@ def test_a_switch_takes_nothing_but_0_and_1(name):
 def test_a_switch_is_read_as_the_log_prints_it(name):
     around = {"QAT_START_KIND": "lr_scale", "RUN_ID": "x", "TTT_LR": "0.3"}
     for text, printed in (("0", "False"), ("1", "True")):
+        if (name, text) == ("BIGRAM_HASH", "1"):
+            around["BIGRAM_VOCAB_SIZE"] = "64"
         assert Config.from_env({**around, name: printed}) == Config.from_env({**around, name: text})
 
 
