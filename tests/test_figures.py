@@ -66,16 +66,31 @@ class Clock:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.now = 1000.0
+        self.spent: dict[str, float] = {}  # by the phase of the run
         self.patch = patch
+        self.patch.setattr(Run, "__init__", self.watched(Run.__init__))
         patch.setattr(train_gpt, "time", SimpleNamespace(**vars(train_gpt.time)))
         patch.setattr(train_gpt.time, "perf_counter", lambda: self.now)
+
+    def watched(self, make):
+        """Of which run the phases are."""
+
+        def made(run, *arguments, **named):
+            self.run = run
+            self.began = self.now
+            make(run, *arguments, **named)
+
+        return made
 
     def lasts(self, owner, name: str, seconds) -> None:
         """From now on each call of owner.name lasts seconds(its arguments)."""
         work = getattr(owner, name)
 
         def lasting(*arguments, **named):
-            self.now += seconds(*arguments)
+            took = seconds(*arguments)
+            self.now += took
+            phase = self.run.phase_name
+            self.spent[phase] = self.spent.get(phase, 0.0) + took
             return work(*arguments, **named)
 
         self.patch.setattr(owner, name, lasting)
@@ -108,7 +123,7 @@ def clocked(data, tmp_path_factory) -> SimpleNamespace:
         report = main(cfg)
     events = [json.loads(line) for line in (folder(cfg) / "metrics.jsonl").open()]
     log = (folder(cfg) / "train.log").read_text()
-    return SimpleNamespace(cfg=cfg, report=report, events=events, log=log)
+    return SimpleNamespace(cfg=cfg, report=report, events=events, log=log, clock=clock)
 
 
 def of_kind(run: SimpleNamespace, kind: str) -> list[dict]:
@@ -146,6 +161,19 @@ def test_a_validation_says_its_score_in_both_units_and_the_size_to_expect(clocke
         assert line in clocked.log
     # each is of the weights of its moment
     assert len({event["val_bpb"] for event in of_kind(clocked, "val")}) == STEPS // 5
+
+
+def test_the_ledger_holds_every_second_once_under_what_it_was_spent_on(clocked):
+    seconds, spent = clocked.report["seconds"], clocked.clock.spent
+    assert {name: n for name, n in seconds.items() if n} == spent
+    assert sum(seconds.values()) == clocked.clock.now - clocked.clock.began
+    assert spent["train"] == sum(STEP_SECONDS) == clocked.report["train_seconds"]
+    assert spent["validate"] == STEPS // 5 * (VALIDATION_SECONDS + ENCODE_SECONDS)
+    scores = {name: spent[f"score {name}"] for name in SCORE_SECONDS}
+    assert scores == SCORE_SECONDS
+    assert {"warm-up and compile", "quantise and compress"} < spent.keys()
+    for name, n in spent.items():
+        assert re.search(rf"^{name} +{n:.1f} s( |$)", clocked.log, re.M)
 
 
 # ── What a step says ──────────────────────────────────────────────────────────────────────────────

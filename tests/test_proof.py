@@ -157,6 +157,11 @@ def test_a_machine_that_slows_down_makes_no_cost():
     assert activity.cost_seconds is None and activity.steps_lost is None
 
 
+def test_one_stall_makes_no_cost():
+    activity = Machine(lambda name, n: 900.0 if n == 4 else 5.0 if name == "on" else 3.0).cost()
+    assert (activity.cost_ms, activity.cost_interval) == (2.0, [2.0, 2.0])
+
+
 def test_a_cost_beyond_the_noise_is_found_and_summed_up():
     noise = random.Random(1)
     activity = Machine(lambda name, n: (5.0 if name == "on" else 3.0) + noise.gauss(0, 0.3)).cost()
@@ -169,8 +174,9 @@ def test_a_cost_beyond_the_noise_is_found_and_summed_up():
 
 
 def test_what_would_take_too_long_is_left_out_after_one_pair():
-    slow = 1e3 * train_gpt.COST_SECONDS  # milliseconds
-    machine = Machine(lambda name, n: slow)
+    most = 1e3 * train_gpt.COST_SECONDS / train_gpt.COST_PAIRS / 2  # milliseconds of one repeat
+    assert Machine(lambda name, n: 0.9 * most).cost().cost_ms == 0
+    machine = Machine(lambda name, n: 1.1 * most)
     activity = machine.cost()
     assert activity.cost_ms is None and activity.cost_interval is None
     assert machine.timed == ["off", "on"]
