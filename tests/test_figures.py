@@ -33,7 +33,7 @@ from train_gpt import (
     read_container,
 )
 
-STEPS = 26
+STEPS = 52
 KNOBS = SMALL | dict(
     iterations=STEPS,
     warmdown_iters=10,
@@ -41,7 +41,7 @@ KNOBS = SMALL | dict(
     muon_momentum=0.9,
     muon_momentum_warmup_steps=8,
     train_log_every=1,
-    val_loss_every=5,
+    val_loss_every=10,
     val_max_tokens=200,
     qna_enabled=True,
     qna_magnitude=2.0,
@@ -133,10 +133,10 @@ def of_kind(run: SimpleNamespace, kind: str) -> list[dict]:
 # ── The clock of training ─────────────────────────────────────────────────────────────────────────
 def test_the_training_clock_counts_steps_alone(clocked):
     """Five validations of 20 s each lie between the steps."""
-    assert len(of_kind(clocked, "val")) == STEPS // 5
+    assert len(of_kind(clocked, "val")) == STEPS // 10
     after = [sum(STEP_SECONDS[: n + 1]) for n in range(STEPS)]
     assert [event["seconds"] for event in of_kind(clocked, "step")] == after
-    assert [event["seconds"] for event in of_kind(clocked, "val")] == after[4::5]
+    assert [event["seconds"] for event in of_kind(clocked, "val")] == after[9::10]
     assert clocked.report["train_seconds"] == after[-1]
 
 
@@ -160,7 +160,7 @@ def test_a_validation_says_its_score_in_both_units_and_the_size_to_expect(clocke
         )
         assert line in clocked.log
     # each is of the weights of its moment
-    assert len({event["val_bpb"] for event in of_kind(clocked, "val")}) == STEPS // 5
+    assert len({event["val_bpb"] for event in of_kind(clocked, "val")}) == STEPS // 10
 
 
 def test_the_ledger_holds_every_second_once_under_what_it_was_spent_on(clocked):
@@ -168,7 +168,7 @@ def test_the_ledger_holds_every_second_once_under_what_it_was_spent_on(clocked):
     assert {name: n for name, n in seconds.items() if n} == spent
     assert sum(seconds.values()) == clocked.clock.now - clocked.clock.began
     assert spent["train"] == sum(STEP_SECONDS) == clocked.report["train_seconds"]
-    assert spent["validate"] == STEPS // 5 * (VALIDATION_SECONDS + ENCODE_SECONDS)
+    assert spent["validate"] == STEPS // 10 * (VALIDATION_SECONDS + ENCODE_SECONDS)
     scores = {name: spent[f"score {name}"] for name in SCORE_SECONDS}
     assert scores == SCORE_SECONDS
     assert {"warm-up and compile", "quantise and compress"} < spent.keys()
@@ -210,9 +210,9 @@ def test_the_event_of_a_step_says_what_the_step_did(clocked):
         expected = dict(
             lr_scale=pytest.approx(lr_scale),
             momentum=pytest.approx(0.5 * (1 - ramp) + 0.9 * ramp),
-            qat=begun >= 23,
-            qna=0.0 if begun >= 23 else pytest.approx(2.0 * lr_scale),
-            snapshot=begun in (14, 17, 20, 23),
+            qat=begun >= 46,
+            qna=0.0 if begun >= 46 else pytest.approx(2.0 * lr_scale),
+            snapshot=begun in range(26, 51, 3),
         )
         assert {name: event[name] for name in expected} == expected, begun
 
@@ -224,12 +224,18 @@ def test_toggles_are_dated_by_the_steps_that_they_acted_in(clocked):
         for name, row in toggles.items()
     }
     assert dates == {
-        "QNA": (0, 22, 23 / STEPS),
-        "QAT": (23, 25, 3 / STEPS),
-        "SWA": (14, 23, 4 / STEPS),
-        "WARMDOWN": (17, 25, 9 / STEPS),
+        "QNA": (0, 45, 46 / STEPS),
+        "QAT": (46, 51, 6 / STEPS),
+        "SWA": (26, 50, 9 / STEPS),
+        "WARMDOWN": (43, 51, 9 / STEPS),
     }
     assert toggles["WARMDOWN"]["effect"] == pytest.approx(1 / 10 - 1)  # of the last step
+    # said once the speed is known, and true
+    planned = [f"{name} from step {dates[name][0]} " for name in ("QNA", "QAT", "SWA")]
+    milliseconds = sum(STEP_SECONDS[:50]) / 50 * 1000
+    line = rf"schedule \(measured speed\): {STEPS} steps of {milliseconds:.1f} ms, .*"
+    said = re.findall(line, clocked.log)[0]
+    assert re.findall(r"(?:QNA|QAT|SWA) from step \d+ ", said) == planned
     phases = {event["name"]: event for event in of_kind(clocked, "phase")}
     for name, (begun, *_) in dates.items():
         seconds = sum(STEP_SECONDS[: begun + 1])
