@@ -5478,7 +5478,10 @@ def prove_model_toggles(
 
         forward = without
         if run.compile:
-            if run.broadcast(time.perf_counter() - began) > COMPILE_SECONDS:
+            # a launch that only exports has not compiled what trains, and needs not
+            trained_here = not math.isnan(trainer.loss)
+            spent = run.broadcast(time.perf_counter() - began)
+            if not trained_here or spent > COMPILE_SECONDS:
                 continue
             forward = torch.compile(without, dynamic=False, fullgraph=True)
         on = probe.both_ways(trainer.forward, model)
@@ -5541,7 +5544,7 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
         set_effect(activity, score.bpb - plain.bpb, margin)
 
 
-def closing_warnings(cfg: Config, run: Run, trained: Trained, bpb: dict[str, float]) -> None:
+def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, Score]) -> None:
     """What a good exit code would hide: steps left out, an average that made things worse."""
     trainer = trained.trainer
     if trainer.skipped:
@@ -5549,15 +5552,20 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, bpb: dict[str, flo
             f"{len(trainer.skipped)} of {trainer.steps} steps were not finite and were left out, "
             f"the first of them step {trainer.skipped[0]}"
         )
-    worse = bpb.get("averaged", bpb["live"]) - bpb["live"]
-    if worse > 0:
-        saved = cfg.checkpoint or run.dir / CHECKPOINTS[0]
-        run.warn(
-            f"the shipped average, {cfg.shipped_average}, is worse than the live weights: "
-            f"{bpb['averaged']:.6f} against {bpb['live']:.6f} BPB, {worse:+.6f} (fixed windows, "
-            f"before quantisation); CHECKPOINT={saved} AVERAGE=none exports "
-            "the live ones"
-        )
+    live = scores["live"]
+    averaged = scores.get("averaged", live)
+    worse = averaged.bpb - live.bpb
+    if worse <= 0:
+        return
+    margin = paired_margin(averaged.blocks, live.blocks, math.log(2) * live.bytes)
+    words = in_words(worse, [worse - margin, worse + margin])
+    saved = cfg.checkpoint or run.dir / CHECKPOINTS[0]
+    run.warn(
+        f"the shipped average, {cfg.shipped_average}, is worse than the live weights: "
+        f"{averaged.bpb:.6f} against {live.bpb:.6f} BPB, {worse:+.6f} +- {margin:.6f}, "
+        f"in words {words} (fixed windows, before quantisation); "
+        f"CHECKPOINT={saved} AVERAGE=none exports the live ones"
+    )
 
 
 def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]) -> dict:
@@ -5629,7 +5637,7 @@ def build_result(
 
     add_scoring_toggles(run, scores, steps)
     if trained:
-        closing_warnings(cfg, run, trained, bpb)
+        closing_warnings(cfg, run, trained, scores)
     toggles = {name: activity.row(steps) for name, activity in run.activity.items()}
     inactive = [name for name, row in toggles.items() if not row["active"]]
     elapsed = trained.trainer.elapsed if trained else None

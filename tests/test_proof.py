@@ -5,6 +5,7 @@ measured); an average that made the model worse and ended in "good"; an effect o
 as "active"; a score that is not finite and ended in "good".
 """
 
+import dataclasses
 import json
 import math
 import random
@@ -220,7 +221,8 @@ def test_a_compiled_run_measures_what_it_compiled(tiny, monkeypatch, patience, m
 
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(train_gpt, "COMPILE_SECONDS", patience)
-    report = main(tiny(compile="1", bigram_vocab_size=64, bigram_dim=8))
+    cfg = tiny(compile="1", bigram_vocab_size=64, bigram_dim=8)
+    report = main(cfg)
     models = [m for m in made if isinstance(m.model, train_gpt.GPT)]
     without = [m.calls for m in models[2:]]
     each = train_gpt.COST_PAIRS + 1
@@ -230,6 +232,11 @@ def test_a_compiled_run_measures_what_it_compiled(tiny, monkeypatch, patience, m
         assert row["scope"] == "the model, compiled" and row["active"]
         assert (row["cost_ms"] is not None) == measured
     assert models[0].trained == 1 + 6 + 2 * each * measured  # the warm-up, the steps, "on"
+
+    # A launch that only exports again compiles nothing that trains
+    del made[:]
+    main(dataclasses.replace(cfg, run_id="again", checkpoint=str(folder(cfg) / "checkpoint.bin")))
+    assert not any(m.trained for m in made)
 
 
 # ── Effects of whole runs ─────────────────────────────────────────────────────────────────────────
