@@ -199,7 +199,7 @@ def test_the_settings_of_a_log_read_back_to_the_same_configuration(cfg):
     words = shlex.split(settings_line(cfg))
     variables = dict(word.split("=", 1) for word in words)
     assert Config.from_env(variables) == cfg
-    assert Config.from_env({}, arguments=variables) == cfg
+    assert Config.from_env({}, words) == cfg
     assert variables.keys() == cfg.non_default().keys()
 
 
