@@ -1542,6 +1542,7 @@ class Run:
         """Deletes the folder of a launch that was refused: nothing is in it, its name is free."""
         if self.rank or not self.made_folder:
             return
+        self.remove_alive()
         records = {"train.log", "metrics.jsonl", "train_gpt.py", PACKED_NAME}
         if {path.name for path in self.dir.iterdir()} <= records:
             shutil.rmtree(self.dir)
