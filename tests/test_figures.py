@@ -326,6 +326,10 @@ def test_the_codes_are_told_in_bits_and_beside_their_entropy():
         ),
         (dict(cost_ms=3.71, cost_per="step"), [None, "not distinguishable", None]),
         (
+            dict(cost_ms=0.0, cost_interval=[0.0, 0.0], cost_per="step"),
+            [None, "not distinguishable (0.00 to 0.00)", None],
+        ),
+        (
             dict(cost_per="export", cost_seconds=0.5, bytes_saved=1234),
             [None, "not measured", "0.50 s, 1,234 bytes saved"],
         ),
