@@ -158,7 +158,7 @@ def test_what_is_given_wins_over_the_base_and_the_base_over_our_defaults():
     cfg = Config.from_env({"BASE": "pr989", "MLP_MULT": "4"}, ["NUM_LAYERS=12"])
     assert (cfg.num_layers, cfg.mlp_mult, cfg.prune_pct) == (12, 4, 0.1)
     # a base named as an argument too, and over what a launcher chooses
-    cfg = Config.from_env({"BASE": "pr145"}, ["BASE=pr989"], {"NUM_LAYERS": "3", "COMPILE": "0"})
+    cfg = Config.from_env({"BASE": "pr145"}, ["BASE=pr989", "NUM_LAYERS?=3", "COMPILE?=0"])
     assert (cfg.base, cfg.num_layers, cfg.compile) == ("pr989", 10, "0")
     # as with our own defaults, what a checkpoint holds wins over what nobody gave
     assert Config.from_env({"BASE": "pr989", "SEED": "1"}).given == {"BASE", "SEED"}
