@@ -231,6 +231,12 @@ def wrong_result(seed: int, r: dict, code_bytes: int) -> Iterator[str]:
         if r[key] > LIMIT_SECONDS:
             yield f"{key} is {r[key]:.1f}, over {LIMIT_SECONDS}"
 
+    limits = r.get("limits")
+    held = limits.get("train") if isinstance(limits, dict) else None
+    if isinstance(held, dict) and held.get("spent") != r["train_seconds"]:
+        spent = f"train_seconds is {r['train_seconds']}"
+        yield f"{spent}, but the limit was held against {shown(held.get('spent'))}"
+
     inactive = [name for name, row in r["toggles"].items() if not row["active"]]
     inactive = inactive or r.get("inactive")
     if inactive:

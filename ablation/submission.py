@@ -138,6 +138,12 @@ def listed(r: dict, key: str) -> list:
     return value if isinstance(value, list) else []
 
 
+def launches_of(r: dict) -> int:
+    """How often a run was started, as far as its result says."""
+    told = r.get("launches")
+    return max(told if type(told) is int else 1, len(listed(r, "resumed")) + 1)
+
+
 def lost_documents(r: dict) -> str:
     """That validation documents do not come back from their tokens; empty when all do."""
     lost = r["data"].get("lost_documents")
@@ -149,10 +155,13 @@ def lost_documents(r: dict) -> str:
 def remarks(r: dict) -> list[str]:
     """What was not as usual in a run, in words; empty when it was trained in one go, and well."""
     found = []
-    resumed = listed(r, "resumed")
-    if resumed:
-        steps = shown(resumed)[1:-1]
-        found.append(f"trained in {len(resumed) + 1} launches: went on after step {steps}")
+    if launches_of(r) > 1:
+        steps = shown(listed(r, "resumed"))[1:-1] or "none"
+        lost = r.get("lost_seconds")
+        words = "what the earlier ones spent after their last checkpoint is not known"
+        if type(lost) in (int, float):
+            words = f"{lost:.1f} s from a checkpoint to an end were lost or done again"
+        found.append(f"{launches_of(r)} launches: went on after step {steps}; {words}")
     skipped = listed(r, "skipped")
     if skipped:
         steps = shown(skipped)[1:-1]
@@ -185,7 +194,8 @@ def seed_row(r: dict) -> dict:
         pre_quant_val_bpb=metric(r, "float_val_bpb"),
         quantised_val_bpb=r["quantised_val_bpb"],
         scored=r["scored"],
-        launches=len(listed(r, "resumed")) + 1,
+        launches=launches_of(r),
+        lost_seconds=r.get("lost_seconds"),
         resumed_after_steps=listed(r, "resumed"),
         skipped_steps=listed(r, "skipped"),
         lost_documents=r["data"].get("lost_documents"),

@@ -372,16 +372,17 @@ def test_launches_and_left_out_steps_are_told_and_demanded(eventful, tmp_path):
     row = read(eventful / "submission.json")["seed_results"]["7"]
     assert (row["launches"], row["resumed_after_steps"], row["skipped_steps"]) == (2, [2], [4])
     readme = (eventful / "README.md").read_text()
+    lost = f"{result['lost_seconds']:.1f} s from a checkpoint to an end were lost or done again"
     for words in (
-        "2 launches: went on after step 2",
+        f"2 launches: went on after step 2; {lost}",
         "left out 1 steps, as they were not finite: 4",
     ):
-        assert f"- seed 7: {words}" in readme or words in readme
+        assert f"- seed 7: {words}" in readme
         assert_caught(eventful, SEED7, words, weight=WARNING)
     assert errors(eventful) == []
 
     folder = Path(shutil.copytree(eventful, tmp_path / "folder"))
-    replace(folder / "README.md", "trained in 2 launches", "trained in 1 launch")
+    replace(folder / "README.md", "2 launches: went on", "1 launch: went on")
     assert_caught(folder, "README.md", "generated part")
     put(folder / "submission.json", "seed_results.7.skipped_steps", [])
     assert_caught(folder, "submission.json.seed_results.7.skipped_steps", "the logs give [4]")
@@ -848,6 +849,10 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
     "training too long": (
         lambda f: forge(f, "train_seconds", 600.5, [7]),
         [SEED7, "train_seconds is 600.5"],
+    ),
+    "a limit that was held against other seconds": (
+        lambda f: forge(f, "limits", {"train": {"spent": 3.5, "limit": 9.0, "slack": 5.5}}, [7]),
+        [SEED7, "train_seconds is", "held against 3.5"],
     ),
     "scoring too long": (
         lambda f: forge(f, "eval_seconds", 688.0, [7]),
