@@ -641,6 +641,8 @@ def figures_of(f: Folder) -> Figures:
 
 
 GROUPS: list[tuple[str, Callable[[Log], float | None]]] = [
+    (BPB, lambda log: log.evaluations[-1].bpb if log.evaluations else None),
+    (NATS, lambda log: log.evaluations[-1].loss if log.evaluations else None),
     (BYTES, lambda log: log.total_bytes),
     (BYTES, lambda log: log.model_bytes),
     (ANY, lambda log: log.steps),

@@ -71,6 +71,7 @@ NUMBER = re.compile(
     )
     (?!\d|\.\d|,\d{3})
     (?:
+        (?:/\d{1,18}(?:\.\d{1,20})?)?                            # 15.50/16.00 MB
         (?P<unit>
             [ ~*_`]{0,3}
             (?:bpb|nats?|bytes?|[kmg]i?b|b|k|m|seconds|sec|ms|minutes|min|s|%|x)
@@ -173,14 +174,21 @@ class Figures:
             self.add(kind, a - b)
 
     def shows(self, found: Stated, cut: bool = False) -> bool:
-        """Whether a figure rounds to this number; or is cut to it, where that is allowed."""
+        """Whether a figure rounds to this number.
+
+        cut: it may also be cut to it, or be a mean of rounded figures, as people write them.
+        """
         kinds = [found.kind]
         if found.kind == BYTES and found.half < SIZE / 100:
             kinds.append(HEADROOM)
         if found.kind == ANY:
             kinds = list(self.values)
         below = found.half * 1.000001 + 1e-12
-        above = 2.01 * below if cut else below
+        above = below
+        if cut:
+            above *= 2.01
+        if cut and found.half < 0.5e-3:
+            below = above
         return any(self.between(kind, found.value - below, found.value + above) for kind in kinds)
 
     def between(self, kind: str, low: float, high: float) -> bool:
