@@ -6311,8 +6311,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 # which would bury it otherwise
 LAUNCHERS_FILE = "TORCHELASTIC_ERROR_FILE"
 
-# Seconds; torchrun takes less than one
-PATIENCE_OF_THE_SILENT = 20
+# Seconds; torchrun takes less than one, once rank 0 has ended
+PATIENCE_OF_THE_SILENT = 60
 
 
 def command_line(arguments: list[str]) -> int:

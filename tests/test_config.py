@@ -291,6 +291,8 @@ def test_numbers_and_switches_are_compared_by_value():
         ({"LATE_QAT_TRESHOLD": "0.15"}, "did you mean LATE_QAT_THRESHOLD"),
         ({"qat_enabled": "1"}, "did you mean QAT_ENABLED"),
         ({"Num_Layers": "9"}, "did you mean NUM_LAYERS"),
+        ({"seed": "9"}, "did you mean SEED"),
+        ({"qat": "1"}, "did you mean QAT"),
         ({"num_layer": "9"}, "did you mean NUM_LAYERS"),
         ({"late_qat": "1"}, "did you mean LATE_QAT"),
         ({"gated_attention": "1"}, "did you mean GATED_ATTENTION"),

@@ -220,6 +220,22 @@ def test_what_is_wrong_is_the_last_thing_that_torchrun_shows():
     assert done.stderr.count(message[0]) == 2 and "rank      : 0 (local_rank: 0)" in others[-6]
 
 
+def test_a_rank_that_says_nothing_lets_the_one_that_does_end_first(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "error.json"
+    waited = []
+    monkeypatch.setattr(train_gpt.time, "sleep", lambda s: waited.append((s, path.exists())))
+    monkeypatch.setattr(train_gpt.signal, "getsignal", lambda _: train_gpt.signal.SIG_DFL)
+    launched = {"LOCAL_RANK": "1", "TORCHELASTIC_ERROR_FILE": str(path)}
+    train_gpt.say_once(["SEED=one: must be a whole number"], 2, launched)
+    assert waited == [(train_gpt.PATIENCE_OF_THE_SILENT, False)] and "SEED=one" in path.read_text()
+    # where a signal has a handler it would not end the wait, and without torchrun there is none
+    monkeypatch.setattr(train_gpt.signal, "getsignal", lambda _: print)
+    train_gpt.say_once(["SEED=one: must be a whole number"], 2, launched)
+    monkeypatch.undo()
+    train_gpt.say_once(["SEED=one: must be a whole number"], 2, {"LOCAL_RANK": "1"})
+    assert len(waited) == 1 and capsys.readouterr().err == ""
+
+
 def test_an_exception_that_nobody_expects_is_told_to_the_launcher_too(monkeypatch, tmp_path):
     def fail(*_):
         raise ZeroDivisionError("unexpected")
