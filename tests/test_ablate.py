@@ -430,6 +430,17 @@ def test_a_finished_trial_of_other_data_is_refused(finished, study, tmp_path):
         Runner(moved)
 
 
+def test_a_changed_setting_that_can_do_nothing_keeps_no_report_from_being_made(
+    finished, study, tmp_path
+):
+    m = copy_of(finished[1], tmp_path / "runs")
+    idle = matrix(study(env={"BIGRAM_DIM": 5, "QNA_MAGNITUDE": 2}), "small", "steps", out=m.folder)
+    assert load_matrix(idle).all()
+    acting = matrix(study(env={"BIGRAM_VOCAB_SIZE": 5}), "small", "steps", out=m.folder)
+    with pytest.raises(Refusal, match="BIGRAM_VOCAB_SIZE=5 in the study, 0 in the log"):
+        load_matrix(acting)
+
+
 def test_a_changed_setting_is_named(finished, study, tmp_path):
     m = copy_of(finished[1], tmp_path / "runs")
     changed = matrix(study(env={"MATRIX_LR": 0.5}), "small", "steps", out=m.folder)
