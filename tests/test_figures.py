@@ -22,10 +22,13 @@ import train_gpt
 from train_gpt import (
     GPT,
     Config,
+    Ema,
     Grid,
     Run,
     ScoreSheet,
+    Swa,
     Trainer,
+    WeightViews,
     as_shipped,
     main,
     peak_memory,
@@ -361,6 +364,16 @@ def test_peak_memory_is_the_bytes_of_this_process_at_its_largest(monkeypatch):
 
 
 # ── Effects, with a loss whose every value the test knows ─────────────────────────────────────────
+TENSOR_SECONDS = 1 / 64  # a forward pass of training takes so many for each tensor of the model
+PART_SECONDS = {
+    (WeightViews, "enter"): 1 / 4,
+    (WeightViews, "leave"): 1 / 8,
+    (Ema, "update"): 1 / 2,
+    (Swa, "update"): 1 / 16,
+    (train_gpt, "prune"): 1.0,
+}
+
+
 def made_nats(weights: dict[str, torch.Tensor]) -> float:
     """The nats of every target: 4, more for each tensor that is there, less for the bigram's."""
     sizes = {name: w.double().abs().mean().item() for name, w in weights.items()}
@@ -377,6 +390,7 @@ def made(data, tmp_path_factory) -> SimpleNamespace:
         bigram_vocab_size=64,
         bigram_dim=16,
         keep_float_max_numel=64,
+        grad_accum_steps=2,
         quant_bits_mlp=3,
         qat_enabled=True,
         qat_start_kind="iter_frac",
@@ -384,6 +398,7 @@ def made(data, tmp_path_factory) -> SimpleNamespace:
         ema_enabled=True,
         swa_enabled=True,
         swa_every=1,
+        swa_start_kind="always",
         average="swa",
         prune_pct=0.5,
         strict=False,
@@ -397,6 +412,7 @@ def made(data, tmp_path_factory) -> SimpleNamespace:
 
     def forward(model, ids, targets, positions=None) -> torch.Tensor:
         if torch.is_grad_enabled():
+            clock.now += len([*model.parameters()]) * TENSOR_SECONDS
             return trains(model, ids, targets, positions)
         return torch.full(targets.shape, made_nats(dict(model.named_parameters())))
 
@@ -409,9 +425,11 @@ def made(data, tmp_path_factory) -> SimpleNamespace:
         return trained
 
     with pytest.MonkeyPatch.context() as patch:
+        clock = Clock(patch)
+        for (owner, name), seconds in PART_SECONDS.items():
+            clock.lasts(owner, name, lambda *_, seconds=seconds: seconds)
         patch.setattr(GPT, "forward", forward)
         patch.setattr(train_gpt, "collect_averages", collect)
-        patch.setattr(Run, "milliseconds", one_millisecond)
         report = main(cfg)
     return SimpleNamespace(cfg=cfg, report=report, trained=kept[0])
 
@@ -440,8 +458,38 @@ def test_an_effect_is_the_nats_with_the_toggle_minus_those_without(made):
     words = {name: "better" if effect < 0 else "worse" for name, effect in expected.items()}
     assert {name: toggles[name]["verdict"] for name in expected} == words
     assert {name: toggles[name]["effect"] for name in expected} == pytest.approx(expected, abs=1e-5)
+    changed = [int((on[name] != off[name]).sum()) for name in on]
+    touched = {"SMEAR_GATE": [16], "PRUNE_PCT": [n for n in changed if n]}
+    touched["BIGRAM_VOCAB_SIZE"] = [w.numel() for n, w in live.items() if n.startswith("bigram.")]
+    for name, sizes in touched.items():
+        assert (toggles[name]["tensors"], toggles[name]["params"]) == (len(sizes), sum(sizes)), name
     assert expected["EMA"] < 0 < expected["SWA"] and expected["BIGRAM_VOCAB_SIZE"] < 0
     assert all(abs(effect) > 1e-4 for effect in expected.values())
+
+
+def test_a_cost_is_the_milliseconds_of_what_the_toggle_adds(made):
+    """To a step of two micro-batches, to a snapshot, to the export; and so often as it acted."""
+    toggles, trainer = made.report["toggles"], made.trained.trainer
+    part = 2 * 1000 * TENSOR_SECONDS
+    expected = {
+        "QAT": (375.0, "step", 2),
+        "EMA": (500.0, "step", 4),
+        "SWA": (62.5, "snapshot", 4),
+        "SMEAR_GATE": (part, "step", 4),
+        "BIGRAM_VOCAB_SIZE": (part * toggles["BIGRAM_VOCAB_SIZE"]["tensors"], "step", 4),
+        "PRUNE_PCT": (1000.0, "export", 1),
+    }
+    assert toggles["BIGRAM_VOCAB_SIZE"]["tensors"] > 1
+    for name, (cost, per, times) in expected.items():
+        row = toggles[name]
+        assert (row["cost_ms"], row["cost_per"]) == (cost, per), name
+        assert row["cost_interval"] == [cost, cost] and row["cost_seconds"] == cost * times / 1000
+        lost = row["cost_seconds"] / statistics.median(trainer.step_seconds)
+        assert row["steps_lost"] == (None if per == "export" else pytest.approx(lost))
+    for name in ("SMEAR_GATE", "BIGRAM_VOCAB_SIZE"):
+        row = toggles[name]
+        acted = (row["first_step"], row["last_step"], row["share_of_steps"])
+        assert acted == (0, trainer.steps - 1, 1.0)
 
 
 def test_scores_and_gaps_are_those_of_their_weights(made):
