@@ -6158,9 +6158,35 @@ def collect_averages(cfg: Config, run: Run, trainer: Trainer) -> Trained:
     return Trained(trainer, live, averages, final)
 
 
+def refuse_what_no_artifact_holds(cfg: Config, model: GPT, state: State, plan: dict) -> None:
+    """Refusal (exit code 5) where a reader of the artifact would get weights that are not finite.
+
+    fp16 ends early. The same on every rank, before anything is written.
+    """
+    lost = {}
+    for name, w in state.items():
+        bad = int((~as_shipped(w, plan[name]).isfinite()).sum())
+        if bad:
+            lost[name] = bad
+    if not lost:
+        return
+    name, bad = next(iter(lost.items()))
+    others = f", and those of {len(lost) - 1} other tensors" if len(lost) > 1 else ""
+    optimiser = model.get_parameter(name).role.optimiser
+    rate = "matrix_lr" if optimiser == "muon" else ADAMW_RATES[optimiser][0]
+    raise Refusal(
+        f"{name}: {bad:,} of {state[name].numel():,} weights, up to "
+        f"{state[name].abs().max().item():.3g}, are beyond what fp16 holds (65,504, for a weight "
+        f"or a step of its grid){others}; lower {rate.upper()}={getattr(cfg, rate):g} and train "
+        "again; no artifact is written",
+        5,
+    )
+
+
 def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     """Exports the final weights to artifact.bin and measures what the bytes are spent on."""
     plan = trained.trainer.plan
+    refuse_what_no_artifact_holds(cfg, trained.trainer.model, trained.final, plan)
     made = export(cfg, run, trained.final, plan)
     trained.exported = made
     sizes = None

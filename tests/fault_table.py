@@ -285,6 +285,13 @@ FAULTS = [
         },
     ),
     Fault(
+        "weights become too large for fp16",
+        "tensor, largest weight and the learning rate to lower, before `artifact.bin` is written",
+        "5",
+        "the training, in `checkpoint.bin`",
+        {"test_export": ("weights_beyond_fp16_end_the_run_before_an_artifact_is_written",)},
+    ),
+    Fault(
         "training or scoring takes longer than its limit",
         "`OVER THE LIMIT: train took ... too long`, and the slack in the time ledger",
         "9",

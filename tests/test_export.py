@@ -17,6 +17,7 @@ import signal
 import tracemalloc
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from hypothesis import strategies as st
 import train_gpt
 from train_gpt import (
     COMPRESSORS,
+    EMBED_ROLE,
     FORMAT_VERSION,
     GPT,
     HEADER,
@@ -1016,3 +1018,44 @@ def test_nothing_is_pickled():
         "exec",
     }
     assert "safetensors.torch.load" in names
+
+
+# ── What no artifact holds ────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    "knobs, tensor, remedy",
+    [
+        (dict(tied_embed_lr=1e6), "tok_emb", "lower TIED_EMBED_LR=1e+06"),
+        (dict(tied_embed_lr=1e6, keep_float_max_numel=10**6), "tok_emb", "lower TIED_EMBED_LR"),
+        (dict(matrix_lr=1e8), "attn.c_q.weight", "lower MATRIX_LR=1e+08"),
+        (dict(scalar_lr=1e6), "skip_weights", "lower SCALAR_LR=1e+06"),
+    ],
+    ids=["a grid", "fp16", "matrices", "gains"],
+)
+def test_weights_beyond_fp16_end_the_run_before_an_artifact_is_written(tiny, knobs, tensor, remedy):
+    """They were written as inf, and then "not one of our files, or damaged" (exit code 2)."""
+    cfg = tiny(iterations=3, warmdown_iters=0, eval_stride=0, **knobs)
+    with pytest.raises(Refusal) as refused:
+        main(cfg)
+    line = str(refused.value)
+    assert refused.value.code == 5 and remedy in line
+    assert tensor in line and "beyond what fp16 holds (65,504" in line
+    folder = Path(cfg.logs_dir) / cfg.run_id
+    assert not (folder / "artifact.bin").exists() and (folder / "checkpoint.bin").exists()
+
+
+@pytest.mark.parametrize("how", [torch.float16, Grid(8), Grid(6, "search5")], ids=str)
+def test_the_largest_weights_that_fp16_holds_are_shipped(how):
+    top = how.top if isinstance(how, Grid) else 1
+    model = SimpleNamespace(get_parameter=lambda name: SimpleNamespace(role=EMBED_ROLE))
+
+    def problem(largest: float) -> str:
+        state = {"w": torch.tensor([[largest * top, -largest * top]])}
+        try:
+            train_gpt.refuse_what_no_artifact_holds(Config(), model, state, {"w": how})
+        except Refusal as refusal:
+            return str(refusal)
+        return ""
+
+    assert problem(65_504.0) == ""
+    for broken in (65_520.0, math.inf, math.nan):
+        assert problem(broken).startswith("w: 2 of 2 weights, up to ")
