@@ -11,7 +11,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
@@ -194,6 +194,7 @@ def configurations(draw) -> Config:
     return cfg
 
 
+@settings(max_examples=60)
 @given(configurations())
 def test_the_settings_of_a_log_read_back_to_the_same_configuration(cfg):
     words = shlex.split(settings_line(cfg))
