@@ -144,6 +144,10 @@ def launches_of(r: dict) -> int:
     return max(told if type(told) is int else 1, len(listed(r, "resumed")) + 1)
 
 
+# keys of a result that say what was not as usual; results of older code lack some
+TOLD = ("resumed", "skipped", "warnings", "without_effect")
+
+
 def lost_documents(r: dict) -> str:
     """That validation documents do not come back from their tokens; empty when all do."""
     lost = r["data"].get("lost_documents")
@@ -172,6 +176,9 @@ def remarks(r: dict) -> list[str]:
     without_effect = listed(r, "without_effect")
     if without_effect:
         found.append(f"settings without effect: {shown(without_effect)[1:-1]}")
+    silent = [key for key in TOLD if key not in r]
+    if silent:
+        found.append(f"its result says nothing of {', '.join(silent)}")
     return found
 
 
@@ -196,11 +203,11 @@ def seed_row(r: dict) -> dict:
         scored=r["scored"],
         launches=launches_of(r),
         lost_seconds=r.get("lost_seconds"),
-        resumed_after_steps=listed(r, "resumed"),
-        skipped_steps=listed(r, "skipped"),
+        resumed_after_steps=r.get("resumed"),
+        skipped_steps=r.get("skipped"),
         lost_documents=r["data"].get("lost_documents"),
-        warnings=listed(r, "warnings"),
-        without_effect=listed(r, "without_effect"),
+        warnings=r.get("warnings"),
+        without_effect=r.get("without_effect"),
     )
 
 

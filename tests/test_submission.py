@@ -424,6 +424,19 @@ def test_warnings_and_what_had_no_effect_are_told(folder, key):
     )
 
 
+@pytest.mark.parametrize("key", ["resumed", "skipped", "warnings", "without_effect"])
+def test_a_result_that_does_not_say_is_not_taken_for_one_that_says_nothing_happened(folder, key):
+    for seed in SEEDS:
+        path = folder / f"result_seed{seed}.json"
+        whole = read(path)
+        del whole[key]
+        path.write_text(json.dumps(whole))
+    rebuild(folder)
+    words = f"its result says nothing of {key}"
+    assert words in (folder / "README.md").read_text()
+    assert_caught(folder, SEED7, words, weight=WARNING)
+
+
 def test_a_warning_of_a_log_alone_is_told_too(folder):
     path = folder / "train_seed7.log"
     path.write_text("WARNING: the disk is slow\n" + path.read_text())
