@@ -54,6 +54,7 @@ PARTS = {
     "compile": 1.0,
 }
 EXPORT = 4.0
+COMPARE = 32.0  # the ranks, after the last step
 
 
 class Killed(BaseException):
@@ -72,6 +73,7 @@ class World:
         lasts = self.clock.lasts
         lasts(Trainer, "step", self.of_step)
         lasts(Trainer, "save", lambda *_: SAVE)
+        lasts(Trainer, "compare_ranks", lambda trainer: COMPARE * trainer.done())
         lasts(ScoreSheet, "fill", lambda sheet, *_: PARTS[sheet.run.phase_name.split()[-1]])
         lasts(train_gpt, "export", lambda *_: EXPORT)
         patch.setattr(Run, "milliseconds", lambda run, work: work() or 1.0)
@@ -133,7 +135,9 @@ def test_the_rows_are_disjoint_and_add_up_to_the_wall_time(world, tiny):
     # A checkpoint every 3 s of training: after the steps 12 and 24, and the copies are on the clock
     assert rows["train"] == report["train_seconds"] == STEPS * STEP + 2 * SAVE
     assert rows["validate"] == 5 * PARTS["validate"]
-    assert rows["first checkpoint"] == rows["last checkpoint"] == SAVE
+    assert rows["first checkpoint"] == SAVE
+    # the clock stops with the last step: what is done then is not on it
+    assert rows["last checkpoint"] == COMPARE + SAVE
     # the validation of the warm-up is no pause of the training
     assert rows["warm-up and compile"] == 3 * WARM + PARTS["compile"]
     assert rows["quantise and compress"] == EXPORT
@@ -192,9 +196,9 @@ def test_a_resumed_run_has_the_rows_of_all_launches(world, tiny):
     assert saved(cfg)["progress"]["warmed"] == [WARM] * 2  # a resumed run has the speed it had
     # as without a stop: each step once. The copy of step 12 is the first launch's, and lost
     assert rows["train"] == report["train_seconds"] == STEPS * STEP + SAVE
-    # a copy, 8 steps and the validations at 15 and 20 of the first launch; a save of the second
+    # a copy, 8 steps and the validations at 15 and 20 of the first launch; the end of the second
     assert rows["lost"] == report["lost_seconds"]
-    assert rows["lost"] == SAVE + 8 * STEP + 2 * PARTS["validate"] + SAVE
+    assert rows["lost"] == SAVE + 8 * STEP + 2 * PARTS["validate"] + COMPARE + SAVE
     assert rows["warm-up and compile"] == 9 * WARM + 2 * PARTS["compile"]
     assert rows["validate"] == 5 * PARTS["validate"]
     assert rows["score sliding"] == PARTS["sliding"]
@@ -218,7 +222,8 @@ def test_scoring_that_was_killed_is_lost_as_far_as_there_are_signs_of_life(world
     world.killed(cfg, train_gpt, "prove_toggles", lambda *_: True)
     assert sum(saved(cfg)["ledger"].values()) < world.wall
     report = world.launch(again(cfg))
-    assert report["lost_seconds"] == SAVE + EXPORT + sum(PARTS[n] for n in report["scores"])
+    scored = sum(PARTS[name] for name in report["scores"])
+    assert report["lost_seconds"] == COMPARE + SAVE + EXPORT + scored
     assert sum(report["seconds"].values()) == world.wall
     assert report["limits"]["train"]["spent"] == report["train_seconds"]
 
