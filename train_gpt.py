@@ -3508,7 +3508,8 @@ class Qna:
     Care:   noise depends on SEED, step and stack alone: every rank, and a run that goes on, draws
             the same. scale(w) is the exported one. #975's is the largest weight of the row over
             the largest code, without clip and floor, so smaller than the true error, in the
-            matrices of the blocks alone: QNA_GRID=row, QNA_SCOPE=block_linears.
+            matrices of the blocks alone: QNA_GRID=row, QNA_SCOPE=block_linears. It was drawn for
+            each micro-batch, here for each step: the same on 8 GPUs, where a step has one.
     """
 
     def __init__(self, cfg: Config, model: GPT, exported: dict[str, Grid]):
