@@ -325,6 +325,13 @@ def test_a_base_states_what_it_changes_in_another_file_even_after_a_byte_order_m
     assert (cfg.num_layers, cfg.ln_scale, cfg.model_dim, cfg.ve_layers) == (3, True, 64, "1")
 
 
+def test_what_a_script_means_otherwise_its_successors_mean_too(elsewhere):
+    told = "SMEAR_GATE = 0\nfixed = { SMEAR_GATE = 'it is another gate' }\n"
+    elsewhere(a=f"[base.x]\n{told}means = {{ SIZE = ['NUM_LAYERS'] }}\n[base.y]\nbase = 'x'\n")
+    assert Config.from_env({"BASE": "y", "SIZE": "3"}).num_layers == 3
+    assert "it is another gate" in refused({"BASE": "y", "SMEAR_GATE": "1"})
+
+
 def test_a_run_goes_on_under_its_base_and_under_no_other(elsewhere):
     small = "MODEL_DIM = 32\nNUM_HEADS = 2\nNUM_KV_HEADS = 1\nVOCAB_SIZE = 16\nNUM_LAYERS = "
     elsewhere(a=f"[base.x]\n{small}2\nPRUNE_PCT = 0.2\n[base.y]\n{small}1\n")
