@@ -815,7 +815,8 @@ class Base:
             value = values.get(name.lower())
             if value is not None and value != parse(name, own, BY_NAME[name].type):
                 remedy = f"set {name}={own}, or unset BASE for ours"
-                problems.append(f"{name}={value}: with BASE={self.name} {why}; {remedy}")
+                told = f"{setting(name, value)}: with BASE={self.name} {why}"
+                problems.append(f"{told}; {remedy}")
         return problems
 
 
@@ -835,9 +836,8 @@ def base_tables() -> dict[str, dict]:
             raise Refusal(f"{path}: cannot be read ({error}); mend it, or unset BASE") from None
         refuse(not isinstance(bases, dict), f"{path}: base: no tables; write [base.NAME]")
         for name, table in bases.items():
-            refuse(
-                not isinstance(table, dict), f"{path}: base.{name}: no table; write [base.{name}]"
-            )
+            remedy = f"no table; write [base.{name}]"
+            refuse(not isinstance(table, dict), f"{path}: base.{name}: {remedy}")
             twice = f"{path}: base.{name} also stands in {tables.get(name, {}).get('path')}"
             refuse(name in tables, f"{twice}; keep one")
             tables[name] = table | {"path": str(path)}

@@ -244,6 +244,8 @@ def test_the_noise_of_975_ends_where_its_qat_begins():
 def test_what_we_have_under_the_same_name_but_otherwise_is_refused_under_that_base(base, command):
     message = refused({"BASE": base} | pairs(command))
     assert f"with BASE={base}" in message and "unset BASE" in message
+    # as it can be written
+    assert "True" not in message
     if "BIGRAM_HASH" in command:
         # without a base it is asked which hash is meant
         command = "BIGRAM_HASH=1 BIGRAM_VOCAB_SIZE=4096"
