@@ -1136,10 +1136,23 @@ ABSENT_HERE = (
 # Name -> what is known of it
 ABSENT = {name: a for a in ABSENT_HERE for name in f"{a.names} {a.details}".split()}
 
-# Variables of other programs (ninja, a cloud, Jenkins) that look like ours
+# Variables of other programs (ninja, clouds, Jenkins, HashiCorp's, job scripts) that look like ours
 FOREIGN = {
     "MAX_JOBS",
+    "CHECKPOINT_DISABLE",
     "DATA_DIRECTORY",
+    "DATA_HOME",
+    "DATA_ROOT",
+    "MODEL_NAME",
+    "MODEL_PATH",
+    "NUM_CPUS",
+    "NUM_GPUS",
+    "NUM_NODES",
+    "NUM_PROCESSES",
+    "NUM_WORKERS",
+    "RUN_ATTEMPT",
+    "RUN_NAME",
+    "RUN_NUMBER",
     "RUN_DISPLAY_URL",
     "RUN_CHANGES_DISPLAY_URL",
     "RUN_TESTS_DISPLAY_URL",
@@ -1330,7 +1343,7 @@ def resembles_ours(name: str) -> bool:
 
 def has_words_of_ours(name: str) -> bool:
     """It begins like a knob, is nearly one, is about the same, or one of the two ends alike."""
-    first_words = {other.split("_", 1)[0] for other in BY_NAME} - {"INIT"}
+    first_words = {other.split("_", 1)[0] for other in BY_NAME} - {"INIT", "BASE"}
     if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, BY_NAME, 1, 0.85):
         return True
     if core(name) in {core(other) for other in (*BY_NAME, *ALIASES)}:
