@@ -303,6 +303,13 @@ def test_a_limit_that_is_kept_has_its_slack_beside_it(world, tiny):
     assert table["sum"]["spent"] == f"{world.wall:.1f} s"
 
 
+def test_a_limit_that_is_met_to_the_bit_is_kept(world, tiny):
+    world.slow = {STEPS - 2: 1.0}
+    report = world.launch(tiny(**KNOBS | dict(max_wallclock_seconds=7.0, checkpoint_every=0.0)))
+    assert report["limits"] == {"train": {"spent": 7.0, "limit": 7.0, "slack": 0.0}}
+    assert report["exit_code"] == 0 and report["over_limit"] == []
+
+
 def test_steps_alone_have_no_limit(world, tiny):
     report = world.launch(tiny(**KNOBS | dict(max_wallclock_seconds=0.0)))
     assert report["limits"] == {} and report["exit_code"] == 0
@@ -367,6 +374,12 @@ def test_the_alive_file_says_launch_and_seconds(run):
     assert int(launches) == 3
     assert float(seconds) == pytest.approx(5.0 + run.booked - run.started, abs=1e-6)
     run.remove_alive()
+    assert not (run.dir / ALIVE).exists()
+
+
+def test_signs_of_life_are_those_of_rank_0(run):
+    run.rank = 1
+    run.tick()
     assert not (run.dir / ALIVE).exists()
 
 
