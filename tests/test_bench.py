@@ -534,6 +534,11 @@ def test_bad_settings_end_with_one_line(monkeypatch, capsys, tmp_path, name, val
     assert message.startswith("bench.py: error: ") and said in message and message.count("\n") == 1
 
 
+def test_an_argument_that_is_no_setting_is_refused(capsys, tmp_path):
+    assert bench.main(["run", "TYPO=1", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("bench.py: error: TYPO=1: no such setting")
+
+
 def test_show_prints_both_tables_of_a_report(quick, capsys):
     report = json.loads(quick.path.read_text())
     assert bench.main(["show", str(quick.path)]) == 0
