@@ -3889,7 +3889,7 @@ class Trainer:
     def done(self) -> bool:
         if self.steps >= self.cfg.iterations:
             return True
-        coming = careful_step(self.step_seconds) if self.steps else 0.0
+        coming = careful_step(self.step_seconds) if self.step_seconds else 0.0
         return budget_spent(self.cfg, self.steps, self.elapsed, coming)
 
     # Checkpoints
