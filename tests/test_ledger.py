@@ -322,11 +322,13 @@ def test_scoring_is_held_to_the_limit_where_the_contest_holds_it():
 
     train = {"spent": 590.0, "limit": 600.0, "slack": 10.0}
     assert held(False, 1, 700.0) == held(True, SCORE_GPUS - 1, 700.0) == {"train": train}
+    assert held(False, SCORE_GPUS, 700.0) == {"train": train}
     assert held(True, SCORE_GPUS, 700.5) == {
         "train": train,
         "score sliding": {"spent": 700.5, "limit": 600, "slack": -100.5},
     }
-    alone = time_limits(Config(), SimpleNamespace(cuda=True, world=8), None, "ttt", 600.0)
+    short = Config(max_wallclock_seconds=9.0)
+    alone = time_limits(short, SimpleNamespace(cuda=True, world=8), None, "ttt", 600.0)
     assert alone == {"score ttt": {"spent": 600.0, "limit": 600, "slack": 0.0}}
 
 
