@@ -232,8 +232,8 @@ def tokenisation(b: Bench, split: Split) -> None:
     def prepare() -> None:
         writer = prepare_data.ShardWriter(folder, "train", prepare_data.Recipe())
         with contextlib.redirect_stdout(io.StringIO()):
-            for _, document, utf8_bytes in prepare_data.encode_batch(model, texts):
-                writer.add(document, utf8_bytes)
+            for document in prepare_data.encode_batch(model, texts):
+                writer.add(document)
             writer.close()
 
     seconds = b.time(prepare, most=5, limit=3)
