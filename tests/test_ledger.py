@@ -207,6 +207,20 @@ def test_a_resumed_run_has_the_rows_of_all_launches(world, tiny):
     assert not (folder(cfg) / ALIVE).exists()
 
 
+def test_a_checkpoint_is_of_the_end_of_its_step(world, tiny):
+    """A line of 0.5 s and a validation come before it: they belong to the launch that ended."""
+    cfg = tiny(**KNOBS | dict(checkpoint_every=2.5))
+    world.clock.lasts(Trainer, "report_step", lambda *_: 0.5)
+    world.killed(cfg, Trainer, "report", lambda trainer, _: trainer.steps == 12)
+    facts = saved(cfg)
+    assert facts["ledger"]["train"] == facts["progress"]["elapsed"] == 10 * STEP
+    report = world.launch(again(cfg))
+    rows = report["seconds"]
+    assert rows["train"] == report["train_seconds"] == STEPS * STEP + 0.5 + SAVE
+    assert rows["lost"] == 0.5 + SAVE + 2 * STEP
+    assert sum(rows.values()) == world.wall
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_loses_all_of_it(world, tiny):
     cfg = tiny(**KNOBS)
     world.killed(cfg, Trainer, "warm_up", lambda *_: True)
