@@ -324,9 +324,15 @@ def test_a_limit_that_is_met_to_the_bit_is_kept(world, tiny):
     assert report["exit_code"] == 0 and report["over_limit"] == []
 
 
-def test_steps_alone_have_no_limit(world, tiny):
+def test_steps_alone_have_no_limit(world, tiny, monkeypatch):
+    held = []
+    monkeypatch.setattr(
+        train_gpt, "time_limits", lambda *given: held.append(given[2:]) or time_limits(*given)
+    )
     report = world.launch(tiny(**KNOBS | dict(max_wallclock_seconds=0.0)))
     assert report["limits"] == {} and report["exit_code"] == 0
+    # what is held to a limit where there is one: training, and the scoring that gives the result
+    assert held == [(report["train_seconds"], "sliding", PARTS["sliding"])]
 
 
 def test_scoring_is_held_to_the_limit_where_the_contest_holds_it():
@@ -391,6 +397,17 @@ def test_the_alive_file_says_launch_and_seconds(run):
     assert float(seconds) == pytest.approx(5.0 + run.booked - run.started, abs=1e-6)
     run.remove_alive()
     assert not (run.dir / ALIVE).exists()
+
+
+def test_every_rank_goes_by_the_training_clock_of_rank_0(world, tiny, monkeypatch):
+    """That of rank 0, in place of which the test tells: all seconds are twice as long there."""
+    told = Run.broadcast
+    monkeypatch.setattr(
+        Run, "broadcast", lambda run, v: 2 * v if type(v) is float else told(run, v)
+    )
+    report = world.launch(tiny(**KNOBS | dict(max_wallclock_seconds=0.0, checkpoint_every=0.0)))
+    assert report["train_seconds"] == 2 * report["seconds"]["train"] == 2 * STEPS * STEP
+    assert report["step_ms_median"] == 2 * 1000 * STEP
 
 
 def test_signs_of_life_are_those_of_rank_0(run):
