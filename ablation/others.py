@@ -623,7 +623,6 @@ def figures_of(f: Folder) -> Figures:
         figures.add_differences(BPB, (one.bpb for one in log.finals))
         figures.add_differences(NATS, (one.loss for one in log.finals))
         for size in (log.total_bytes, log.model_bytes, *log.code_bytes.values()):
-            figures.add(BYTES, size)
             figures.add(HEADROOM, size and CAP_BYTES - size)
         if log.steps and log.train_seconds:
             figures.add(SECONDS, log.train_seconds / log.steps)
