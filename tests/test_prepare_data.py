@@ -577,7 +577,7 @@ def test_a_refusal_for_unknown_pieces_says_what_they_lose_of_validation(tmp_path
 )
 def test_a_tokenizer_whose_tokens_give_text_back_is_accepted(tmp_path, settings, capsys):
     tokenizer = trained(tmp_path / "m", **settings)
-    documents = [*make_documents(5), " leads, and  folds\nno \u2460", "\u6771\u4eac 🏌️ ẞ"]
+    documents = [*make_documents(5), " leads, and  folds\nno \u2460", "\u6771\u4eac 🏌️ ẞ", "a▁b ▁"]
     source = write_jsonl(tmp_path / "in.jsonl", documents)
     options = ["--tokenizer", tokenizer, "--val-docs", "4", "--workers", "1"]
     assert run("text", source, "--out", tmp_path / "out", *options) == 0
