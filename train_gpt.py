@@ -5929,8 +5929,11 @@ def main(cfg: Config, start_up: float = 0.0) -> dict:
         finished = finished_result(cfg, run)
         return finished or train_and_score(cfg, run)
     except BaseException as error:
+        phase = run.phase_name
         refusal = explain(run, error)
-        if isinstance(error, Refusal) and error.code == 2:
+        # torchrun stops this rank where another one was refused first
+        stopped = phase in ("start", "data") and run.stop
+        if stopped or (isinstance(error, Refusal) and error.code == 2):
             run.take_back_folder()
         if refusal is None:
             raise

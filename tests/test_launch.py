@@ -251,7 +251,7 @@ def test_an_exception_that_nobody_expects_is_told_to_the_launcher_too(monkeypatc
 
 def test_a_result_that_is_not_good_is_told_to_the_launcher(monkeypatch, tmp_path):
     monkeypatch.setattr(Config, "from_env", lambda *_: None)
-    monkeypatch.setattr(train_gpt, "main", lambda _: {"exit_code": 3})
+    monkeypatch.setattr(train_gpt, "main", lambda *_: {"exit_code": 3})
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert command_line([]) == 3
     assert EXIT_CODES[3] in (tmp_path / "error.json").read_text()
@@ -319,6 +319,16 @@ def test_a_refused_launch_leaves_its_name_free(tiny, resume):
         with pytest.raises(Refusal, match="VOCAB_SIZE=512"):
             main(cfg)
         assert not (Path(cfg.logs_dir) / cfg.run_id).exists()
+
+
+def test_a_launch_that_is_stopped_before_it_trains_leaves_its_name_free(tiny, monkeypatch):
+    monkeypatch.setattr(
+        train_gpt, "check_data", lambda *_: train_gpt.signal.raise_signal(train_gpt.signal.SIGTERM)
+    )
+    cfg = tiny()
+    with pytest.raises(Refusal) as refusal:
+        main(cfg)
+    assert refusal.value.code == 143 and not (Path(cfg.logs_dir) / cfg.run_id).exists()
 
 
 def test_a_refused_launch_takes_nothing_of_others_with_it(tiny):
