@@ -373,7 +373,9 @@ def test_a_pattern_that_no_tensor_has_in_its_name_is_refused_with_the_likeliest_
     assert line.startswith(f"FP16_KEEP_NAME_PATTERNS={wrong}: ") and len(line.splitlines()) == 1
     assert f"did you mean {meant}" in line
     # before anything is trained, warm-up included
-    assert capsys.readouterr().out.splitlines()[-1].startswith("stopped in phase 'start'")
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("stopped in phase 'set-up and other'")
+    )
     assert not (Path(cfg.logs_dir) / cfg.run_id).exists()
 
 
