@@ -62,6 +62,7 @@ STEP_SECONDS = [(1 + step**2 % 37) / 8 for step in range(STEPS)]
 SCORE_SECONDS = {"live": 32.0, "averaged": 64.0, "quantised": 128.0, "sliding": 256.0}
 VALIDATION_SECONDS = 16.0
 ENCODE_SECONDS = 4.0
+PACK_SECONDS = 1 / 8
 
 
 class Clock:
@@ -122,6 +123,7 @@ def clocked(data, tmp_path_factory) -> SimpleNamespace:
         clock.lasts(Trainer, "step", of_step)
         clock.lasts(ScoreSheet, "fill", of_score)
         clock.lasts(train_gpt, "encode_artifact", lambda *_: ENCODE_SECONDS)
+        clock.lasts(train_gpt, "shipped_code", lambda *_: PACK_SECONDS)
         patch.setattr(Run, "milliseconds", one_millisecond)
         report = main(cfg)
     events = [json.loads(line) for line in (folder(cfg) / "metrics.jsonl").open()]
@@ -135,7 +137,7 @@ def of_kind(run: SimpleNamespace, kind: str) -> list[dict]:
 
 # ── The clock of training ─────────────────────────────────────────────────────────────────────────
 def test_the_training_clock_counts_steps_alone(clocked):
-    """Five validations of 20 s each lie between the steps."""
+    """Five validations of 20 s and more lie between the steps."""
     assert len(of_kind(clocked, "val")) == STEPS // 10
     after = [sum(STEP_SECONDS[: n + 1]) for n in range(STEPS)]
     assert [event["seconds"] for event in of_kind(clocked, "step")] == after
@@ -171,7 +173,8 @@ def test_the_ledger_holds_every_second_once_under_what_it_was_spent_on(clocked):
     assert {name: n for name, n in seconds.items() if n} == spent
     assert sum(seconds.values()) == clocked.clock.now - clocked.clock.began
     assert spent["train"] == sum(STEP_SECONDS) == clocked.report["train_seconds"]
-    assert spent["validate"] == STEPS // 10 * (VALIDATION_SECONDS + ENCODE_SECONDS)
+    pause = VALIDATION_SECONDS + ENCODE_SECONDS + PACK_SECONDS
+    assert spent["validate"] == STEPS // 10 * pause
     scores = {name: spent[f"score {name}"] for name in SCORE_SECONDS}
     assert scores == SCORE_SECONDS
     assert {"warm-up and compile", "quantise and compress"} < spent.keys()
