@@ -275,6 +275,29 @@ def test_the_cost_of_snapshots_is_of_those_that_were_taken(tiny):
         assert row["steps_lost"] > 0
 
 
+def test_what_is_timed_is_what_a_step_does(tiny, monkeypatch):
+    """`on` takes a snapshot in, or puts the seen weights in and the latent ones back."""
+    done = []
+
+    def count(owner, name: str) -> None:
+        work = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: done.append(name) or work(*given))
+
+    def measure(run, activity, on, off=train_gpt.nothing, times=1) -> None:
+        before = len(done)
+        on()
+        found.append((done[before:], off))
+
+    count(train_gpt.Swa, "update")
+    count(train_gpt.WeightViews, "enter")
+    count(train_gpt.WeightViews, "leave")
+    monkeypatch.setattr(train_gpt, "measure_cost", measure)
+    found = []
+    swa = dict(swa_enabled=True, swa_every=2, swa_start_kind="always")
+    main(tiny(smear_gate=False, qat_enabled=True, **swa))
+    assert found == [(["enter", "leave"], train_gpt.nothing), (["update"], train_gpt.nothing)]
+
+
 def test_the_effect_of_a_part_of_the_model_is_with_it_minus_without(tiny):
     """A gate that is wide open mixes every token with the one before: much worse without need."""
     cfg = tiny(**WHOLE)
