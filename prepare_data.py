@@ -251,10 +251,14 @@ BEGINNINGS = {
     ".pdf": (b"%PDF-",),
 }
 BEGINNING = 16  # bytes that tell all of them
-# UTF-32 first, as it begins like UTF-16. Without a mark the zeros of the first letter show it.
+# UTF-32 first, as its mark begins like that of UTF-16. Without one the zeros of two letters tell.
 ENCODINGS = {
-    "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0]"),
-    "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff|[^\0]\0|\0[^\0]"),
+    "UTF-32": re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff"),
+    "UTF-16": re.compile(rb"\xff\xfe|\xfe\xff"),
+    "UTF-32LE": re.compile(rb"([^\0]\0\0\0){2}"),
+    "UTF-32BE": re.compile(rb"(\0\0\0[^\0]){2}"),
+    "UTF-16LE": re.compile(rb"([^\0]\0){2}"),
+    "UTF-16BE": re.compile(rb"(\0[^\0]){2}"),
 }
 UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -471,7 +475,13 @@ def check_input(path: Path, field: str) -> None:
 def text_documents(inputs: list[Path], field: str) -> Iterator[str]:
     """Stream the documents of all files in order; those of white space alone are left out."""
     for path in inputs:
-        yield from (text for text in reader_of(path)(path, field) if text.strip())
+        texts = (text for text in reader_of(path)(path, field) if text.strip())
+        first = next(texts, None)
+        if first is None:
+            print(f"WARNING: {path} holds no document with text")
+        else:
+            yield first
+            yield from texts
 
 
 # ---- Documents of the demo: the English in Python's own documentation

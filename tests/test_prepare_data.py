@@ -280,8 +280,10 @@ OTHER_KINDS = {  # name: (content, what the refusal names)
     "zip.txt": (b"PK\x03\x04" + bytes(30), "holds .zip data"),
     "twice.jsonl.gz": (gzip.compress(gzip.compress(LINES[0])), "holds .gz data within: unpack it"),
     "u16.jsonl": (LINES[0].decode().encode("utf-16"), "is UTF-16: .*iconv -f UTF-16"),
-    "u16be.txt": ("a word".encode("utf-16-be"), "is UTF-16: .*iconv -f UTF-16"),
-    "u16.jsonl.gz": (gzip.compress(LINES[0].decode().encode("utf-16-le")), "is UTF-16"),
+    "u16be.txt": ("a word".encode("utf-16-be"), "is UTF-16BE: .*-f UTF-16BE"),
+    "u16.jsonl.gz": (gzip.compress(LINES[0].decode().encode("utf-16-le")), "is UTF-16LE"),
+    "zero.txt": (b"a\0b", "is no text .*zero bytes"),
+    "u32le.txt": ("a word".encode("utf-32-le"), "is UTF-32LE: .*-f UTF-32LE"),
     "u32.txt": ("a word".encode("utf-32"), "is UTF-32: .*iconv -f UTF-32"),
 }
 
@@ -781,6 +783,14 @@ BAD_INPUTS = {
     "not.jsonl.zst": (b"plain", "cannot be read to its end"),
     "blank.txt": (b" \n\n \n", "no document"),
 }
+
+
+def test_a_file_without_a_document_among_others_is_said_aloud(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", ["one"])
+    (tmp_path / "empty.txt").write_text(" \n")
+    files = [source, tmp_path / "empty.txt", source]
+    assert list(prepare_data.text_documents(files, "text")) == ["one", "one"]
+    assert capsys.readouterr().out == f"WARNING: {files[1]} holds no document with text\n"
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
