@@ -16,7 +16,7 @@ Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint
 
 Sections, in the order in which the data flow:
 
-    1 Config       every knob once; old spellings; refusals
+    1 Config       every knob once; refusals
     2 Run          ranks, log, clock, phases, stop signals
     3 Data         shards, batches, bytes per token
     4 Grid         the one definition of quantisation
@@ -28,7 +28,8 @@ Sections, in the order in which the data flow:
     10 Artifact    codes, coders, container, cap
     11 Score       windows, the sheet of nats, test-time training
     12 Report      proof that toggles acted, result, tables
-    13 Main        the data flow
+    13 Names       settings of other scripts, their defaults, misspelt ones; --help
+    14 Main        the data flow
 """
 
 from __future__ import annotations
@@ -767,641 +768,6 @@ def parse(name: str, text: str, kind: str):
     except ValueError:
         meant = "a whole number" if kind == "int" else "a number"
         raise Refusal(f"{name}={text}: must be {meant}") from None
-
-
-@dataclass(frozen=True)
-class Base:
-    """What a run of another script is, when it is told nothing: the tables [base.NAME] of studies.
-
-    settings: today's VARIABLE -> text.
-    fixed: VARIABLE -> what that script means by another value than this; we have none such.
-    means: a variable of that script -> today's variables.
-    """
-
-    name: str = ""
-    settings: dict[str, str] = field(default_factory=dict)
-    fixed: dict[str, str] = field(default_factory=dict)
-    means: dict[str, list[str]] = field(default_factory=dict)
-
-    def with_changes(self, name: str, table: dict) -> Base:
-        """The base `name` whose table states what it changes in this one."""
-        where = f"{table['path']}: base.{name}"
-        own = {key: value for key, value in table.items() if key == key.upper()}
-        fixed = table.get("fixed", {})
-        means = table.get("means", {})
-        rest = table.keys() - own.keys() - {"path", "base", "fixed", "means"}
-        refuse(rest, f"{where}: {', '.join(sorted(rest))}: no such key; take it out")
-        shaped = isinstance(fixed, dict) and isinstance(means, dict)
-        shaped = shaped and all(isinstance(names, list) for names in means.values())
-        refuse(not shaped, f"{where}: fixed needs NAME = 'why', means NAME = ['NAME']; correct it")
-
-        for key in [*own, *fixed, *itertools.chain(*means.values())]:
-            refuse(key not in BY_NAME, f"{where}: {key}: no such setting; correct it")
-        texts = {key: str(int(v) if isinstance(v, bool) else v) for key, v in own.items()}
-        settings = self.settings | texts
-        for key in fixed:
-            refuse(key not in settings, f"{where}: fixed.{key}: at which value? Set {key} too")
-        return Base(name, settings, self.fixed | fixed, self.means | means)
-
-    def old_names(self) -> dict[str, Meaning]:
-        """ALIASES as the script of this base reads them."""
-        return ALIASES | {old: renamed(*names) for old, names in self.means.items()}
-
-    def other_than_its_script(self, values: dict) -> list[str]:
-        """A problem for each value that means something else in the script of this base."""
-        problems = []
-        for name, why in self.fixed.items():
-            own = self.settings[name]
-            value = values.get(name.lower())
-            if value is not None and value != parse(name, own, BY_NAME[name].type):
-                remedy = f"set {name}={own}, or unset BASE for ours"
-                told = f"{setting(name, value)}: with BASE={self.name} {why}"
-                problems.append(f"{told}; {remedy}")
-        return problems
-
-
-@cache
-def base_tables() -> dict[str, dict]:
-    """NAME -> table of every [base.NAME] in the studies beside this script, its file as `path`.
-
-    Refusal on a file that cannot be read, and on a base that stands in two.
-    """
-    import tomli
-
-    tables = {}
-    for path in sorted((Path(__file__).resolve().parent / "studies").glob("*.toml")):
-        try:
-            bases = tomli.loads(path.read_text(encoding="utf-8-sig")).get("base", {})
-        except (OSError, ValueError) as error:
-            raise Refusal(f"{path}: cannot be read ({error}); mend it, or unset BASE") from None
-        refuse(not isinstance(bases, dict), f"{path}: base: no tables; write [base.NAME]")
-        for name, table in bases.items():
-            remedy = f"no table; write [base.{name}]"
-            refuse(not isinstance(table, dict), f"{path}: base.{name}: {remedy}")
-            twice = f"{path}: base.{name} also stands in {tables.get(name, {}).get('path')}"
-            refuse(name in tables, f"{twice}; keep one")
-            tables[name] = table | {"path": str(path)}
-    return tables
-
-
-def read_base(name: str) -> Base:
-    """The base of this name, with what it takes over from its own base. Refusal of other names."""
-    if not name:
-        return Base()
-    tables = base_tables()
-    absent = "studies/*.toml is not beside this script: give the settings themselves, as the line "
-    refuse(not tables, f"BASE={name}: {absent}'settings:' of a log has them, and unset BASE")
-    choices = ", ".join(tables)
-    refuse(name not in tables, f"BASE={name}: no such script; choose from {choices}")
-
-    lineage = [name]
-    while parent := tables[lineage[-1]].get("base"):
-        broken = parent not in list(tables) or parent in lineage
-        remedy = f"no base, or one that comes back to itself; choose from {choices}"
-        refuse(broken, f"{tables[lineage[-1]]['path']}: base = {parent}: {remedy}")
-        lineage.append(parent)
-    base = Base()
-    for ancestor in reversed(lineage):
-        base = base.with_changes(ancestor, tables[ancestor])
-    return base
-
-
-def read_arguments(arguments: Iterable[str], problems: list[str]) -> tuple[dict, dict]:
-    """NAME -> text of the arguments NAME=text, and of those NAME?=text; adds to the problems."""
-    settings = {}
-    defaults = {}
-    for argument in arguments:
-        name, sign, text = argument.partition("=")
-        if not sign:
-            problems.append(f"{argument}: an argument is NAME=value; --help lists the names")
-        elif name.endswith("?"):
-            defaults[name[:-1]] = text
-        elif settings.setdefault(name, text) != text:
-            problems.append(f"{name}={text} contradicts {name}={settings[name]}; give only one")
-    return settings, defaults
-
-
-# What an old variable means: (its text, the environment) -> today's variables. None: its text
-# is neither 0 nor 1
-Meaning = Callable[[str, dict], dict[str, str | None]]
-
-
-def renamed(*names: str) -> Meaning:
-    """An old variable whose text these have today."""
-    return lambda text, env: dict.fromkeys(names, text)
-
-
-def switch(name: str, off: str, on: str) -> Meaning:
-    """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
-    return lambda text, env: {name: {"0": off, "1": on}.get(SWITCHES.get(text))}
-
-
-def bigram_hash(text: str, env: dict) -> dict[str, str | None]:
-    """An old 0 / 1 variable beside that of the number of buckets."""
-    beside = env.get("BIGRAM_VOCAB_SIZE", "0")
-    buckets = env.get("BIGRAM_HASH_BUCKETS", "4096" if beside == "0" else beside)
-    return switch("BIGRAM_VOCAB_SIZE", off="0", on=buckets)(text, env)
-
-
-def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
-    """An old variable that also says what starts QAT."""
-    return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
-
-
-# Spellings of the seeds and of records for our knobs
-ALIASES: dict[str, Meaning] = {
-    # QAT
-    "QAT": renamed("QAT_ENABLED"),
-    "ENABLE_QAT": renamed("QAT_ENABLED"),
-    "LATE_QAT": renamed("QAT_ENABLED"),
-    "QAT_START_FRAC": renamed("QAT_START"),
-    "LATE_QAT_THRESHOLD": late_qat_threshold,
-    "QAT_THRESHOLD": late_qat_threshold,
-    # SWA
-    "SWA": renamed("SWA_ENABLED"),
-    # BigramHash
-    "BIGRAM_HASH": bigram_hash,
-    "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
-    "BIGRAM_HASH_DIM": renamed("BIGRAM_DIM"),
-    # Optimiser and schedule
-    "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
-    "WEIGHT_DECAY": renamed("ADAM_WD"),
-    "ADAM_WEIGHT_DECAY": renamed("ADAM_WD"),
-    "WARMDOWN_STEPS": renamed("WARMDOWN_ITERS"),
-    "WARMDOWN_FRACTION": renamed("WARMDOWN_FRAC"),
-    # Export
-    "QUANT_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"),
-    "MATRIX_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN"),
-    "EMBED_BITS": renamed("QUANT_BITS_EMBED"),
-    "FP16_EMBED": switch("QUANT_BITS_EMBED", off="8", on="16"),
-    "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", off="8", on="16"),
-    "FP16_PASSTHROUGH_PATTERNS": renamed("FP16_KEEP_NAME_PATTERNS"),
-    "USE_ZSTD": switch("COMPRESSOR", off="zlib", on="zstd"),
-    "ZSTD_LEVEL": renamed("COMPRESS_LEVEL"),
-    # Scoring
-    "SLIDING_EVAL_STRIDE": renamed("EVAL_STRIDE"),
-    "SLIDING_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
-    "EVAL_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
-    "SW_EVAL_BATCH": renamed("EVAL_BATCH_SEQS"),
-    # Test-time training
-    "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
-}
-
-
-class Absent(NamedTuple):
-    """Settings of other scripts that this one has none such of."""
-
-    names: str
-    # at which they do nothing, there and here; ANY: whatever it is
-    off: tuple[str, ...] | None = ("0",)
-    # names that say nothing while one of `names` is given as off
-    details: str = ""
-    # what to do instead, with {text} for the value
-    remedy: str | Callable[[str, dict], str] = ""
-
-
-ANY = None
-
-
-def mlp_hidden(text: str, env: dict) -> str:
-    """The hidden width as our multiple of MODEL_DIM."""
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        return f"set MLP_MULT={int(text) / int(env.get('MODEL_DIM', Config.model_dim)):.10g}"
-    return "set MLP_MULT"
-
-
-# What later becomes a technique of this script leaves the table line by line
-ABSENT_HERE = (
-    # Shapes
-    Absent("TIE_EMBEDDINGS", ("1",)),
-    Absent("UNTIE_AT_FRACTION", details="CORR_WEIGHT_LR"),
-    Absent("EMBED_LR HEAD_LR", ANY),
-    Absent("EMBED_DIM"),
-    Absent("EMBEDDING_DIM", (), remedy="set MODEL_DIM={text}"),
-    Absent("MLP_HIDDEN", remedy=mlp_hidden),
-    Absent("ACTIVATION", ("relu2",), remedy="set MLP_ACT"),
-    Absent("NEGATIVE_SLOPE", (), remedy="set MLP_ACT=leaky_relu2, whose slope is 0.5"),
-    Absent("ATTN_PROJ_TYPE LOGIT_HEAD_TYPE", ("standard",)),
-    Absent("TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS", details="TVERSKY_MEMBERSHIP"),
-    Absent("MLP_GROUPS BITNET_GROUP_SIZE FP_STORAGE"),
-    Absent("SOFTCAP_TYPE", ("tanh",)),
-    Absent("ASYM_LOGIT_RESCALE TEMP_SCALING DIFF_ATTN SKIP_GATES_ENABLED OPTROT_ENABLED"),
-    Absent("GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS"),
-    Absent("GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE", details="GATED_ATTN_INIT_STD"),
-    Absent("ATTN_OUT_GATE_ENABLED", details="ATTN_OUT_GATE_SRC"),
-    Absent("GATE_ATTN_OUT GATE_MLP_OUT", details="GATE_ATTN_SRC GATE_WIDTH"),
-    Absent(
-        "SPARSE_ATTN_GATE_ENABLED",
-        details="SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE GATE_WINDOW",
-    ),
-    Absent("REFINER", details="REFINER_KERNEL"),
-    Absent("CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE", ("",)),
-    Absent("DISABLE_LAYER0_ATTN"),
-    # SmearGate and n-grams: gates of other forms
-    Absent("USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR", (), remedy="set SMEAR_GATE={text}"),
-    Absent("SMEAR_GATE_WIDTH", ()),
-    Absent("SMEAR_GATE_BOS_FIX", remedy="set SMEAR_MASK_BOS={text}"),
-    Absent("BIGRAM_BUCKETS", (), remedy="set BIGRAM_VOCAB_SIZE={text}"),
-    Absent("TRIGRAM"),
-    Absent(
-        "NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST",
-        details="NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU"
-        " WORD_BOOST WORD_NORMALIZE WORD_ORDER WORD_TAU",
-    ),
-    # Rotary positions
-    Absent("ROPE_TYPE", ("rope",), details="YARN_MAX_LEN"),
-    Absent("ROPE_YARN"),
-    Absent("ROPE_TRAIN_SEQ_LEN", (), remedy="set ROPE_NTK_LEN={text}"),
-    Absent("EVAL_NTK_ALPHA"),
-    # Layers that are used again, layers side by side
-    Absent(
-        "NUM_LOOPS",
-        ("0", "1"),
-        details="ENABLE_LOOPING_AT LOOP_START LOOP_END LOOP_PHASE2_AT LOOP_LAYER_BITS"
-        " LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS",
-    ),
-    Absent("LORA_RANK", details="LORA_LR"),
-    Absent("TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE", ("0", "1")),
-    Absent("NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH", (), details="DEPTH_LORA_RANK"),
-    Absent("RECUR_LAYERS", ("",), details="RECUR_START_STEP"),
-    Absent("REPEAT_UNTIE_MLP", ("none",), details="REPEAT_UNTIE_MLP_LAYERS"),
-    Absent("PARALLEL_RESIDUAL", details="PARALLEL_START_LAYER_IS_PHYSICAL"),
-    Absent("PARALLEL_RESIDUAL_START PARALLEL_START_LAYER", ("-1",), details="PARALLEL_FINAL_LANE"),
-    # Optimiser, schedule, loss
-    Absent("MATRIX_OPTIMIZER", ("muon",), details="ADAM_LR"),
-    Absent("MUON_BETA2", ("0.95",)),
-    Absent("MUON_ROW_NORMALIZE POLAR_EXPRESS"),
-    Absent("MUON_HUBER_WD", details="MUON_HUBER_DELTA"),
-    Absent("BLOCK_LARS_TRUST", details="BLOCK_LARS_MIN_SCALE"),
-    Absent("MATRIX_LR_EARLY MATRIX_LR_LATE", (), "BANK_SPLIT", "set MATRIX_LR for all layers"),
-    Absent("EMBED_WD", (), remedy="set ADAM_WD, which vectors have too"),
-    Absent("WD_TAPER_FINAL_MULT", ("1",), details="WD_TAPER_START_FRAC"),
-    Absent("MIN_LR"),
-    Absent("SEQ_LEN_START", details="SEQ_SCHEDULE_FRACTION"),
-    Absent("BATCH_TOKENS_START", details="BATCH_SCHEDULE_FRACTION"),
-    Absent(
-        "TRAIN_SEQ_SCHEDULE",
-        ("",),
-        details="TRAIN_SEQ_SCHEDULE_MODE TRAIN_MAX_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS",
-        remedy="set TRAIN_SEQ_LEN",
-    ),
-    Absent("CURRICULUM"),
-    Absent("MTP_NUM_HEADS MTP_HEADS", details="MTP_LOSS_WEIGHT"),
-    Absent("LAWA_ENABLED", details="LAWA_FREQ LAWA_K"),
-    Absent("FORCE_STOP_STEP", remedy="set ITERATIONS={text}"),
-    Absent("MIDRUN_CAP_SCHEDULE", ("",)),
-    # QAT, quantisation, export
-    Absent("QAT_INT6", (), remedy="set QUANT_BITS, which QAT follows"),
-    Absent("QAT_FRACTION", remedy="set QAT_START_KIND=time_frac QAT_START=1-{text}"),
-    Absent("USE_INT6", (), remedy="set QUANT_BITS=6 (or 8 for none)"),
-    Absent("INT6_LAYER_START INT6_LAYER_END", ("-1",), remedy="set QUANT_BITS"),
-    Absent("QUANT_CLIP_RANGE", (), remedy="set QUANT_BITS (6 for 31, 8 for 127)"),
-    Absent("MIXED_QUANT", details="N_INT6_LAYERS"),
-    Absent("INT4_LAYERS", ("",), details="INT4_STEP"),
-    Absent("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", ("",)),
-    Absent("PRUNE_RATIO", remedy="see PRUNE_PCT"),
-    Absent("TARGET_MB", (), remedy="set FIT_TO_CAP=1 and CAP_BYTES"),
-    Absent("CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE CLIP_MULT_LOOP", ("1",)),
-    Absent("MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS"),
-    Absent("HESSIAN_CLIP_LAMBDA"),
-    Absent(
-        "GPTQ_ENABLED USE_GPTQ",
-        details="GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES"
-        " GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE",
-    ),
-    Absent("GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS", remedy="lower MAX_WALLCLOCK_SECONDS by it"),
-    Absent(
-        "LQER_ENABLED LQER_RANK",
-        details="LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE"
-        " LQER_TOP_K",
-    ),
-    Absent("AWQ_LITE_ENABLED", details="AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K"),
-    # Scoring and test-time training
-    Absent("CASEOPS_ENABLED DOC_EVAL_BUG"),
-    Absent("SLIDING_EVAL SLIDING_WINDOW_ENABLED", ("1",), remedy="set EVAL_STRIDE=0"),
-    Absent("VAL_DOC_FRACTION", ("1",), remedy="set VAL_MAX_TOKENS"),
-    Absent("EVAL_INCLUDE_TAIL", ("1",)),
-    Absent("SLOT_ENABLED", details="SLOT_LR SLOT_STEPS"),
-    Absent("TTT_MOMENTUM", ("0.9",)),
-    Absent("TTT_GRAD_CLIP TTT_GRAD_STEPS", ("1",)),
-    Absent("TTT_BATCH_SEQS", ("32",), remedy="set EVAL_BATCH_SEQS={text}"),
-    Absent("TTT_OPTIMIZER", ("sgd",)),
-    Absent("TTT_WEIGHT_DECAY TTT_DEBUG_BYPASS"),
-    Absent(
-        "TTT_LORA_RANK TTT_LORA_LR",
-        details="TTT_LORA_ALPHA TTT_LORA_EMA_DECAY TTT_BETA1 TTT_BETA2 TTT_K_LORA TTT_MLP_LORA"
-        " TTT_O_LORA TTT_Q_LORA TTT_V_LORA TTT_WARM_START_A",
-    ),
-    Absent(
-        "TTT_SHORT_LORA_ENABLED TTT_SHORT_SCORE_FIRST_ENABLED",
-        details="TTT_SHORT_BETA2 TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN TTT_SHORT_LORA_LR"
-        " TTT_SHORT_LORA_RANK TTT_SHORT_SCORE_FIRST_STEPS TTT_SHORT_WEIGHT_DECAY",
-    ),
-    Absent(
-        "TTT_WARM_START_MEAN_ENABLED",
-        details="TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM",
-    ),
-    Absent("TTT_MASK TTT_EVAL_BATCHES", ("",)),
-    Absent("TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY TTT_LOCAL_LR_MULT", ()),
-    Absent("TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_ENTROPY_HIGH TTT_ENTROPY_LOW"),
-    Absent("TTT_EVAL_SEQ_LEN", remedy="set EVAL_SEQ_LEN={text}"),
-    Absent("TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN"),
-    Absent(
-        "PHASED_TTT_ENABLED",
-        details="PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_BATCH_SEQS"
-        " GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP"
-        " GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS"
-        " GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS"
-        " GLOBAL_TTT_WARMUP_START_LR",
-    ),
-    # The run
-    Absent("DATA_DIR", (), remedy="set DATA_PATH to its folder of shards, and TOKENIZER_PATH"),
-    Absent("DATASETS_DIR", (), remedy="set DATA_PATH={text}"),
-    Absent("TRAIN_FILES VAL_FILES", (), remedy="set DATA_PATH to their folder"),
-    Absent("ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR", ("",), remedy="set LOGS_DIR={text}"),
-    Absent("EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH", ("",), remedy="see EVAL_ONLY, CHECKPOINT"),
-    Absent("PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY", remedy="see CHECKPOINT"),
-    Absent("TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL", remedy="see EVAL_ONLY"),
-    Absent("SKIP_POST_TRAIN_EVAL"),
-    Absent("COMPILE_MODE", ("default",), remedy="see COMPILE"),
-    # Speed, memory and messages: the results are the same whatever they are
-    Absent("VAL_BATCH_SIZE VAL_BATCH_TOKENS LOGIT_CHUNK_TOKENS FUSED_CE_ENABLED", ANY),
-    Absent("MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL PERGROUP_ROUNDTRIP_CHECK", ANY),
-    Absent("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS", ANY),
-    Absent("COMPILE_SHAPE_WARMUP_LOOP_MODES MIDRUN_CAP_LOG_UPDATES", ANY),
-    Absent("DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT", ANY),
-    Absent("CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS", ANY),
-)
-
-# Name -> what is known of it
-ABSENT = {name: a for a in ABSENT_HERE for name in f"{a.names} {a.details}".split()}
-
-# Variables of other programs (ninja, clouds, Jenkins, HashiCorp's, job scripts) that look like ours
-FOREIGN = {
-    "MAX_JOBS",
-    "CHECKPOINT_DISABLE",
-    "DATA_DIRECTORY",
-    "DATA_HOME",
-    "DATA_ROOT",
-    "MODEL_NAME",
-    "MODEL_PATH",
-    "NUM_CPUS",
-    "NUM_GPUS",
-    "NUM_NODES",
-    "NUM_PROCESSES",
-    "NUM_WORKERS",
-    "RUN_ATTEMPT",
-    "RUN_NAME",
-    "RUN_NUMBER",
-    "RUN_DISPLAY_URL",
-    "RUN_CHANGES_DISPLAY_URL",
-    "RUN_TESTS_DISPLAY_URL",
-    "RUN_ARTIFACTS_DISPLAY_URL",
-}
-
-
-def settings_of_others(env: dict) -> tuple[frozenset, list[str]]:
-    """(NAME=text of those that do nothing, a problem for each of the rest)."""
-    inert = set()
-    problems = []
-    for name in sorted(ABSENT.keys() & env.keys()):
-        absent = ABSENT[name]
-        toggles = [toggle for toggle in absent.names.split() if toggle in env]
-        says_nothing = is_off(absent, env[name])
-        if name in absent.details.split():
-            says_nothing = toggles and all(is_off(absent, env[toggle]) for toggle in toggles)
-        if says_nothing:
-            inert.add(f"{name}={env[name]}")
-        else:
-            told = f"{name}={env[name]}: a setting of other scripts; this one has none such"
-            problems.append(f"{told}: unset it{other_ways(name, env)}")
-    return frozenset(inert), problems
-
-
-def is_off(absent: Absent, text: str) -> bool:
-    """Whether a setting of others does nothing at this value."""
-    return absent.off is ANY or any(same_value(text, off) for off in absent.off)
-
-
-def same_value(one: str, other: str) -> bool:
-    """Whether two texts say the same: as texts, switches or numbers."""
-    one, other = SWITCHES.get(one, one), SWITCHES.get(other, other)
-    with contextlib.suppress(ValueError):
-        return float(one) == float(other)
-    return one == other
-
-
-def other_ways(name: str, env: dict) -> str:
-    """What else can be done with a setting of other scripts than to unset it."""
-    absent = ABSENT[name]
-    remedy = absent.remedy
-    if callable(remedy):
-        remedy = remedy(env[name], env)
-    elif remedy:
-        remedy = remedy.format(text=env[name])
-    elif absent.off:
-        toggle = name if name in absent.names.split() else absent.names.split()[0]
-        remedy = f"set {toggle}={absent.off[0]}"
-    return f", or {remedy}" if remedy else ""
-
-
-def translate_old_names(
-    env: dict, old_names: dict[str, Meaning], everything: dict, problems: list[str]
-) -> dict[str, str | None]:
-    """These variables in today's names, without those of other scripts; adds to the problems.
-
-    everything: all variables of the launch, for an old name that means something only beside
-    another. None stands for a text under an old name that cannot be read, which the problems tell.
-    """
-    today = {name: text for name, text in env.items() if name not in {*old_names, *ABSENT}}
-    for old in sorted(old_names.keys() & env.keys()):
-        for name, meant in old_names[old](env[old], everything).items():
-            readable = None
-            with noted(problems):
-                readable = checked_spelling(old, env[old], name, meant)
-            known = today.setdefault(name, readable)
-            if None not in (known, readable) and not same_value(known, readable):
-                problems.append(f"{old}={env[old]} contradicts {name}={known}; set only {name}")
-    return today
-
-
-class Ambiguity(NamedTuple):
-    """A toggle, beside such variables, that one script reads so and another one otherwise."""
-
-    toggle: str
-    beside: tuple[str, ...]
-    # each of these says which is meant
-    settled_by: tuple[str, ...]
-    question: str
-
-
-AMBIGUITIES = (
-    Ambiguity(
-        "SWA",
-        ("SWA_START_FRAC",),
-        ("SWA_START_KIND",),
-        "a share of ITERATIONS (#199) or an lr scale (#194, #989)? Set SWA_START_KIND or BASE",
-    ),
-    Ambiguity(
-        "LATE_QAT",
-        (),
-        ("QAT_START_KIND", "LATE_QAT_THRESHOLD", "QAT_THRESHOLD"),
-        "below which lr scale? Set LATE_QAT_THRESHOLD (0.1 or 0.15 in its scripts) or BASE",
-    ),
-    Ambiguity(
-        "BIGRAM_HASH",
-        (),
-        ("BIGRAM_VOCAB_SIZE",),
-        "the hashes of #194 and #199, which we lack? Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE",
-    ),
-    Ambiguity(
-        "TTT_ENABLED",
-        (),
-        ("TTT_MODE", "TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"),
-        "of all weights (#549) or of adapters (#194), which we lack? Set TTT_MODE=sgd or BASE",
-    ),
-)
-
-
-def ambiguous(env: dict) -> list[str]:
-    """A problem for each toggle that scripts read differently, if nothing says which is meant."""
-    problems = []
-    for case in AMBIGUITIES:
-        on = SWITCHES.get(env.get(case.toggle, "0")) != "0"
-        asked = on and all(name in env for name in case.beside)
-        if asked and not any(name in env for name in case.settled_by):
-            told = " ".join(f"{name}={env[name]}" for name in (case.toggle, *case.beside))
-            problems.append(f"{told}: {case.question}")
-    return problems
-
-
-def checked_spelling(old: str, text: str, name: str, meant: str | None) -> str:
-    """What OLD=text means for NAME. Refusal in the old name, which the user wrote."""
-    if meant is None:
-        parse(old, text, "bool")
-    if meant == text:
-        parse(old, text, BY_NAME[name].type)
-    return meant
-
-
-def overruled(env: dict, said: dict) -> tuple[str, ...]:
-    """A line for each variable that an argument sets to something else. Both in today's names."""
-    lines = []
-    for name in sorted(said.keys() & env.keys()):
-        if said[name] != env[name]:
-            told = f"argument {name}={said[name]} wins over {name}={env[name]} of the environment"
-            lines.append(told)
-    return tuple(lines)
-
-
-def look_alikes(texts: dict[str, str | None]) -> list[str]:
-    """A problem for each variable that looks like ours but is none of ours."""
-    strange = sorted(texts.keys() - BY_NAME.keys() - FOREIGN)
-    strange = [name for name in strange if resembles_ours(name)]
-    return [f"{no_such_setting(name, texts[name])}? Else unset it" for name in strange]
-
-
-def unknown_names(texts: dict[str, str | None]) -> list[str]:
-    """A problem for each argument that is no setting."""
-    strange = sorted(texts.keys() - BY_NAME.keys())
-    return [f"{no_such_setting(name, texts[name])}? --help lists all" for name in strange]
-
-
-def no_such_setting(name: str, text: str | None) -> str:
-    """What is wrong with a name that is none, and what was perhaps meant."""
-    return f"{name}={text}: no such setting; did you mean {closest_setting(name)}"
-
-
-def core(name: str) -> str:
-    """What a name is about: EMA of ENABLE_EMA, USE_EMA, ema and EMA_ENABLED."""
-    name = name.upper().replace("-", "_").strip("_")
-    name = name.removeprefix("ENABLE_").removeprefix("USE_")
-    return name.removesuffix("_ENABLED").removesuffix("_ENABLE")
-
-
-def closest_setting(name: str) -> str:
-    """The setting that a name which is none was meant to be."""
-    known = [*BY_NAME, *ALIASES, *ABSENT]
-    same = [other for other in known if core(other) == core(name)]
-    close = same or difflib.get_close_matches(name.upper(), known, 1, 0.85)
-    close = close or difflib.get_close_matches(core(name), BY_NAME, 1, 0)
-    return close[0]
-
-
-def resembles_ours(name: str) -> bool:
-    """A known name in lower case, misspelt, with a word more or less, or with our first word."""
-    if name.upper() in {*BY_NAME, *ALIASES, *ABSENT}:
-        return True
-    # names of one word are too short to tell a slip from another program's, and OMP_NUM_THREADS
-    # is near MTP_NUM_HEADS
-    for known, nearness in (((*BY_NAME, *ALIASES), 0.85), (ABSENT, 0.93)):
-        several_words = [other for other in known if "_" in other]
-        if "_" in name and difflib.get_close_matches(name.upper(), several_words, 1, nearness):
-            return True
-    return name == name.upper() and has_words_of_ours(name)
-
-
-def has_words_of_ours(name: str) -> bool:
-    """It begins like a knob, is nearly one, is about the same, or one of the two ends alike."""
-    first_words = {other.split("_", 1)[0] for other in BY_NAME} - {"INIT", "BASE"}
-    if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, BY_NAME, 1, 0.85):
-        return True
-    if core(name) in {core(other) for other in (*BY_NAME, *ALIASES)}:
-        return True
-
-    # names of the run, such as LOGS_DIR, end like those of other programs
-    ours = [f.name.upper() for f in KNOBS if f.metadata["scope"] != "run"]
-    for other in [*ours, *ALIASES]:
-        if "_" in name and other.endswith(f"_{name}"):
-            return True
-        if "_" in name and "_" in other and name.endswith(f"_{other}"):
-            return True
-    return False
-
-
-# Where the meanings begin in --help
-HELP_COLUMN = 34
-
-
-def help_text() -> str:
-    """Every knob with its default, meaning, type, unit and choices, as wide as the terminal."""
-    width = shutil.get_terminal_size().columns
-    codes = "\n".join(f"{code:>7} {meaning}" for code, meaning in EXIT_CODES.items())
-    knobs = "\n".join(help_entry(f, width) for f in KNOBS)
-    aliases = ", ".join(ALIASES)
-    bases = "the name of a [base.NAME] in studies/*.toml beside this script; none is there"
-    with contextlib.suppress(Refusal):
-        bases = ", ".join(base_tables()) or bases
-    parts = [
-        __doc__.strip(),
-        f"Exit codes:\n\n{codes}",
-        f"VARIABLE=default, meaning (type, unit: choices)\n\n{knobs}",
-        textwrap.fill(f"BASE takes {bases}", width),
-        textwrap.fill(f"Old spellings of the seeds that also work: {aliases}", width),
-    ]
-    return "\n\n".join(parts)
-
-
-def help_entry(f: dataclasses.Field, width: int) -> str:
-    """A knob of --help: VARIABLE=default, and to the right of it or below what it means."""
-    limits = Knob(**f.metadata)
-    default = int(f.default) if f.type == "bool" else f.default
-    setting = f"{f.name.upper()}={default}"
-    if default == "":
-        setting += '""'
-
-    kind = f.type
-    if limits.unit:
-        kind += f", {limits.unit}"
-    if limits.choices:
-        kind += ": " + " | ".join(map(str, limits.choices))
-
-    indent = " " * HELP_COLUMN
-    meaning = f"{limits.doc} ({kind})"
-    lines = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
-    if len(setting) >= HELP_COLUMN:
-        return f"{setting}\n{lines}"
-    return setting + lines[len(setting) :]
 
 
 # ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────────
@@ -5212,7 +4578,7 @@ SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train)
 
 
 # ── 12 Report ─────────────────────────────────────────────────────────────────────────────────────
-# In: what was trained and what was scored. Out: the dict that 13 writes as result.json, with the
+# In: what was trained and what was scored. Out: the dict that 14 writes as result.json, with the
 # exit code in it, and the last table of the log.
 # Promise: each toggle that was asked for is measured with and without; one that did nothing is
 # named and, with STRICT, is the exit code.
@@ -5906,7 +5272,648 @@ def result_line(r: dict) -> str:
     )
 
 
-# ── 13 Main ───────────────────────────────────────────────────────────────────────────────────────
+# ── 13 Names ──────────────────────────────────────────────────────────────────────────────────────
+# In: variables and arguments of a launch. Out: what they mean in the names of today's knobs.
+# Promise: whatever looks like a setting is ours, stands for one of ours, or is refused by name.
+# Only Config.from_env and --help need this section, and nothing else needs it to be understood.
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run of another script is, when it is told nothing: the tables [base.NAME] of studies.
+
+    settings: today's VARIABLE -> text.
+    fixed: VARIABLE -> what that script means by another value than this; we have none such.
+    means: a variable of that script -> today's variables.
+    """
+
+    name: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, str] = field(default_factory=dict)
+    means: dict[str, list[str]] = field(default_factory=dict)
+
+    def with_changes(self, name: str, table: dict) -> Base:
+        """The base `name` whose table states what it changes in this one."""
+        where = f"{table['path']}: base.{name}"
+        own = {key: value for key, value in table.items() if key == key.upper()}
+        fixed = table.get("fixed", {})
+        means = table.get("means", {})
+        rest = table.keys() - own.keys() - {"path", "base", "fixed", "means"}
+        refuse(rest, f"{where}: {', '.join(sorted(rest))}: no such key; take it out")
+        shaped = isinstance(fixed, dict) and isinstance(means, dict)
+        shaped = shaped and all(isinstance(names, list) for names in means.values())
+        refuse(not shaped, f"{where}: fixed needs NAME = 'why', means NAME = ['NAME']; correct it")
+
+        for key in [*own, *fixed, *itertools.chain(*means.values())]:
+            refuse(key not in BY_NAME, f"{where}: {key}: no such setting; correct it")
+        texts = {key: str(int(v) if isinstance(v, bool) else v) for key, v in own.items()}
+        settings = self.settings | texts
+        for key in fixed:
+            refuse(key not in settings, f"{where}: fixed.{key}: at which value? Set {key} too")
+        return Base(name, settings, self.fixed | fixed, self.means | means)
+
+    def old_names(self) -> dict[str, Meaning]:
+        """ALIASES as the script of this base reads them."""
+        return ALIASES | {old: renamed(*names) for old, names in self.means.items()}
+
+    def other_than_its_script(self, values: dict) -> list[str]:
+        """A problem for each value that means something else in the script of this base."""
+        problems = []
+        for name, why in self.fixed.items():
+            own = self.settings[name]
+            value = values.get(name.lower())
+            if value is not None and value != parse(name, own, BY_NAME[name].type):
+                remedy = f"set {name}={own}, or unset BASE for ours"
+                told = f"{setting(name, value)}: with BASE={self.name} {why}"
+                problems.append(f"{told}; {remedy}")
+        return problems
+
+
+@cache
+def base_tables() -> dict[str, dict]:
+    """NAME -> table of every [base.NAME] in the studies beside this script, its file as `path`.
+
+    Refusal on a file that cannot be read, and on a base that stands in two.
+    """
+    import tomli
+
+    tables = {}
+    for path in sorted((Path(__file__).resolve().parent / "studies").glob("*.toml")):
+        try:
+            bases = tomli.loads(path.read_text(encoding="utf-8-sig")).get("base", {})
+        except (OSError, ValueError) as error:
+            raise Refusal(f"{path}: cannot be read ({error}); mend it, or unset BASE") from None
+        refuse(not isinstance(bases, dict), f"{path}: base: no tables; write [base.NAME]")
+        for name, table in bases.items():
+            remedy = f"no table; write [base.{name}]"
+            refuse(not isinstance(table, dict), f"{path}: base.{name}: {remedy}")
+            twice = f"{path}: base.{name} also stands in {tables.get(name, {}).get('path')}"
+            refuse(name in tables, f"{twice}; keep one")
+            tables[name] = table | {"path": str(path)}
+    return tables
+
+
+def read_base(name: str) -> Base:
+    """The base of this name, with what it takes over from its own base. Refusal of other names."""
+    if not name:
+        return Base()
+    tables = base_tables()
+    absent = "studies/*.toml is not beside this script: give the settings themselves, as the line "
+    refuse(not tables, f"BASE={name}: {absent}'settings:' of a log has them, and unset BASE")
+    choices = ", ".join(tables)
+    refuse(name not in tables, f"BASE={name}: no such script; choose from {choices}")
+
+    lineage = [name]
+    while parent := tables[lineage[-1]].get("base"):
+        broken = parent not in list(tables) or parent in lineage
+        remedy = f"no base, or one that comes back to itself; choose from {choices}"
+        refuse(broken, f"{tables[lineage[-1]]['path']}: base = {parent}: {remedy}")
+        lineage.append(parent)
+    base = Base()
+    for ancestor in reversed(lineage):
+        base = base.with_changes(ancestor, tables[ancestor])
+    return base
+
+
+def read_arguments(arguments: Iterable[str], problems: list[str]) -> tuple[dict, dict]:
+    """NAME -> text of the arguments NAME=text, and of those NAME?=text; adds to the problems."""
+    settings = {}
+    defaults = {}
+    for argument in arguments:
+        name, sign, text = argument.partition("=")
+        if not sign:
+            problems.append(f"{argument}: an argument is NAME=value; --help lists the names")
+        elif name.endswith("?"):
+            defaults[name[:-1]] = text
+        elif settings.setdefault(name, text) != text:
+            problems.append(f"{name}={text} contradicts {name}={settings[name]}; give only one")
+    return settings, defaults
+
+
+# What an old variable means: (its text, the environment) -> today's variables. None: its text
+# is neither 0 nor 1
+Meaning = Callable[[str, dict], dict[str, str | None]]
+
+
+def renamed(*names: str) -> Meaning:
+    """An old variable whose text these have today."""
+    return lambda text, env: dict.fromkeys(names, text)
+
+
+def switch(name: str, off: str, on: str) -> Meaning:
+    """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
+    return lambda text, env: {name: {"0": off, "1": on}.get(SWITCHES.get(text))}
+
+
+def bigram_hash(text: str, env: dict) -> dict[str, str | None]:
+    """An old 0 / 1 variable beside that of the number of buckets."""
+    beside = env.get("BIGRAM_VOCAB_SIZE", "0")
+    buckets = env.get("BIGRAM_HASH_BUCKETS", "4096" if beside == "0" else beside)
+    return switch("BIGRAM_VOCAB_SIZE", off="0", on=buckets)(text, env)
+
+
+def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
+    """An old variable that also says what starts QAT."""
+    return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
+
+
+# Spellings of the seeds and of records for our knobs
+ALIASES: dict[str, Meaning] = {
+    # QAT
+    "QAT": renamed("QAT_ENABLED"),
+    "ENABLE_QAT": renamed("QAT_ENABLED"),
+    "LATE_QAT": renamed("QAT_ENABLED"),
+    "QAT_START_FRAC": renamed("QAT_START"),
+    "LATE_QAT_THRESHOLD": late_qat_threshold,
+    "QAT_THRESHOLD": late_qat_threshold,
+    # SWA
+    "SWA": renamed("SWA_ENABLED"),
+    # BigramHash
+    "BIGRAM_HASH": bigram_hash,
+    "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
+    "BIGRAM_HASH_DIM": renamed("BIGRAM_DIM"),
+    # Optimiser and schedule
+    "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
+    "WEIGHT_DECAY": renamed("ADAM_WD"),
+    "ADAM_WEIGHT_DECAY": renamed("ADAM_WD"),
+    "WARMDOWN_STEPS": renamed("WARMDOWN_ITERS"),
+    "WARMDOWN_FRACTION": renamed("WARMDOWN_FRAC"),
+    # Export
+    "QUANT_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"),
+    "MATRIX_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN"),
+    "EMBED_BITS": renamed("QUANT_BITS_EMBED"),
+    "FP16_EMBED": switch("QUANT_BITS_EMBED", off="8", on="16"),
+    "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", off="8", on="16"),
+    "FP16_PASSTHROUGH_PATTERNS": renamed("FP16_KEEP_NAME_PATTERNS"),
+    "USE_ZSTD": switch("COMPRESSOR", off="zlib", on="zstd"),
+    "ZSTD_LEVEL": renamed("COMPRESS_LEVEL"),
+    # Scoring
+    "SLIDING_EVAL_STRIDE": renamed("EVAL_STRIDE"),
+    "SLIDING_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
+    "EVAL_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
+    "SW_EVAL_BATCH": renamed("EVAL_BATCH_SEQS"),
+    # Test-time training
+    "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
+}
+
+
+class Absent(NamedTuple):
+    """Settings of other scripts that this one has none such of."""
+
+    names: str
+    # at which they do nothing, there and here; ANY: whatever it is
+    off: tuple[str, ...] | None = ("0",)
+    # names that say nothing while one of `names` is given as off
+    details: str = ""
+    # what to do instead, with {text} for the value
+    remedy: str | Callable[[str, dict], str] = ""
+
+
+ANY = None
+
+
+def mlp_hidden(text: str, env: dict) -> str:
+    """The hidden width as our multiple of MODEL_DIM."""
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        return f"set MLP_MULT={int(text) / int(env.get('MODEL_DIM', Config.model_dim)):.10g}"
+    return "set MLP_MULT"
+
+
+# What later becomes a technique of this script leaves the table line by line
+ABSENT_HERE = (
+    # Shapes
+    Absent("TIE_EMBEDDINGS", ("1",)),
+    Absent("UNTIE_AT_FRACTION", details="CORR_WEIGHT_LR"),
+    Absent("EMBED_LR HEAD_LR", ANY),
+    Absent("EMBED_DIM"),
+    Absent("EMBEDDING_DIM", (), remedy="set MODEL_DIM={text}"),
+    Absent("MLP_HIDDEN", remedy=mlp_hidden),
+    Absent("ACTIVATION", ("relu2",), remedy="set MLP_ACT"),
+    Absent("NEGATIVE_SLOPE", (), remedy="set MLP_ACT=leaky_relu2, whose slope is 0.5"),
+    Absent("ATTN_PROJ_TYPE LOGIT_HEAD_TYPE", ("standard",)),
+    Absent("TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS", details="TVERSKY_MEMBERSHIP"),
+    Absent("MLP_GROUPS BITNET_GROUP_SIZE FP_STORAGE"),
+    Absent("SOFTCAP_TYPE", ("tanh",)),
+    Absent("ASYM_LOGIT_RESCALE TEMP_SCALING DIFF_ATTN SKIP_GATES_ENABLED OPTROT_ENABLED"),
+    Absent("GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS"),
+    Absent("GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE", details="GATED_ATTN_INIT_STD"),
+    Absent("ATTN_OUT_GATE_ENABLED", details="ATTN_OUT_GATE_SRC"),
+    Absent("GATE_ATTN_OUT GATE_MLP_OUT", details="GATE_ATTN_SRC GATE_WIDTH"),
+    Absent(
+        "SPARSE_ATTN_GATE_ENABLED",
+        details="SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE GATE_WINDOW",
+    ),
+    Absent("REFINER", details="REFINER_KERNEL"),
+    Absent("CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE", ("",)),
+    Absent("DISABLE_LAYER0_ATTN"),
+    # SmearGate and n-grams: gates of other forms
+    Absent("USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR", (), remedy="set SMEAR_GATE={text}"),
+    Absent("SMEAR_GATE_WIDTH", ()),
+    Absent("SMEAR_GATE_BOS_FIX", remedy="set SMEAR_MASK_BOS={text}"),
+    Absent("BIGRAM_BUCKETS", (), remedy="set BIGRAM_VOCAB_SIZE={text}"),
+    Absent("TRIGRAM"),
+    Absent(
+        "NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST",
+        details="NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU"
+        " WORD_BOOST WORD_NORMALIZE WORD_ORDER WORD_TAU",
+    ),
+    # Rotary positions
+    Absent("ROPE_TYPE", ("rope",), details="YARN_MAX_LEN"),
+    Absent("ROPE_YARN"),
+    Absent("ROPE_TRAIN_SEQ_LEN", (), remedy="set ROPE_NTK_LEN={text}"),
+    Absent("EVAL_NTK_ALPHA"),
+    # Layers that are used again, layers side by side
+    Absent(
+        "NUM_LOOPS",
+        ("0", "1"),
+        details="ENABLE_LOOPING_AT LOOP_START LOOP_END LOOP_PHASE2_AT LOOP_LAYER_BITS"
+        " LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS",
+    ),
+    Absent("LORA_RANK", details="LORA_LR"),
+    Absent("TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE", ("0", "1")),
+    Absent("NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH", (), details="DEPTH_LORA_RANK"),
+    Absent("RECUR_LAYERS", ("",), details="RECUR_START_STEP"),
+    Absent("REPEAT_UNTIE_MLP", ("none",), details="REPEAT_UNTIE_MLP_LAYERS"),
+    Absent("PARALLEL_RESIDUAL", details="PARALLEL_START_LAYER_IS_PHYSICAL"),
+    Absent("PARALLEL_RESIDUAL_START PARALLEL_START_LAYER", ("-1",), details="PARALLEL_FINAL_LANE"),
+    # Optimiser, schedule, loss
+    Absent("MATRIX_OPTIMIZER", ("muon",), details="ADAM_LR"),
+    Absent("MUON_BETA2", ("0.95",)),
+    Absent("MUON_ROW_NORMALIZE POLAR_EXPRESS"),
+    Absent("MUON_HUBER_WD", details="MUON_HUBER_DELTA"),
+    Absent("BLOCK_LARS_TRUST", details="BLOCK_LARS_MIN_SCALE"),
+    Absent("MATRIX_LR_EARLY MATRIX_LR_LATE", (), "BANK_SPLIT", "set MATRIX_LR for all layers"),
+    Absent("EMBED_WD", (), remedy="set ADAM_WD, which vectors have too"),
+    Absent("WD_TAPER_FINAL_MULT", ("1",), details="WD_TAPER_START_FRAC"),
+    Absent("MIN_LR"),
+    Absent("SEQ_LEN_START", details="SEQ_SCHEDULE_FRACTION"),
+    Absent("BATCH_TOKENS_START", details="BATCH_SCHEDULE_FRACTION"),
+    Absent(
+        "TRAIN_SEQ_SCHEDULE",
+        ("",),
+        details="TRAIN_SEQ_SCHEDULE_MODE TRAIN_MAX_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS",
+        remedy="set TRAIN_SEQ_LEN",
+    ),
+    Absent("CURRICULUM"),
+    Absent("MTP_NUM_HEADS MTP_HEADS", details="MTP_LOSS_WEIGHT"),
+    Absent("LAWA_ENABLED", details="LAWA_FREQ LAWA_K"),
+    Absent("FORCE_STOP_STEP", remedy="set ITERATIONS={text}"),
+    Absent("MIDRUN_CAP_SCHEDULE", ("",)),
+    # QAT, quantisation, export
+    Absent("QAT_INT6", (), remedy="set QUANT_BITS, which QAT follows"),
+    Absent("QAT_FRACTION", remedy="set QAT_START_KIND=time_frac QAT_START=1-{text}"),
+    Absent("USE_INT6", (), remedy="set QUANT_BITS=6 (or 8 for none)"),
+    Absent("INT6_LAYER_START INT6_LAYER_END", ("-1",), remedy="set QUANT_BITS"),
+    Absent("QUANT_CLIP_RANGE", (), remedy="set QUANT_BITS (6 for 31, 8 for 127)"),
+    Absent("MIXED_QUANT", details="N_INT6_LAYERS"),
+    Absent("INT4_LAYERS", ("",), details="INT4_STEP"),
+    Absent("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", ("",)),
+    Absent("PRUNE_RATIO", remedy="see PRUNE_PCT"),
+    Absent("TARGET_MB", (), remedy="set FIT_TO_CAP=1 and CAP_BYTES"),
+    Absent("CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE CLIP_MULT_LOOP", ("1",)),
+    Absent("MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS"),
+    Absent("HESSIAN_CLIP_LAMBDA"),
+    Absent(
+        "GPTQ_ENABLED USE_GPTQ",
+        details="GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES"
+        " GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE",
+    ),
+    Absent("GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS", remedy="lower MAX_WALLCLOCK_SECONDS by it"),
+    Absent(
+        "LQER_ENABLED LQER_RANK",
+        details="LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE"
+        " LQER_TOP_K",
+    ),
+    Absent("AWQ_LITE_ENABLED", details="AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K"),
+    # Scoring and test-time training
+    Absent("CASEOPS_ENABLED DOC_EVAL_BUG"),
+    Absent("SLIDING_EVAL SLIDING_WINDOW_ENABLED", ("1",), remedy="set EVAL_STRIDE=0"),
+    Absent("VAL_DOC_FRACTION", ("1",), remedy="set VAL_MAX_TOKENS"),
+    Absent("EVAL_INCLUDE_TAIL", ("1",)),
+    Absent("SLOT_ENABLED", details="SLOT_LR SLOT_STEPS"),
+    Absent("TTT_MOMENTUM", ("0.9",)),
+    Absent("TTT_GRAD_CLIP TTT_GRAD_STEPS", ("1",)),
+    Absent("TTT_BATCH_SEQS", ("32",), remedy="set EVAL_BATCH_SEQS={text}"),
+    Absent("TTT_OPTIMIZER", ("sgd",)),
+    Absent("TTT_WEIGHT_DECAY TTT_DEBUG_BYPASS"),
+    Absent(
+        "TTT_LORA_RANK TTT_LORA_LR",
+        details="TTT_LORA_ALPHA TTT_LORA_EMA_DECAY TTT_BETA1 TTT_BETA2 TTT_K_LORA TTT_MLP_LORA"
+        " TTT_O_LORA TTT_Q_LORA TTT_V_LORA TTT_WARM_START_A",
+    ),
+    Absent(
+        "TTT_SHORT_LORA_ENABLED TTT_SHORT_SCORE_FIRST_ENABLED",
+        details="TTT_SHORT_BETA2 TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN TTT_SHORT_LORA_LR"
+        " TTT_SHORT_LORA_RANK TTT_SHORT_SCORE_FIRST_STEPS TTT_SHORT_WEIGHT_DECAY",
+    ),
+    Absent(
+        "TTT_WARM_START_MEAN_ENABLED",
+        details="TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM",
+    ),
+    Absent("TTT_MASK TTT_EVAL_BATCHES", ("",)),
+    Absent("TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY TTT_LOCAL_LR_MULT", ()),
+    Absent("TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_ENTROPY_HIGH TTT_ENTROPY_LOW"),
+    Absent("TTT_EVAL_SEQ_LEN", remedy="set EVAL_SEQ_LEN={text}"),
+    Absent("TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN"),
+    Absent(
+        "PHASED_TTT_ENABLED",
+        details="PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_BATCH_SEQS"
+        " GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP"
+        " GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS"
+        " GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS"
+        " GLOBAL_TTT_WARMUP_START_LR",
+    ),
+    # The run
+    Absent("DATA_DIR", (), remedy="set DATA_PATH to its folder of shards, and TOKENIZER_PATH"),
+    Absent("DATASETS_DIR", (), remedy="set DATA_PATH={text}"),
+    Absent("TRAIN_FILES VAL_FILES", (), remedy="set DATA_PATH to their folder"),
+    Absent("ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR", ("",), remedy="set LOGS_DIR={text}"),
+    Absent("EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH", ("",), remedy="see EVAL_ONLY, CHECKPOINT"),
+    Absent("PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY", remedy="see CHECKPOINT"),
+    Absent("TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL", remedy="see EVAL_ONLY"),
+    Absent("SKIP_POST_TRAIN_EVAL"),
+    Absent("COMPILE_MODE", ("default",), remedy="see COMPILE"),
+    # Speed, memory and messages: the results are the same whatever they are
+    Absent("VAL_BATCH_SIZE VAL_BATCH_TOKENS LOGIT_CHUNK_TOKENS FUSED_CE_ENABLED", ANY),
+    Absent("MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL PERGROUP_ROUNDTRIP_CHECK", ANY),
+    Absent("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS", ANY),
+    Absent("COMPILE_SHAPE_WARMUP_LOOP_MODES MIDRUN_CAP_LOG_UPDATES", ANY),
+    Absent("DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT", ANY),
+    Absent("CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS", ANY),
+)
+
+# Name -> what is known of it
+ABSENT = {name: a for a in ABSENT_HERE for name in f"{a.names} {a.details}".split()}
+
+# Variables of other programs (ninja, clouds, Jenkins, HashiCorp's, job scripts) that look like ours
+FOREIGN = {
+    "MAX_JOBS",
+    "CHECKPOINT_DISABLE",
+    "DATA_DIRECTORY",
+    "DATA_HOME",
+    "DATA_ROOT",
+    "MODEL_NAME",
+    "MODEL_PATH",
+    "NUM_CPUS",
+    "NUM_GPUS",
+    "NUM_NODES",
+    "NUM_PROCESSES",
+    "NUM_WORKERS",
+    "RUN_ATTEMPT",
+    "RUN_NAME",
+    "RUN_NUMBER",
+    "RUN_DISPLAY_URL",
+    "RUN_CHANGES_DISPLAY_URL",
+    "RUN_TESTS_DISPLAY_URL",
+    "RUN_ARTIFACTS_DISPLAY_URL",
+}
+
+
+def settings_of_others(env: dict) -> tuple[frozenset, list[str]]:
+    """(NAME=text of those that do nothing, a problem for each of the rest)."""
+    inert = set()
+    problems = []
+    for name in sorted(ABSENT.keys() & env.keys()):
+        absent = ABSENT[name]
+        toggles = [toggle for toggle in absent.names.split() if toggle in env]
+        says_nothing = is_off(absent, env[name])
+        if name in absent.details.split():
+            says_nothing = toggles and all(is_off(absent, env[toggle]) for toggle in toggles)
+        if says_nothing:
+            inert.add(f"{name}={env[name]}")
+        else:
+            told = f"{name}={env[name]}: a setting of other scripts; this one has none such"
+            problems.append(f"{told}: unset it{other_ways(name, env)}")
+    return frozenset(inert), problems
+
+
+def is_off(absent: Absent, text: str) -> bool:
+    """Whether a setting of others does nothing at this value."""
+    return absent.off is ANY or any(same_value(text, off) for off in absent.off)
+
+
+def same_value(one: str, other: str) -> bool:
+    """Whether two texts say the same: as texts, switches or numbers."""
+    one, other = SWITCHES.get(one, one), SWITCHES.get(other, other)
+    with contextlib.suppress(ValueError):
+        return float(one) == float(other)
+    return one == other
+
+
+def other_ways(name: str, env: dict) -> str:
+    """What else can be done with a setting of other scripts than to unset it."""
+    absent = ABSENT[name]
+    remedy = absent.remedy
+    if callable(remedy):
+        remedy = remedy(env[name], env)
+    elif remedy:
+        remedy = remedy.format(text=env[name])
+    elif absent.off:
+        toggle = name if name in absent.names.split() else absent.names.split()[0]
+        remedy = f"set {toggle}={absent.off[0]}"
+    return f", or {remedy}" if remedy else ""
+
+
+def translate_old_names(
+    env: dict, old_names: dict[str, Meaning], everything: dict, problems: list[str]
+) -> dict[str, str | None]:
+    """These variables in today's names, without those of other scripts; adds to the problems.
+
+    everything: all variables of the launch, for an old name that means something only beside
+    another. None stands for a text under an old name that cannot be read, which the problems tell.
+    """
+    today = {name: text for name, text in env.items() if name not in {*old_names, *ABSENT}}
+    for old in sorted(old_names.keys() & env.keys()):
+        for name, meant in old_names[old](env[old], everything).items():
+            readable = None
+            with noted(problems):
+                readable = checked_spelling(old, env[old], name, meant)
+            known = today.setdefault(name, readable)
+            if None not in (known, readable) and not same_value(known, readable):
+                problems.append(f"{old}={env[old]} contradicts {name}={known}; set only {name}")
+    return today
+
+
+class Ambiguity(NamedTuple):
+    """A toggle, beside such variables, that one script reads so and another one otherwise."""
+
+    toggle: str
+    beside: tuple[str, ...]
+    # each of these says which is meant
+    settled_by: tuple[str, ...]
+    question: str
+
+
+AMBIGUITIES = (
+    Ambiguity(
+        "SWA",
+        ("SWA_START_FRAC",),
+        ("SWA_START_KIND",),
+        "a share of ITERATIONS (#199) or an lr scale (#194, #989)? Set SWA_START_KIND or BASE",
+    ),
+    Ambiguity(
+        "LATE_QAT",
+        (),
+        ("QAT_START_KIND", "LATE_QAT_THRESHOLD", "QAT_THRESHOLD"),
+        "below which lr scale? Set LATE_QAT_THRESHOLD (0.1 or 0.15 in its scripts) or BASE",
+    ),
+    Ambiguity(
+        "BIGRAM_HASH",
+        (),
+        ("BIGRAM_VOCAB_SIZE",),
+        "the hashes of #194 and #199, which we lack? Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE",
+    ),
+    Ambiguity(
+        "TTT_ENABLED",
+        (),
+        ("TTT_MODE", "TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"),
+        "of all weights (#549) or of adapters (#194), which we lack? Set TTT_MODE=sgd or BASE",
+    ),
+)
+
+
+def ambiguous(env: dict) -> list[str]:
+    """A problem for each toggle that scripts read differently, if nothing says which is meant."""
+    problems = []
+    for case in AMBIGUITIES:
+        on = SWITCHES.get(env.get(case.toggle, "0")) != "0"
+        asked = on and all(name in env for name in case.beside)
+        if asked and not any(name in env for name in case.settled_by):
+            told = " ".join(f"{name}={env[name]}" for name in (case.toggle, *case.beside))
+            problems.append(f"{told}: {case.question}")
+    return problems
+
+
+def checked_spelling(old: str, text: str, name: str, meant: str | None) -> str:
+    """What OLD=text means for NAME. Refusal in the old name, which the user wrote."""
+    if meant is None:
+        parse(old, text, "bool")
+    if meant == text:
+        parse(old, text, BY_NAME[name].type)
+    return meant
+
+
+def overruled(env: dict, said: dict) -> tuple[str, ...]:
+    """A line for each variable that an argument sets to something else. Both in today's names."""
+    lines = []
+    for name in sorted(said.keys() & env.keys()):
+        if said[name] != env[name]:
+            told = f"argument {name}={said[name]} wins over {name}={env[name]} of the environment"
+            lines.append(told)
+    return tuple(lines)
+
+
+def look_alikes(texts: dict[str, str | None]) -> list[str]:
+    """A problem for each variable that looks like ours but is none of ours."""
+    strange = sorted(texts.keys() - BY_NAME.keys() - FOREIGN)
+    strange = [name for name in strange if resembles_ours(name)]
+    return [f"{no_such_setting(name, texts[name])}? Else unset it" for name in strange]
+
+
+def unknown_names(texts: dict[str, str | None]) -> list[str]:
+    """A problem for each argument that is no setting."""
+    strange = sorted(texts.keys() - BY_NAME.keys())
+    return [f"{no_such_setting(name, texts[name])}? --help lists all" for name in strange]
+
+
+def no_such_setting(name: str, text: str | None) -> str:
+    """What is wrong with a name that is none, and what was perhaps meant."""
+    return f"{name}={text}: no such setting; did you mean {closest_setting(name)}"
+
+
+def core(name: str) -> str:
+    """What a name is about: EMA of ENABLE_EMA, USE_EMA, ema and EMA_ENABLED."""
+    name = name.upper().replace("-", "_").strip("_")
+    name = name.removeprefix("ENABLE_").removeprefix("USE_")
+    return name.removesuffix("_ENABLED").removesuffix("_ENABLE")
+
+
+def closest_setting(name: str) -> str:
+    """The setting that a name which is none was meant to be."""
+    known = [*BY_NAME, *ALIASES, *ABSENT]
+    same = [other for other in known if core(other) == core(name)]
+    close = same or difflib.get_close_matches(name.upper(), known, 1, 0.85)
+    close = close or difflib.get_close_matches(core(name), BY_NAME, 1, 0)
+    return close[0]
+
+
+def resembles_ours(name: str) -> bool:
+    """A known name in lower case, misspelt, with a word more or less, or with our first word."""
+    if name.upper() in {*BY_NAME, *ALIASES, *ABSENT}:
+        return True
+    # names of one word are too short to tell a slip from another program's, and OMP_NUM_THREADS
+    # is near MTP_NUM_HEADS
+    for known, nearness in (((*BY_NAME, *ALIASES), 0.85), (ABSENT, 0.93)):
+        several_words = [other for other in known if "_" in other]
+        if "_" in name and difflib.get_close_matches(name.upper(), several_words, 1, nearness):
+            return True
+    return name == name.upper() and has_words_of_ours(name)
+
+
+def has_words_of_ours(name: str) -> bool:
+    """It begins like a knob, is nearly one, is about the same, or one of the two ends alike."""
+    first_words = {other.split("_", 1)[0] for other in BY_NAME} - {"INIT", "BASE"}
+    if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, BY_NAME, 1, 0.85):
+        return True
+    if core(name) in {core(other) for other in (*BY_NAME, *ALIASES)}:
+        return True
+
+    # names of the run, such as LOGS_DIR, end like those of other programs
+    ours = [f.name.upper() for f in KNOBS if f.metadata["scope"] != "run"]
+    for other in [*ours, *ALIASES]:
+        if "_" in name and other.endswith(f"_{name}"):
+            return True
+        if "_" in name and "_" in other and name.endswith(f"_{other}"):
+            return True
+    return False
+
+
+# Where the meanings begin in --help
+HELP_COLUMN = 34
+
+
+def help_text() -> str:
+    """Every knob with its default, meaning, type, unit and choices, as wide as the terminal."""
+    width = shutil.get_terminal_size().columns
+    codes = "\n".join(f"{code:>7} {meaning}" for code, meaning in EXIT_CODES.items())
+    knobs = "\n".join(help_entry(f, width) for f in KNOBS)
+    aliases = ", ".join(ALIASES)
+    bases = "the name of a [base.NAME] in studies/*.toml beside this script; none is there"
+    with contextlib.suppress(Refusal):
+        bases = ", ".join(base_tables()) or bases
+    parts = [
+        __doc__.strip(),
+        f"Exit codes:\n\n{codes}",
+        f"VARIABLE=default, meaning (type, unit: choices)\n\n{knobs}",
+        textwrap.fill(f"BASE takes {bases}", width),
+        textwrap.fill(f"Old spellings of the seeds that also work: {aliases}", width),
+    ]
+    return "\n\n".join(parts)
+
+
+def help_entry(f: dataclasses.Field, width: int) -> str:
+    """A knob of --help: VARIABLE=default, and to the right of it or below what it means."""
+    limits = Knob(**f.metadata)
+    default = int(f.default) if f.type == "bool" else f.default
+    setting = f"{f.name.upper()}={default}"
+    if default == "":
+        setting += '""'
+
+    kind = f.type
+    if limits.unit:
+        kind += f", {limits.unit}"
+    if limits.choices:
+        kind += ": " + " | ".join(map(str, limits.choices))
+
+    indent = " " * HELP_COLUMN
+    meaning = f"{limits.doc} ({kind})"
+    lines = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
+    if len(setting) >= HELP_COLUMN:
+        return f"{setting}\n{lines}"
+    return setting + lines[len(setting) :]
+
+
+# ── 14 Main ───────────────────────────────────────────────────────────────────────────────────────
 # In: a Config. Out: result.json and an exit code.
 # Promise: what is scored was read back from disk; whatever ends a run early is one line and one
 # exit code.
