@@ -172,6 +172,8 @@ def test_a_cost_beyond_the_noise_is_found_and_summed_up():
     train_gpt.sum_up_cost(activity, [0.1, 0.2, 0.9])
     assert activity.cost_seconds == pytest.approx(activity.cost_ms / 2)  # 500 times
     assert activity.steps_lost == pytest.approx(activity.cost_seconds / 0.2)
+    text = f"{activity.cost_ms:.2f} ms a step ({low:.2f} to {high:.2f})"
+    assert train_gpt.cost_text(activity.row(500)) == text
 
 
 def test_what_would_take_too_long_is_left_out_after_one_pair():
