@@ -962,7 +962,8 @@ def test_fit_to_cap_fits_and_says_what_it_costs(tiny):
     assert report["codes"]["compressor"] == "ans" and report["config"]["compressor"] == "zstd"
     bpb = {name: score["bpb"] for name, score in report["scores"].items()}
     assert report["fit_cost_bpb"] == bpb["quantised"] - bpb["unfitted"] != 0
-    assert report["toggles"]["PRUNE_PCT"]["active"]
+    row = report["toggles"]["PRUNE_PCT"]
+    assert row["active"] and row["scope"] == f"export, {report['pruned']:.1%}"
 
 
 def test_fit_to_cap_prunes_nothing_where_it_fits_and_says_so_where_it_cannot(tiny):

@@ -283,6 +283,7 @@ def test_the_result_is_the_last_score_and_names_the_others(clocked):
     assert len({score["bpb"] for score in scores.values()}) == 4
     final = (r["val_bpb"], r["val_loss"], r["val_tokens"], r["val_bytes"])
     assert final == tuple(scores["sliding"][key] for key in ("bpb", "loss", "targets", "bytes"))
+    assert r["tokens_per_byte"] == r["val_tokens"] / r["val_bytes"] != 1
     assert r["val_tokens"] == 200 and r["val_loss"] != scores["quantised"]["loss"]
     named = {name: r[f"{name}_val_bpb"] for name in ("live", "averaged", "quantised")}
     assert named == {name: scores[name]["bpb"] for name in named}
@@ -292,6 +293,33 @@ def test_the_result_is_the_last_score_and_names_the_others(clocked):
     checkpoint = read_container(folder(clocked.cfg) / "checkpoint.bin")[1]
     live = [w.numel() for name, w in checkpoint.items() if name.startswith("live/")]
     assert r["params"] == sum(live) > len(live)
+
+
+def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_out():
+    """With the average: 1, 2, 2 and 1 nats more in 250 bytes."""
+    warned = []
+    run = SimpleNamespace(warn=warned.append, dir=Path("logs/a"))
+    cfg = Config(ema_enabled=True)
+    scores = {
+        "live": score_of(79.0, 68.0, 58.0, 49.0, seconds=1.0),
+        "averaged": score_of(80.0, 70.0, 60.0, 50.0, seconds=1.0),
+    }
+    steps_left_out = SimpleNamespace(trainer=SimpleNamespace(skipped=[3, 9], steps=40))
+    train_gpt.closing_warnings(cfg, run, steps_left_out, scores)
+    bits = math.log(2) * 250
+    assert len(warned) == 2
+    text = "2 of 40 steps were not finite and were left out, the first of them step 3"
+    assert warned[0] == text
+    assert f"{260 / bits:.6f} against {254 / bits:.6f} BPB, {6 / bits:+.6f} +- " in warned[1]
+    assert f"+- {2 * math.sqrt(1 / 3) * 2 / bits:.6f}, in words worse" in warned[1]
+    assert "average, ema, is worse than" in warned[1]
+    assert "CHECKPOINT=logs/a/checkpoint.bin AVERAGE=none" in warned[1]
+
+    better = dict(live=scores["averaged"], averaged=scores["live"])
+    nothing_to_say = SimpleNamespace(trainer=SimpleNamespace(skipped=[], steps=40))
+    for fine in (better, dict(live=scores["live"])):
+        train_gpt.closing_warnings(cfg, run, nothing_to_say, fine)
+    assert len(warned) == 2
 
 
 @pytest.mark.parametrize(

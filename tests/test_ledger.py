@@ -179,6 +179,17 @@ def test_what_the_process_took_before_has_a_row(tiny, monkeypatch):
     assert told == [7.0]
 
 
+def test_the_seconds_of_a_process_are_those_since_it_was_started(monkeypatch):
+    """By what Linux tells: the 22nd field of its line, in ticks since the machine was."""
+    line = f"7 (a (b) c) S {' '.join(map(str, range(4, 22)))} 250000 {' '.join('9' * 30)}"
+    monkeypatch.setattr(train_gpt.Path, "read_text", lambda path: line)
+    monkeypatch.setattr(train_gpt.time, "clock_gettime", lambda clock: 2503.5)
+    monkeypatch.setattr(train_gpt.os, "sysconf", lambda name: 100)
+    assert train_gpt.process_seconds() == 3.5
+    monkeypatch.setattr(train_gpt.time, "clock_gettime", lambda clock: 2499.0)
+    assert train_gpt.process_seconds() == 0.0
+
+
 # ── Several launches ──────────────────────────────────────────────────────────────────────────────
 def test_a_resumed_run_has_the_rows_of_all_launches(world, tiny):
     """Killed after step 20, with a checkpoint of step 12, and then when it had trained."""
