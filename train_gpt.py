@@ -4660,8 +4660,9 @@ class Probe:
         """Nats in blocks, with these weights or with those that the model has. On every rank."""
         model.load_state_dict(state or {}, strict=False)
         nats = torch.zeros(self.targets.shape, device=self.run.device)
-        own = torch.arange(self.run.rank, len(nats), self.run.world, device=self.run.device)
-        for rows in own.split(self.at_once):
+        # None for the last ranks where there are more ranks than rows
+        own = torch.arange(len(nats), device=self.run.device)[self.run.rank :: self.run.world]
+        for rows in own.split(self.at_once) if len(own) else ():
             nats[rows] = model(self.ids[rows], self.targets[rows])
         if self.run.world > 1:
             dist.all_reduce(nats)
