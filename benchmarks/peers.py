@@ -328,7 +328,8 @@ def lay_out_folder(folder: Path, train: list[Path], files: dict[str, np.ndarray]
         (folder / path.name).symlink_to(path.absolute())
     for split, values in files.items():
         writer = prepare_data.ShardWriter(folder, split, prepare_data.Recipe())
-        writer.add(values.astype("<u2"), 0)
+        tokens = values.astype("<u2")
+        writer.add(prepare_data.Encoded(b"", tokens, utf8_bytes=0, raw_bytes=0, altered=False))
         writer.close()
 
 
