@@ -149,6 +149,8 @@ def test_the_seconds_of_a_score_are_its_own_and_eval_seconds_those_of_the_result
     scores = clocked.report["scores"]
     assert {name: score["seconds"] for name, score in scores.items()} == SCORE_SECONDS
     assert clocked.report["scored"] == "sliding" and clocked.report["eval_seconds"] == 256.0
+    # of 200 targets: 4 windows side by side, 6 sliding ones
+    assert "score sliding: 6 windows, about 192 s at the speed of the fixed ones" in clocked.log
     lines = re.findall(r"^(\w+) +val bpb \d\.\d{6}  \((\d+\.\d) s\)$", clocked.log, re.M)
     assert {name: float(seconds) for name, seconds in lines} == SCORE_SECONDS
 
@@ -293,6 +295,8 @@ def test_the_result_is_the_last_score_and_names_the_others(clocked):
     checkpoint = read_container(folder(clocked.cfg) / "checkpoint.bin")[1]
     live = [w.numel() for name, w in checkpoint.items() if name.startswith("live/")]
     assert r["params"] == sum(live) > len(live)
+    assert f"model: {r['params']:,} parameters, " in clocked.log
+    assert f"run run: {r['device']}, 1 ranks, code {r['code_sha256'][:12]}\n" in clocked.log
 
 
 def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_out():
@@ -452,6 +456,7 @@ def made(data, tmp_path_factory) -> SimpleNamespace:
         for name, share in (("ema", 0.5), ("swa", 2.0)):
             trained.averages[name] = {key: share * w for key, w in trained.live.items()}
         trained.final = trained.averages["swa"]
+        trained.trainer.skipped.append(2)
         kept.append(trained)
         return trained
 
@@ -542,3 +547,7 @@ def test_scores_and_gaps_are_those_of_their_weights(made):
     assert found == {name: r["scores"][name]["bpb"] for name in found}
     assert r["val_bpb"] == r["scores"]["sliding"]["bpb"]
     assert r["quant_gap_bpb"] == found["quantised"] - found["averaged"]
+    assert (r["skipped"], r["recompiles"]) == ([2], 0)
+    left_out, average = r["warnings"][-2:]
+    assert left_out.startswith("1 of 4 steps were not finite")
+    assert f"swa, is worse than the live weights: {found['averaged']:.6f} against" in average
