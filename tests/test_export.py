@@ -228,6 +228,21 @@ def test_rows_and_columns_of_unlike_spread_take_less_than_their_order_0_entropy(
     assert len(encode_container({"w:codes": codes}, {}, "ans")) < 0.85 * order0_bytes(codes)
 
 
+def test_slots_go_to_symbols_that_occur_and_what_rounding_leaves_to_the_commonest():
+    contexts = np.full((100, 1), 5, np.uint8)
+    symbols = np.array([[1]] * 40 + [[2]] * 57 + [[3]] * 3, np.uint8)
+    frequency = train_gpt.ans_frequencies(contexts, symbols)
+    assert (frequency.sum(1) == RANS_TOTAL).all()
+    share = RANS_TOTAL - 3  # one slot each, and of the others as they occur
+    assert frequency[5, [1, 3]].tolist() == [share * 40 // 100 + 1, share * 3 // 100 + 1]
+    assert np.flatnonzero(frequency[5]).tolist() == [1, 2, 3]
+
+
+def test_lanes_are_filled_with_the_last_value(monkeypatch):
+    monkeypatch.setattr(train_gpt, "LANE", 2)
+    assert train_gpt.in_lanes(np.arange(1, 6)).tolist() == [[1, 2, 3], [4, 5, 5]]
+
+
 @pytest.mark.parametrize("power", range(13))
 def test_a_state_on_the_edge_of_32_bits_is_halved_first(power):
     """A symbol of frequency 2^power met in the very state 2^(18 + power).
