@@ -398,6 +398,12 @@ def test_peak_memory_is_the_bytes_of_this_process_at_its_largest(monkeypatch):
     assert peak_memory(SimpleNamespace(cuda=True)) == 13
 
 
+def test_a_device_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert train_gpt.device_name(SimpleNamespace(cuda=True)) == "NVIDIA H100"
+    assert re.fullmatch(r"CPU \S.*, \d+ cores", train_gpt.device_name(SimpleNamespace(cuda=False)))
+
+
 # ── Effects, with a loss whose every value the test knows ─────────────────────────────────────────
 TENSOR_SECONDS = 1 / 64  # a forward pass of training takes so many for each tensor of the model
 PART_SECONDS = {
