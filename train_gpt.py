@@ -4946,7 +4946,7 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
         f"the shipped average, {cfg.shipped_average}, is worse than the live weights: "
         f"{averaged.bpb:.6f} against {live.bpb:.6f} BPB, {worse:+.6f} +- {margin:.6f}, "
         f"in words {words} (fixed windows, before quantisation); "
-        f"CHECKPOINT={saved} AVERAGE=none exports the live ones"
+        f"{setting('checkpoint', saved)} AVERAGE=none exports the live ones"
     )
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import resource
+import shlex
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -302,7 +303,7 @@ def test_the_result_is_the_last_score_and_names_the_others(clocked):
 def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_out():
     """With the average: 1, 2, 2 and 1 nats more in 250 bytes."""
     warned = []
-    run = SimpleNamespace(warn=warned.append, dir=Path("logs/a"))
+    run = SimpleNamespace(warn=warned.append, dir=Path("it's/a b"))
     cfg = Config(ema_enabled=True)
     scores = {
         "live": score_of(79.0, 68.0, 58.0, 49.0, seconds=1.0),
@@ -317,7 +318,8 @@ def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_o
     assert f"{260 / bits:.6f} against {254 / bits:.6f} BPB, {6 / bits:+.6f} +- " in warned[1]
     assert f"+- {2 * math.sqrt(1 / 3) * 2 / bits:.6f}, in words worse" in warned[1]
     assert "average, ema, is worse than" in warned[1]
-    assert "CHECKPOINT=logs/a/checkpoint.bin AVERAGE=none" in warned[1]
+    pasted = shlex.split(warned[1].partition("; ")[2])
+    assert pasted[:2] == ["CHECKPOINT=it's/a b/checkpoint.bin", "AVERAGE=none"]
 
     better = dict(live=scores["averaged"], averaged=scores["live"])
     nothing_to_say = SimpleNamespace(trainer=SimpleNamespace(skipped=[], steps=40))

@@ -10,6 +10,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from soak import may_end_so
 from test_figures import Clock
 from test_pipeline import SMALL, folder
 
@@ -333,6 +334,13 @@ def test_a_limit_that_is_met_to_the_bit_is_kept(world, tiny):
     report = world.launch(tiny(**KNOBS | dict(max_wallclock_seconds=7.0, checkpoint_every=0.0)))
     assert report["limits"] == {"train": {"spent": 7.0, "limit": 7.0, "slack": 0.0}}
     assert report["exit_code"] == 0 and report["over_limit"] == []
+
+
+@pytest.mark.parametrize("code", EXIT_CODES)
+def test_a_soak_goes_on_after_a_run_over_its_limit_alone(code):
+    """As on a busy machine; the launcher makes a 1 of every code."""
+    result = dict(exit_code=code, val_bpb=1.0, val_tokens=9, val_bytes=9, total_bytes=9, scored="a")
+    assert may_end_so(train_gpt.result_line(result)) == (code == 9)
 
 
 def test_steps_alone_have_no_limit(world, tiny, monkeypatch):
