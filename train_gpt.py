@@ -868,6 +868,8 @@ class Run:
         # the file that says so; what earlier launches left in it is read first
         self.alive = None
         self.shows_alive = not cfg.resume
+        # whether anything is trained, exported or scored yet; a stop before leaves no folder
+        self.has_begun = False
         # toggle -> Activity
         self.activity = {}
         # what the log has warned of, for result.json
@@ -918,12 +920,15 @@ class Run:
         return f"{told}: {reason} ({error.strerror})"
 
     def take_back_folder(self) -> None:
-        """Deletes the folder of a launch that was refused: nothing is in it, its name is free."""
+        """Deletes the folder of a launch that came to nothing, so that its name is free.
+
+        What else is in it stays, and ALIVE with it: a checkpoint may go on.
+        """
         if self.rank or not self.made_folder:
             return
-        self.remove_alive()
-        records = {"train.log", "metrics.jsonl", "train_gpt.py", PACKED_NAME}
+        records = {"train.log", "metrics.jsonl", "train_gpt.py", PACKED_NAME, ALIVE}
         if {path.name for path in self.dir.iterdir()} <= records:
+            self.remove_alive()
             shutil.rmtree(self.dir)
 
     def broadcast(self, value):
@@ -5937,10 +5942,9 @@ def main(cfg: Config, start_up: float = 0.0) -> dict:
         finished = finished_result(cfg, run)
         return finished or train_and_score(cfg, run)
     except BaseException as error:
-        phase = run.phase_name
         refusal = explain(run, error)
         # torchrun stops this rank where another one was refused first
-        stopped = phase in ("start", "data") and run.stop
+        stopped = run.stop and not run.has_begun
         if stopped or (isinstance(error, Refusal) and error.code == 2):
             run.take_back_folder()
         if refusal is None:
@@ -5962,6 +5966,7 @@ def train_and_score(cfg: Config, run: Run) -> dict:
     if not cfg.eval_only:
         trained = train_and_export(cfg, run, inputs, attend, saved)
 
+    run.has_begun = True
     with run.phase("read back"):
         _, state = read_artifact(path)
     scores = score_all(cfg, run, state, inputs.validation, attend, trained)
@@ -6134,6 +6139,7 @@ def train_and_export(
         trainer.restore(*saved)
         code = trainer.code_sha256[:12]
         run.log(f"from a checkpoint: {trainer.steps} steps, {trainer.elapsed:.1f} s, code {code}")
+    run.has_begun = True
     complete = cfg.checkpoint or (saved and trainer.done())
     if not complete:
         trainer.train(saved)

@@ -321,14 +321,43 @@ def test_a_refused_launch_leaves_its_name_free(tiny, resume):
         assert not (Path(cfg.logs_dir) / cfg.run_id).exists()
 
 
-def test_a_launch_that_is_stopped_before_it_trains_leaves_its_name_free(tiny, monkeypatch):
+def stopped_in(monkeypatch, owner, name: str, cfg: Config) -> Path:
+    """The folder of a run to which SIGTERM comes in this function."""
     monkeypatch.setattr(
-        train_gpt, "check_data", lambda *_: train_gpt.signal.raise_signal(train_gpt.signal.SIGTERM)
+        owner, name, lambda *_: train_gpt.signal.raise_signal(train_gpt.signal.SIGTERM)
     )
-    cfg = tiny()
     with pytest.raises(Refusal) as refusal:
         main(cfg)
-    assert refusal.value.code == 143 and not (Path(cfg.logs_dir) / cfg.run_id).exists()
+    assert refusal.value.code == 143
+    return Path(cfg.logs_dir) / cfg.run_id
+
+
+BEFORE = ["complete_settings", "check_data", "choose_attention", "build_model", "log_model"]
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_a_launch_that_is_stopped_before_it_trains_leaves_its_name_free(tiny, monkeypatch, name):
+    assert not stopped_in(monkeypatch, train_gpt, name, tiny()).exists()
+
+
+@pytest.mark.parametrize("name", ["warm_up", "save"])
+def test_a_launch_that_is_stopped_once_it_is_at_work_keeps_its_folder(tiny, monkeypatch, name):
+    folder = stopped_in(monkeypatch, train_gpt.Trainer, name, tiny())
+    assert (folder / "train.log").exists() and (folder / train_gpt.ALIVE).exists()
+
+
+def test_a_refusal_in_training_keeps_the_sign_of_life(tiny, monkeypatch):
+    """A shard that cannot be read any more, after the first checkpoint."""
+
+    def unreadable(*_):
+        raise Refusal("fineweb_train_000000.bin: damaged")
+
+    monkeypatch.setattr(train_gpt.Trainer, "loop", unreadable)
+    cfg = tiny()
+    with pytest.raises(Refusal, match="damaged"):
+        main(cfg)
+    folder = Path(cfg.logs_dir) / cfg.run_id
+    assert (folder / "checkpoint.bin").exists() and (folder / train_gpt.ALIVE).exists()
 
 
 def test_a_refused_launch_takes_nothing_of_others_with_it(tiny):
