@@ -1313,7 +1313,21 @@ class Manifest(NamedTuple):
     shards: dict[str, tuple[int, str]]  # name -> (bytes, sha256)
     tokenizer_sha256: str
     shared: int | None  # documents in train and in validation; None: not stated
-    lost: str | None  # "N of M" validation documents do not come back from their tokens
+    lost: dict | None  # as lost_text takes it; None: not counted
+
+
+def lost_text(found: dict | None) -> str:
+    """Validation documents that do not come back from their tokens, in words; empty for none.
+
+    found: {"lost": how many, or None: not known, "of": of how many}, or None: nothing was lost
+    that anybody knows of.
+    """
+    if not found or found["lost"] == 0:
+        return ""
+    number = "an unknown number of"
+    if None not in (found["lost"], found["of"]):
+        number = f"{found['lost']:,} of {found['of']:,}"
+    return f"{number} validation documents do not come back from their tokens"
 
 
 def read_manifest(path: Path, splits: dict[str, Split]) -> Manifest:
@@ -1332,7 +1346,9 @@ def read_manifest(path: Path, splits: dict[str, Split]) -> Manifest:
         val = content.get("splits", {}).get("val", {})
         lost = None
         if val.get("altered_documents") is not None:
-            lost = f"{val['altered_documents']:,} of {val['documents']:,}"
+            lost = {"lost": val["altered_documents"], "of": val["documents"]}
+            if any(type(n) is not int for n in lost.values()):
+                raise TypeError(f"splits.val: {lost}, not whole numbers")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Refusal(f"{path}: no manifest ({error!r}); {AGAIN}") from None
     return Manifest(shards, tokenizer_sha256, shared, lost)
@@ -1358,7 +1374,7 @@ def differing_shards(
 
 def check_manifest(
     cfg: Config, splits: dict[str, Split], tokenizer: str, hashes: dict
-) -> tuple[str, str | None]:
+) -> tuple[str, dict | None]:
     """One line on what manifest.json says, and Manifest.lost; Refusal where the folder differs.
 
     tokenizer: the sha256 of the tokenizer; hashes: name -> sha256 of the validation shards.
@@ -1675,11 +1691,11 @@ class Validation:
             checked_bytes=f"{check.bytes:,} of {check.of_bytes:,}",
         )
 
-    def warnings(self, lost: str | None) -> list[str]:
-        """Why the score is none of the challenge's text. lost: as in Manifest."""
+    def warnings(self, lost: dict | None) -> list[str]:
+        """Why the score is none of the challenge's text. lost: as lost_text takes it."""
         found = []
-        if lost and not lost.startswith("0 "):
-            problem = f"{lost} documents of validation do not come back from their tokens"
+        problem = lost_text(lost)
+        if problem:
             for character, becomes in self.altered[:1]:
                 problem += f"; the tokenizer makes {character!r} {becomes!r}, among others"
             found.append(f"{problem}; no score for the leaderboard")
@@ -6116,7 +6132,7 @@ def load_inputs(cfg: Config, run: Run) -> Inputs:
         fingerprint = check_data(cfg, splits)
         fingerprint |= validation.facts()
         if validation.altered:
-            fingerprint.setdefault("lost_documents", "an unknown number of")
+            fingerprint.setdefault("lost_documents", {"lost": None, "of": None})
     run.log("data: " + ", ".join(f"{key} {value}" for key, value in fingerprint.items()))
     for problem in validation.warnings(fingerprint.get("lost_documents")):
         run.warn(problem)

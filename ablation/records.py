@@ -100,6 +100,8 @@ RESULT_SHAPE = {
     },
     "data": {"tokenizer_sha256": TEXT, "val_sha256": {"*": TEXT}, "manifest": TEXT},
 }
+# data.lost_documents of a result, where it has one; null: not known
+LOST_SHAPE = {"lost": (int, type(None)), "of": (int, type(None))}
 # A line of results.jsonl
 RESULT_LINE_SHAPE = {"trial": TEXT, "arm": TEXT, "seed": WHOLE, "result": RESULT_SHAPE}
 

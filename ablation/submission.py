@@ -17,10 +17,12 @@ from pathlib import Path
 import train_gpt
 from ablation.records import (
     FINGERPRINT,
+    LOST_SHAPE,
     PLACES,
     RESULT_SHAPE,
     lookup,
     metric,
+    misfits,
     read_json,
     shown,
 )
@@ -151,9 +153,9 @@ TOLD = ("resumed", "skipped", "warnings", "without_effect")
 def lost_documents(r: dict) -> str:
     """That validation documents do not come back from their tokens; empty when all do."""
     lost = r["data"].get("lost_documents")
-    if not lost or str(lost).startswith("0 "):
+    if lost is None:
         return ""
-    return f"{shown(lost)} validation documents do not come back from their tokens"
+    return next(misfits(lost, LOST_SHAPE, "data.lost_documents"), "") or train_gpt.lost_text(lost)
 
 
 def remarks(r: dict) -> list[str]:

@@ -461,27 +461,29 @@ def test_what_the_tokenizer_loses_of_the_text_is_said_aloud(data, tmp_path, topi
     tokens = [BOS, *table_of(model)[1].encode(topics[0])]
     val = validation_of(tmp_path, tokens, model)
     assert val.altered[0] == ("A", "a")
-    (warning,) = val.warnings("3 of 8")
-    assert warning.startswith("3 of 8 documents") and "makes 'A' 'a'" in warning
+    (warning,) = val.warnings({"lost": 3, "of": 8})
+    assert warning.startswith("3 of 8 validation documents") and "makes 'A' 'a'" in warning
     assert "leaderboard" in warning
-    assert val.warnings("0 of 8") == []
+    assert val.warnings({"lost": 0, "of": 8}) == []
     plain = trained(tmp_path / "plain.model", topics)
     tokens = [BOS, *table_of(plain)[1].encode(topics[0])]
     assert validation_of(tmp_path, tokens, plain).warnings(None) == []
 
 
-@pytest.mark.parametrize("rule, lost", [("nmt_nfkc_cf", "an unknown number of"), ("nmt_nfkc", "")])
+@pytest.mark.parametrize("rule, loses", [("nmt_nfkc_cf", True), ("nmt_nfkc", False)])
 def test_without_a_manifest_a_tokenizer_that_loses_text_is_found_by_itself(
-    tmp_path, topics, tiny, run, rule, lost
+    tmp_path, topics, tiny, run, rule, loses
 ):
     model = trained(tmp_path / "m.model", topics, normalization_rule_name=rule)
     tokens = [BOS, *table_of(model)[1].encode(topics[0])]
     cfg = tiny(data_path=str(tmp_path), tokenizer_path=str(model))
     for split in ("val", "train"):
         write_shard(tmp_path / f"fineweb_{split}_000000.bin", tokens)
-    assert train_gpt.load_inputs(cfg, run).fingerprint.get("lost_documents", "") == lost
-    assert [text for text in run.warnings if f"{lost} documents" in text] == run.warnings
-    assert len(run.warnings) == bool(lost)
+    lost = train_gpt.load_inputs(cfg, run).fingerprint.get("lost_documents")
+    assert lost == ({"lost": None, "of": None} if loses else None)
+    assert [text[:41] for text in run.warnings] == loses * [
+        "an unknown number of validation documents"
+    ]
 
 
 def test_byte_counts_beside_the_shards_are_no_shards_and_must_agree(data, tmp_path):
@@ -621,12 +623,16 @@ def test_the_documents_that_the_manifest_calls_lost_are_in_the_result_and_aloud(
     assert "lost_documents" not in checked(dataset[1])
     lost = dict(documents=1234, altered_documents=30)
     change(dataset[0], lambda m: m["splits"].update(val=lost))
-    assert checked(dataset[1])["lost_documents"] == "30 of 1,234"
+    assert checked(dataset[1])["lost_documents"] == {"lost": 30, "of": 1234}
     report = main(dataset[1])
     log = (Path(dataset[1].logs_dir) / dataset[1].run_id / "train.log").read_text()
     (warning,) = report["warnings"]
     assert "30 of 1,234" in warning and log.count(f"WARNING: {warning}") == 2
-    assert "tokens_per_byte 0." in log and report["data"]["lost_documents"] == "30 of 1,234"
+    assert "tokens_per_byte 0." in log
+    assert report["data"]["lost_documents"] == {"lost": 30, "of": 1234}
+    change(dataset[0], lambda m: m["splits"]["val"].update(altered_documents="30"))
+    with pytest.raises(Refusal, match=r"no manifest .*not whole numbers"):
+        checked(dataset[1])
 
 
 def test_a_manifest_that_knows_nothing_about_overlap_says_so(dataset):

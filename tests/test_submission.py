@@ -31,7 +31,13 @@ import ablate
 import train_gpt
 from ablation.check import check_submission
 from ablation.findings import ERROR, UNCHECKED, WARNING, WEIGHTS
-from ablation.submission import build_submission, render, summarise
+from ablation.submission import (
+    build_submission,
+    documents_come_back,
+    lost_documents,
+    render,
+    summarise,
+)
 from train_gpt import PACKED_NAME, READABLE_NAME, Config, Refusal
 
 ABOUT = dict(
@@ -409,7 +415,10 @@ REMARKS = {  # a key of the results -> its value -> the words of README.md and c
         {"QAT_START_FRAC": "QAT_ENABLED is 0"},
         "settings without effect: 'QAT_START",
     ),
-    "data.lost_documents": ("30 of 1,234", "'30 of 1,234' validation documents do not come back"),
+    "data.lost_documents": (
+        {"lost": 1030, "of": 12345},
+        "1,030 of 12,345 validation documents do not come back",
+    ),
 }
 
 
@@ -422,6 +431,23 @@ def test_warnings_and_what_had_no_effect_are_told(folder, key):
     assert read(folder / "submission.json")["compliance"]["documents_come_back"] is (
         False if "lost" in key else None
     )
+
+
+@pytest.mark.parametrize(
+    "lost, back, words",
+    [
+        (None, None, ""),
+        ({"lost": 0, "of": 9}, True, ""),
+        ({"lost": 9, "of": None}, False, "an unknown number of validation documents do not"),
+        ({"lost": "0", "of": 9}, False, "data.lost_documents.lost: '0', not int or NoneType"),
+        ("0 of 9", False, "data.lost_documents: '0 of 9', not an object"),
+        ({}, False, "data.lost_documents.lost: missing"),
+    ],
+)
+def test_only_a_count_of_none_says_that_every_document_comes_back(lost, back, words):
+    results = {7: {"data": {"lost_documents": lost}}}
+    assert lost_documents(results[7]).startswith(words) and bool(words) == (back is False)
+    assert documents_come_back(results) is back
 
 
 @pytest.mark.parametrize("key", ["resumed", "skipped", "warnings", "without_effect"])
@@ -444,9 +470,9 @@ def test_a_warning_of_a_log_alone_is_told_too(folder):
 
 
 def test_a_score_of_documents_that_do_not_come_back_is_in_no_track(folder, monkeypatch):
-    forge(folder, "data.lost_documents", "30 of 1,234")
+    forge(folder, "data.lost_documents", {"lost": None, "of": None})
     put(folder / "submission.json", "track", "10min_16mb")
-    assert_caught(folder, "submission.json.track", "10min_16mb", "do not come back")
+    assert_caught(folder, "submission.json.track", "10min_16mb", "an unknown number of validation")
     results = results_of(folder)
     for r in results.values():
         r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
