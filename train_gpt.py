@@ -4619,8 +4619,9 @@ TRAINING_FIGURES = (
 # The environment variables that change the speed of a run.
 SPEED_VARIABLES = ("NCCL_", "OMP_", "GOMP_", "TORCH_")
 
-# The contest's limit on the seconds that scoring may take, and the GPUs that it is meant for.
-SCORE_SECONDS = 600
+# The contest's limit on the seconds of training, and on those of scoring; and the GPUs that it is
+# meant for.
+LIMIT_SECONDS = 600
 SCORE_GPUS = 8
 
 
@@ -5085,7 +5086,7 @@ def time_limits(
     if elapsed is not None and cfg.max_wallclock_seconds:
         held["train"] = elapsed, cfg.max_wallclock_seconds
     if run.cuda and run.world >= SCORE_GPUS:
-        held[f"score {mode}"] = seconds, SCORE_SECONDS
+        held[f"score {mode}"] = seconds, LIMIT_SECONDS
     return {
         name: {"spent": spent, "limit": limit, "slack": limit - spent}
         for name, (spent, limit) in held.items()

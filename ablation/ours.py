@@ -25,14 +25,23 @@ from ablation.prose import (
     numbers,
     numbers_of,
 )
-from ablation.records import RESULT_SHAPE, TEXT, read_json, read_text, shown
+from ablation.records import (
+    NUMBER,
+    PERHAPS,
+    RESULT_SHAPE,
+    TEXT,
+    misfits,
+    read_json,
+    read_text,
+    shown,
+)
 from ablation.script import ask_script
 from ablation.submission import (
     ABOUT,
     BEGIN,
     CAP_BYTES,
     END,
-    LIMIT_SECONDS,
+    NO_RECORD,
     TOKENIZER,
     Results,
     check_hash,
@@ -45,13 +54,16 @@ from ablation.submission import (
     unfit,
     unlike,
 )
-from train_gpt import READABLE_NAME, Refusal
+from train_gpt import LIMIT_SECONDS, READABLE_NAME, Refusal
 
 MAX_CODE_BYTES = 1 << 20  # to compile a script takes up to 600 times its size in memory
 MAX_LISTED = 40  # numbers of a text in one line
 
 REQUIRED = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
 SUBMISSION_SHAPE = {"seeds": (list,), **dict.fromkeys(ABOUT, TEXT)}
+
+# row of the ledger -> how long it took, and how long it may take
+LIMITS_SHAPE = {"*": {"spent": PERHAPS, "limit": NUMBER}}
 
 RESULT_NAME = re.compile(r"result_seed(-?\d{1,18})\.json")
 
@@ -147,10 +159,7 @@ def check_texts(folder: Path, submission: dict | None, results: Results) -> list
     found = Found()
     about = {key: submission[key] for key in ABOUT}
     for seed, r in results.items():
-        if lost_documents(r) and not about["track"].startswith("none"):
-            problem = f"{shown(about['track'])}, but {lost_documents(r)}"
-            remedy = "use a tokenizer that keeps the text, or no track"
-            found.append(Finding(ERROR, f"submission.json.track, seed {seed}", problem, remedy))
+        found += wrong_track(seed, r, about["track"])
     summary = found.attempt(summarise, results, about)
     if summary is None:
         return found
@@ -161,6 +170,21 @@ def check_texts(folder: Path, submission: dict | None, results: Results) -> list
         if readme is not None:
             found += check_readme(folder, readme, results, about)
     return found
+
+
+def wrong_track(seed: int, r: dict, track: str) -> Iterator[Finding]:
+    """What a run may not have in the track that is claimed for it, wherever it ran."""
+    where = f"submission.json.track, seed {seed}"
+    claimed = not track.startswith("none")
+    if lost_documents(r) and claimed:
+        problem = f"{shown(track)}, but {lost_documents(r)}"
+        yield Finding(ERROR, where, problem, "use a tokenizer that keeps the text, or no track")
+    for key in ("train_seconds", "eval_seconds"):
+        if r[key] > LIMIT_SECONDS:
+            problem = f"{shown(track)}, but {key} is {r[key]:.1f}, over {LIMIT_SECONDS}"
+            held = claimed and not NO_RECORD.search(track)
+            weight = ERROR if held else WARNING
+            yield Finding(weight, where, problem, "make it faster" if held else "say so")
 
 
 def wrong_seed_files(folder: Path, seeds: list) -> list[str]:
@@ -227,16 +251,7 @@ def wrong_result(seed: int, r: dict, code_bytes: int) -> Iterator[str]:
         )
     if total > CAP_BYTES:
         yield f"code + artifact have {total:,} bytes, over the cap of {CAP_BYTES:,}"
-    for key in ("train_seconds", "eval_seconds"):
-        if r[key] > LIMIT_SECONDS:
-            yield f"{key} is {r[key]:.1f}, over {LIMIT_SECONDS}"
-
-    limits = r.get("limits")
-    held = limits.get("train") if isinstance(limits, dict) else None
-    if isinstance(held, dict) and held.get("spent") != r["train_seconds"]:
-        spent = f"train_seconds is {r['train_seconds']}"
-        yield f"{spent}, but the limit was held against {shown(held.get('spent'))}"
-
+    yield from wrong_seconds(r)
     inactive = [name for name, row in r["toggles"].items() if not row["active"]]
     inactive = inactive or r.get("inactive")
     if inactive:
@@ -246,6 +261,30 @@ def wrong_result(seed: int, r: dict, code_bytes: int) -> Iterator[str]:
     agrees = math.isclose(nats, r["val_loss"] * r["val_tokens"], rel_tol=1e-6)
     if r["val_bytes"] < 1 or not agrees:
         yield f"val_bpb is {r['val_bpb']}, which val_loss, val_tokens and val_bytes do not give"
+
+
+def wrong_seconds(r: dict) -> Iterator[str]:
+    """Seconds over a limit that the run was held to, where it ran: see train_gpt.time_limits.
+
+    A result of older code, which does not say its limits, is held to those of the contest.
+    """
+    took = {"train": r["train_seconds"], f"score {r['scored']}": r["eval_seconds"]}
+    limits = r.get("limits")
+    if next(misfits(limits, LIMITS_SHAPE, "limits"), ""):
+        limits = {name: dict(spent=took[name], limit=LIMIT_SECONDS) for name in took}
+    budget = r["config"].get("max_wallclock_seconds")
+    if budget and "train" not in limits:
+        yield f"limits have no row 'train', but MAX_WALLCLOCK_SECONDS is {shown(budget)}"
+    late = []
+    for name, row in limits.items():
+        spent = took.get(name)
+        if row["spent"] != spent:
+            yield f"{name} took {spent} s, but the limit was held against {row['spent']}"
+        if max(row["spent"] or 0, spent or 0) > row["limit"]:
+            late.append(name)
+            yield f"{name} took {spent} s, over {row['limit']:g} s"
+    if r.get("over_limit", late) != late:
+        yield f"over_limit is {shown(r['over_limit'])}, but by its seconds it is {shown(late)}"
 
 
 def differences(stored, made, where: str) -> Iterator[str]:

@@ -27,15 +27,16 @@ from ablation.records import (
     shown,
 )
 from ablation.report import markdown_table
-from train_gpt import PACKED_NAME, READABLE_NAME, Refusal, unpack_code
+from train_gpt import LIMIT_SECONDS, PACKED_NAME, READABLE_NAME, Refusal, unpack_code
 
 # sha256 of fineweb_1024_bpe.model; any other tokenizer lies in the folder under this name
 OFFICIAL_TOKENIZER = "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a"
 TOKENIZER = "tokenizer.model"
 
-# of the rules, whatever the runs were told
+# of the rules, whatever the runs were told; train_gpt.py has LIMIT_SECONDS
 CAP_BYTES = 16_000_000
-LIMIT_SECONDS = 600
+# said by a folder that is held to none of the leaderboard's limits
+NO_RECORD = re.compile(r"non[-_ ]?record|unlimited", re.IGNORECASE)
 
 # the generated part of README.md stands between these
 BEGIN = "<!-- generated -->"

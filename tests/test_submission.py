@@ -150,6 +150,18 @@ def forge(folder: Path, key: str, value, seeds=tuple(SEEDS)) -> None:
     rebuild(folder)
 
 
+def claim(folder: Path) -> None:
+    """Says that the folder is of the leaderboard's track, wherever that stands."""
+    put(folder / "submission.json", "track", "10min_16mb")
+    (folder / "README.md").write_text(render(results_of(folder), ABOUT | {"track": "10min_16mb"}))
+
+
+def limit(folder: Path, **rows) -> None:
+    """Rows of the limits of seed 7: name=(spent, limit)."""
+    held = {name: dict(spent=a, limit=b, slack=b - a) for name, (a, b) in rows.items()}
+    forge(folder, "limits", held, [7])
+
+
 def ship(folder: Path, source: bytes) -> None:
     """Another script, with everything in agreement with its size and hash."""
     (folder / "train_gpt.py").write_bytes(source)
@@ -477,6 +489,17 @@ def test_a_score_of_documents_that_do_not_come_back_is_in_no_track(folder, monke
     for r in results.values():
         r.update(device="NVIDIA H100 80GB HBM3", world_size=8)
     assert summarise(results, ABOUT | {"track": ""})["track"].startswith("none")
+
+
+def test_a_run_of_no_track_may_take_longer_where_it_was_held_to_no_limit(folder):
+    """As in train_gpt.time_limits: with fewer GPUs, or on a CPU, scoring takes as long as it does.
+
+    The README says that the contest's limit was not kept.
+    """
+    forge(folder, "eval_seconds", 688.0)
+    assert errors(folder) == []
+    assert_caught(folder, "submission.json.track, seed 7", "over 600; say so", weight=WARNING)
+    assert "scoring at most 600 s: **NO**" in (folder / "README.md").read_text()
 
 
 def test_the_first_problem_does_not_end_the_check(folder):
@@ -885,17 +908,37 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
         lambda f: forge(f, "artifact_bytes", 16_000_000, [7]),
         [SEED7, "over the cap of 16,000,000"],
     ),
-    "training too long": (
-        lambda f: forge(f, "train_seconds", 600.5, [7]),
-        [SEED7, "train_seconds is 600.5"],
+    "training too long for the contest": (
+        lambda f: (forge(f, "train_seconds", 600.5, [7]), claim(f)),
+        ["submission.json.track, seed 7", "'10min_16mb', but train_seconds is 600.5, over 600"],
+    ),
+    "training over its own limit": (
+        lambda f: (forge(f, "train_seconds", 9.5, [7]), limit(f, train=(9.5, 9.0))),
+        [SEED7, "train took 9.5 s, over 9 s"],
     ),
     "a limit that was held against other seconds": (
-        lambda f: forge(f, "limits", {"train": {"spent": 3.5, "limit": 9.0, "slack": 5.5}}, [7]),
-        [SEED7, "train_seconds is", "held against 3.5"],
+        lambda f: limit(f, train=(3.5, 9.0)),
+        [SEED7, "train took", "held against 3.5"],
     ),
-    "scoring too long": (
-        lambda f: forge(f, "eval_seconds", 688.0, [7]),
-        [SEED7, "eval_seconds is 688.0"],
+    "a limit that nothing was held to": (
+        lambda f: forge(f, "config.max_wallclock_seconds", 9.0),
+        [SEED7, "limits have no row 'train'", "MAX_WALLCLOCK_SECONDS is 9.0"],
+    ),
+    "over a limit that was kept": (
+        setting(SEED7, "over_limit", ["train"]),
+        [SEED7, "over_limit is ['train'], but by its seconds it is []"],
+    ),
+    "training too long, by a result that knows no limits": (
+        lambda f: (put(f / SEED7, "limits", {"train": 9}), put(f / SEED7, "train_seconds", 600.5)),
+        [SEED7, "train took 600.5 s, over 600 s"],
+    ),
+    "scoring too long for the contest": (
+        lambda f: (forge(f, "eval_seconds", 688.0, [7]), claim(f)),
+        ["submission.json.track, seed 7", "eval_seconds is 688.0, over 600"],
+    ),
+    "scoring over its limit": (
+        lambda f: (forge(f, "eval_seconds", 688.0), limit(f, **{"score sliding": (688.0, 600)})),
+        [SEED7, "score sliding took 688.0 s, over 600 s"],
     ),
     "an inactive toggle": (
         lambda f: forge(f, "toggles.QAT.active", False, [7]),
