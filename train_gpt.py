@@ -807,7 +807,7 @@ def process_seconds() -> float:
 
 
 def nothing() -> None:
-    """What a CPU waits for, and what a toggle is measured against that is off by being absent."""
+    """What a toggle is measured against that is off by being absent."""
 
 
 def say(text: str, stream) -> None:
@@ -872,6 +872,8 @@ class Run:
         self.has_begun = False
         # toggle -> Activity
         self.activity = {}
+        # the most bytes held until all was scored; what the proof holds is no need of the run
+        self.peak_memory_bytes = 0
         # what the log has warned of, for result.json
         self.warnings = []
         self.phase_name = "set-up and other"
@@ -1007,8 +1009,7 @@ class Run:
 
     def enter(self, name: str) -> None:
         """From now on another phase is under way; the GPU's work until now is the old one's."""
-        if self.cuda:
-            torch.cuda.synchronize()
+        self.wait()
         self.tick()
         self.phase_name = name
 
@@ -1066,12 +1067,42 @@ class Run:
 
     def milliseconds(self, work: Callable) -> float:
         """Time of one call, to the end of what it starts on the device."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else nothing
-        wait()
+        self.wait()
         began = time.perf_counter()
         work()
-        wait()
+        self.wait()
         return 1e3 * (time.perf_counter() - began)
+
+    def wait(self) -> None:
+        """To the end of what was started on the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def compiled(self, work: Callable) -> Callable:
+        """The function or module, compiled where the run compiles: one graph for each shape."""
+        if not self.compile:
+            return work
+        return torch.compile(work, dynamic=False, fullgraph=True)
+
+    def fails(self, work: Callable) -> str:
+        """What went wrong in work(), the same on all ranks where it did on one; else "".
+
+        For what a run can do without: memory that is too small, or a compiler that fails, is told
+        and ends nothing. No rank may wait for another in work().
+        """
+        problem = ""
+        try:
+            work()
+        except (RuntimeError, MemoryError) as error:
+            problem = one_line(f"{type(error).__name__}: {error}"[:200])
+        found = torch.tensor(float(bool(problem)))
+        if self.world > 1:
+            dist.all_reduce(found)
+        if not found:
+            return ""
+        if self.cuda:
+            torch.cuda.empty_cache()
+        return problem or "another rank could not"
 
 
 # What an effect amounts to, in words; lower is better
@@ -2125,8 +2156,8 @@ def attention_inputs(cfg: Config, run: Run, rows: int, length: int) -> tuple[Ten
 
 def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...]) -> float:
     """Time of one call, forward and backward, compiled where the run will compile it."""
-    if run.cuda and run.compile:
-        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+    if run.cuda:
+        attend = run.compiled(attend)
 
     def both_ways() -> None:
         attend(*inputs).sum().backward()
@@ -3238,12 +3269,11 @@ class Trainer:
         micro_batches = max(8 // run.world, 1) if run.cuda else 1
         self.accumulate = min(cfg.grad_accum_steps or micro_batches, rows)
 
-        self.forward = model
-        if run.compile:
-            self.forward = torch.compile(model, dynamic=False, fullgraph=True)
+        self.forward = run.compiled(model)
         self.flat = FlatParameters(dict(model.named_parameters()), run)
         self.writer = concurrent.futures.ThreadPoolExecutor(1)
         self.writing: concurrent.futures.Future | None = None  # of the last checkpoint
+        self.trained_here = False  # whether this launch trains, and so has compiled what does
         self.restart()
 
     def restart(self) -> None:
@@ -3466,6 +3496,7 @@ class Trainer:
     def train(self, saved: tuple | None = None) -> None:
         """Steps, from the beginning or from what was saved, until ITERATIONS or the budget ends."""
         run = self.run
+        self.trained_here = True
         with run.phase("warm-up and compile"):
             seconds = run.broadcast(self.warm_up())
             self.warmed = seconds[1:]
@@ -4643,10 +4674,10 @@ class Trained:
 PROBE_STEPS = 8
 PROBE_TOKENS = 1 << 20
 # Costs: pairs of repeats, the most seconds that one toggle's pairs may take, and the seconds after
-# which no other model is compiled
+# which no other model is compiled. Nobody asked for them, and GPUs are paid by the second
 COST_PAIRS = 9
-COST_SECONDS = 20.0
-COMPILE_SECONDS = 120.0
+COST_SECONDS = 5.0
+COMPILE_SECONDS = 30.0
 
 
 class Probe:
@@ -4715,44 +4746,49 @@ def set_effect(activity: Activity, effect: float, margin: float) -> None:
 
 
 def median_interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % interval of the median of a few values: two of them, whatever their distribution.
+    """An interval of 96 % for the median of nine: the second and the eighth, in order.
 
-    Each value is above the median with probability 1/2, so how many are is binomial. Fewer than
-    six values have no such interval.
+    Whatever their distribution: that two or more of nine are on either side of the median has
+    probability 1 - 2 (1 + 9) / 2^9. None of fewer; wider than it need be of more.
     """
-    n = len(values)
-    tail, outside = 0.0, -1
-    while True:
-        tail += math.comb(n, outside + 1) / 2**n
-        if 2 * tail > 0.05:
-            break
-        outside += 1
-    if outside < 0:
-        return None
     ordered = sorted(values)
-    return [ordered[outside], ordered[n - 1 - outside]]
+    return [ordered[1], ordered[-2]] if len(ordered) >= COST_PAIRS else None
 
 
 def measure_cost(
-    run: Run, activity: Activity, on: Callable, off: Callable = nothing, times: int = 1
+    run: Run, name: str, on: Callable, off: Callable = nothing, times: int = 1
 ) -> None:
     """Fills in the milliseconds of on() above those of off(), so many times: paired repeats.
 
-    The two take turns at going first, so that a machine that slows down slows both. Left out where
-    it would take too long; rank 0's clock decides, and its figures count.
+    The two take turns at going first, so that a machine that slows down slows both. A pair before
+    compiles, and allocates what the others will find. Left out where it would take too long, by
+    rank 0's clock, or fails: all has been scored by now, and the result is worth more. No rank may
+    wait for another in on() and off().
     """
-    on()  # compiles, and allocates what the others will find
-    off()
+    compiled = torch._dynamo.utils.counters["stats"]
+    graphs = compiled["unique_graphs"]
+    took = {}
     differences = []
-    for pair in range(COST_PAIRS):
-        took = {}
-        for work in (on, off) if pair % 2 else (off, on):
-            took[work] = run.milliseconds(work)
-        differences.append(times * (took[on] - took[off]))
-        spent = run.broadcast(sum(took.values()) / 1e3) if pair == 0 else 0.0
-        if spent * COST_PAIRS > COST_SECONDS:
+
+    def one_pair(first: Callable, second: Callable) -> None:
+        took[first] = run.milliseconds(first)
+        took[second] = run.milliseconds(second)
+
+    for pair in range(-1, COST_PAIRS):
+        problem = run.fails(partial(one_pair, *((on, off) if pair % 2 else (off, on))))
+        if problem:
+            run.warn(f"{name}: its cost is not measured: {problem}")
             return
+        if pair >= 0:
+            differences.append(times * (took[on] - took[off]))
+        # what compiles says nothing about the pairs to come
+        known = pair == 0 or (pair < 0 and compiled["unique_graphs"] == graphs)
+        if pair <= 0:
+            spent = run.broadcast(sum(took.values()) / 1e3 if known else 0.0)
+            if spent * COST_PAIRS > COST_SECONDS:
+                return
     differences = run.broadcast(differences)
+    activity = run.activity[name]
     activity.cost_ms = statistics.median(differences)
     activity.cost_interval = median_interval(differences)
 
@@ -4766,10 +4802,12 @@ def prove_toggles(
     run.log(f"toggles are measured on {tokens:,} tokens of validation text")
     prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
+    # room for a second model: nothing reads the copies any more
+    trained.averages.clear()
     trained.trainer.model.load_state_dict(trained.live)
     prove_model_toggles(cfg, run, trained, probe, attend)
     if trained.exported.pruned:
-        run.activity["PRUNE_PCT"] = prove_pruning(cfg, run, trained, probe)
+        prove_pruning(cfg, run, trained, probe)
     for activity in run.activity.values():
         sum_up_cost(activity, trained.trainer.step_seconds)
 
@@ -4788,7 +4826,7 @@ def tells_apart(interval: list[float] | None) -> bool:
     return interval is not None and not interval[0] <= 0 <= interval[1]
 
 
-def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> Activity:
+def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
     """Pruning: the shipped weights against what would have been shipped without it."""
     trainer = trained.trainer
     made = trained.exported
@@ -4796,7 +4834,7 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> Acti
     off = shipped_state(trained.final, trainer.plan)
     on = shipped_state(pruned, trainer.plan)
     changed = [int((on[name] != off[name]).sum()) for name in on]
-    activity = Activity(
+    activity = run.activity["PRUNE_PCT"] = Activity(
         tensors=sum(n > 0 for n in changed),
         params=sum(changed),
         scope=f"export, {made.pruned:.1%}",
@@ -4805,12 +4843,11 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> Acti
     )
     nats = [probe.nats(trainer.model, state) for state in (on, off)]
     probe.measure(activity, "shipped weights, against unpruned ones", *nats)
-    measure_cost(run, activity, partial(prune, cfg, trained.final, made.pruned))
+    measure_cost(run, "PRUNE_PCT", partial(prune, cfg, trained.final, made.pruned))
     saved = 0
     if run.rank == 0:
         saved = len(encode_artifact(made.cfg, trained.final, trainer.plan)) - len(made.blob)
     activity.bytes_saved = run.broadcast(saved)
-    return activity
 
 
 def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
@@ -4820,6 +4857,8 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
     for name, view in views.techniques.items():
         activity = run.activity[name]
         enter = partial(views.enter, view.at_full_strength(), 0)
+        # a cost that failed half-way may have left what the view before showed
+        trainer.model.load_state_dict(trained.live)
 
         def there_and_back(enter: Callable = enter) -> None:
             views.leave(enter())
@@ -4829,7 +4868,7 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
         views.leave(latent)
         probe.measure(activity, "weights as seen, against latent ones", seen, probe.base)
         activity.cost_per = "step"
-        measure_cost(run, activity, there_and_back)
+        measure_cost(run, name, there_and_back)
         compare_steps(activity, trainer.step_seconds)
 
 
@@ -4842,7 +4881,8 @@ def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
         averaged = probe.nats(trainer.model, state)
         probe.measure(activity, "the average, against live weights", averaged, probe.base)
         activity.cost_per = "step" if average.every_step else "snapshot"
-        measure_cost(run, activity, average.update)
+        # this changes the run's own average; what is exported and probed was copied before
+        measure_cost(run, name.upper(), average.update)
         compare_steps(activity, trainer.step_seconds)
 
 
@@ -4880,17 +4920,14 @@ def prove_model_toggles(
         nats = probe.nats(without, trained.live)
         probe.measure(activity, "the model, against itself without", probe.base, nats)
 
-        forward = without
         if run.compile:
             # a launch that only exports has not compiled what trains, and needs not
-            trained_here = not math.isnan(trainer.loss)
             spent = run.broadcast(time.perf_counter() - began)
-            if not trained_here or spent > COMPILE_SECONDS:
+            if not trainer.trained_here or spent > COMPILE_SECONDS:
                 continue
-            forward = torch.compile(without, dynamic=False, fullgraph=True)
         on = probe.both_ways(trainer.forward, model)
-        off = probe.both_ways(forward, without)
-        measure_cost(run, activity, on, off, trainer.accumulate)
+        off = probe.both_ways(run.compiled(without), without)
+        measure_cost(run, name, on, off, trainer.accumulate)
 
 
 def environment(run: Run) -> dict:
@@ -5117,7 +5154,7 @@ def provenance(cfg: Config, run: Run) -> dict:
         lost_seconds=run.lost_seconds,
         seed=cfg.seed,
         world_size=run.world,
-        peak_memory_bytes=peak_memory(run),
+        peak_memory_bytes=run.peak_memory_bytes,
         checkpoint=cfg.checkpoint or None,
         config=cfg.knobs(),
         **environment(run),
@@ -5987,6 +6024,7 @@ def train_and_score(cfg: Config, run: Run) -> dict:
     with run.phase("read back"):
         _, state = read_artifact(path)
     scores = score_all(cfg, run, state, inputs.validation, attend, trained)
+    run.peak_memory_bytes = peak_memory(run)
     if trained:
         with run.phase("prove toggles"):
             prove_toggles(cfg, run, trained, inputs.validation, attend)
@@ -6276,7 +6314,7 @@ def score_all(
 
     model = build_model(cfg, run, attend)
     model.load_state_dict(state)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if run.compile else model
+    forward = run.compiled(model)
     measure = partial(score, cfg, run, forward, val)
     keep("quantised", measure)
 
