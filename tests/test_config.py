@@ -239,7 +239,7 @@ def test_an_old_spelling_that_agrees_with_the_new_name_is_accepted(old):
     assert Config.from_env({old: value, **others, **both}).non_default() == changed
 
 
-@pytest.mark.parametrize("old", OLD_SPELLINGS.keys() - {"FP16_PASSTHROUGH_PATTERNS"})
+@pytest.mark.parametrize("old", sorted(OLD_SPELLINGS.keys() - {"FP16_PASSTHROUGH_PATTERNS"}))
 def test_a_bad_value_is_blamed_on_the_variable_that_the_user_wrote(old):
     message = refused({old: "maybe"})
     assert f"{old}=maybe" in message and "must be" in message
