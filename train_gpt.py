@@ -166,8 +166,10 @@ class Knob:
     choices: tuple = ()
     # A toggle that makes the training depend on the quantisation grid
     on_grid: bool = False
-    # What it can do nothing without: other knobs, joined by "and", "or" and "not"
+    # What it can do nothing without: other knobs, joined by "or", each perhaps behind "not"
     needs: str = ""
+    # Values at which it gives the knobs that need it nothing to do
+    off: tuple = (0, "none")
 
 
 def knob(default, unit: str, doc: str, **more):
@@ -180,6 +182,7 @@ CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 BITS = (*CODE_BITS, 16)
 QAT_BITS = (0, *CODE_BITS)
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
+STARTS = "lr scale / share of ITERATIONS / of run"
 SCOPES = ("exported", "linears", "small_linears", "block_linears")
 NOISES = ("export", "row")
 SUM_TYPES = ("fp32", "native", "bf16")
@@ -190,8 +193,9 @@ BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
 
 # What knobs need that is too long for their line
-RAMP = "muon_momentum_warmup_steps"
+SNAPSHOTS = "swa_enabled or sqwa_enabled"
 TABLES = "bigram_vocab_size or ve_enabled"
+SHARED_CLIP = "quant_clip_mlp or quant_clip_attn or quant_clip_bigram or quant_clip_embed"
 CODES = "quant_bits_mlp or quant_bits_attn or quant_bits_bigram or quant_bits_embed"
 
 run_knob = partial(knob, scope="run")
@@ -200,16 +204,19 @@ grid_knob = partial(knob, scope="grid")
 export_knob = partial(knob, scope="export")
 eval_knob = partial(knob, scope="eval")
 
-bits_knob = partial(grid_knob, choices=BITS)
+# 16 bits: no codes
+bits_knob = partial(grid_knob, choices=BITS, off=(16,))
 code_knob = partial(grid_knob, needs=CODES)
 
 # The knobs of a technique
 ve_knob = partial(model_knob, needs="ve_enabled")
 smear_knob = partial(model_knob, needs="smear_gate")
 bigram_knob = partial(model_knob, needs="bigram_vocab_size")
+ramp_knob = partial(knob, needs="muon_momentum_warmup_steps")
 qat_knob = partial(knob, needs="qat_enabled")
 qna_knob = partial(knob, needs="qna_enabled")
-snapshot_knob = partial(knob, needs="swa_enabled or sqwa_enabled")
+snapshot_knob = partial(knob, needs=SNAPSHOTS)
+start_knob = partial(knob, choices=TRIGGERS, off=("always",))
 ttt_knob = partial(eval_knob, needs="ttt_mode")
 
 # Where prepare_data.py puts the challenge's data
@@ -226,7 +233,8 @@ CLIP_QUANTILES = {
     "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
 }
 CLIPS = tuple(CLIP_QUANTILES)
-clip_knob = partial(grid_knob, choices=("auto", *CLIPS))
+# at a choice of its own it leaves QUANT_CLIP nothing to say
+clip_knob = partial(grid_knob, choices=("auto", *CLIPS), off=CLIPS)
 
 # Functions of knobs, which they name as parameters: each refuses what does not go together
 RULES: list[Callable[..., None]] = []
@@ -367,8 +375,8 @@ class Config:
     scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0)
     tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0)
     muon_momentum: float = knob(0.99, "", "Nesterov momentum after its warm-up", lo=0, hi=1)
-    muon_momentum_warmup_start: float = knob(0.92, "", "at step 0", lo=0, hi=1, needs=RAMP)
     muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0)
+    muon_momentum_warmup_start: float = ramp_knob(0.92, "", "at step 0", lo=0, hi=1)
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
     muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0)
     beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
@@ -398,8 +406,8 @@ class Config:
     # QAT. Scopes, QNA's too: exported, every tensor that ships as codes; linears, the matrices of
     # linear layers; small_linears and block_linears, those outside and inside of the blocks
     qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
-    qat_start_kind: str = qat_knob("always", "", "what starts QAT", choices=TRIGGERS)
-    qat_start: float = qat_knob(0.0, "", "lr scale / share of ITERATIONS / of run", lo=0, hi=1)
+    qat_start_kind: str = start_knob("always", "", "what starts QAT", needs="qat_enabled")
+    qat_start: float = knob(0.0, "", STARTS, lo=0, hi=1, needs="qat_start_kind")
     qat_scope: str = qat_knob("exported", "", "which tensors see their codes", choices=SCOPES)
     qat_grid: str = qat_knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
     qat_bits: int = qat_knob(0, "bits", "to round to; 0: those that ship", choices=QAT_BITS)
@@ -425,7 +433,7 @@ class Config:
 
     # SWA and SQWA: means of snapshots
     swa_enabled: bool = knob(False, "", "mean of snapshots of the live weights")
-    swa_start_kind: str = snapshot_knob("lr_scale", "", "what starts SWA / SQWA", choices=TRIGGERS)
+    swa_start_kind: str = start_knob("lr_scale", "", "what starts SWA / SQWA", needs=SNAPSHOTS)
     swa_start_frac: float = knob(0.4, "", "as QAT_START", lo=0, hi=1, needs="swa_start_kind")
     swa_every: int = snapshot_knob(50, "steps", "between snapshots", lo=1)
     swa_dtype: str = snapshot_knob("fp32", "", "of sums; native: bf16 tables", choices=SUM_TYPES)
@@ -461,11 +469,13 @@ class Config:
     quant_bits_attn: int = bits_knob(6, "bits", "attention matrices")
     quant_bits_bigram: int = bits_knob(6, "bits", "BigramHash, tables' projections", needs=TABLES)
     quant_bits_embed: int = bits_knob(16, "bits", "token and value-embedding tables")
-    quant_clip: str = code_knob("quantile", "", "largest weight of a row", choices=CLIPS)
     quant_clip_mlp: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_mlp")
     quant_clip_attn: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_attn")
     quant_clip_bigram: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_bigram")
     quant_clip_embed: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_embed")
+    quant_clip: str = grid_knob(
+        "quantile", "", "largest weight of a row", choices=CLIPS, needs=SHARED_CLIP
+    )
     quant_codes: str = code_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
     quant_scale_floor: bool = code_knob(True, "", "step at least 1/c: rows below 1 share one")
     keep_float_max_numel: int = code_knob(65536, "weights", "tensors up to this size: fp16", lo=0)
@@ -589,17 +599,18 @@ class Config:
         if self.checkpoint and f.name in FOR_TRAINING:
             return setting("checkpoint", self.checkpoint)
 
-        for needed in filter(None, f.metadata["needs"].split(" and ")):
-            wants = [want.split() for want in needed.split(" or ")]
-            if not any(self.holds(want, idle) for want in wants):
-                names = [want[-1] for want in wants]
-                reasons = [idle.get(name) or setting(name, getattr(self, name)) for name in names]
-                return " ".join(dict.fromkeys(reasons))
-        return ""
+        wants = [want.split() for want in f.metadata["needs"].split(" or ") if want]
+        if not wants or any(self.holds(want, idle) for want in wants):
+            return ""
+        names = [want[-1] for want in wants]
+        reasons = [idle.get(name) or setting(name, getattr(self, name)) for name in names]
+        return " ".join(dict.fromkeys(reasons))
 
     def holds(self, want: list[str], idle: dict[str, str]) -> bool:
         """Whether [a knob] is on, or ["not", a knob] is off."""
-        on = getattr(self, want[-1]) not in OFF and want[-1] not in idle
+        name = want[-1]
+        off = BY_NAME[name.upper()].metadata["off"]
+        on = getattr(self, name) not in off and name not in idle
         return on == (len(want) == 1)
 
     def without_effect(self) -> dict[str, str]:
@@ -662,9 +673,6 @@ class Config:
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
 BY_NAME = {f.name.upper(): f for f in KNOBS}
 
-
-# Values of a knob with which others can do nothing; 16 bits: nothing ships as codes
-OFF = (0, "none", "always", 16)
 
 # Knobs of the run that act on a training alone
 FOR_TRAINING = ("base", "checkpoint_every", "nonfinite")

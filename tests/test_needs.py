@@ -45,7 +45,16 @@ def test_every_knob_of_a_technique_says_that_it_needs_it():
 def test_what_a_knob_needs_is_a_knob():
     for name, needs in NEEDING.items():
         for word in needs.split():
-            assert word in ("and", "or", "not") or word.upper() in BY_NAME, name
+            assert word in ("or", "not") or word.upper() in BY_NAME, name
+
+
+def test_a_number_other_than_zero_leaves_nothing_idle_but_16_bits_do():
+    for name in {word for needs in NEEDING.values() for word in needs.split()} - {"or", "not"}:
+        off = BY_NAME[name.upper()].metadata["off"]
+        numbers = {16} if name.startswith("quant_bits_") else {0}
+        assert {value for value in off if not isinstance(value, str)} == numbers & {*off}, name
+    few = vain("BIGRAM_VOCAB_SIZE=16 BIGRAM_DIM=64 MUON_MOMENTUM_WARMUP_STEPS=16")
+    assert few == vain("MUON_MOMENTUM_WARMUP_STEPS=16 MUON_MOMENTUM_WARMUP_START=.8") == {}
 
 
 def another(f: dataclasses.Field):
@@ -123,6 +132,14 @@ def vain(command: str) -> dict[str, str]:
             },
         ),
         ("QUANT_CLIP=amax QUANT_BITS_MLP=16", {}),
+        (
+            "QUANT_CLIP=amax QUANT_CLIP_MLP=amax QUANT_CLIP_ATTN=search5",
+            {
+                "QUANT_CLIP": "QUANT_CLIP_MLP=amax QUANT_CLIP_ATTN=search5 "
+                "BIGRAM_VOCAB_SIZE=0 VE_ENABLED=0 QUANT_BITS_EMBED=16"
+            },
+        ),
+        ("QUANT_CLIP=amax QUANT_CLIP_MLP=amax", {}),
         # what a base says was given by nobody
         ("BASE=pr989 ENABLE_QAT=0", {}),
         ("BASE=pr989 QAT_START_FRAC=0.7", {"QAT_START": "QAT_ENABLED=0"}),
