@@ -156,8 +156,8 @@ class Knob:
     unit: str
     # Its meaning in one line, for --help and README
     doc: str
-    # Where it acts: run, seed, train, model and eval (both go into the artifact), grid (from QAT
-    # to export), export
+    # Where it acts: run, loop (how training runs, not what it makes), seed, train, model and eval
+    # (both go into the artifact), grid (from QAT to export), export, size (what counts)
     scope: str = "train"
     # The range of a number, both ends included
     lo: float | None = None
@@ -195,13 +195,15 @@ CODERS = ("zlib", "zstd", "lzma", "ans")
 # What knobs need that is too long for their line
 SNAPSHOTS = "swa_enabled or sqwa_enabled"
 TABLES = "bigram_vocab_size or ve_enabled"
-SHARED_CLIP = "quant_clip_mlp or quant_clip_attn or quant_clip_bigram or quant_clip_embed"
+SHARED = "quant_clip_mlp or quant_clip_attn or quant_clip_bigram or quant_clip_embed"
 CODES = "quant_bits_mlp or quant_bits_attn or quant_bits_bigram or quant_bits_embed"
 
 run_knob = partial(knob, scope="run")
+loop_knob = partial(knob, scope="loop")
 model_knob = partial(knob, scope="model")
 grid_knob = partial(knob, scope="grid")
 export_knob = partial(knob, scope="export")
+size_knob = partial(knob, scope="size")
 eval_knob = partial(knob, scope="eval")
 
 # 16 bits: no codes
@@ -224,7 +226,14 @@ FINEWEB = "data/datasets/fineweb10B_sp1024"
 TOKENIZER = "data/tokenizers/fineweb_1024_bpe.model"
 
 # Scopes that make runs comparable: not names, places, machine and seed
-COMPARED = ("model", "train", "grid", "export", "eval")
+COMPARED = ("model", "train", "grid", "export", "size", "eval")
+
+# What names finished weights -> scopes whose knobs can do nothing for them. Beside a checkpoint
+# other settings of a training are compared with those that made it.
+IDLE_SCOPES = {
+    "eval_only": ("loop", "seed", "train", "grid", "export"),
+    "checkpoint": ("loop",),
+}
 
 # QUANT_CLIP -> the quantiles of a row's magnitudes among which its largest code is chosen
 CLIP_QUANTILES = {
@@ -260,11 +269,11 @@ class Config:
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
     run_id: str = run_knob("", "name", "a new one, but with RESUME; empty: date, time, hash, seed")
     resume: bool = run_knob(False, "", "go on with RUN_ID from its last checkpoint, if it has one")
-    base: str = run_knob("", "name", "another script's defaults, from studies/*.toml; see below")
-    checkpoint_every: float = run_knob(60.0, "s", "between checkpoints; 0: first, last, stop", lo=0)
+    base: str = loop_knob("", "name", "another script's defaults, from studies/*.toml; see below")
+    checkpoint_every: float = loop_knob(60.0, "s", "between checkpoints; 0: 1st, last, stop", lo=0)
     checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin; train nothing")
     eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
-    nonfinite: str = run_knob("stop", "", "a step with NaN or Inf", choices=("stop", "skip"))
+    nonfinite: str = loop_knob("stop", "", "a step with NaN or Inf", choices=("stop", "skip"))
     dist_timeout: float = run_knob(300.0, "s", "a rank gives up after waiting for so long", lo=1)
     seed: int = knob(1337, "", "initial weights and noise", scope="seed", lo=0, hi=2**32 - 1)
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
@@ -473,9 +482,7 @@ class Config:
     quant_clip_attn: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_attn")
     quant_clip_bigram: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_bigram")
     quant_clip_embed: str = clip_knob("auto", "", "auto: QUANT_CLIP", needs="quant_bits_embed")
-    quant_clip: str = grid_knob(
-        "quantile", "", "largest weight of a row", choices=CLIPS, needs=SHARED_CLIP
-    )
+    quant_clip: str = grid_knob("quantile", "", "largest of a row", choices=CLIPS, needs=SHARED)
     quant_codes: str = code_knob("sym", "", "sym: -c..c, asym: -(c+1)..c", choices=("sym", "asym"))
     quant_scale_floor: bool = code_knob(True, "", "step at least 1/c: rows below 1 share one")
     keep_float_max_numel: int = code_knob(65536, "weights", "tensors up to this size: fp16", lo=0)
@@ -486,8 +493,8 @@ class Config:
     prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
     compressor: str = export_knob("zstd", "", "of the artifact", choices=CODERS)
     compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
-    pack_code: str = export_knob("lzma", "", "of the script that ships", choices=("lzma", "none"))
-    cap_bytes: int = export_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
+    pack_code: str = size_knob("lzma", "", "of the script that ships", choices=("lzma", "none"))
+    cap_bytes: int = size_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
     fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits")
 
     @rule
@@ -594,10 +601,9 @@ class Config:
 
         `idle`: the answers for the knobs before it.
         """
-        if self.eval_only and not acts_on_scores(f):
-            return setting("eval_only", self.eval_only)
-        if self.checkpoint and f.name in FOR_TRAINING:
-            return setting("checkpoint", self.checkpoint)
+        for source, scopes in IDLE_SCOPES.items():
+            if getattr(self, source) and f.metadata["scope"] in scopes:
+                return setting(source, getattr(self, source))
 
         wants = [want.split() for want in f.metadata["needs"].split(" or ") if want]
         if not wants or any(self.holds(want, idle) for want in wants):
@@ -613,10 +619,20 @@ class Config:
         on = getattr(self, name) not in off and name not in idle
         return on == (len(want) == 1)
 
+    def differing(self, values: dict) -> list[str]:
+        """The knobs of which these are other values, where that makes another run of this one."""
+        idle = self.idle()
+        own = self.knobs("seed", *COMPARED)
+        return [
+            name for name in own if name not in idle and values.get(name, own[name]) != own[name]
+        ]
+
     def without_effect(self) -> dict[str, str]:
         """VARIABLE -> why it can do nothing, of each setting that was given in vain."""
         idle = {name.upper(): why for name, why in self.idle().items()}
         found = {name: why for name, why in idle.items() if name in self.given}
+        if "ROPE_NTK_LEN" in self.given and self.rope_ntk_len >= self.train_seq_len:
+            found["ROPE_NTK_LEN"] = setting("train_seq_len", self.train_seq_len)
         elsewhere = "a setting of other scripts that does nothing there either"
         return found | {told.partition("=")[0]: elsewhere for told in sorted(self.inert)}
 
@@ -672,18 +688,6 @@ class Config:
 
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
 BY_NAME = {f.name.upper(): f for f in KNOBS}
-
-
-# Knobs of the run that act on a training alone
-FOR_TRAINING = ("base", "checkpoint_every", "nonfinite")
-
-
-def acts_on_scores(f: dataclasses.Field) -> bool:
-    """Whether this knob can do something where an artifact is scored and nothing is made."""
-    if f.name in FOR_TRAINING:
-        return False
-    limits = ("cap_bytes", "pack_code")
-    return f.metadata["scope"] in ("run", "model", "eval") or f.name in limits
 
 
 def setting(name: str, value) -> str:
@@ -5927,7 +5931,7 @@ def has_words_of_ours(name: str) -> bool:
         return True
 
     # names of the run, such as LOGS_DIR, end like those of other programs
-    ours = [f.name.upper() for f in KNOBS if f.metadata["scope"] != "run"]
+    ours = [f.name.upper() for f in KNOBS if f.metadata["scope"] not in ("run", "loop")]
     for other in [*ours, *ALIASES]:
         if "_" in name and other.endswith(f"_{name}"):
             return True
@@ -6046,8 +6050,19 @@ def finished_result(cfg: Config, run: Run) -> dict | None:
     path = run.dir / "result.json"
     if not cfg.resume or not path.exists():
         return None
+    result = json.loads(path.read_text())
+    made = {name: result["config"][name] for name in cfg.knobs("seed", *COMPARED)}
+    own = {name: value for name, value in made.items() if name.upper() not in cfg.given}
+    source = f"RESUME=1 RUN_ID={run.dir.name}"
+    check_base(cfg, own, source)
+    told = []
+    for name in dataclasses.replace(cfg, inherited=True, **own).differing(made):
+        given = setting(name, getattr(cfg, name))
+        there = f"{source} is complete, with {setting(name, made[name])}"
+        told.append(f"{given}: {there}; unset it, or take another RUN_ID")
+    refuse(told, told)
     run.log(f"resume: {path} is there: nothing is left to do")
-    return json.loads(path.read_text())
+    return result
 
 
 def saved_training(cfg: Config, run: Run) -> tuple[dict, State] | None:

@@ -33,7 +33,7 @@ MAX_LOG_BYTES = 1 << 28
 MAX_DEPTH = 20
 
 # Knobs that make no other arm
-PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] in ("run", "seed")}
+PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] not in train_gpt.COMPARED}
 
 # What runs must have in common to stand in one table
 FINGERPRINT = (

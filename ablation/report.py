@@ -21,7 +21,7 @@ from ablation.statistics import (
     welch,
 )
 from ablation.study import Matrix, Trial, product_arms
-from train_gpt import COMPARED, Refusal
+from train_gpt import Refusal
 
 Table = tuple[list[str], list[list]]  # header, rows
 
@@ -114,14 +114,11 @@ def check_settings(trial: Trial, run: dict) -> None:
 
     Those that can do nothing in this trial may differ.
     """
-    logged = run["config"]
-    idle = trial.cfg.idle()
+    logged = run["config"] | {"seed": run["seed"]}
     wrong = []
-    for name, value in trial.cfg.knobs(*COMPARED).items():
-        if name in logged and logged[name] != value and name not in idle:
-            wrong.append(f"{name.upper()}={value} in the study, {logged[name]} in the log")
-    if run["seed"] != trial.seed:
-        wrong = wrong or ["another seed"]
+    for name in trial.cfg.differing(logged):
+        value = getattr(trial.cfg, name)
+        wrong.append(f"{name.upper()}={value} in the study, {logged[name]} in the log")
     if wrong:
         remedy = "run the study again, or take the old file"
         raise Refusal(f"{trial.folder}: {', '.join(wrong)}; {remedy}")

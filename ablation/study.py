@@ -495,7 +495,7 @@ def share(trial: Trial, donor: Trial) -> Trial:
     """
     given = {
         name.upper(): spelt(value)
-        for name, value in trial.cfg.knobs("grid", "export", "eval").items()
+        for name, value in trial.cfg.knobs("grid", "export", "size", "eval").items()
         if getattr(donor.cfg, name) != value
     }
     given["CHECKPOINT"] = from_root(donor.folder / "checkpoint.bin")

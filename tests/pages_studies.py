@@ -106,7 +106,8 @@ def published_rows() -> str:
                 own = found[place : place + 1] if len(commands) > 1 else found
                 figures.setdefault(key, []).extend(f"{bpb:.5f}" for bpb in own)
                 title = f"#{stem[2:5]} {published['row']}"
-                differing = ", ".join(f"`{name}`" for name in unlike(row, arms[arm]))
+                names = arms[arm].differing(row.knobs(*COMPARED))
+                differing = ", ".join(f"`{n.upper()}`" for n in names if n not in OFTEN)
                 cells[key] = [title, short_command(row), f"`{arm}`", differing]
 
     header = ["published row", "BPB of its seeds", "command here", "arm", "its arm differs in"]
@@ -122,14 +123,6 @@ def short_command(row: Config) -> str:
         if value != bare[name] and name not in OFTEN:
             words.append(setting(name, value))
     return f"`{' '.join(words)}`"
-
-
-def unlike(row: Config, arm: Config) -> list[str]:
-    """The variables in which an arm differs from its published row."""
-    idle = row.idle().keys() & arm.idle().keys() | OFTEN
-    values = arm.knobs(*COMPARED)
-    found = row.knobs(*COMPARED).items()
-    return [name.upper() for name, value in found if value != values[name] and name not in idle]
 
 
 def adopt(logs: Path, kept: Path = COMMITTED) -> None:

@@ -36,16 +36,6 @@ def refused(env: dict[str, str]) -> str:
 
 
 # ── The published rows ────────────────────────────────────────────────────────────────────────────
-def differing(row: Config, arm: Config) -> set[str]:
-    """The variables in which two configurations differ, and which do something in one of them."""
-    idle = row.idle().keys() & arm.idle().keys()
-    return {
-        name.upper()
-        for name, value in row.knobs(*COMPARED).items()
-        if value != getattr(arm, name) and name not in idle
-    }
-
-
 def full_size(study) -> dict[str, Config]:
     """Arm -> what it is at the published size."""
     return {trial.arm: trial.cfg for trial in matrix(study, "full", "time", (1,)).trials}
@@ -67,8 +57,8 @@ def test_each_arm_is_its_published_command_but_for_the_corrections_that_the_stud
     for arm, commands in study.commands.items():
         for command in commands:
             assert command["BASE"]
-            found |= differing(Config.from_env(command), arms[arm])
-    assert found == set(study.corrections)
+            found |= set(arms[arm].differing(Config.from_env(command).knobs(*COMPARED)))
+    assert {name.upper() for name in found} == set(study.corrections)
 
 
 # Parameters of each script's rows, as its log says them

@@ -875,7 +875,9 @@ def test_the_digest_ignores_seed_names_and_places(name):
 
 
 @pytest.mark.parametrize(
-    "f", [f for f in KNOBS if f.metadata["scope"] not in ("run", "seed")], ids=lambda f: f.name
+    "f",
+    [f for f in KNOBS if f.metadata["scope"] not in ("run", "loop", "seed")],
+    ids=lambda f: f.name,
 )
 def test_the_digest_changes_with_every_knob_that_changes_the_result(f):
     assert with_other(Config(), f).digest() != Config().digest()
@@ -891,11 +893,13 @@ def test_the_training_digest_changes_with_the_knobs_that_a_checkpoint_depends_on
     cfg, other = Config(**on), with_other(Config(**on), f)
     depends = {
         "run": False,
+        "loop": False,
         "seed": True,
         "model": True,
         "train": True,
         "grid": bool(on),
         "export": False,
+        "size": False,
         "eval": False,
     }
     changed = other.digest(*cfg.training_scopes) != cfg.digest(*cfg.training_scopes)

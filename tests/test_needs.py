@@ -140,6 +140,8 @@ def vain(command: str) -> dict[str, str]:
             },
         ),
         ("QUANT_CLIP=amax QUANT_CLIP_MLP=amax", {}),
+        ("ROPE_NTK_LEN=2048", {"ROPE_NTK_LEN": "TRAIN_SEQ_LEN=2048"}),
+        ("ROPE_NTK_LEN=2047", {}),
         # what a base says was given by nobody
         ("BASE=pr989 ENABLE_QAT=0", {}),
         ("BASE=pr989 QAT_START_FRAC=0.7", {"QAT_START": "QAT_ENABLED=0"}),

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from launch import codes, finish, launch
 from test_pipeline import events, flipped, folder, truncated
 
 import train_gpt
-from train_gpt import CHECKPOINTS, Config, Refusal, main, read_container
+from train_gpt import CHECKPOINTS, Config, Refusal, finished_result, main, read_container
 
 BASE = dict(
     iterations=12,
@@ -374,6 +375,29 @@ def test_a_complete_run_is_left_alone_and_keeps_its_exit_code(tiny):
         "train_gpt.py",
         train_gpt.PACKED_NAME,
     }
+
+
+def test_a_complete_run_is_not_asked_for_another_one(stopped):
+    cfg = dataclasses.replace(stopped[0], resume=True)
+    run = SimpleNamespace(dir=folder(cfg), log=str)
+    # what the first launch was told may be told again
+    same = dataclasses.replace(cfg, given=frozenset({"EVAL_STRIDE", "NUM_LAYERS", "DATA_PATH"}))
+    assert finished_result(same, run)["exit_code"] == 0
+
+    changed = dict(seed=99, eval_stride=7, num_layers=1, cap_bytes=9, qat_grid="amax")
+    # another data path may be a new mount; TTT_LR can do nothing; nobody gave QK_GAIN_INIT
+    given = frozenset(name.upper() for name in (*changed, "ttt_lr", "data_path"))
+    others = dict(ttt_lr=0.5, data_path="elsewhere", qk_gain_init=3.0, qat_enabled=False)
+    with pytest.raises(Refusal) as refusal:
+        finished_result(dataclasses.replace(cfg, given=given, **changed, **others), run)
+    assert refusal.value.code == 2 and len(refusal.value.problems) == len(changed)
+    for name, value in changed.items():
+        (line,) = [text for text in refusal.value.problems if text.startswith(name.upper())]
+        assert line.startswith(f"{name.upper()}={value}: ") and f"={getattr(cfg, name)};" in line
+
+    base = Config.from_env({"BASE": "pr989", "RESUME": "1", "RUN_ID": cfg.run_id})
+    with pytest.raises(Refusal, match="BASE=pr989: has "):
+        finished_result(base, run)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS, ids=["whole", "between the two renamings"])
