@@ -20,6 +20,7 @@ from ablation.prose import (
     MAX_LOGGED,
     NATS,
     SECONDS,
+    UNITS,
     Figures,
     Stated,
     numbers,
@@ -346,8 +347,10 @@ def known_figures(folder: Path, results: Results, summary: dict) -> tuple[Figure
         figures.add_json(list(results.values()))
         figures.add_json(summary)
         for r in results.values():
-            scores = [r["live_val_bpb"], r["averaged_val_bpb"], r["quantised_val_bpb"]]
-            figures.add_differences(BPB, [*scores, r["val_bpb"]])
+            for kind, value in effects_of(r):
+                figures.add(kind, value)
+            for kind, key in ((BPB, "bpb"), (NATS, "loss")):
+                figures.add_differences(kind, stages_of(r, key))
             figures.add(HEADROOM, CAP_BYTES - r["total_bytes"])
             figures.add(SECONDS, r["train_seconds"] / r["steps"])
         for kind, key in GROUPS:
@@ -359,6 +362,25 @@ def known_figures(folder: Path, results: Results, summary: dict) -> tuple[Figure
             for number in itertools.islice(numbers(loose_text), MAX_LOGGED):
                 both[1].add(ANY, number.value)
     return both
+
+
+def effects_of(r: dict) -> Iterator[tuple[str, float]]:
+    """(kind, value) of what toggles did, in the unit that each says."""
+    for row in r["toggles"].values():
+        kind, unit = UNITS.get(row["unit"].lower(), (ANY, 1.0))
+        interval = row.get("effect_interval")
+        ends = interval if isinstance(interval, list) else []
+        for value in (row["effect"], *ends):
+            if type(value) in (int, float):
+                yield kind, value * unit
+
+
+def stages_of(r: dict, key: str) -> list[float]:
+    """A figure of every score of a run: live, averaged, quantised, and each way of scoring."""
+    scores = r.get("scores")
+    rows = scores.values() if isinstance(scores, dict) else []
+    found = [row.get(key) for row in rows if isinstance(row, dict)]
+    return [value for value in found if type(value) in (int, float)]
 
 
 GROUPS = (

@@ -31,6 +31,7 @@ import ablate
 import train_gpt
 from ablation.check import check_submission
 from ablation.findings import ERROR, UNCHECKED, WARNING, WEIGHTS
+from ablation.report import markdown_table
 from ablation.submission import (
     build_submission,
     documents_come_back,
@@ -369,6 +370,30 @@ def test_the_same_claims_are_welcome_where_they_are_true(folder):
     )
     replace(folder / "README.md", "<!-- end -->\n", f"<!-- end -->\n{text}")
     assert errors(folder) == said(folder, UNCHECKED) == []
+
+
+def test_the_toggle_table_and_what_scoring_gains_are_of_the_results(folder):
+    """As a log shows them: the effect with its unit, the interval, costs, and differences."""
+    row = read(folder / SEED7)["toggles"]["QAT"]
+    ttt = dict(unit="bpb", effect=-0.00213456, effect_interval=[-0.0024567, -0.0018123])
+    qat = dict(effect=-0.01554321, effect_interval=[-0.01721234, -0.01381234])
+    forge(folder, "toggles.TTT", row | ttt, [7])
+    forge(folder, "toggles.QAT", row | qat | dict(cost_ms=3.71, cost_interval=[3.65, 3.8]), [7])
+    scores = read(folder / SEED7)["scores"]
+    scores["documents"] = dict(scores["sliding"], bpb=1.23456, loss=2.34567)
+    forge(folder, "scores", scores, [7])
+    rows = train_gpt.toggle_rows(results_of(folder)[7])
+    heads = ["toggle", *rows["QAT"]]
+    cells = [[name, *[cell or "" for cell in row.values()]] for name, row in rows.items()]
+    gain = scores["sliding"]["bpb"] - 1.23456
+    nats = scores["quantised"]["loss"] - 2.34567
+    prose = f"Documents gain {gain:.3f} BPB, {nats:.3f} nats.\n\n{markdown_table(heads, cells)}\n"
+    prose += train_gpt.text_table([heads, *cells])
+    assert "-0.00213 bpb (-0.00246 to -0.00181)" in prose and "-0.0155 nats" in prose
+    replace(folder / "README.md", "<!-- end -->\n", f"<!-- end -->\n{prose}")
+    assert errors(folder) == []
+    replace(folder / "README.md", "-0.00213 bpb", "-0.00313 bpb")
+    assert_caught(folder, "README.md, line", "no result shows the number 0.00313 bpb")
 
 
 # ── What a reader of the scores has to know ───────────────────────────────────────────────────────
