@@ -12,7 +12,7 @@ FINE = "fine"
 WEIGHTS = (ERROR, WARNING, UNCHECKED, FINE)
 
 MAX_TOLD = 100  # findings of one weight
-MAX_LINE = 600  # characters
+MAX_FINDING = 600  # characters
 
 
 class Finding(NamedTuple):
@@ -30,9 +30,9 @@ class Finding(NamedTuple):
 
 
 def shortened(text: str) -> str:
-    if len(text) < MAX_LINE:
+    if len(text) < MAX_FINDING:
         return text
-    return f"{text[: MAX_LINE - 200]} ... {text[-100:]}"
+    return f"{text[: MAX_FINDING - 200]} ... {text[-100:]}"
 
 
 def finding(text: str, weight: str = ERROR) -> Finding:

@@ -24,15 +24,16 @@ from ablation.prose import (
     Stated,
     half_a_digit,
     kind_of,
+    listed,
     numbers_of,
+    told_numbers,
 )
 from ablation.records import MAX_BYTES
 from ablation.statistics import RECORD_LEVEL, RECORD_NATS, half_width
 from ablation.submission import CAP_BYTES, NO_RECORD
 from train_gpt import LIMIT_SECONDS
 
-MAX_LINE = 4000  # characters of a line of a log that holds a figure
-MAX_LISTED = 40  # numbers of a README in one line
+MAX_LOG_LINE = 4000  # characters of a line of a log that holds a figure
 MAX_CHOICES = 64  # of one log for each seed
 MAX_LINES = 100_000  # of a log that may hold figures
 MAX_EVALUATIONS = 1000  # of a log while it trains
@@ -102,7 +103,7 @@ class Log:
         self.too_long = False
         lines = itertools.islice(MAY_HOLD.finditer(text), MAX_LINES + 1)
         for number, match in enumerate(lines):
-            if match.end() - match.start() <= MAX_LINE:
+            if match.end() - match.start() <= MAX_LOG_LINE:
                 self.read_line(match[0].rstrip("\r"))
             self.too_long = number == MAX_LINES
         match = SEED_NAME.search(name.rpartition("/")[2])
@@ -633,7 +634,7 @@ def figures_of(f: Folder) -> Figures:
     for kind, key in ((BPB, "bpb"), (NATS, "loss")):
         for _, values in groups(f.logs, key):
             figures.add_group(kind, values)
-    for kind, read in GROUPS:
+    for kind, read in LOG_FIGURES:
         for values in one_per_seed(f.logs, read):
             figures.add_group(kind, values)
     for size in f.scripts.values():
@@ -641,7 +642,7 @@ def figures_of(f: Folder) -> Figures:
     return figures
 
 
-GROUPS: list[tuple[str, Callable[[Log], float | None]]] = [
+LOG_FIGURES: list[tuple[str, Callable[[Log], float | None]]] = [
     (BPB, lambda log: log.evaluations[-1].bpb if log.evaluations else None),
     (NATS, lambda log: log.evaluations[-1].loss if log.evaluations else None),
     (BYTES, lambda log: log.total_bytes),
@@ -674,21 +675,6 @@ def wrong_prose(f: Folder, figures: Figures) -> Iterator[Finding]:
         yield Finding(WARNING, "README.md", problem, remedy)
     if found:
         yield told_numbers("README.md", len(found) - len(lost), len(found), others)
-
-
-def listed(found: list) -> str:
-    """Numbers of a text with their lines."""
-    words = [f"{n.text} (line {n.line})" if n.line else n.text for n in found[:MAX_LISTED]]
-    more = f" and {len(found) - MAX_LISTED:,} more" if len(found) > MAX_LISTED else ""
-    return ", ".join(words) + more
-
-
-def told_numbers(name: str, shown_ones: int, total: int, others: list[Stated]) -> Finding:
-    """How many numbers of a text the logs show, and which were not checked."""
-    said = f"{shown_ones:,} of its {total:,} numbers are of the logs"
-    if not others:
-        return Finding(FINE, name, said)
-    return Finding(UNCHECKED, name, f"{said}; none shows {listed(others)}")
 
 
 HELD = (*SCORE_KEYS, *TOTAL_KEYS, *CODE_KEYS, "val_loss", "val_bpb_std", "seeds", "seed")

@@ -25,6 +25,7 @@ from ablation.prose import (
     Stated,
     numbers,
     numbers_of,
+    told_numbers,
 )
 from ablation.records import (
     NUMBER,
@@ -46,7 +47,7 @@ from ablation.submission import (
     TOKENIZER,
     Results,
     check_hash,
-    listed,
+    list_of,
     lost_documents,
     remarks,
     render,
@@ -58,7 +59,6 @@ from ablation.submission import (
 from train_gpt import LIMIT_SECONDS, READABLE_NAME, Refusal
 
 MAX_CODE_BYTES = 1 << 20  # to compile a script takes up to 600 times its size in memory
-MAX_LISTED = 40  # numbers of a text in one line
 
 REQUIRED = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
 SUBMISSION_SHAPE = {"seeds": (list,), **dict.fromkeys(ABOUT, TEXT)}
@@ -353,7 +353,7 @@ def known_figures(folder: Path, results: Results, summary: dict) -> tuple[Figure
                 figures.add_differences(kind, stages_of(r, key))
             figures.add(HEADROOM, CAP_BYTES - r["total_bytes"])
             figures.add(SECONDS, r["train_seconds"] / r["steps"])
-        for kind, key in GROUPS:
+        for kind, key in RESULT_FIGURES:
             figures.add_group(kind, [r[key] for r in results.values()])
     for seed in results:
         path = folder / f"train_seed{seed}.log"
@@ -383,7 +383,7 @@ def stages_of(r: dict, key: str) -> list[float]:
     return [value for value in found if type(value) in (int, float)]
 
 
-GROUPS = (
+RESULT_FIGURES = (
     (BPB, "val_bpb"),
     (BPB, "quantised_val_bpb"),
     (BPB, "live_val_bpb"),
@@ -415,14 +415,8 @@ def wrong_numbers(
             yield Finding(ERROR, f"{name}, line {n.line}", problem, "correct it")
         else:
             lost.append(n)
-    words = [f"{n.text} (line {n.line})" for n in lost[:MAX_LISTED]]
-    if len(lost) > MAX_LISTED:
-        words.append(f"{len(lost) - MAX_LISTED:,} more")
-    if words:
-        problem = f"no log shows {', '.join(words)}"
-        yield Finding(UNCHECKED, name, problem, "say where they come from")
-    if shown_ones:
-        yield Finding(FINE, name, f"{shown_ones:,} numbers of its prose are of the runs")
+    if shown_ones or lost:
+        yield told_numbers(name, shown_ones, len(stated), lost)
 
 
 # ── Logs, and the script ──────────────────────────────────────────────────────────────────────────
@@ -444,14 +438,14 @@ def check_logs(folder: Path, results: Results) -> Iterator[Finding]:
             (WENT_ON, "resumed", "goes on from a checkpoint after"),
             (LEFT_OUT, "skipped", "leaves out the steps"),
         ):
-            told = {step for step in listed(r, key) if type(step) is int}
+            told = {step for step in list_of(r, key) if type(step) is int}
             # one that began after the last step trained nothing
             seen = {int(step) for step in pattern.findall(log)}
             hidden = sorted(step for step in seen - told if step < (r["steps"] or 0))
             if hidden:
                 problem = f"{words} {shown(hidden)}, of which result_seed{seed}.json says nothing"
                 yield Finding(ERROR, name, problem, "put back both files of that run")
-        told = {str(warning) for warning in listed(r, "warnings")}
+        told = {str(warning) for warning in list_of(r, "warnings")}
         warned = [text for text in dict.fromkeys(LOG_WARNING.findall(log)) if text not in told]
         for warning in warned[:3]:
             yield Finding(WARNING, name, f"warned: {warning}")

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ablation.findings import UNCHECKED, Finding
+from ablation.findings import FINE, UNCHECKED, Finding
 from train_gpt import LIMIT_SECONDS
 
 BPB, NATS, BYTES, SECONDS, ANY = "BPB", "nats", "bytes", "seconds", "any"
@@ -23,6 +23,7 @@ SIZE = 1e5  # bytes that may be a claim on the size of what is shipped
 MAX_NUMBERS = 20_000  # of a text that a person wrote
 MAX_PROSE = 1 << 20  # characters of one
 MAX_LOGGED = 200_000  # of a log
+MAX_LISTED = 40  # of one in one line of a finding
 MAX_ROW = 10_000  # characters of a row of a table
 
 # What the rules of the contest say, so that a text may say it too
@@ -271,3 +272,18 @@ def stated(match: re.Match, line: int, column: str) -> Stated:
     if not unit and kind != ANY:
         shown = f"{text} [{name}]"
     return Stated(shown, line, kind, value, half * factor)
+
+
+def listed(found: list[Stated]) -> str:
+    """Numbers of a text with their lines."""
+    words = [f"{n.text} (line {n.line})" if n.line else n.text for n in found[:MAX_LISTED]]
+    more = f" and {len(found) - MAX_LISTED:,} more" if len(found) > MAX_LISTED else ""
+    return ", ".join(words) + more
+
+
+def told_numbers(name: str, shown_ones: int, total: int, others: list[Stated]) -> Finding:
+    """How many numbers of a text the logs show, and which were not checked."""
+    said = f"{shown_ones:,} of its {total:,} numbers are of the logs"
+    if not others:
+        return Finding(FINE, name, said)
+    return Finding(UNCHECKED, name, f"{said}; none shows {listed(others)}")

@@ -178,7 +178,7 @@ def run_bare(command: list[str], folder: Path, home: Path) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-        printed, complaint = [first_bytes(file) for file in (out, errors)]
+        printed, complaint = [start_of(file) for file in (out, errors)]
     if code or "\0" not in printed:
         last = (complaint.strip().splitlines() or ["it ended early"])[-1]
         raise Answer(f"does not import, or does not read its results ({last})")
@@ -188,7 +188,7 @@ def run_bare(command: list[str], folder: Path, home: Path) -> str:
     return answer
 
 
-def first_bytes(file) -> str:
+def start_of(file) -> str:
     file.seek(0)
     return file.read(MAX_BYTES).decode("utf-8", "replace")
 

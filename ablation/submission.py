@@ -133,7 +133,7 @@ def unlike(results: Results) -> Iterator[str]:
 # ── What a reader of the scores has to know ───────────────────────────────────────────────────────
 
 
-def listed(r: dict, key: str) -> list:
+def list_of(r: dict, key: str) -> list:
     """A list of a result; empty where it has none."""
     value = r.get(key)
     if isinstance(value, dict):
@@ -144,7 +144,7 @@ def listed(r: dict, key: str) -> list:
 def launches_of(r: dict) -> int:
     """How often a run was started, as far as its result says."""
     told = r.get("launches")
-    return max(told if type(told) is int else 1, len(listed(r, "resumed")) + 1)
+    return max(told if type(told) is int else 1, len(list_of(r, "resumed")) + 1)
 
 
 # keys of a result that say what was not as usual; results of older code lack some
@@ -163,20 +163,20 @@ def remarks(r: dict) -> list[str]:
     """What was not as usual in a run, in words; empty when it was trained in one go, and well."""
     found = []
     if launches_of(r) > 1:
-        steps = shown(listed(r, "resumed"))[1:-1] or "none"
+        steps = shown(list_of(r, "resumed"))[1:-1] or "none"
         lost = r.get("lost_seconds")
         words = "what the earlier ones spent after their last checkpoint is not known"
         if type(lost) in (int, float):
             words = f"{lost:.1f} s from a checkpoint to an end were lost or done again"
         found.append(f"{launches_of(r)} launches: went on after step {steps}; {words}")
-    skipped = listed(r, "skipped")
+    skipped = list_of(r, "skipped")
     if skipped:
         steps = shown(skipped)[1:-1]
         found.append(f"left out {len(skipped)} steps, as they were not finite: {steps}")
     if lost_documents(r):
         found.append(lost_documents(r))
-    found += [f"warned: {shown(text)[1:-1]}" for text in listed(r, "warnings")]
-    without_effect = listed(r, "without_effect")
+    found += [f"warned: {shown(text)[1:-1]}" for text in list_of(r, "warnings")]
+    without_effect = list_of(r, "without_effect")
     if without_effect:
         found.append(f"settings without effect: {shown(without_effect)[1:-1]}")
     silent = [key for key in TOLD if key not in r]
