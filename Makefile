@@ -75,7 +75,7 @@ knobs: .venv/installed
 # interruption (130) ends it; the same command goes on. Where data/text is (docs/studies.md), its size of #199 runs too.
 RUN_STUDY = .venv/bin/python ablate.py run studies/$$study.toml
 studies-small: .venv/installed data/demo/manifest.json
-	@for study in $(basename $(notdir $(wildcard studies/*.toml))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done
+	@for study in $(filter-out bases,$(basename $(notdir $(wildcard studies/*.toml)))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done
 	@for study in $(basename $(notdir $(wildcard studies/pr*.toml))); do $(RUN_STUDY) --equal time --seeds 1,2,3 || [ $$? = 1 ] || exit; done
 	@for size in docs $(if $(wildcard data/text/manifest.json),fineweb); do study=pr199_swa_doc_isolated; \
 	  $(RUN_STUDY) --size $$size || [ $$? = 1 ] || exit; done

@@ -269,7 +269,7 @@ class Config:
     logs_dir: str = run_knob("logs", "folder", "runs are written to LOGS_DIR/RUN_ID")
     run_id: str = run_knob("", "name", "a new one, but with RESUME; empty: date, time, hash, seed")
     resume: bool = run_knob(False, "", "go on with RUN_ID from its last checkpoint, if it has one")
-    base: str = loop_knob("", "name", "another script's defaults, from studies/*.toml; see below")
+    base: str = loop_knob("", "name", "another script's defaults, from studies/bases.toml")
     checkpoint_every: float = loop_knob(60.0, "s", "between checkpoints; 0: 1st, last, stop", lo=0)
     checkpoint: str = run_knob("", "file", "export and score this checkpoint.bin; train nothing")
     eval_only: str = run_knob("", "file", "score this artifact.bin and train nothing")
@@ -5349,10 +5349,13 @@ def result_line(r: dict) -> str:
 # Promise: whatever looks like a setting is ours, stands for one of ours, or is refused by name.
 # Only Config.from_env and --help need this section, and nothing else needs it to be understood.
 
+# Where the defaults of other scripts stand, beside this one
+BASES = "studies/bases.toml"
+
 
 @dataclass(frozen=True)
 class Base:
-    """What a run of another script is, when it is told nothing: the tables [base.NAME] of studies.
+    """What a run of another script is, when it is told nothing: the tables [base.NAME] of BASES.
 
     settings: today's VARIABLE -> text.
     fixed: VARIABLE -> what that script means by another value than this; we have none such.
@@ -5366,11 +5369,11 @@ class Base:
 
     def with_changes(self, name: str, table: dict) -> Base:
         """The base `name` whose table states what it changes in this one."""
-        where = f"{table['path']}: base.{name}"
+        where = f"{BASES}: base.{name}"
         own = {key: value for key, value in table.items() if key == key.upper()}
         fixed = table.get("fixed", {})
         means = table.get("means", {})
-        rest = table.keys() - own.keys() - {"path", "base", "fixed", "means"}
+        rest = table.keys() - own.keys() - {"base", "fixed", "means"}
         refuse(rest, f"{where}: {', '.join(sorted(rest))}: no such key; take it out")
         shaped = isinstance(fixed, dict) and isinstance(means, dict)
         shaped = shaped and all(isinstance(names, list) for names in means.values())
@@ -5403,26 +5406,21 @@ class Base:
 
 @cache
 def base_tables() -> dict[str, dict]:
-    """NAME -> table of every [base.NAME] in the studies beside this script, its file as `path`.
-
-    Refusal on a file that cannot be read, and on a base that stands in two.
-    """
+    """NAME -> table of every [base.NAME] in BASES beside this script; none without that file."""
     import tomli
 
-    tables = {}
-    for path in sorted((Path(__file__).resolve().parent / "studies").glob("*.toml")):
-        try:
-            bases = tomli.loads(path.read_text(encoding="utf-8-sig")).get("base", {})
-        except (OSError, ValueError) as error:
-            raise Refusal(f"{path}: cannot be read ({error}); mend it, or unset BASE") from None
-        refuse(not isinstance(bases, dict), f"{path}: base: no tables; write [base.NAME]")
-        for name, table in bases.items():
-            remedy = f"no table; write [base.{name}]"
-            refuse(not isinstance(table, dict), f"{path}: base.{name}: {remedy}")
-            twice = f"{path}: base.{name} also stands in {tables.get(name, {}).get('path')}"
-            refuse(name in tables, f"{twice}; keep one")
-            tables[name] = table | {"path": str(path)}
-    return tables
+    path = Path(__file__).resolve().parent / BASES
+    if not path.exists():
+        return {}
+    try:
+        bases = tomli.loads(path.read_text(encoding="utf-8-sig")).get("base", {})
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: cannot be read ({error}); mend it, or unset BASE") from None
+    refuse(not isinstance(bases, dict), f"{path}: base: no tables; write [base.NAME]")
+    for name, table in bases.items():
+        remedy = f"no table; write [base.{name}]"
+        refuse(not isinstance(table, dict), f"{path}: base.{name}: {remedy}")
+    return bases
 
 
 def read_base(name: str) -> Base:
@@ -5430,7 +5428,7 @@ def read_base(name: str) -> Base:
     if not name:
         return Base()
     tables = base_tables()
-    absent = "studies/*.toml is not beside this script: give the settings themselves, as the line "
+    absent = f"{BASES} is not beside this script: give the settings themselves, as the line "
     refuse(not tables, f"BASE={name}: {absent}'settings:' of a log has them, and unset BASE")
     choices = ", ".join(tables)
     refuse(name not in tables, f"BASE={name}: no such script; choose from {choices}")
@@ -5439,7 +5437,7 @@ def read_base(name: str) -> Base:
     while parent := tables[lineage[-1]].get("base"):
         broken = parent not in list(tables) or parent in lineage
         remedy = f"no base, or one that comes back to itself; choose from {choices}"
-        refuse(broken, f"{tables[lineage[-1]]['path']}: base = {parent}: {remedy}")
+        refuse(broken, f"{BASES}: base.{lineage[-1]}: base = {parent}: {remedy}")
         lineage.append(parent)
     base = Base()
     for ancestor in reversed(lineage):
@@ -5950,7 +5948,7 @@ def help_text() -> str:
     codes = "\n".join(f"{code:>7} {meaning}" for code, meaning in EXIT_CODES.items())
     knobs = "\n".join(help_entry(f, width) for f in KNOBS)
     aliases = ", ".join(ALIASES)
-    bases = "the name of a [base.NAME] in studies/*.toml beside this script; none is there"
+    bases = f"the name of a [base.NAME] in {BASES} beside this script; none is there"
     with contextlib.suppress(Refusal):
         bases = ", ".join(base_tables()) or bases
     parts = [

@@ -20,7 +20,7 @@ import tomli
 
 import train_gpt
 from ablation.records import leaves
-from train_gpt import Base, Config, Refusal, refuse
+from train_gpt import Config, Refusal, refuse
 
 # Runs start here, so that relative paths of a study are below it
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,6 @@ STUDY_KEYS = {
     "size": dict,
     "arm": dict,
     "factorial": dict,
-    "base": dict,
     "command": str,
     "corrections": dict,
 }
@@ -72,6 +71,7 @@ OWN = {
     "MAX_WALLCLOCK_SECONDS",
 }
 KNOBS = {f.name.upper() for f in train_gpt.KNOBS}
+REASONS = dict.fromkeys(KNOBS - OWN, str)
 SETTINGS = KNOBS | set(train_gpt.ALIASES) | set(train_gpt.ABSENT)
 
 # Names of arms, sizes and studies, which become names of folders
@@ -173,12 +173,6 @@ def settings(table: dict, where: str) -> dict[str, str]:
             )
         found[key] = spelt(value)
     return found
-
-
-def corrections(table: dict, where: str) -> dict[str, str]:
-    """A table of settings and the reasons for them."""
-    settings(table, where)
-    return typed(table, dict.fromkeys(table, str), where)
 
 
 def typed(table: dict, allowed: dict[str, type | tuple], where: str) -> dict:
@@ -314,11 +308,6 @@ def study_of(data: dict, path: Path) -> Study:
     for name, table in data.get("size", {}).items():
         sizes[name] = read_size(name, table, f"{path}: size.{name}")
 
-    for name, table in data.get("base", {}).items():
-        if not isinstance(table, dict):
-            raise Refusal(f"{path}: base.{name} = {table!r}: must be a table of settings")
-        Base(settings=dict.fromkeys(KNOBS, "")).with_changes(name, {"path": str(path), **table})
-
     own = {}
     facts = {}
     commands = {}
@@ -348,7 +337,7 @@ def study_of(data: dict, path: Path) -> Study:
         arms=arms,
         facts=facts,
         commands=commands,
-        corrections=corrections(data.get("corrections", {}), f"{path}: corrections"),
+        corrections=typed(data.get("corrections", {}), REASONS, f"{path}: corrections"),
         factors={key: list(map(str, levels)) for key, levels in factors.items()},
     )
 

@@ -16,9 +16,20 @@ from conftest import ROOT
 
 import train_gpt
 from ablation.study import matrix, read_study
-from train_gpt import COMPARED, GPT, KNOBS, Config, Refusal, base_tables, help_text, read_base
+from train_gpt import (
+    BASES,
+    COMPARED,
+    GPT,
+    KNOBS,
+    Config,
+    Refusal,
+    base_tables,
+    help_text,
+    read_base,
+)
 
-STUDIES = [read_study(path) for path in sorted((ROOT / "studies").glob("*.toml"))]
+FILES = sorted(set((ROOT / "studies").glob("*.toml")) - {ROOT / BASES})
+STUDIES = [read_study(path) for path in FILES]
 # (study, arm, variables of a published command)
 PUBLISHED = [
     (study, arm, command)
@@ -281,14 +292,13 @@ def test_the_old_toggle_of_other_hashes_is_asked_about():
 # ── Where the tables come from ────────────────────────────────────────────────────────────────────
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """elsewhere(name=text) writes studies and has the script look for them there alone."""
+    """elsewhere(text) writes a file of bases, and has the script look for it there alone."""
     (tmp_path / "studies").mkdir()
     monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
     base_tables.cache_clear()
 
-    def write(**files: str) -> Path:
-        for name, text in files.items():
-            (tmp_path / "studies" / f"{name}.toml").write_text(text, encoding="utf-8")
+    def write(text: str) -> Path:
+        (tmp_path / BASES).write_text(text, encoding="utf-8")
         base_tables.cache_clear()
         return tmp_path / "studies"
 
@@ -307,58 +317,73 @@ def test_an_unknown_base_is_refused_with_the_names_that_there_are():
 def test_without_the_studies_a_base_is_refused_and_all_else_works(elsewhere):
     message = refused({"BASE": "pr989"})
     assert message.startswith("BASE=pr989: ") and len(message.splitlines()) == 1
-    assert "studies/*.toml" in message and "settings:" in message
+    assert BASES in message and "settings:" in message
     Config.from_env({"NUM_LAYERS": "3"})
     assert "BASE=" in help_text()
 
 
 @pytest.mark.parametrize(
-    "files, told",
+    "text, told",
     [
-        ({"a": "[base.x\n"}, "a.toml: cannot be read"),
-        ({"a": "[base.x]\nNO_SUCH = 1\n"}, "base.x: NO_SUCH: no such setting"),
-        ({"a": "[base.x]\nSMEAR_GATE = 0\nfixed = { NO_SUCH = 'why' }\n"}, "NO_SUCH"),
-        ({"a": "[base.x]\nfixed = { SMEAR_GATE = 'why' }\n"}, "at which value?"),
-        ({"a": "[base.x]\nfixed = 3\n"}, "fixed needs"),
-        ({"a": "[base.x]\nmeans = { OLD = 'SEED' }\n"}, "fixed needs"),
-        ({"a": "[base.x]\nmodel = 'y'\n"}, "model: no such key"),
-        ({"a": "[base.x]\nSEED = [1]\n"}, "SEED=[1]: must be a whole number"),
-        ({"a": "[base.x]\nbase = ['x']\n"}, "base = ['x']: no base"),
-        ({"a": "base = 3\n"}, "no tables"),
-        ({"a": "[base]\nx = 3\n"}, "base.x: no table"),
-        ({"a": "[base.x]\nmeans = { OLD = ['NO_SUCH'] }\n"}, "NO_SUCH"),
-        ({"a": "[base.x]\nbase = 'y'\n"}, "base = y: no base"),
-        ({"a": "[base.x]\nbase = 'y'\n[base.y]\nbase = 'x'\n"}, "comes back to itself"),
-        ({"a": "[base.x]\nSEED = 1\n", "b": "[base.x]\nSEED = 2\n"}, "also stands in"),
-        ({"a": "[base.x]\nSEED = -1\n"}, "SEED=-1: must be 0 or more"),
+        ("[base.x\n", "bases.toml: cannot be read"),
+        ("[base.x]\nNO_SUCH = 1\n", "base.x: NO_SUCH: no such setting"),
+        ("[base.x]\nSMEAR_GATE = 0\nfixed = { NO_SUCH = 'why' }\n", "NO_SUCH"),
+        ("[base.x]\nfixed = { SMEAR_GATE = 'why' }\n", "at which value?"),
+        ("[base.x]\nfixed = 3\n", "fixed needs"),
+        ("[base.x]\nmeans = { OLD = 'SEED' }\n", "fixed needs"),
+        ("[base.x]\nmodel = 'y'\n", "model: no such key"),
+        ("[base.x]\nSEED = [1]\n", "SEED=[1]: must be a whole number"),
+        ("[base.x]\nbase = ['x']\n", "base = ['x']: no base"),
+        ("base = 3\n", "no tables"),
+        ("[base]\nx = 3\n", "base.x: no table"),
+        ("[base.x]\nmeans = { OLD = ['NO_SUCH'] }\n", "NO_SUCH"),
+        ("[base.x]\nbase = 'y'\n", "base = y: no base"),
+        ("[base.x]\nbase = 'y'\n[base.y]\nbase = 'x'\n", "comes back to itself"),
+        ("[base.x]\nSEED = -1\n", "SEED=-1: must be 0 or more"),
     ],
     ids=str,
 )
-def test_a_broken_base_is_refused_in_one_line(elsewhere, files, told):
-    elsewhere(**files)
+def test_a_broken_base_is_refused_in_one_line(elsewhere, text, told):
+    elsewhere(text)
     message = refused({"BASE": "x"})
     assert told in message and len(message.splitlines()) == 1
 
 
-def test_a_base_states_what_it_changes_in_another_file_even_after_a_byte_order_mark(elsewhere):
+def test_a_base_states_what_it_changes_in_another_one_even_after_a_byte_order_mark(elsewhere):
     elsewhere(
-        a="\ufeff[base.x]\nNUM_LAYERS = 3\nLN_SCALE = true\n",
-        b="[base.y]\nbase = 'x'\nMODEL_DIM = 64\nVE_LAYERS = '1'\n",
+        "\ufeff[base.x]\nNUM_LAYERS = 3\nLN_SCALE = true\n"
+        "[base.y]\nbase = 'x'\nMODEL_DIM = 64\nVE_LAYERS = '1'\n",
     )
     cfg = Config.from_env({"BASE": "y"})
     assert (cfg.num_layers, cfg.ln_scale, cfg.model_dim, cfg.ve_layers) == (3, True, 64, "1")
 
 
+def test_studies_of_ones_own_are_run_and_change_no_base(elsewhere):
+    """A copy of each study says the same, and one that is half edited is nobody else's trouble."""
+    folder = elsewhere((ROOT / BASES).read_text(encoding="utf-8"))
+    for study in STUDIES:
+        mine = folder / f"mine_{study.name}.toml"
+        mine.write_bytes(study.path.read_bytes())
+        copy = read_study(mine)
+        for size in study.sizes:
+            trials = [matrix(s, size, "steps").trials for s in (study, copy)]
+            digests = [[trial.cfg.digest("seed", *COMPARED) for trial in t] for t in trials]
+            assert digests[0] == digests[1]
+    mine.write_text("[base.pr989]\nNO_SUCH = [\n", encoding="utf-8")
+    assert Config.from_env({"BASE": "pr989"}).num_layers == 10
+    assert "BASE takes upstream" in help_text()
+
+
 def test_what_a_script_means_otherwise_its_successors_mean_too(elsewhere):
     told = "SMEAR_GATE = 0\nfixed = { SMEAR_GATE = 'it is another gate' }\n"
-    elsewhere(a=f"[base.x]\n{told}means = {{ SIZE = ['NUM_LAYERS'] }}\n[base.y]\nbase = 'x'\n")
+    elsewhere(f"[base.x]\n{told}means = {{ SIZE = ['NUM_LAYERS'] }}\n[base.y]\nbase = 'x'\n")
     assert Config.from_env({"BASE": "y", "SIZE": "3"}).num_layers == 3
     assert "it is another gate" in refused({"BASE": "y", "SMEAR_GATE": "1"})
 
 
 def test_a_run_goes_on_under_its_base_and_under_no_other(elsewhere):
     small = "MODEL_DIM = 32\nNUM_HEADS = 2\nNUM_KV_HEADS = 1\nVOCAB_SIZE = 16\nNUM_LAYERS = "
-    elsewhere(a=f"[base.x]\n{small}2\nPRUNE_PCT = 0.2\n[base.y]\n{small}1\n")
+    elsewhere(f"[base.x]\n{small}2\nPRUNE_PCT = 0.2\n[base.y]\n{small}1\n")
     variables = {"BASE": "x", "RESUME": "1", "RUN_ID": "r"}
     cfg = Config.from_env(variables)
     weights = {name: p.detach() for name, p in GPT(cfg).named_parameters()}
