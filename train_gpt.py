@@ -801,10 +801,12 @@ RECOMPILE_LIMIT = 32
 State = dict
 
 # Phases in which a stop signal waits: until the step is done and saved, or the run's end
-WAITING = ("train", "validate", "last checkpoint", "stop")
+WAITING = ("train", "validate", "schedule", "last checkpoint", "stop")
 
-# In the folder of a run that is at work, or was killed: launches, and seconds of all of them
+# In the folder of a run that is at work, or was killed: launches, seconds of all of them, and a
+# word more where some are not known. The least seconds between two of these signs in one phase
 ALIVE = "alive.txt"
+ALIVE_SECONDS = 1.0
 
 
 def process_seconds() -> float:
@@ -875,11 +877,12 @@ class Run:
         # the same of earlier launches, as far as a checkpoint tells
         self.earlier = {}
         self.launches = 1
-        # from the last checkpoint of each earlier launch to its end; None: not known
+        # from the last checkpoint of each earlier launch to its end; None: not known of all
         self.lost_seconds = 0.0
-        # the file that says so; what earlier launches left in it is read first
-        self.alive = None
-        self.shows_alive = not cfg.resume
+        # the open ALIVE, and `booked` of its last sign; what earlier launches left is read first
+        self.alive_file = None
+        self.last_sign = -math.inf
+        self.leaves_signs = not cfg.resume
         # whether anything is trained, exported or scored yet; a stop before leaves no folder
         self.has_begun = False
         # toggle -> Activity
@@ -1022,6 +1025,7 @@ class Run:
     def enter(self, name: str) -> None:
         """From now on another phase is under way; the GPU's work until now is the old one's."""
         self.wait()
+        self.last_sign = -math.inf  # another one is due
         self.tick()
         self.phase_name = name
 
@@ -1034,7 +1038,8 @@ class Run:
         name = self.phase_name
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.booked
         self.booked = now
-        self.show_alive()
+        if now - self.last_sign >= ALIVE_SECONDS:
+            self.leave_sign_of_life()
         return self.earlier.get(name, 0.0) + self.seconds[name]
 
     def ledger(self) -> dict[str, float]:
@@ -1044,18 +1049,33 @@ class Run:
             rows[name] = rows.get(name, 0.0) + seconds
         return rows
 
-    def show_alive(self) -> None:
-        """Leaves on disk how long the run has been at work, should it be killed."""
-        if self.rank == 0 and self.shows_alive:
-            if self.alive is None:
-                self.alive = os.open(self.dir / ALIVE, os.O_WRONLY | os.O_CREAT, 0o644)
-            seconds = sum(self.ledger().values())
-            os.pwrite(self.alive, f"{self.launches:9d} {seconds:20.6f}\n".encode(), 0)
+    def leave_sign_of_life(self) -> None:
+        """Leaves on disk how long the run has been at work, should it be killed.
+
+        A disk that does not take it ends nothing: what must be kept is written elsewhere.
+        """
+        if self.rank != 0 or not self.leaves_signs:
+            return
+        self.last_sign = self.booked
+        seconds = sum(self.ledger().values())
+        more = " unknown" if self.lost_seconds is None else ""
+        try:
+            if self.alive_file is None:
+                self.alive_file = os.open(self.dir / ALIVE, os.O_WRONLY | os.O_CREAT, 0o644)
+            os.pwrite(self.alive_file, f"{self.launches:9d} {seconds:20.6f}{more}\n".encode(), 0)
+        except OSError as error:
+            problem = f"{ALIVE}: {error.strerror}: after a kill fewer seconds will be known as lost"
+            if not any(text.startswith(f"{ALIVE}: ") for text in self.warnings):
+                self.warnings.append(problem)
+                # the log may be on the same disk
+                with contextlib.suppress(OSError):
+                    self.log(f"WARNING: {problem}")
 
     def go_on(self, ledger: dict[str, float], launches: int, warnings: list[str]) -> None:
         """Takes over what earlier launches have booked and said until their last checkpoint.
 
-        What ALIVE says beyond that was lost, or done again; without it that is not known.
+        What ALIVE says beyond that was lost, or done again. Without it that is not known, and
+        stays so, whatever later launches know of themselves: each says it in its own ALIVE.
         """
         self.earlier = dict(ledger)
         self.launches = launches + 1
@@ -1063,18 +1083,19 @@ class Run:
         self.lost_seconds = None
         # a disk may hold anything
         with contextlib.suppress(OSError, ValueError):
-            before, seconds = (self.dir / ALIVE).read_text(errors="replace").split()
+            before, seconds, *more = (self.dir / ALIVE).read_text(errors="replace").split()
             self.launches = max(launches, int(before)) + 1
             lost = max(float(seconds) - sum(self.earlier.values()), 0.0)
             if math.isfinite(lost):
                 self.earlier["lost"] = self.earlier.get("lost", 0.0) + lost
-                self.lost_seconds = self.earlier["lost"]
+                if not more:
+                    self.lost_seconds = self.earlier["lost"]
 
     def remove_alive(self) -> None:
         """The run is complete."""
-        if self.alive is not None:
-            os.close(self.alive)
-            self.alive = None
+        if self.alive_file is not None:
+            os.close(self.alive_file)
+            self.alive_file = None
         (self.dir / ALIVE).unlink(missing_ok=True)
 
     def milliseconds(self, work: Callable) -> float:
@@ -3418,7 +3439,7 @@ class Trainer:
         """A file may hold anything: whatever is no number ends as a TypeError here, not later."""
         for name in self.run.activity:
             self.run.activity[name] = Activity(**copy.deepcopy(activity[name]))
-        numbers = sum(self.step_seconds + self.skipped + self.resumed)
+        numbers = sum(self.step_seconds + self.warmed + self.skipped + self.resumed)
         for toggle in self.run.activity.values():
             toggle.row(numbers)
 
@@ -3521,12 +3542,14 @@ class Trainer:
 
         compiled = torch._dynamo.utils.counters["stats"]
         graphs = compiled["unique_graphs"]
+        loader = batches(self.cfg, run, self.split, self.steps)
         try:
             with run.phase("train"):
-                last = self.loop()
+                last = self.loop(loader)
             self.elapsed = run.broadcast(run.ledger()["train"])
             self.recompiles += compiled["unique_graphs"] - graphs
             with run.phase("last checkpoint"):
+                loader.close()  # waits for what is being read ahead
                 self.close(last)
         except Refusal as stop:
             self.save_what_is_left(stop)
@@ -3541,13 +3564,12 @@ class Trainer:
             for text in averaging_warnings(self.cfg, forecast(self.cfg, step_seconds)):
                 self.run.warn(text)
 
-    def loop(self) -> StepPlan:
+    def loop(self, loader: Iterator) -> StepPlan:
         """Step after step; returns what the last one did.
 
         Refusal of all ranks, after the same step, when one was told to stop.
         """
         run = self.run
-        loader = batches(self.cfg, run, self.split, self.steps)
         while True:
             typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
             now = self.schedule.at(self.steps, self.elapsed, typical)
@@ -3559,7 +3581,6 @@ class Trainer:
                 break
             self.report(now)
             self.obey()
-        loader.close()
         return now
 
     def close(self, last: StepPlan) -> None:
@@ -3607,7 +3628,9 @@ class Trainer:
         if log_due:
             self.report_step(now)
         if step == 50:
-            run.log("schedule (measured speed): " + timeline(cfg, self.elapsed / step))
+            with run.phase("schedule"):  # it looks at every step to come
+                told = timeline(cfg, self.elapsed / step)
+            run.log("schedule (measured speed): " + told)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             self.validate()
         if save_due:
@@ -5312,7 +5335,7 @@ def time_lines(r: dict) -> list[str]:
     if r["launches"] > 1 and r["lost_seconds"] is None:
         lines.append(
             f"{r['launches']} launches: how long the ones before went on after their last "
-            "checkpoint is not known; those seconds are in no row"
+            "checkpoint is not known of all; those seconds are in no row"
         )
     elif r["launches"] > 1:
         lines.append(
@@ -6080,7 +6103,7 @@ def take_over(run: Run, facts: dict) -> None:
     A run that was stopped before its first checkpoint begins again; its seconds are lost.
     """
     if not facts and not (run.dir / ALIVE).exists():
-        run.shows_alive = True
+        run.leaves_signs = True
         return
     ledger = facts.get("ledger", {})
     launches = facts.get("launches", 0)
@@ -6090,7 +6113,7 @@ def take_over(run: Run, facts: dict) -> None:
     fine = fine and all(isinstance(text, str) for text in warnings)
     refuse(not fine, f"RESUME=1: the checkpoint in {run.dir} holds no ledger; train again")
     run.go_on(ledger, launches, warnings)
-    run.shows_alive = True
+    run.leaves_signs = True
 
 
 def complete_settings(cfg: Config, path: Path, saved: tuple[dict, State] | None) -> Config:

@@ -369,13 +369,25 @@ def trained(data, tmp_path_factory) -> tuple[dict, dict, dict]:
     [
         lambda f: f["progress"].update(step_seconds=["x"]),
         lambda f: f["progress"].update(step_seconds=3),
+        lambda f: f["progress"].update(warmed=["x"]),
+        lambda f: f["progress"].update(warmed=[[1.0]]),
         lambda f: f.update(progress=[1]),
         lambda f: f["progress"].update(code_sha256=3),
         lambda f: f["progress"].update(steps="1"),
         lambda f: f["activity"]["EMA"].update(steps=3),
         lambda f: f.update(snapshots="x"),
     ],
-    ids=["seconds", "no seconds", "a list", "hash", "steps", "activity", "snapshots"],
+    ids=[
+        "seconds",
+        "no seconds",
+        "warm-up",
+        "lists",
+        "a list",
+        "hash",
+        "steps",
+        "activity",
+        "snapshots",
+    ],
 )
 def test_facts_of_a_checkpoint_that_no_run_wrote_are_refused_before_anything_is_scored(
     trained, tmp_path, change

@@ -6,6 +6,7 @@ run that shows its last launch alone, seconds before a kill that nobody counts, 
 scoring over its limit that ends in "good".
 """
 
+import contextlib
 import signal
 from types import SimpleNamespace
 
@@ -78,6 +79,8 @@ class World:
         lasts(ScoreSheet, "fill", lambda sheet, *_: PARTS[sheet.run.phase_name.split()[-1]])
         lasts(train_gpt, "export", lambda *_: EXPORT)
         patch.setattr(Run, "milliseconds", lambda run, work: work() or 1.0)
+        # a sign of life at each step
+        patch.setattr(train_gpt, "ALIVE_SECONDS", 0.0)
 
     def of_step(self, trainer: Trainer, *_) -> float:
         if trainer.run.phase_name != "train":
@@ -267,6 +270,24 @@ def test_seconds_that_are_not_known_are_said_to_be_so(world, tiny, content):
     assert "those seconds are in no row" in log_of(cfg)
 
 
+def test_what_is_not_known_of_one_launch_is_not_forgotten_by_the_next(world, tiny):
+    """The sign of life of the first launch is gone; the second leaves one of its own."""
+    cfg = tiny(**KNOBS | dict(val_loss_every=0))
+    at_20 = (Trainer, "report", lambda trainer, _: trainer.steps == 20)
+    trained = (train_gpt, "collect_averages", lambda *_: True)
+    # the second launch has saved nothing yet, or has
+    for name, second, steps in (("early", at_20, 12), ("late", trained, STEPS)):
+        cfg = Config(**{**cfg.knobs(), "run_id": name})
+        world.killed(cfg, *at_20)
+        (folder(cfg) / ALIVE).unlink()
+        world.killed(again(cfg), *second)
+        assert saved(cfg)["progress"]["steps"] == steps
+        report = world.launch(again(cfg))
+        assert report["launches"] == 3 and report["lost_seconds"] is None
+        assert report["seconds"]["lost"] >= SAVE  # what is known is in its row
+        assert "3 launches: how long the ones before went on after" in log_of(cfg)
+
+
 def test_warnings_survive_a_resume(world, tiny):
     cfg = tiny(**KNOBS | dict(ema_enabled=True, ema_decay=0.999, val_loss_every=0))
     world.killed(cfg, Trainer, "report", lambda trainer, _: trainer.steps == 20)
@@ -427,6 +448,54 @@ def test_every_rank_goes_by_the_training_clock_of_rank_0(world, tiny, monkeypatc
     report = world.launch(tiny(**KNOBS | dict(max_wallclock_seconds=0.0, checkpoint_every=0.0)))
     assert report["train_seconds"] == 2 * report["seconds"]["train"] == 2 * STEPS * STEP
     assert report["step_ms_median"] == 2 * 1000 * STEP
+
+
+def test_signs_of_life_are_left_once_a_second_and_at_each_change_of_phase(run, monkeypatch):
+    clock = Clock(monkeypatch)
+    clock.now = run.booked
+    signs = []
+    monkeypatch.setattr(train_gpt.os, "pwrite", lambda file, line, place: signs.append(clock.now))
+    with run.phase("train"):
+        began = clock.now
+        for _ in range(40):
+            clock.now += 0.125
+            run.tick()
+    assert signs == [began, *(began + second for second in range(1, 6)), began + 5.0]
+
+
+def test_a_disk_that_takes_no_sign_of_life_ends_nothing(world, tiny, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(train_gpt.os, "pwrite", broken)
+    cfg = tiny(**KNOBS)
+    report = world.launch(cfg)
+    assert report["exit_code"] == 0
+    (warning,) = [text for text in report["warnings"] if text.startswith("alive.txt: ")]
+    assert "Input/output error" in warning
+    assert log_of(cfg).count(f"WARNING: {warning}") == 2  # when it happened, and at the end
+
+
+def test_what_is_said_and_closed_between_steps_is_not_training(world, tiny, monkeypatch):
+    """The schedule at step 50 looks at every step to come; a reader may wait for its disk."""
+    read = train_gpt.batches
+
+    def slow_to_close(*given):
+        with contextlib.closing(read(*given)) as reader:
+            try:
+                yield from reader
+            finally:
+                world.clock.now += 512.0
+
+    monkeypatch.setattr(train_gpt, "batches", slow_to_close)
+    world.clock.lasts(train_gpt, "timeline", lambda *_: 2.0)
+    cfg = tiny(**KNOBS | dict(iterations=60, val_loss_every=0, checkpoint_every=0.0))
+    report = world.launch(cfg)
+    rows = report["seconds"]
+    assert rows["train"] == report["train_seconds"] == 60 * STEP
+    assert rows["schedule"] == 2.0 and rows["last checkpoint"] == 512.0 + COMPARE + SAVE
+    assert sum(rows.values()) == world.wall
+    assert "schedule" in train_gpt.WAITING  # a signal does not take one rank out of a step
 
 
 def test_signs_of_life_are_those_of_rank_0(run):
