@@ -173,7 +173,7 @@ class Knob:
 
 
 def knob(default, unit: str, doc: str, **more):
-    """One environment variable, as a field of Config. more: the rest of Knob."""
+    """One setting, as a field of Config. more: the rest of Knob."""
     return field(default=default, metadata=vars(Knob(unit, doc, **more)))
 
 
@@ -257,10 +257,10 @@ def rule(check: Callable[..., None]) -> staticmethod:
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob, once. The environment variable is the field name in upper case.
+    """Every knob, once. A command calls it by its name in upper case.
 
-    A technique's knobs and rules are one block. Booleans are 0 or 1 in the environment. An
-    artifact holds the knobs of the scopes model and eval in this order.
+    A technique's knobs and rules are one block. An artifact holds the knobs of the scopes model
+    and eval in this order.
     """
 
     # The run: where and what
@@ -505,7 +505,7 @@ class Config:
     # Scoring
     eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
     eval_stride: int = eval_knob(64, "tokens", "scored per sliding window; 0: fixed windows", lo=0)
-    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank, TTT's too", lo=1)
+    eval_batch_seqs: int = eval_knob(32, "windows", "per forward pass and rank", lo=1)
     doc_isolated_eval: bool = eval_knob(False, "", "also score each document by itself")
     val_max_tokens: int = eval_knob(0, "tokens", "score only the first N targets; 0: all", lo=0)
 
@@ -520,6 +520,7 @@ class Config:
     ttt_lr: float = ttt_knob(0.002, "", "SGD, cosine over chunks", lo=0)
     ttt_epochs: int = ttt_knob(3, "", "passes over a chunk once it is scored", lo=1)
     ttt_chunk_tokens: int = ttt_knob(32768, "tokens", "scored, then trained on", lo=1)
+    ttt_batch_seqs: int = ttt_knob(32, "windows", "per SGD step, over all ranks", lo=1)
     ttt_freeze_blocks: int = ttt_knob(2, "blocks", "first blocks that do not adapt", lo=0)
 
     @rule
@@ -533,8 +534,8 @@ class Config:
     # while a checkpoint or an artifact that is still to be read has a say; rules wait for it.
     given: frozenset = field(default=frozenset(), compare=False)
     inherited: bool = field(default=False, compare=False)
-    # NAME=text of other scripts' settings that do nothing here, as they do there
-    inert: frozenset = field(default=frozenset(), compare=False)
+    # Name -> why nothing is lost without it, of other scripts' settings
+    others: dict = field(default_factory=dict, compare=False)
     # A line for each argument that wins over the environment
     won: tuple = field(default=(), compare=False)
 
@@ -628,13 +629,12 @@ class Config:
         ]
 
     def without_effect(self) -> dict[str, str]:
-        """VARIABLE -> why it can do nothing, of each setting that was given in vain."""
+        """VARIABLE -> why it can do nothing, of each such setting that was given."""
         idle = {name.upper(): why for name, why in self.idle().items()}
         found = {name: why for name, why in idle.items() if name in self.given}
         if "ROPE_NTK_LEN" in self.given and self.rope_ntk_len >= self.train_seq_len:
             found["ROPE_NTK_LEN"] = setting("train_seq_len", self.train_seq_len)
-        elsewhere = "a setting of other scripts that does nothing there either"
-        return found | {told.partition("=")[0]: elsewhere for told in sorted(self.inert)}
+        return found | self.others
 
     def digest(self, *scopes: str) -> str:
         """sha256 of the knobs in these scopes; by default of all that make runs comparable."""
@@ -650,26 +650,25 @@ class Config:
         An argument NAME?=value is a default of the launcher: whatever else has a say wins.
         """
         problems = []
-        env = dict(env)
         arguments, defaults = read_arguments(arguments, problems)
-        everything = env | arguments
+        everything = dict(env) | arguments
         base = Base()
         with noted(problems):
             base = read_base(everything.get("BASE", ""))
-        old_names = base.old_names()
-        around = {name: text for name, text in env.items() if name not in arguments}
-        texts = translate_old_names(around, old_names, everything, problems)
-        said = translate_old_names(arguments, old_names, everything, problems)
-        problems += look_alikes(texts)
-        problems += unknown_names(said | defaults)
-        inert, refused = settings_of_others(everything)
+
+        # what the environment says of a knob that has an argument is not looked at
+        said = in_todays_names(arguments, base, everything)
+        around = in_todays_names(env, base, everything)
+        told = around | said
+        texts = {name: agreed(told[name], problems) for name in BY_NAME if name in told}
+        problems += strangers(around)
+        problems += strangers(said | in_todays_names(defaults, base, everything), arguments=True)
+        others, refused = settings_of_others(everything, base.off)
         problems += refused
         if not everything.get("BASE"):
             problems += ambiguous(everything)
 
-        won = overruled(translate_old_names(env, old_names, env, []), said)
-        texts |= said
-        given = frozenset(BY_NAME.keys() & texts.keys())
+        given = frozenset(texts)
         texts = defaults | base.settings | texts
         values = {}
         for name, f in BY_NAME.items():
@@ -683,7 +682,7 @@ class Config:
         if problems:
             # each once: an old spelling may stand for several knobs
             raise Refusal(list(dict.fromkeys(problems)))
-        return cls(given=given, inert=inert, won=won, **values)
+        return cls(given=given, others=others, won=overruled(around, said), **values)
 
 
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
@@ -740,10 +739,13 @@ def wrong_settings(values: dict, complete: bool = False) -> list[str]:
     return problems
 
 
-def check_value(f: dataclasses.Field, value) -> None:
-    """Refusal of a value that this knob cannot take, whatever the others are."""
+def check_value(f: dataclasses.Field, value, name: str = "") -> None:
+    """Refusal of a value that this knob cannot take, whatever the others are.
+
+    name: how it was written, if it was an old spelling.
+    """
     limits = Knob(**f.metadata)
-    told = f"{f.name.upper()}={value}"
+    told = f"{name or f.name.upper()}={value}"
     if isinstance(value, float):
         refuse(not math.isfinite(value), f"{told}: must be a finite number")
     if limits.choices:
@@ -775,11 +777,12 @@ def parse(name: str, text: str, kind: str):
         return SWITCHES[text] == "1"
     if kind == "str":
         return text
-    try:
-        return int(text) if kind == "int" else float(text)
-    except ValueError:
-        meant = "a whole number" if kind == "int" else "a number"
-        raise Refusal(f"{name}={text}: must be {meant}") from None
+    with contextlib.suppress(ValueError):
+        # what Python reads, too, but no shell: 1_000, " 7 ", digits of other scripts
+        if text.isascii() and not re.search(r"[\s_]", text):
+            return int(text) if kind == "int" else float(text)
+    number = "a whole number" if kind == "int" else "a number"
+    raise Refusal(f"{name}={text}: must be {number} in digits 0-9, without spaces")
 
 
 # ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────────
@@ -4655,8 +4658,8 @@ def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
 
 def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, targets), each (rows, window), of a chunk (tokens + 1,): all of it TTT_EPOCHS times."""
-    ids = tokens[:-1].view(-1, cfg.window).split(cfg.eval_batch_seqs)
-    targets = tokens[1:].view(-1, cfg.window).split(cfg.eval_batch_seqs)
+    ids = tokens[:-1].view(-1, cfg.window).split(cfg.ttt_batch_seqs)
+    targets = tokens[1:].view(-1, cfg.window).split(cfg.ttt_batch_seqs)
     for _ in range(cfg.ttt_epochs):
         yield from zip(ids, targets, strict=True)
 
@@ -5383,12 +5386,14 @@ class Base:
     settings: today's VARIABLE -> text.
     fixed: VARIABLE -> what that script means by another value than this; we have none such.
     means: a variable of that script -> today's variables.
+    off: a variable that we lack -> a value at which it does nothing in that script alone.
     """
 
     name: str = ""
     settings: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, str] = field(default_factory=dict)
     means: dict[str, list[str]] = field(default_factory=dict)
+    off: dict[str, str] = field(default_factory=dict)
 
     def with_changes(self, name: str, table: dict) -> Base:
         """The base `name` whose table states what it changes in this one."""
@@ -5396,11 +5401,17 @@ class Base:
         own = {key: value for key, value in table.items() if key == key.upper()}
         fixed = table.get("fixed", {})
         means = table.get("means", {})
-        rest = table.keys() - own.keys() - {"base", "fixed", "means"}
+        off = table.get("off", {})
+        rest = table.keys() - own.keys() - {"base", "fixed", "means", "off"}
         refuse(rest, f"{where}: {', '.join(sorted(rest))}: no such key; take it out")
-        shaped = isinstance(fixed, dict) and isinstance(means, dict)
+        shaped = isinstance(fixed, dict) and isinstance(means, dict) and isinstance(off, dict)
         shaped = shaped and all(isinstance(names, list) for names in means.values())
-        refuse(not shaped, f"{where}: fixed needs NAME = 'why', means NAME = ['NAME']; correct it")
+        refuse(
+            not shaped,
+            f"{where}: fixed needs NAME = 'why', means NAME = ['NAME'], off NAME = 'value'",
+        )
+        for key in off:
+            refuse(key not in ABSENT, f"{where}: off.{key}: no such setting of others; correct it")
 
         for key in [*own, *fixed, *itertools.chain(*means.values())]:
             refuse(key not in BY_NAME, f"{where}: {key}: no such setting; correct it")
@@ -5408,7 +5419,8 @@ class Base:
         settings = self.settings | texts
         for key in fixed:
             refuse(key not in settings, f"{where}: fixed.{key}: at which value? Set {key} too")
-        return Base(name, settings, self.fixed | fixed, self.means | means)
+        off = self.off | {key: str(value) for key, value in off.items()}
+        return Base(name, settings, self.fixed | fixed, self.means | means, off)
 
     def old_names(self) -> dict[str, Meaning]:
         """ALIASES as the script of this base reads them."""
@@ -5454,7 +5466,7 @@ def read_base(name: str) -> Base:
     absent = f"{BASES} is not beside this script: give the settings themselves, as the line "
     refuse(not tables, f"BASE={name}: {absent}'settings:' of a log has them, and unset BASE")
     choices = ", ".join(tables)
-    refuse(name not in tables, f"BASE={name}: no such script; choose from {choices}")
+    refuse(name not in tables, f"BASE={name}: no such script; choose from {choices}, or unset BASE")
 
     lineage = [name]
     while parent := tables[lineage[-1]].get("base"):
@@ -5498,11 +5510,14 @@ def switch(name: str, off: str, on: str) -> Meaning:
     return lambda text, env: {name: {"0": off, "1": on}.get(SWITCHES.get(text))}
 
 
-def bigram_hash(text: str, env: dict) -> dict[str, str | None]:
-    """An old 0 / 1 variable beside that of the number of buckets."""
-    beside = env.get("BIGRAM_VOCAB_SIZE", "0")
-    buckets = env.get("BIGRAM_HASH_BUCKETS", "4096" if beside == "0" else beside)
-    return switch("BIGRAM_VOCAB_SIZE", off="0", on=buckets)(text, env)
+def sized(name: str, other: str, size: str) -> Meaning:
+    """An old 0 / 1 variable beside that of a size: NAME or OTHER, or else this one."""
+
+    def meaning(text: str, env: dict) -> dict[str, str | None]:
+        beside = [env[known] for known in (other, name) if env.get(known, "0") != "0"]
+        return switch(name, off="0", on=[*beside, size][0])(text, env)
+
+    return meaning
 
 
 def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
@@ -5512,19 +5527,20 @@ def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
 
 # Spellings of the seeds and of records for our knobs
 ALIASES: dict[str, Meaning] = {
-    # QAT
+    # The model
+    "ACTIVATION": renamed("MLP_ACT"),
+    "SMEAR_GATE_BOS_FIX": renamed("SMEAR_MASK_BOS"),
+    "BIGRAM_HASH": sized("BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_BUCKETS", "4096"),
+    "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
+    "BIGRAM_HASH_DIM": renamed("BIGRAM_DIM"),
+    # QAT and SWA
     "QAT": renamed("QAT_ENABLED"),
     "ENABLE_QAT": renamed("QAT_ENABLED"),
     "LATE_QAT": renamed("QAT_ENABLED"),
     "QAT_START_FRAC": renamed("QAT_START"),
     "LATE_QAT_THRESHOLD": late_qat_threshold,
     "QAT_THRESHOLD": late_qat_threshold,
-    # SWA
     "SWA": renamed("SWA_ENABLED"),
-    # BigramHash
-    "BIGRAM_HASH": bigram_hash,
-    "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
-    "BIGRAM_HASH_DIM": renamed("BIGRAM_DIM"),
     # Optimiser and schedule
     "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
     "WEIGHT_DECAY": renamed("ADAM_WD"),
@@ -5540,29 +5556,96 @@ ALIASES: dict[str, Meaning] = {
     "FP16_PASSTHROUGH_PATTERNS": renamed("FP16_KEEP_NAME_PATTERNS"),
     "USE_ZSTD": switch("COMPRESSOR", off="zlib", on="zstd"),
     "ZSTD_LEVEL": renamed("COMPRESS_LEVEL"),
-    # Scoring
+    # Scoring and test-time training
+    "SLIDING_EVAL": sized("EVAL_STRIDE", "SLIDING_EVAL_STRIDE", "64"),
+    "SLIDING_WINDOW_ENABLED": sized("EVAL_STRIDE", "SLIDING_EVAL_STRIDE", "64"),
     "SLIDING_EVAL_STRIDE": renamed("EVAL_STRIDE"),
     "SLIDING_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
     "EVAL_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
     "SW_EVAL_BATCH": renamed("EVAL_BATCH_SEQS"),
-    # Test-time training
     "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
 }
 
+# Beside names: whatever the value is, the result is the same / is another
+ANY, NEVER = "any value", "no value"
 
-class Absent(NamedTuple):
-    """Settings of other scripts that this one has none such of."""
+# Settings of other scripts that this one has none such of, by the value at which nothing is
+# lost without them. What later becomes a technique here leaves the table.
+ABSENT_AT = {
+    "0": """
+        EMBED_DIM MLP_HIDDEN UNTIE_AT_FRACTION MLP_GROUPS FP_STORAGE DISABLE_LAYER0_ATTN REFINER
+        TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS ASYM_LOGIT_RESCALE TEMP_SCALING DIFF_ATTN
+        SKIP_GATES_ENABLED OPTROT_ENABLED GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS
+        GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT GATE_MLP_OUT
+        SPARSE_ATTN_GATE_ENABLED TRIGRAM NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA
+        AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA NUM_LOOPS LORA_RANK
+        TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL PARALLEL_START_LAYER
+        MUON_ROW_NORMALIZE POLAR_EXPRESS MUON_HUBER_WD BLOCK_LARS_TRUST MIN_LR SEQ_LEN_START
+        BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED FORCE_STOP_STEP
+        QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA GPTQ_ENABLED USE_GPTQ
+        GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS LQER_ENABLED LQER_RANK AWQ_LITE_ENABLED CASEOPS_ENABLED
+        SLOT_ENABLED TTT_WEIGHT_DECAY TTT_DEBUG_BYPASS TTT_LORA_RANK TTT_LORA_LR
+        TTT_SHORT_LORA_ENABLED TTT_SHORT_SCORE_FIRST_ENABLED TTT_WARM_START_MEAN_ENABLED
+        TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN
+        PHASED_TTT_ENABLED PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY
+        TTT_ONLY_EVAL SKIP_POST_TRAIN_EVAL""",
+    "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
+    "none": "REPEAT_UNTIE_MLP",
+    "": """
+        CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE RECUR_LAYERS TRAIN_SEQ_SCHEDULE MIDRUN_CAP_SCHEDULE
+        INT4_LAYERS CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS TTT_MASK
+        TTT_EVAL_BATCHES ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR EVAL_ONLY_PATH
+        EVAL_ONLY_QUANTIZED_PATH""",
+    "1": """
+        TIE_EMBEDDINGS WD_TAPER_FINAL_MULT CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE
+        CLIP_MULT_LOOP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_CLIP""",
+    "0.9": "TTT_MOMENTUM",
+    "standard": "ATTN_PROJ_TYPE LOGIT_HEAD_TYPE",
+    "tanh": "SOFTCAP_TYPE",
+    "rope": "ROPE_TYPE",
+    "muon": "MATRIX_OPTIMIZER",
+    "sgd": "TTT_OPTIMIZER",
+    "default": "COMPILE_MODE",
+    # read and never used, or for speed, memory and messages
+    ANY: """
+        EMBED_LR HEAD_LR MUON_BETA2 VAL_BATCH_SIZE VAL_BATCH_TOKENS LOGIT_CHUNK_TOKENS
+        FUSED_CE_ENABLED MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL PERGROUP_ROUNDTRIP_CHECK
+        COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES
+        MIDRUN_CAP_LOG_UPDATES DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT
+        CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS""",
+    NEVER: """
+        EMBEDDING_DIM NEGATIVE_SLOPE BITNET_GROUP_SIZE USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR
+        SMEAR_GATE_WIDTH BIGRAM_BUCKETS ROPE_TRAIN_SEQ_LEN NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH
+        DEPTH_LORA_RANK MATRIX_LR_EARLY MATRIX_LR_LATE BANK_SPLIT EMBED_WD QAT_INT6 USE_INT6
+        QUANT_CLIP_RANGE TARGET_MB MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS
+        EMBED_CLIP_SIGMAS TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY
+        TTT_LOCAL_LR_MULT TTT_GRAD_STEPS TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TTT_EVAL_SEQ_LEN
+        DATA_DIR DATASETS_DIR TRAIN_FILES VAL_FILES CORR_WEIGHT_LR TVERSKY_MEMBERSHIP
+        GATED_ATTN_INIT_STD ATTN_OUT_GATE_SRC GATE_ATTN_SRC GATE_WIDTH SPARSE_ATTN_GATE_INIT_STD
+        SPARSE_ATTN_GATE_SCALE GATE_WINDOW REFINER_KERNEL NGRAM_HINT_PRECOMPUTE_OUTSIDE
+        TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU WORD_BOOST WORD_NORMALIZE WORD_ORDER
+        WORD_TAU YARN_MAX_LEN ENABLE_LOOPING_AT LOOP_START LOOP_END LOOP_PHASE2_AT
+        LOOP_LAYER_BITS LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS LORA_LR RECUR_START_STEP
+        REPEAT_UNTIE_MLP_LAYERS PARALLEL_START_LAYER_IS_PHYSICAL PARALLEL_FINAL_LANE ADAM_LR
+        MUON_HUBER_DELTA BLOCK_LARS_MIN_SCALE WD_TAPER_START_FRAC SEQ_SCHEDULE_FRACTION
+        BATCH_SCHEDULE_FRACTION TRAIN_SEQ_SCHEDULE_MODE TRAIN_MAX_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS
+        MTP_LOSS_WEIGHT LAWA_FREQ LAWA_K N_INT6_LAYERS INT4_STEP GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE
+        GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES
+        GPTQ_TEMPERATURE LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT
+        LQER_SCOPE LQER_TOP_K AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K SLOT_LR
+        SLOT_STEPS TTT_LORA_ALPHA TTT_LORA_EMA_DECAY TTT_BETA1 TTT_BETA2 TTT_K_LORA TTT_MLP_LORA
+        TTT_O_LORA TTT_Q_LORA TTT_V_LORA TTT_WARM_START_A TTT_SHORT_BETA2 TTT_SHORT_CHUNK_SIZE
+        TTT_SHORT_DOC_LEN TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK TTT_SHORT_SCORE_FIRST_STEPS
+        TTT_SHORT_WEIGHT_DECAY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM
+        PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_BATCH_SEQS
+        GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP
+        GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS
+        GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS
+        GLOBAL_TTT_WARMUP_START_LR""",
+}
 
-    names: str
-    # at which they do nothing, there and here; ANY: whatever it is
-    off: tuple[str, ...] | None = ("0",)
-    # names that say nothing while one of `names` is given as off
-    details: str = ""
-    # what to do instead, with {text} for the value
-    remedy: str | Callable[[str, dict], str] = ""
-
-
-ANY = None
+# Name -> the value at which nothing is lost without it
+ABSENT = {name: value for value, names in ABSENT_AT.items() for name in names.split()}
 
 
 def mlp_hidden(text: str, env: dict) -> str:
@@ -5572,259 +5655,163 @@ def mlp_hidden(text: str, env: dict) -> str:
     return "set MLP_MULT"
 
 
-# What later becomes a technique of this script leaves the table line by line
-ABSENT_HERE = (
-    # Shapes
-    Absent("TIE_EMBEDDINGS", ("1",)),
-    Absent("UNTIE_AT_FRACTION", details="CORR_WEIGHT_LR"),
-    Absent("EMBED_LR HEAD_LR", ANY),
-    Absent("EMBED_DIM"),
-    Absent("EMBEDDING_DIM", (), remedy="set MODEL_DIM={text}"),
-    Absent("MLP_HIDDEN", remedy=mlp_hidden),
-    Absent("ACTIVATION", ("relu2",), remedy="set MLP_ACT"),
-    Absent("NEGATIVE_SLOPE", (), remedy="set MLP_ACT=leaky_relu2, whose slope is 0.5"),
-    Absent("ATTN_PROJ_TYPE LOGIT_HEAD_TYPE", ("standard",)),
-    Absent("TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS", details="TVERSKY_MEMBERSHIP"),
-    Absent("MLP_GROUPS BITNET_GROUP_SIZE FP_STORAGE"),
-    Absent("SOFTCAP_TYPE", ("tanh",)),
-    Absent("ASYM_LOGIT_RESCALE TEMP_SCALING DIFF_ATTN SKIP_GATES_ENABLED OPTROT_ENABLED"),
-    Absent("GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS"),
-    Absent("GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE", details="GATED_ATTN_INIT_STD"),
-    Absent("ATTN_OUT_GATE_ENABLED", details="ATTN_OUT_GATE_SRC"),
-    Absent("GATE_ATTN_OUT GATE_MLP_OUT", details="GATE_ATTN_SRC GATE_WIDTH"),
-    Absent(
-        "SPARSE_ATTN_GATE_ENABLED",
-        details="SPARSE_ATTN_GATE_INIT_STD SPARSE_ATTN_GATE_SCALE GATE_WINDOW",
-    ),
-    Absent("REFINER", details="REFINER_KERNEL"),
-    Absent("CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE", ("",)),
-    Absent("DISABLE_LAYER0_ATTN"),
-    # SmearGate and n-grams: gates of other forms
-    Absent("USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR", (), remedy="set SMEAR_GATE={text}"),
-    Absent("SMEAR_GATE_WIDTH", ()),
-    Absent("SMEAR_GATE_BOS_FIX", remedy="set SMEAR_MASK_BOS={text}"),
-    Absent("BIGRAM_BUCKETS", (), remedy="set BIGRAM_VOCAB_SIZE={text}"),
-    Absent("TRIGRAM"),
-    Absent(
-        "NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST",
-        details="NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU"
-        " WORD_BOOST WORD_NORMALIZE WORD_ORDER WORD_TAU",
-    ),
-    # Rotary positions
-    Absent("ROPE_TYPE", ("rope",), details="YARN_MAX_LEN"),
-    Absent("ROPE_YARN"),
-    Absent("ROPE_TRAIN_SEQ_LEN", (), remedy="set ROPE_NTK_LEN={text}"),
-    Absent("EVAL_NTK_ALPHA"),
-    # Layers that are used again, layers side by side
-    Absent(
-        "NUM_LOOPS",
-        ("0", "1"),
-        details="ENABLE_LOOPING_AT LOOP_START LOOP_END LOOP_PHASE2_AT LOOP_LAYER_BITS"
-        " LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS",
-    ),
-    Absent("LORA_RANK", details="LORA_LR"),
-    Absent("TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE", ("0", "1")),
-    Absent("NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH", (), details="DEPTH_LORA_RANK"),
-    Absent("RECUR_LAYERS", ("",), details="RECUR_START_STEP"),
-    Absent("REPEAT_UNTIE_MLP", ("none",), details="REPEAT_UNTIE_MLP_LAYERS"),
-    Absent("PARALLEL_RESIDUAL", details="PARALLEL_START_LAYER_IS_PHYSICAL"),
-    Absent("PARALLEL_RESIDUAL_START PARALLEL_START_LAYER", ("-1",), details="PARALLEL_FINAL_LANE"),
-    # Optimiser, schedule, loss
-    Absent("MATRIX_OPTIMIZER", ("muon",), details="ADAM_LR"),
-    Absent("MUON_BETA2", ("0.95",)),
-    Absent("MUON_ROW_NORMALIZE POLAR_EXPRESS"),
-    Absent("MUON_HUBER_WD", details="MUON_HUBER_DELTA"),
-    Absent("BLOCK_LARS_TRUST", details="BLOCK_LARS_MIN_SCALE"),
-    Absent("MATRIX_LR_EARLY MATRIX_LR_LATE", (), "BANK_SPLIT", "set MATRIX_LR for all layers"),
-    Absent("EMBED_WD", (), remedy="set ADAM_WD, which vectors have too"),
-    Absent("WD_TAPER_FINAL_MULT", ("1",), details="WD_TAPER_START_FRAC"),
-    Absent("MIN_LR"),
-    Absent("SEQ_LEN_START", details="SEQ_SCHEDULE_FRACTION"),
-    Absent("BATCH_TOKENS_START", details="BATCH_SCHEDULE_FRACTION"),
-    Absent(
-        "TRAIN_SEQ_SCHEDULE",
-        ("",),
-        details="TRAIN_SEQ_SCHEDULE_MODE TRAIN_MAX_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS",
-        remedy="set TRAIN_SEQ_LEN",
-    ),
-    Absent("CURRICULUM"),
-    Absent("MTP_NUM_HEADS MTP_HEADS", details="MTP_LOSS_WEIGHT"),
-    Absent("LAWA_ENABLED", details="LAWA_FREQ LAWA_K"),
-    Absent("FORCE_STOP_STEP", remedy="set ITERATIONS={text}"),
-    Absent("MIDRUN_CAP_SCHEDULE", ("",)),
-    # QAT, quantisation, export
-    Absent("QAT_INT6", (), remedy="set QUANT_BITS, which QAT follows"),
-    Absent("QAT_FRACTION", remedy="set QAT_START_KIND=time_frac QAT_START=1-{text}"),
-    Absent("USE_INT6", (), remedy="set QUANT_BITS=6 (or 8 for none)"),
-    Absent("INT6_LAYER_START INT6_LAYER_END", ("-1",), remedy="set QUANT_BITS"),
-    Absent("QUANT_CLIP_RANGE", (), remedy="set QUANT_BITS (6 for 31, 8 for 127)"),
-    Absent("MIXED_QUANT", details="N_INT6_LAYERS"),
-    Absent("INT4_LAYERS", ("",), details="INT4_STEP"),
-    Absent("CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS", ("",)),
-    Absent("PRUNE_RATIO", remedy="see PRUNE_PCT"),
-    Absent("TARGET_MB", (), remedy="set FIT_TO_CAP=1 and CAP_BYTES"),
-    Absent("CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE CLIP_MULT_LOOP", ("1",)),
-    Absent("MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS"),
-    Absent("HESSIAN_CLIP_LAMBDA"),
-    Absent(
-        "GPTQ_ENABLED USE_GPTQ",
-        details="GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES"
-        " GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE",
-    ),
-    Absent("GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS", remedy="lower MAX_WALLCLOCK_SECONDS by it"),
-    Absent(
-        "LQER_ENABLED LQER_RANK",
-        details="LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE"
-        " LQER_TOP_K",
-    ),
-    Absent("AWQ_LITE_ENABLED", details="AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K"),
-    # Scoring and test-time training
-    Absent("CASEOPS_ENABLED DOC_EVAL_BUG"),
-    Absent("SLIDING_EVAL SLIDING_WINDOW_ENABLED", ("1",), remedy="set EVAL_STRIDE=0"),
-    Absent("VAL_DOC_FRACTION", ("1",), remedy="set VAL_MAX_TOKENS"),
-    Absent("EVAL_INCLUDE_TAIL", ("1",)),
-    Absent("SLOT_ENABLED", details="SLOT_LR SLOT_STEPS"),
-    Absent("TTT_MOMENTUM", ("0.9",)),
-    Absent("TTT_GRAD_CLIP TTT_GRAD_STEPS", ("1",)),
-    Absent("TTT_BATCH_SEQS", ("32",), remedy="set EVAL_BATCH_SEQS={text}"),
-    Absent("TTT_OPTIMIZER", ("sgd",)),
-    Absent("TTT_WEIGHT_DECAY TTT_DEBUG_BYPASS"),
-    Absent(
-        "TTT_LORA_RANK TTT_LORA_LR",
-        details="TTT_LORA_ALPHA TTT_LORA_EMA_DECAY TTT_BETA1 TTT_BETA2 TTT_K_LORA TTT_MLP_LORA"
-        " TTT_O_LORA TTT_Q_LORA TTT_V_LORA TTT_WARM_START_A",
-    ),
-    Absent(
-        "TTT_SHORT_LORA_ENABLED TTT_SHORT_SCORE_FIRST_ENABLED",
-        details="TTT_SHORT_BETA2 TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN TTT_SHORT_LORA_LR"
-        " TTT_SHORT_LORA_RANK TTT_SHORT_SCORE_FIRST_STEPS TTT_SHORT_WEIGHT_DECAY",
-    ),
-    Absent(
-        "TTT_WARM_START_MEAN_ENABLED",
-        details="TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM",
-    ),
-    Absent("TTT_MASK TTT_EVAL_BATCHES", ("",)),
-    Absent("TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY TTT_LOCAL_LR_MULT", ()),
-    Absent("TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_ENTROPY_HIGH TTT_ENTROPY_LOW"),
-    Absent("TTT_EVAL_SEQ_LEN", remedy="set EVAL_SEQ_LEN={text}"),
-    Absent("TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN"),
-    Absent(
-        "PHASED_TTT_ENABLED",
-        details="PHASED_TTT_NUM_PHASES PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_BATCH_SEQS"
-        " GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP"
-        " GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS"
-        " GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS"
-        " GLOBAL_TTT_WARMUP_START_LR",
-    ),
-    # The run
-    Absent("DATA_DIR", (), remedy="set DATA_PATH to its folder of shards, and TOKENIZER_PATH"),
-    Absent("DATASETS_DIR", (), remedy="set DATA_PATH={text}"),
-    Absent("TRAIN_FILES VAL_FILES", (), remedy="set DATA_PATH to their folder"),
-    Absent("ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR", ("",), remedy="set LOGS_DIR={text}"),
-    Absent("EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH", ("",), remedy="see EVAL_ONLY, CHECKPOINT"),
-    Absent("PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY", remedy="see CHECKPOINT"),
-    Absent("TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL", remedy="see EVAL_ONLY"),
-    Absent("SKIP_POST_TRAIN_EVAL"),
-    Absent("COMPILE_MODE", ("default",), remedy="see COMPILE"),
-    # Speed, memory and messages: the results are the same whatever they are
-    Absent("VAL_BATCH_SIZE VAL_BATCH_TOKENS LOGIT_CHUNK_TOKENS FUSED_CE_ENABLED", ANY),
-    Absent("MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL PERGROUP_ROUNDTRIP_CHECK", ANY),
-    Absent("COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS", ANY),
-    Absent("COMPILE_SHAPE_WARMUP_LOOP_MODES MIDRUN_CAP_LOG_UPDATES", ANY),
-    Absent("DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT", ANY),
-    Absent("CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS", ANY),
-)
+def qat_fraction(text: str, env: dict) -> str:
+    """The share of the run that has QAT as our share of it that has none."""
+    with contextlib.suppress(ValueError):
+        return f"set QAT_START_KIND=time_frac QAT_START={1 - float(text):.10g}"
+    return "set QAT_START_KIND=time_frac and QAT_START"
 
-# Name -> what is known of it
-ABSENT = {name: a for a in ABSENT_HERE for name in f"{a.names} {a.details}".split()}
 
-# Variables of other programs (ninja, clouds, Jenkins, HashiCorp's, job scripts) that look like ours
-FOREIGN = {
-    "MAX_JOBS",
-    "CHECKPOINT_DISABLE",
-    "DATA_DIRECTORY",
-    "DATA_HOME",
-    "DATA_ROOT",
-    "MODEL_NAME",
-    "MODEL_PATH",
-    "NUM_CPUS",
-    "NUM_GPUS",
-    "NUM_NODES",
-    "NUM_PROCESSES",
-    "NUM_WORKERS",
-    "RUN_ATTEMPT",
-    "RUN_NAME",
-    "RUN_NUMBER",
-    "RUN_DISPLAY_URL",
-    "RUN_CHANGES_DISPLAY_URL",
-    "RUN_TESTS_DISPLAY_URL",
-    "RUN_ARTIFACTS_DISPLAY_URL",
+# What to set instead, where we have something like it; {text}: the value
+INSTEAD = {
+    "EMBEDDING_DIM": "set MODEL_DIM={text}",
+    "MLP_HIDDEN": mlp_hidden,
+    "NEGATIVE_SLOPE": "set MLP_ACT=leaky_relu2, whose slope is 0.5",
+    "USE_SMEARGATE": "set SMEAR_GATE={text}",
+    "SMEAR_GATE_ENABLED": "set SMEAR_GATE={text}",
+    "SMEAR": "set SMEAR_GATE={text}",
+    "BIGRAM_BUCKETS": "set BIGRAM_VOCAB_SIZE={text}",
+    "ROPE_TRAIN_SEQ_LEN": "set ROPE_NTK_LEN={text}",
+    "MATRIX_LR_EARLY": "set MATRIX_LR for all layers",
+    "MATRIX_LR_LATE": "set MATRIX_LR for all layers",
+    "EMBED_WD": "set ADAM_WD, which vectors have too",
+    "TRAIN_SEQ_SCHEDULE": "set TRAIN_SEQ_LEN",
+    "FORCE_STOP_STEP": "set ITERATIONS={text}",
+    "QAT_INT6": "set QUANT_BITS, which QAT follows",
+    "QAT_FRACTION": qat_fraction,
+    "USE_INT6": "set QUANT_BITS=6 (or 8 for none)",
+    "INT6_LAYER_START": "set QUANT_BITS",
+    "INT6_LAYER_END": "set QUANT_BITS",
+    "QUANT_CLIP_RANGE": "set QUANT_BITS (6 for 31, 8 for 127)",
+    "PRUNE_RATIO": "see PRUNE_PCT",
+    "TARGET_MB": "set FIT_TO_CAP=1 and CAP_BYTES",
+    "GPTQ_RESERVE_MS": "lower MAX_WALLCLOCK_SECONDS by it",
+    "GPTQ_RESERVE_SECONDS": "lower MAX_WALLCLOCK_SECONDS by it",
+    "VAL_DOC_FRACTION": "set VAL_MAX_TOKENS",
+    "TTT_GRAD_STEPS": "see TTT_EPOCHS",
+    "TTT_EVAL_SEQ_LEN": "set EVAL_SEQ_LEN={text}",
+    "DATA_DIR": "set DATA_PATH to its folder of shards, and TOKENIZER_PATH",
+    "DATASETS_DIR": "set DATA_PATH={text}",
+    "TRAIN_FILES": "set DATA_PATH to their folder",
+    "VAL_FILES": "set DATA_PATH to their folder",
+    "ARTIFACT_DIR": "set LOGS_DIR={text}",
+    "OUT_DIR": "set LOGS_DIR={text}",
+    "TTT_OUTPUT_DIR": "set LOGS_DIR={text}",
+    "EVAL_ONLY_PATH": "see EVAL_ONLY, CHECKPOINT",
+    "EVAL_ONLY_QUANTIZED_PATH": "see EVAL_ONLY, CHECKPOINT",
+    "PREQUANT_ONLY": "see CHECKPOINT",
+    "QUANTIZE_ONLY": "see CHECKPOINT",
+    "POST_GPTQ_EVAL_ONLY": "see CHECKPOINT",
+    "TTT_EVAL_ONLY": "see EVAL_ONLY",
+    "TTT_ONLY": "see EVAL_ONLY",
+    "TTT_ONLY_EVAL": "see EVAL_ONLY",
+    "COMPILE_MODE": "see COMPILE",
 }
 
 
-def settings_of_others(env: dict) -> tuple[frozenset, list[str]]:
-    """(NAME=text of those that do nothing, a problem for each of the rest)."""
-    inert = set()
+def settings_of_others(env: dict, also_off: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """(name -> why it can do nothing, a problem for each of the rest) of names in ABSENT.
+
+    also_off: name -> another value at which it does nothing.
+    """
+    idle = {}
     problems = []
     for name in sorted(ABSENT.keys() & env.keys()):
-        absent = ABSENT[name]
-        toggles = [toggle for toggle in absent.names.split() if toggle in env]
-        says_nothing = is_off(absent, env[name])
-        if name in absent.details.split():
-            says_nothing = toggles and all(is_off(absent, env[toggle]) for toggle in toggles)
-        if says_nothing:
-            inert.add(f"{name}={env[name]}")
-        else:
-            told = f"{name}={env[name]}: a setting of other scripts; this one has none such"
-            problems.append(f"{told}: unset it{other_ways(name, env)}")
-    return frozenset(inert), problems
+        text = env[name]
+        why = without_loss(name, text)
+        if name in also_off and same_value(text, also_off[name]):
+            why = "off, as here"
+        if why:
+            idle[name] = why
+            continue
+        remedy = INSTEAD.get(name, "")
+        remedy = remedy(text, env) if callable(remedy) else remedy.format(text=text)
+        told = f"{name}={text}: a setting of other scripts; this one has none such: unset it"
+        problems.append(f"{told}, or {remedy}" if remedy else told)
+    return idle, problems
 
 
-def is_off(absent: Absent, text: str) -> bool:
-    """Whether a setting of others does nothing at this value."""
-    return absent.off is ANY or any(same_value(text, off) for off in absent.off)
+def without_loss(name: str, text: str) -> str:
+    """Why nothing is lost without this setting of other scripts; empty if something is."""
+    if ABSENT[name] == ANY:
+        return "changes no result there either"
+    if not same_value(text, ABSENT[name]):
+        return ""
+    return "off, as here" if ABSENT[name] in ("0", "-1", "none", "") else "what is built in here"
 
 
-def same_value(one: str, other: str) -> bool:
+def same_value(one: str | None, other: str | None) -> bool:
     """Whether two texts say the same: as texts, switches or numbers."""
     one, other = SWITCHES.get(one, one), SWITCHES.get(other, other)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         return float(one) == float(other)
     return one == other
 
 
-def other_ways(name: str, env: dict) -> str:
-    """What else can be done with a setting of other scripts than to unset it."""
-    absent = ABSENT[name]
-    remedy = absent.remedy
-    if callable(remedy):
-        remedy = remedy(env[name], env)
-    elif remedy:
-        remedy = remedy.format(text=env[name])
-    elif absent.off:
-        toggle = name if name in absent.names.split() else absent.names.split()[0]
-        remedy = f"set {toggle}={absent.off[0]}"
-    return f", or {remedy}" if remedy else ""
+class Said(NamedTuple):
+    """What one setting says of a knob."""
+
+    # as it was written
+    name: str
+    value: str
+    # in today's terms; None if it cannot be read, and then why
+    text: str | None
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}"
 
 
-def translate_old_names(
-    env: dict, old_names: dict[str, Meaning], everything: dict, problems: list[str]
-) -> dict[str, str | None]:
-    """These variables in today's names, without those of other scripts; adds to the problems.
+def in_todays_names(settings, base: Base, everything: dict) -> dict[str, list[Said]]:
+    """Knob, or a name that is none -> what these settings say of it, without those in ABSENT.
 
-    everything: all variables of the launch, for an old name that means something only beside
-    another. None stands for a text under an old name that cannot be read, which the problems tell.
+    everything: all of the launch, for an old name that means something only beside another.
     """
-    today = {name: text for name, text in env.items() if name not in {*old_names, *ABSENT}}
-    for old in sorted(old_names.keys() & env.keys()):
-        for name, meant in old_names[old](env[old], everything).items():
-            readable = None
-            with noted(problems):
-                readable = checked_spelling(old, env[old], name, meant)
-            known = today.setdefault(name, readable)
-            if None not in (known, readable) and not same_value(known, readable):
-                problems.append(f"{old}={env[old]} contradicts {name}={known}; set only {name}")
-    return today
+    found = {}
+    old_names = base.old_names()
+    # today's names before the old ones
+    for name in sorted(settings.keys() - ABSENT.keys(), key=lambda name: (name in old_names, name)):
+        value = settings[name]
+        for today, text in old_names.get(name, renamed(name))(value, everything).items():
+            said = Said(name, value, text)
+            if name in old_names:
+                said = checked_spelling(said, today)
+            found.setdefault(today, []).append(said)
+    return found
+
+
+def checked_spelling(said: Said, name: str) -> Said:
+    """What an old spelling says of this knob, with a problem if it cannot be read or be so."""
+    f = BY_NAME[name]
+    try:
+        if said.text is None:
+            parse(said.name, said.value, "bool")
+        if said.text == said.value:
+            check_value(f, parse(said.name, said.value, f.type), said.name)
+    except Refusal as refusal:
+        return said._replace(text=None, problem=str(refusal))
+    return said
+
+
+def agreed(told: list[Said], problems: list[str]) -> str | None:
+    """The text that these all give a knob; None if one cannot be read. Adds to the problems."""
+    first = told[0]
+    for said in told:
+        if said.problem:
+            problems.append(said.problem)
+        elif first.text is not None and not same_value(first.text, said.text):
+            problems.append(f"{said} contradicts {first}; set only {first.name}")
+    return first.text
+
+
+def overruled(around: dict[str, list[Said]], said: dict[str, list[Said]]) -> tuple[str, ...]:
+    """A line for each setting of the environment that an argument says otherwise."""
+    lines = []
+    for name in sorted(said.keys() & around.keys()):
+        argument, other = said[name][0], around[name][0]
+        if not same_value(argument.text, other.text):
+            lines.append(f"argument {argument} wins over {other} of the environment")
+    return tuple(dict.fromkeys(lines))
 
 
 class Ambiguity(NamedTuple):
@@ -5877,88 +5864,102 @@ def ambiguous(env: dict) -> list[str]:
     return problems
 
 
-def checked_spelling(old: str, text: str, name: str, meant: str | None) -> str:
-    """What OLD=text means for NAME. Refusal in the old name, which the user wrote."""
-    if meant is None:
-        parse(old, text, "bool")
-    if meant == text:
-        parse(old, text, BY_NAME[name].type)
-    return meant
+# First words of our settings and of those in ABSENT that no other program's variables have
+TECHNIQUES = """
+    QAT QNA SWA SQWA EMA TTT SMEAR BIGRAM TRIGRAM NGRAM XSA MUON QUANT WARMDOWN ROPE QK GRAD PRUNE
+    VE MLP GPTQ LQER LAWA MTP"""
+
+# What other trainers call them
+SYNONYMS = {
+    "BATCH_TOKENS": "TRAIN_BATCH_TOKENS",
+    "CLIP_GRAD_NORM": "GRAD_CLIP_NORM",
+    "COMPRESSION": "COMPRESSOR",
+    "D_MODEL": "MODEL_DIM",
+    "GRADIENT_ACCUMULATION_STEPS": "GRAD_ACCUM_STEPS",
+    "GRAD_CLIP": "GRAD_CLIP_NORM",
+    "LAYERS": "NUM_LAYERS",
+    "LEARNING_RATE": "MATRIX_LR",
+    "LR_SCHEDULE": "WARMDOWN_FRAC",
+    "MAX_STEPS": "ITERATIONS",
+    "MAX_WALLCLOCK": "MAX_WALLCLOCK_SECONDS",
+    "NS_STEPS": "MUON_BACKEND_STEPS",
+    "NUM_ITERATIONS": "ITERATIONS",
+    "NUM_STEPS": "ITERATIONS",
+    "N_EMBD": "MODEL_DIM",
+    "N_HEAD": "NUM_HEADS",
+    "N_LAYER": "NUM_LAYERS",
+    "QK_GAIN": "QK_GAIN_INIT",
+    "RANDOM_SEED": "SEED",
+    "SEQ_LEN": "TRAIN_SEQ_LEN",
+    "VALUE_EMBEDDING": "VE_ENABLED",
+}
 
 
-def overruled(env: dict, said: dict) -> tuple[str, ...]:
-    """A line for each variable that an argument sets to something else. Both in today's names."""
-    lines = []
-    for name in sorted(said.keys() & env.keys()):
-        if said[name] != env[name]:
-            told = f"argument {name}={said[name]} wins over {name}={env[name]} of the environment"
-            lines.append(told)
-    return tuple(lines)
+def bare(name: str) -> str:
+    """A name as it is compared: EMA of ENABLE_EMA, use_ema and EMA_ENABLED; SEED of seeds."""
+    name = re.sub(r"^(USE_|ENABLE_?)|_?ENABLED?$", "", name.upper().strip("-_"))
+    return re.sub("[-_]", "", name).removesuffix("S")
 
 
-def look_alikes(texts: dict[str, str | None]) -> list[str]:
-    """A problem for each variable that looks like ours but is none of ours."""
-    strange = sorted(texts.keys() - BY_NAME.keys() - FOREIGN)
-    strange = [name for name in strange if resembles_ours(name)]
-    return [f"{no_such_setting(name, texts[name])}? Else unset it" for name in strange]
+@cache
+def spellings() -> dict[str, str]:
+    """How a name is compared -> the name."""
+    names = {bare(name): name for name in (*ABSENT, *ALIASES, *BY_NAME)}
+    return names | {bare(other): name for other, name in SYNONYMS.items()}
 
 
-def unknown_names(texts: dict[str, str | None]) -> list[str]:
-    """A problem for each argument that is no setting."""
-    strange = sorted(texts.keys() - BY_NAME.keys())
-    return [f"{no_such_setting(name, texts[name])}? --help lists all" for name in strange]
+@cache
+def meant(name: str, argument: bool = False) -> str | None:
+    """Which of our names, or of ABSENT, a name that is none of them stands for; None: none.
+
+    It may be another program's where it is not an argument: then it must be nearer, and not to a
+    name of the run, as LOG_DIR is to LOGS_DIR. Of a technique any name will do.
+    """
+    known = spellings()
+    letters = bare(name)
+    if letters in known:
+        return known[letters]
+
+    word, *rest = re.sub("^(USE|ENABLE)_", "", name.upper().strip("-_")).split("_")
+    kin = [other for other in known if known[other].startswith(f"{word}_")]
+    ours = [other for other in known if known[other] not in ABSENT]
+    if word in TECHNIQUES.split():
+        kin = [other for other in kin if other in ours] or kin
+        return known[difflib.get_close_matches(letters, kin, 1, 0)[0]]
+    if kin and not rest:
+        # the first word of ours alone is a word that others use, too
+        return None
+
+    if not argument:
+        run = {f.name.upper() for f in KNOBS if f.metadata["scope"] in ("run", "loop")}
+        ours = [other for other in ours if known[other] not in run]
+    nearness = 0.6 if argument else 0.89
+    kin = [other for other in kin if other in ours]
+    for group, least in ((kin, nearness), (ours, nearness), (known, 0.93)):
+        for near in difflib.get_close_matches(letters, group, 1, least):
+            # a slip is seldom at the beginning: SPEED is not SEED
+            if argument or near[:2] == letters[:2]:
+                return known[near]
+    return None
 
 
-def no_such_setting(name: str, text: str | None) -> str:
-    """What is wrong with a name that is none, and what was perhaps meant."""
-    return f"{name}={text}: no such setting; did you mean {closest_setting(name)}"
-
-
-def core(name: str) -> str:
-    """What a name is about: EMA of ENABLE_EMA, USE_EMA, ema and EMA_ENABLED."""
-    name = name.upper().replace("-", "_").strip("_")
-    name = name.removeprefix("ENABLE_").removeprefix("USE_")
-    return name.removesuffix("_ENABLED").removesuffix("_ENABLE")
-
-
-def closest_setting(name: str) -> str:
-    """The setting that a name which is none was meant to be."""
-    known = [*BY_NAME, *ALIASES, *ABSENT]
-    same = [other for other in known if core(other) == core(name)]
-    close = same or difflib.get_close_matches(name.upper(), known, 1, 0.85)
-    close = close or difflib.get_close_matches(core(name), BY_NAME, 1, 0)
-    return close[0]
-
-
-def resembles_ours(name: str) -> bool:
-    """A known name in lower case, misspelt, with a word more or less, or with our first word."""
-    if name.upper() in {*BY_NAME, *ALIASES, *ABSENT}:
-        return True
-    # names of one word are too short to tell a slip from another program's, and OMP_NUM_THREADS
-    # is near MTP_NUM_HEADS
-    for known, nearness in (((*BY_NAME, *ALIASES), 0.85), (ABSENT, 0.93)):
-        several_words = [other for other in known if "_" in other]
-        if "_" in name and difflib.get_close_matches(name.upper(), several_words, 1, nearness):
-            return True
-    return name == name.upper() and has_words_of_ours(name)
-
-
-def has_words_of_ours(name: str) -> bool:
-    """It begins like a knob, is nearly one, is about the same, or one of the two ends alike."""
-    first_words = {other.split("_", 1)[0] for other in BY_NAME} - {"INIT", "BASE"}
-    if name.split("_", 1)[0] in first_words or difflib.get_close_matches(name, BY_NAME, 1, 0.85):
-        return True
-    if core(name) in {core(other) for other in (*BY_NAME, *ALIASES)}:
-        return True
-
-    # names of the run, such as LOGS_DIR, end like those of other programs
-    ours = [f.name.upper() for f in KNOBS if f.metadata["scope"] not in ("run", "loop")]
-    for other in [*ours, *ALIASES]:
-        if "_" in name and other.endswith(f"_{name}"):
-            return True
-        if "_" in name and "_" in other and name.endswith(f"_{other}"):
-            return True
-    return False
+def strangers(told: dict[str, list[Said]], arguments: bool = False) -> list[str]:
+    """A problem for each name that is no setting: of arguments all, else those that are meant."""
+    problems = []
+    for name in sorted(told.keys() - BY_NAME.keys()):
+        nearest = meant(name, arguments)
+        problem = f"{told[name][0]}: no such setting"
+        if nearest in ABSENT:
+            problem = f"{told[name][0]}: {nearest} is a setting of other scripts; this one has none"
+        elif nearest:
+            problem += f"; did you mean {nearest}?"
+        else:
+            problem += ";"
+        if arguments:
+            problems.append(f"{problem} --help lists all")
+        elif nearest:
+            problems.append(f"{problem} Else unset it")
+    return problems
 
 
 # Where the meanings begin in --help
@@ -6195,9 +6196,9 @@ def log_start(cfg: Config, run: Run) -> None:
     if cfg.base and "base" not in cfg.idle():
         run.log(f"base: {cfg.base}, whose values are among the settings")
     run.log(f"settings: {settings_line(cfg) or 'all defaults'}")
-    vain = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
-    if vain:
-        run.log(f"without effect: {', '.join(vain)}")
+    idle = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
+    if idle:
+        run.log(f"without effect: {', '.join(idle)}")
     for line in cfg.won:
         run.log(line)
     run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)

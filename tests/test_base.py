@@ -309,8 +309,8 @@ def elsewhere(tmp_path, monkeypatch):
 def test_an_unknown_base_is_refused_with_the_names_that_there_are():
     message = refused({"BASE": "pr98", "SEED": "one"})
     assert message.splitlines() == [
-        f"BASE=pr98: no such script; choose from {', '.join(base_tables())}",
-        "SEED=one: must be a whole number",
+        f"BASE=pr98: no such script; choose from {', '.join(base_tables())}, or unset BASE",
+        "SEED=one: must be a whole number in digits 0-9, without spaces",
     ]
 
 
@@ -330,6 +330,8 @@ def test_without_the_studies_a_base_is_refused_and_all_else_works(elsewhere):
         ("[base.x]\nSMEAR_GATE = 0\nfixed = { NO_SUCH = 'why' }\n", "NO_SUCH"),
         ("[base.x]\nfixed = { SMEAR_GATE = 'why' }\n", "at which value?"),
         ("[base.x]\nfixed = 3\n", "fixed needs"),
+        ("[base.x]\noff = 3\n", "off"),
+        ("[base.x]\noff = { SEED = 1 }\n", "off.SEED: no such setting of others"),
         ("[base.x]\nmeans = { OLD = 'SEED' }\n", "fixed needs"),
         ("[base.x]\nmodel = 'y'\n", "model: no such key"),
         ("[base.x]\nSEED = [1]\n", "SEED=[1]: must be a whole number"),

@@ -1,4 +1,4 @@
-"""Settings come from the environment: typed, checked, never ignored.
+"""Settings are arguments or variables: typed, checked, never ignored.
 
 Failures that these tests would have caught: #194's own run command set WARMDOWN_STEPS, which its
 script never read; #549, #975 and the record's parent documented variables that no script read
@@ -37,6 +37,7 @@ from train_gpt import (
     EXIT_CODES,
     GPT,
     KNOBS,
+    NEVER,
     Config,
     Refusal,
     command_line,
@@ -172,6 +173,10 @@ def test_bare_defaults_are_194s_architecture_with_every_averaging_and_quantisati
 LR_TRIGGER = {"QAT_START_KIND": "lr_scale"}
 # Old name: (value, other variables, what must differ from the defaults), none of it a default
 OLD_SPELLINGS = {
+    "ACTIVATION": ("leaky_relu2", {}, {"MLP_ACT": "leaky_relu2"}),
+    "SMEAR_GATE_BOS_FIX": ("1", {}, {"SMEAR_MASK_BOS": True}),
+    "SLIDING_EVAL": ("0", {}, {"EVAL_STRIDE": 0}),
+    "SLIDING_WINDOW_ENABLED": ("0", {}, {"EVAL_STRIDE": 0}),
     "QAT": ("1", {}, {"QAT_ENABLED": True}),
     "ENABLE_QAT": ("1", {}, {"QAT_ENABLED": True}),
     "LATE_QAT": ("1", {"QAT_START_KIND": "always"}, {"QAT_ENABLED": True}),
@@ -221,6 +226,19 @@ def test_bigram_hash_takes_its_size_from_the_variable_beside_it():
         assert Config.from_env({"BIGRAM_HASH": "1", **others}).bigram_vocab_size == 2048
 
 
+def test_a_sliding_window_takes_its_stride_from_the_variable_beside_it():
+    assert Config.from_env({"SLIDING_EVAL": "1", "SLIDING_EVAL_STRIDE": "16"}).eval_stride == 16
+    assert Config.from_env({"SLIDING_EVAL": "1", "EVAL_STRIDE": "32"}).eval_stride == 32
+    assert Config.from_env({"BASE": "upstream", "SLIDING_EVAL": "1"}).eval_stride == 64
+    message = refused({"SLIDING_EVAL": "1", "EVAL_STRIDE": "0"})
+    assert message == "SLIDING_EVAL=1 contradicts EVAL_STRIDE=0; set only EVAL_STRIDE"
+
+
+def test_two_old_spellings_that_contradict_each_other_are_both_named_and_nothing_else():
+    message = refused({"QUANT_BITS": "6", "MATRIX_BITS": "5"})
+    assert message == "QUANT_BITS=6 contradicts MATRIX_BITS=5; set only MATRIX_BITS"
+
+
 @pytest.mark.parametrize("old", OLD_SPELLINGS)
 def test_an_old_spelling_that_contradicts_the_new_name_is_refused(old):
     value, others, changed = OLD_SPELLINGS[old]
@@ -242,40 +260,89 @@ def test_an_old_spelling_that_agrees_with_the_new_name_is_accepted(old):
 @pytest.mark.parametrize("old", sorted(OLD_SPELLINGS.keys() - {"FP16_PASSTHROUGH_PATTERNS"}))
 def test_a_bad_value_is_blamed_on_the_variable_that_the_user_wrote(old):
     message = refused({old: "maybe"})
-    assert f"{old}=maybe" in message and "must be" in message
+    assert message.startswith(f"{old}=maybe: ")
+    assert "must be" in message or "choose one of" in message
 
 
 # ── Settings of other scripts ─────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize("name", ABSENT)
-def test_a_setting_of_other_scripts_is_refused_by_name_or_said_to_be_without_effect(name):
-    absent = ABSENT[name]
-    if absent.off is ANY:
-        assert Config.from_env({name: "3"}).inert == {f"{name}=3"}
-        return
+# Name -> (a value at which nothing is lost without it or None, why), for the names of the record
+# commands. Read off the scripts, and not off the table in train_gpt.py.
+OFF = "off, as here"
+BUILT_IN = "what is built in here"
+UNUSED = "changes no result there either"
+OFF_AT_0 = """ATTN_OUT_GATE_ENABLED GATED_ATTN_ENABLED MTP_HEADS MTP_NUM_HEADS DIFF_ATTN REFINER
+ MLP_GROUPS UNTIE_AT_FRACTION LORA_RANK TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS SEQ_LEN_START
+ BATCH_TOKENS_START POST_GPTQ_EVAL_ONLY MIN_LR USE_GPTQ TRAINING_DEPTH_RECURRENCE NUM_LOOPS
+ EVAL_DEPTH_RECURRENCE NGRAM_WITHIN_BETA PHASED_TTT_ENABLED LQER_ENABLED PARALLEL_START_LAYER"""
+OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
+    "TIE_EMBEDDINGS": ("1", BUILT_IN),
+    "TTT_MOMENTUM": (".90", BUILT_IN),
+    "TTT_GRAD_CLIP": ("1.0", BUILT_IN),
+    "TTT_OPTIMIZER": ("sgd", BUILT_IN),
+    "MATRIX_OPTIMIZER": ("muon", BUILT_IN),
+    "SOFTCAP_TYPE": ("tanh", BUILT_IN),
+    "ROPE_TYPE": ("rope", BUILT_IN),
+    "ATTN_PROJ_TYPE": ("standard", BUILT_IN),
+    "LOGIT_HEAD_TYPE": ("standard", BUILT_IN),
+    "COMPILE_MODE": ("default", BUILT_IN),
+    "RECUR_LAYERS": ("", OFF),
+    "INT4_LAYERS": ("", OFF),
+    "HEAD_LR": ("0.02", UNUSED),
+    "EMBED_LR": ("0.6", UNUSED),
+    "MUON_BETA2": ("0.9", UNUSED),
+    "VAL_BATCH_SIZE": ("524288", UNUSED),
+    "FUSED_CE_ENABLED": ("1", UNUSED),
+    "CHURN_LOG_EVERY": ("0", UNUSED),
+}
+# At 0 a clip of so many sigmas makes all weights 0, a filter takes all or nothing, one step is no
+# pass over a chunk, and one loop is a loop
+NOT_OFF = """ATTN_CLIP_SIGMAS=0 MLP_CLIP_SIGMAS=0 MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0
+ NUM_LOOPS=1 TTT_ENTROPY_HIGH=0 TTT_EVAL_SEQ_LEN=0 BITNET_GROUP_SIZE=0 TTT_GRAD_STEPS=1 SMEAR=0
+ SMEAR_GATE_ENABLED=0 TTT_MOMENTUM=0 TTT_OPTIMIZER=adam TIE_EMBEDDINGS=0 SOFTCAP_TYPE=poly
+ GPTQ_RESERVE_SECONDS=0.5 QAT_INT6=0 EMBED_WD=0"""
+
+
+@pytest.mark.parametrize("name", OF_RECORDS)
+def test_a_setting_of_other_scripts_is_without_effect_where_nothing_is_lost(name):
+    text, why = OF_RECORDS[name]
+    cfg = Config.from_env({name: text})
+    assert cfg == Config() and cfg.without_effect() == {name: why}
+
+
+@pytest.mark.parametrize("told", NOT_OFF.split())
+def test_a_setting_of_other_scripts_is_refused_where_something_is_lost(told):
+    message = refused(dict([told.split("=")]))
+    assert message.startswith(f"{told}: a setting of other scripts; this one has none such: unset")
+    assert len(message.splitlines()) == 1
+
+
+def test_one_loop_is_no_loop_under_the_base_whose_script_counts_passes():
+    for base in ("upstream", "pr145", "pr194"):
+        cfg = Config.from_env({"BASE": base, "NUM_LOOPS": "1"})
+        assert cfg.without_effect() == {"NUM_LOOPS": OFF}
+        assert "NUM_LOOPS=2" in refused({"BASE": base, "NUM_LOOPS": "2"})
+
+
+@pytest.mark.parametrize("name", sorted(ABSENT.keys() - {n for n in ABSENT if ABSENT[n] == ANY}))
+def test_a_setting_of_other_scripts_is_refused_by_name(name):
     message = refused({name: "3.7"})
     assert message.startswith(f"{name}=3.7: a setting of other scripts; this one has none such: ")
-    if name in absent.names.split():
-        for off in absent.off:
-            cfg = Config.from_env({name: off})
-            assert cfg == Config() and cfg.inert == {f"{name}={off}"}
+    if ABSENT[name] != NEVER:
+        assert Config.from_env({name: ABSENT[name]}) == Config()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, absent in ABSENT.items() if name in absent.details.split()]
-)
-def test_the_details_of_a_technique_say_nothing_where_it_is_given_as_off(name):
-    toggle, *_ = ABSENT[name].names.split()
-    # none is off when there is no value for it
-    for off in ABSENT[name].off[:1]:
-        assert ABSENT[name].remedy or f"set {toggle}={off}" in refused({name: "3.7"})
-        cfg = Config.from_env({name: "3.7", toggle: off})
-        assert cfg == Config() and cfg.inert == {f"{name}=3.7", f"{toggle}={off}"}
-    assert name in refused({name: "3.7", toggle: "7.3"})
+def test_what_to_do_instead_names_settings_of_ours():
+    assert train_gpt.INSTEAD.keys() <= ABSENT.keys()
+    for name in train_gpt.INSTEAD:
+        if ABSENT[name] != ANY:
+            told = refused({name: "3"}).partition("unset it, or ")[2]
+            named = set(re.findall(r"[A-Z][A-Z0-9_]{3,}", told))
+            assert named and named <= BY_NAME.keys() | ALIASES.keys(), told
 
 
 def test_numbers_and_switches_are_compared_by_value():
     texts = {"TTT_MOMENTUM": ".90", "TIE_EMBEDDINGS": "True", "GATED_ATTENTION": "False"}
-    assert Config.from_env(texts).inert == {f"{name}={text}" for name, text in texts.items()}
+    assert Config.from_env(texts).others.keys() == texts.keys()
 
 
 @pytest.mark.parametrize(
@@ -287,19 +354,42 @@ def test_numbers_and_switches_are_compared_by_value():
         ({"EMA": "1"}, "did you mean EMA_ENABLED"),
         ({"ENABLE_EMA": "1"}, "did you mean EMA_ENABLED"),
         ({"USE_EMA": "1"}, "did you mean EMA_ENABLED"),
-        ({"USE_SWA": "1"}, "did you mean SWA"),
+        ({"USE_SWA": "1"}, "did you mean SWA_ENABLED"),
         ({"LATE_QAT_TRESHOLD": "0.15"}, "did you mean LATE_QAT_THRESHOLD"),
         ({"qat_enabled": "1"}, "did you mean QAT_ENABLED"),
         ({"Num_Layers": "9"}, "did you mean NUM_LAYERS"),
         ({"seed": "9"}, "did you mean SEED"),
-        ({"qat": "1"}, "did you mean QAT"),
+        ({"qat": "1"}, "did you mean QAT_ENABLED"),
         ({"num_layer": "9"}, "did you mean NUM_LAYERS"),
         ({"late_qat": "1"}, "did you mean LATE_QAT"),
-        ({"gated_attention": "1"}, "did you mean GATED_ATTENTION"),
-        ({"GATED_ATTENTON": "1"}, "did you mean GATED_ATTENTION"),
+        ({"gated_attention": "1"}, "GATED_ATTENTION is a setting of other scripts"),
+        ({"GATED_ATTENTON": "1"}, "GATED_ATTENTION is a setting of other scripts"),
+        ({"ema": "1"}, "did you mean EMA_ENABLED"),
+        ({"seeds": "1"}, "did you mean SEED?"),
+        ({"numlayers": "9"}, "did you mean NUM_LAYERS"),
+        ({"matrixlr": "0.1"}, "did you mean MATRIX_LR"),
+        ({"USE_BIGRAM": "1"}, "did you mean BIGRAM_"),
+        ({"USE_SMEAR": "1"}, "SMEAR is a setting of other scripts"),
+        ({"ENABLEQAT": "1"}, "did you mean QAT_ENABLED"),
+        ({"QUANTBITS": "6"}, "did you mean QUANT_BITS"),
+        ({"QKGAIN": "2"}, "did you mean QK_GAIN_INIT"),
+        ({"GRADCLIP": "1"}, "did you mean GRAD_CLIP_NORM"),
+        ({"CLIP_GRAD_NORM": "1"}, "did you mean GRAD_CLIP_NORM"),
+        ({"N_LAYER": "9"}, "did you mean NUM_LAYERS"),
+        ({"LEARNING_RATE": "0.1"}, "did you mean MATRIX_LR"),
+        ({"NS_STEPS": "5"}, "did you mean MUON_BACKEND_STEPS"),
+        ({"COMPRESION": "zstd"}, "did you mean COMPRESSOR"),
+        ({"LR_SCHEDULE": "linear"}, "did you mean WARMDOWN_FRAC"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "2"}, "did you mean GRAD_ACCUM_STEPS"),
+        ({"RANDOM_SEED": "7"}, "did you mean SEED"),
+        ({"VALUE_EMBEDDING": "1"}, "did you mean VE_ENABLED"),
+        ({"BATCH_TOKENS": "8"}, "did you mean TRAIN_BATCH_TOKENS"),
+        ({"MAX_STEPS": "8"}, "did you mean ITERATIONS"),
+        ({"EMA_BETA": "8"}, "did you mean EMA_DECAY"),
+        ({"EVAL_STRDIE": "8"}, "did you mean EVAL_STRIDE"),
         ({"DATASETS_DIR": "here"}, "set DATA_PATH=here"),
         ({"SMEAR_GATE_ENABLED": "1"}, "set SMEAR_GATE=1"),
-        ({"QAT_FRACTION": "0.3"}, "set QAT_START_KIND=time_frac QAT_START=1-0.3"),
+        ({"QAT_FRACTION": "0.3"}, "set QAT_START_KIND=time_frac QAT_START=0.7"),
     ],
     ids=str,
 )
@@ -314,17 +404,17 @@ RECORDS = json.loads((ROOT / "tests" / "golden" / "record_settings.json").read_t
 
 def fate(name: str, command: dict[str, str]) -> str:
     """What becomes of one variable of a launch."""
-    if name in BY_NAME or name in ALIASES:
-        return "ours"
     told = f"{name}={command[name]}"
     try:
-        inert = Config.from_env(command).inert
+        others = Config.from_env(command).others
     except Refusal as refusal:
-        if any(p.startswith(f"{told}: a setting of other scripts") for p in refusal.problems):
+        if any(told in problem for problem in refusal.problems):
             return "refused by name"
         # then it is accepted: so it must be without others, which were refused
-        inert = train_gpt.settings_of_others(command)[0]
-    return "without effect" if told in inert else "ignored"
+        others = train_gpt.settings_of_others(command, {})[0]
+    if name in others:
+        return "without effect"
+    return "ours" if name in BY_NAME or name in ALIASES else "ignored"
 
 
 def test_no_variable_of_a_published_command_is_ignored_in_silence():
@@ -334,6 +424,8 @@ def test_no_variable_of_a_published_command_is_ignored_in_silence():
             fates[fate(name, command)] += 1
     assert sum(fates.values()) == 471
     assert fates.keys() == {"ours", "without effect", "refused by name"}
+    pergroup = {"COMPRESSOR": "pergroup", "NUM_LAYERS": "9"}
+    assert [fate(name, pergroup) for name in pergroup] == ["refused by name", "ours"]
 
 
 @pytest.mark.parametrize("text", ["1", "0", "off"])
@@ -341,8 +433,8 @@ def test_no_setting_that_records_read_is_ignored_in_silence(text):
     names = RECORDS["settings"]
     assert len(names) == 321
     for name in names:
-        absent = ABSENT.get(name)
-        value = (absent.off or ["0"])[0] if text == "off" and absent and absent.off else text
+        off = ABSENT.get(name, NEVER)
+        value = off if text == "off" and off not in (ANY, NEVER) else text
         assert fate(name, {name: value}) != "ignored", name
 
 
@@ -384,7 +476,6 @@ def test_a_mistyped_variable_is_refused_with_the_right_suggestion(name, suggesti
     [
         "PHASED_TTT_ENABLED",
         "MLP_HIDDEN",
-        "MUON_BETA2",
         "GATED_ATTENTION",
         "VALUE_RESIDUAL",
         "DTG_ENABLED",
@@ -398,153 +489,125 @@ def test_a_variable_of_the_seeds_that_we_lack_is_refused_and_not_ignored(name):
     assert refused({name: "8"}).startswith(f"{name}=8: ")
 
 
-ORDINARY = [
-    "PATH",
-    "HOME",
-    "PWD",
-    "OLDPWD",
-    "SHLVL",
-    "SHELL",
-    "TERM",
-    "USER",
-    "LOGNAME",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "EDITOR",
-    "PAGER",
-    "TMPDIR",
-    "HOSTNAME",
-    "DISPLAY",
-    "COLORTERM",
-    "PS1",
-    "_",
-    "MAIL",
-    "SSH_CLIENT",
-    "SSH_CONNECTION",
-    "SSH_AUTH_SOCK",
-    "XDG_RUNTIME_DIR",
-    "DBUS_SESSION_BUS_ADDRESS",
-    "LS_COLORS",
-    "LESSOPEN",
-    "INIT_CWD",
-    "MAKEFLAGS",
-    "MAKELEVEL",
-    "VIRTUAL_ENV",
-    "CONDA_PREFIX",
-    "CONDA_DEFAULT_ENV",
-    "PYTHONPATH",
-    "PYTHONUNBUFFERED",
-    "PYTHONHASHSEED",
-    "PIP_INDEX_URL",
-    "PYTEST_CURRENT_TEST",
-    "MAX_JOBS",
-    *("BASE_URL", "BASE_DIR", "CHECKPOINT_DISABLE", "DATA_HOME", "DATA_ROOT", "MODEL_NAME"),
-    *("MODEL_PATH", "NUM_CPUS", "NUM_GPUS", "NUM_NODES", "NUM_PROCESSES", "NUM_WORKERS"),
-    *("RUN_ATTEMPT", "RUN_NAME", "RUN_NUMBER", "USE_TORCH", "USE_CUDA", "XDG_DATA_DIRS", "SWAP"),
-    *("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "SKYPILOT_NUM_GPUS_PER_NODE"),
-    *("npm_config_cache", "all_proxy", "TERM_PROGRAM_VERSION", "INVOCATION_ID", "WANDB_NAME"),
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "ROLE_NAME",
-    "ROLE_WORLD_SIZE",
-    "GROUP_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-    "TORCHELASTIC_MAX_RESTARTS",
-    "TORCHELASTIC_ERROR_FILE",
-    "TORCHINDUCTOR_CACHE_DIR",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
-    "TORCH_LOGS",
-    "TORCH_CUDA_ARCH_LIST",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "KMP_AFFINITY",
-    "GOMP_CPU_AFFINITY",
-    "NUMEXPR_MAX_THREADS",
-    "NCCL_DEBUG",
-    "NCCL_IB_DISABLE",
-    "NCCL_NVLS_ENABLE",
-    "NCCL_SOCKET_IFNAME",
-    "NCCL_P2P_DISABLE",
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_HOME",
-    "CUDA_VERSION",
-    "CUDA_LAUNCH_BLOCKING",
-    "CUDA_DEVICE_MAX_CONNECTIONS",
-    "NVIDIA_VISIBLE_DEVICES",
-    "NVIDIA_DRIVER_CAPABILITIES",
-    "LD_LIBRARY_PATH",
-    "TRITON_CACHE_DIR",
-    "TOKENIZERS_PARALLELISM",
-    "HF_HOME",
-    "HF_TOKEN",
-    "HF_HUB_OFFLINE",
-    "TRANSFORMERS_CACHE",
-    "WANDB_API_KEY",
-    "WANDB_RUN_ID",
-    "WANDB_MODE",
-    "MLFLOW_RUN_ID",
-    "AWS_REGION",
-    "AWS_PROFILE",
-    "GOOGLE_APPLICATION_CREDENTIALS",
-    "KUBERNETES_SERVICE_HOST",
-    "SM_MODEL_DIR",
-    "TRAINING_JOB_NAME",
-    "AZUREML_RUN_ID",
-    "RUNPOD_POD_ID",
-    "RUNPOD_GPU_COUNT",
-    "VAST_CONTAINERLABEL",
-    "DATA_DIRECTORY",
-    "OPEN_BUTTON_PORT",
-    "JUPYTER_TOKEN",
-    "COLAB_GPU",
-    "DATABASE_URL",
-    "SLURM_JOB_ID",
-    "SLURM_PROCID",
-    "SLURM_NTASKS",
-    "SLURM_STEP_NUM_NODES",
-    "CI",
-    "GITHUB_ACTIONS",
-    "GITHUB_RUN_ID",
-    "GITHUB_SHA",
-    "RUNNER_OS",
-    "RUNNER_TEMP",
-    "CI_JOB_ID",
-    "CI_COMMIT_SHA",
-    "BUILD_NUMBER",
-    "BUILD_ID",
-    "JOB_NAME",
-    "NODE_NAME",
-    "EXECUTOR_NUMBER",
-    "JENKINS_URL",
-    "RUN_DISPLAY_URL",
-    "RUN_CHANGES_DISPLAY_URL",
-    "RUN_TESTS_DISPLAY_URL",
-    "RUN_ARTIFACTS_DISPLAY_URL",
-    "WORKSPACE",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "DEBIAN_FRONTEND",
-]
+# Variables of other programs, as those that set them document them
+ORDINARY = {
+    "an NGC image of PyTorch": """
+        NVIDIA_PYTORCH_VERSION PYTORCH_BUILD_VERSION PYTORCH_VERSION PYTORCH_BUILD_NUMBER
+        PYTORCH_HOME MODEL_OPT_VERSION CUDA_VERSION CUDA_DRIVER_VERSION CUDA_CACHE_DISABLE
+        CUDA_ARCH_LIST CUDNN_VERSION CUDNN_FRONTEND_VERSION CUBLAS_VERSION CUFFT_VERSION
+        CURAND_VERSION CUSPARSE_VERSION CUSOLVER_VERSION CUTENSOR_VERSION NPP_VERSION
+        NVJPEG_VERSION NCCL_VERSION NSIGHT_SYSTEMS_VERSION NSIGHT_COMPUTE_VERSION NVSHMEM_VERSION
+        TRT_VERSION TRTOSS_VERSION DALI_VERSION DALI_BUILD DALI_URL_SUFFIX POLYGRAPHY_VERSION
+        TRANSFORMER_ENGINE_VERSION NVIDIA_BUILD_ID NVIDIA_PRODUCT_NAME NVIDIA_REQUIRE_CUDA
+        NVIDIA_REQUIRE_JETPACK_HOST_MOUNTS NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES
+        OPENMPI_VERSION OPENUCX_VERSION OPAL_PREFIX UCC_CL_BASIC_TLS UCC_EC_CUDA_EXEC_NUM_THREADS
+        RDMACORE_VERSION GDRCOPY_VERSION MOFED_VERSION HPCX_VERSION EFA_VERSION
+        AWS_OFI_NCCL_VERSION MPI_HOME JUPYTER_PORT TENSORBOARD_PORT LIBRARY_PATH LD_LIBRARY_PATH
+        NVM_DIR PIP_CONSTRAINT PIP_BREAK_SYSTEM_PACKAGES PIP_DEFAULT_TIMEOUT
+        TORCH_ALLOW_TF32_CUBLAS_OVERRIDE TORCH_CUDA_ARCH_LIST TORCH_CUDNN_V8_API_ENABLED
+        CUDA_MODULE_LOADING USE_EXPERIMENTAL_CUDNN_V8_API LC_ALL PYTHONIOENCODING SHELL BASH_ENV
+        ENV COCOAPI_VERSION TENSORRT_VERSION NVFUSER_BUILD_VERSION NVFUSER_VERSION
+        CUBLASMP_VERSION CUDLA_VERSION CUSPARSELT_VERSION CUFILE_VERSION CUDA_COMPONENT_LIST
+        NVPL_LAPACK_MATH_MODE RAPIDS_VERSION""",
+    "GitHub Actions": """
+        CI GITHUB_ACTION GITHUB_ACTIONS GITHUB_ACTOR GITHUB_ACTOR_ID GITHUB_API_URL
+        GITHUB_BASE_REF GITHUB_ENV GITHUB_EVENT_NAME GITHUB_EVENT_PATH GITHUB_HEAD_REF GITHUB_JOB
+        GITHUB_OUTPUT GITHUB_PATH GITHUB_REF GITHUB_REF_NAME GITHUB_REPOSITORY
+        GITHUB_RETENTION_DAYS GITHUB_RUN_ATTEMPT GITHUB_RUN_ID GITHUB_RUN_NUMBER GITHUB_SHA
+        GITHUB_STEP_SUMMARY GITHUB_TOKEN GITHUB_WORKFLOW GITHUB_WORKSPACE RUNNER_ARCH
+        RUNNER_DEBUG RUNNER_NAME RUNNER_OS RUNNER_TEMP RUNNER_TOOL_CACHE RUNNER_ENVIRONMENT
+        ImageOS ImageVersion AGENT_TOOLSDIRECTORY ACCEPT_EULA ANDROID_HOME CHROMEWEBDRIVER CONDA
+        EDGEWEBDRIVER GECKOWEBDRIVER GOROOT_1_22_X64 JAVA_HOME_17_X64 PIPX_BIN_DIR
+        POWERSHELL_DISTRIBUTION_CHANNEL SELENIUM_JAR_PATH SWIFT_PATH VCPKG_INSTALLATION_ROOT
+        DEPLOYMENT_BASEPATH USE_BAZEL_FALLBACK_VERSION SGX_AESM_ADDR DOTNET_NOLOGO
+        DOTNET_MULTILEVEL_LOOKUP BOOTSTRAP_HASKELL_NONINTERACTIVE NVM_DIR XDG_CONFIG_HOME
+        SYSTEMD_EXEC_PID JOURNAL_STREAM GHCUP_INSTALL_BASE_PREFIX HOMEBREW_NO_AUTO_UPDATE
+        HOMEBREW_CLEANUP_PERIODIC_FULL_DAYS""",
+    "SLURM and other batch systems": """
+        SLURM_JOB_ID SLURM_JOBID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES
+        SLURM_JOB_PARTITION SLURM_JOB_ACCOUNT SLURM_JOB_QOS SLURM_JOB_CPUS_PER_NODE
+        SLURM_JOB_GPUS SLURM_JOB_START_TIME SLURM_JOB_END_TIME SLURM_JOB_UID SLURM_JOB_USER
+        SLURM_NNODES SLURM_NODELIST SLURM_NODEID SLURM_NODE_ALIASES SLURM_NPROCS SLURM_NTASKS
+        SLURM_NTASKS_PER_NODE SLURM_PROCID SLURM_LOCALID SLURM_GTIDS SLURM_STEPID SLURM_STEP_ID
+        SLURM_STEP_NODELIST SLURM_STEP_NUM_NODES SLURM_STEP_NUM_TASKS SLURM_STEP_TASKS_PER_NODE
+        SLURM_STEP_GPUS SLURM_STEP_LAUNCHER_PORT SLURM_SRUN_COMM_HOST SLURM_SRUN_COMM_PORT
+        SLURM_SUBMIT_DIR SLURM_SUBMIT_HOST SLURM_CLUSTER_NAME SLURM_CONF SLURM_CPUS_ON_NODE
+        SLURM_CPUS_PER_TASK SLURM_CPU_BIND SLURM_CPU_BIND_TYPE SLURM_DISTRIBUTION SLURM_GPUS
+        SLURM_GPUS_ON_NODE SLURM_GPUS_PER_NODE SLURM_LAUNCH_NODE_IPADDR SLURM_MEM_PER_NODE
+        SLURM_PRIO_PROCESS SLURM_TASKS_PER_NODE SLURM_TASK_PID SLURM_TOPOLOGY_ADDR
+        SLURM_TOPOLOGY_ADDR_PATTERN SLURM_UMASK SLURM_WORKING_CLUSTER SLURM_ARRAY_TASK_ID
+        SLURM_RESTART_COUNT SLURM_EXPORT_ENV SLURMD_NODENAME SLURMD_DEBUG SBATCH_EXPORT
+        SRUN_DEBUG TMPDIR PMI_RANK PMIX_RANK PMIX_NAMESPACE PMI_FD ENVIRONMENT HOSTTYPE
+        MODULEPATH MODULESHOME LOADEDMODULES LMOD_CMD LMOD_DIR LMOD_VERSION _LMFILES_
+        ROCR_VISIBLE_DEVICES GPU_DEVICE_ORDINAL NHOSTS NSLOTS PBS_JOBID PBS_NODEFILE PBS_NUM_PPN
+        PBS_O_WORKDIR LSB_JOBID LSB_MCPU_HOSTS SGE_TASK_ID JOB_ID QUEUE RESTARTED NQUEUES""",
+    "SageMaker": """
+        SM_MODEL_DIR SM_CHANNELS SM_CHANNEL_TRAIN SM_CHANNEL_VAL SM_HPS SM_HP_EPOCHS
+        SM_HP_LEARNING_RATE SM_HP_BATCH_SIZE SM_HP_SEED SM_HP_NUM_LAYERS SM_HP_MODEL_DIM
+        SM_CURRENT_HOST SM_CURRENT_INSTANCE_TYPE SM_HOSTS SM_NUM_GPUS SM_NUM_CPUS SM_NUM_NEURONS
+        SM_LOG_LEVEL SM_INPUT_DIR SM_INPUT_CONFIG_DIR SM_INPUT_DATA_CONFIG SM_OUTPUT_DIR
+        SM_OUTPUT_DATA_DIR SM_OUTPUT_INTERMEDIATE_DIR SM_USER_ENTRY_POINT SM_USER_ARGS
+        SM_MODULE_DIR SM_MODULE_NAME SM_TRAINING_ENV SM_FRAMEWORK_MODULE SM_FRAMEWORK_PARAMS
+        SM_NETWORK_INTERFACE_NAME SM_RESOURCE_CONFIG SM_IS_HETERO TRAINING_JOB_NAME
+        TRAINING_JOB_ARN MODEL_CACHE_ROOT MODEL_SERVER_TIMEOUT MODEL_SERVER_WORKERS
+        SAGEMAKER_PROGRAM SAGEMAKER_REGION SAGEMAKER_SUBMIT_DIRECTORY
+        SAGEMAKER_CONTAINER_LOG_LEVEL SAGEMAKER_JOB_NAME SAGEMAKER_METRICS_DIRECTORY
+        SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY DMLC_INTERFACE
+        AWS_CONTAINER_CREDENTIALS_RELATIVE_URI AWS_EXECUTION_ENV AWS_REGION AWS_DEFAULT_REGION
+        ECS_CONTAINER_METADATA_URI_V4 CURRENT_HOST HF_MODEL_ID HF_TASK DATA_CONFIG
+        SMDATAPARALLEL_LMC_ENABLE FI_PROVIDER FI_EFA_USE_DEVICE_RDMA RDMAV_FORK_SAFE""",
+    "Kubernetes, whose services bear any name": """
+        KUBERNETES_PORT KUBERNETES_PORT_443_TCP KUBERNETES_PORT_443_TCP_ADDR
+        KUBERNETES_PORT_443_TCP_PORT KUBERNETES_PORT_443_TCP_PROTO KUBERNETES_SERVICE_HOST
+        KUBERNETES_SERVICE_PORT KUBERNETES_SERVICE_PORT_HTTPS DATA_SERVICE_HOST DATA_SERVICE_PORT
+        DATA_PORT DATA_PORT_80_TCP DATA_PORT_80_TCP_ADDR MODEL_SERVICE_HOST MODEL_SERVICE_PORT
+        MODEL_SERVER_SERVICE_HOST TRAIN_SERVICE_HOST TRAIN_PORT_29500_TCP EVAL_SERVICE_HOST
+        EVAL_SERVICE_PORT EVAL_PORT TRAIN_PORT LOGS_SERVICE_HOST TOKENIZER_SERVICE_HOST
+        TOKENIZER_SERVICE_PORT VAL_SERVICE_HOST RUN_SERVICE_HOST CHECKPOINT_SERVICE_HOST
+        SEED_SERVICE_HOST MATRIX_SERVICE_HOST BASE_SERVICE_HOST CACHE_SERVICE_HOST
+        MASTER_SERVICE_HOST POD_NAME POD_NAMESPACE POD_IP NODE_NAME NODE_IP PET_NPROC_PER_NODE
+        PET_NNODES PET_RDZV_ENDPOINT PET_MASTER_ADDR PET_MASTER_PORT PET_NODE_RANK
+        JOB_COMPLETION_INDEX HOSTNAME TF_CONFIG NUM_PROCESSES NUM_TRAINERS NUM_SERVICES
+        RUNAI_NUM_OF_GPUS RUNAI_JOB_NAME VC_WORKER_HOSTS VK_TASK_INDEX""",
+    "any": """
+        PATH HOME PWD OLDPWD SHLVL TERM USER LOGNAME LANG TZ EDITOR PAGER DISPLAY COLORTERM PS1 _
+        MAIL SSH_CLIENT SSH_CONNECTION SSH_AUTH_SOCK XDG_RUNTIME_DIR DBUS_SESSION_BUS_ADDRESS
+        LS_COLORS LESSOPEN INIT_CWD MAKEFLAGS MAKELEVEL VIRTUAL_ENV CONDA_PREFIX
+        CONDA_DEFAULT_ENV PYTHONPATH PYTHONUNBUFFERED PYTHONHASHSEED PIP_INDEX_URL
+        PYTEST_CURRENT_TEST MAX_JOBS BASE_URL BASE_DIR CHECKPOINT_DISABLE DATA_HOME DATA_ROOT
+        MODEL_NAME MODEL_PATH NUM_CPUS NUM_GPUS NUM_NODES NUM_WORKERS RUN_ATTEMPT RUN_NAME
+        RUN_NUMBER USE_TORCH USE_CUDA XDG_DATA_DIRS SWAP OMPI_COMM_WORLD_SIZE
+        SKYPILOT_NUM_GPUS_PER_NODE npm_config_cache all_proxy TERM_PROGRAM_VERSION INVOCATION_ID
+        WANDB_NAME RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME
+        ROLE_WORLD_SIZE GROUP_WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID
+        TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_ERROR_FILE
+        TORCHINDUCTOR_CACHE_DIR TORCH_NCCL_ASYNC_ERROR_HANDLING TORCH_LOGS
+        PYTORCH_CUDA_ALLOC_CONF OMP_NUM_THREADS MKL_NUM_THREADS KMP_AFFINITY GOMP_CPU_AFFINITY
+        NUMEXPR_MAX_THREADS NCCL_DEBUG NCCL_IB_DISABLE NCCL_NVLS_ENABLE NCCL_SOCKET_IFNAME
+        NCCL_P2P_DISABLE CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_LAUNCH_BLOCKING
+        CUDA_DEVICE_MAX_CONNECTIONS TRITON_CACHE_DIR TOKENIZERS_PARALLELISM HF_HOME HF_TOKEN
+        HF_HUB_OFFLINE TRANSFORMERS_CACHE WANDB_API_KEY WANDB_RUN_ID WANDB_MODE MLFLOW_RUN_ID
+        AWS_PROFILE GOOGLE_APPLICATION_CREDENTIALS AZUREML_RUN_ID RUNPOD_POD_ID RUNPOD_GPU_COUNT
+        VAST_CONTAINERLABEL DATA_DIRECTORY OPEN_BUTTON_PORT JUPYTER_TOKEN COLAB_GPU DATABASE_URL
+        CI_JOB_ID CI_COMMIT_SHA BUILD_NUMBER BUILD_ID JOB_NAME EXECUTOR_NUMBER JENKINS_URL
+        RUN_DISPLAY_URL RUN_CHANGES_DISPLAY_URL RUN_TESTS_DISPLAY_URL RUN_ARTIFACTS_DISPLAY_URL
+        WORKSPACE http_proxy https_proxy no_proxy DEBIAN_FRONTEND SPEED MATRIX COVERAGE TRAIN
+        EVAL MODEL DATA RUN DIST_URL DIST_BACKEND NUM_THREADS NUM_TASKS MAX_TOKENS MAX_WORKERS
+        MAX_RETRIES MAX_MEMORY MODEL_TYPE MODEL_ID MODEL_ENDPOINT DATA_BUCKET DATA_VERSION
+        EVAL_HOST TRAIN_IMAGE VAL_DIR DIST_DIR CHECKPOINT_DIR CHECKPOINT_PATH LOG_DIR LOGS_BUCKET
+        LOG_LEVEL LOGS TOKENIZER CONTROL_PLANE_IP CONTROL_PORT COMPRESS CAP_ADD KEEP_ALIVE
+        FIT_FILE PACK_NAME TIED LOGIT EMBED BETA BETA_FEATURES SCALAR INITIAL INIT_SCRIPT
+        BASE_IMAGE SEED_URL RESUME_URL AVERAGE_LOAD NUM_PARALLEL_BUILD_JOBS WARMUP
+        WARMUP_REQUESTS ITERATIONS_COUNT EVAL_DIR USE_FLAX TEMP NAME LOG_EVERY ENABLE_TELEMETRY
+        ENABLE_USER_SITE STRICT_MODE DOC_URL""",
+}
 
 
-def test_the_ordinary_variables_of_other_programs_pass():
-    false_alarms = []
-    for name in ORDINARY:
-        try:
-            assert Config.from_env({name: "value"}) == Config()
-        except Refusal:
-            false_alarms.append(name)
-    assert len(ORDINARY) > 60 and false_alarms == []
+@pytest.mark.parametrize("place", ORDINARY)
+def test_the_ordinary_variables_of_other_programs_pass(place):
+    names = ORDINARY[place].split()
+    assert len(names) > 40 and [name for name in names if train_gpt.meant(name)] == []
+    assert Config.from_env(dict.fromkeys(names, "value")) == Config()
 
 
 def test_the_environment_that_runs_these_tests_passes():
@@ -590,7 +653,21 @@ def test_switches_parse_0_as_off_and_1_as_on():
 
 @pytest.mark.parametrize("name", [f.name.upper() for f in NUMERIC])
 def test_a_number_that_is_none_not_finite_or_negative_is_refused(name):
-    for text in ["nan", "", "many", "0x10", "-1e9", "-5", "-inf", "inf", "1e999"]:
+    for text in [
+        " 7 ",
+        "1_000",
+        "\u0667",
+        "7\n",
+        "nan",
+        "",
+        "many",
+        "0x10",
+        "-1e9",
+        "-5",
+        "-inf",
+        "inf",
+        "1e999",
+    ]:
         message = refused({name: text})
         assert message.startswith(f"{name}=") and (
             "must be" in message or "choose one of" in message
@@ -787,11 +864,10 @@ def test_all_that_is_wrong_with_a_launch_is_said_at_once():
         "INIT=zero: choose one of default, ortho",
         "MATRIX_LR=-1.0: must be 0 or more",
         "NUM_KV_HEADS=3: must divide NUM_HEADS=8",
-        "NUM_LOOPS=3: a setting of other scripts; this one has none such: unset it, or set"
-        " NUM_LOOPS=0",
+        "NUM_LOOPS=3: a setting of other scripts; this one has none such: unset it",
         "QAT=1 contradicts QAT_ENABLED=0; set only QAT_ENABLED",
         "RESUME=1: of which run? Set its RUN_ID",
-        "SEED=one: must be a whole number",
+        "SEED=one: must be a whole number in digits 0-9, without spaces",
     ]
 
 
@@ -849,7 +925,7 @@ def test_several_problems_are_lines_below_one_error(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
         f"error: 2 problems [exit 2: {EXIT_CODES[2]}]",
-        "  SEED=one: must be a whole number",
+        "  SEED=one: must be a whole number in digits 0-9, without spaces",
         "  NUM_LAYERS=0: must be 1 or more",
     ]
 
@@ -981,7 +1057,7 @@ def test_a_bad_variable_ends_the_process_with_exit_2_and_one_line():
 @pytest.mark.parametrize(
     "name, value, remedy",
     [
-        ("SEED", "one", "must be a whole number"),
+        ("SEED", "one", "must be a whole number in digits 0-9, without spaces"),
         ("QAT_ENABLED", "true", "must be 0 or 1"),
         ("ITERATIONS", "99999999999999999999", "must be 1 or more, 4611686018427387904 or less"),
         ("QUANT_BITS_MLP", "9", "choose one of 2,"),

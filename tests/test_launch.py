@@ -42,23 +42,25 @@ def test_an_argument_is_a_setting_in_any_spelling():
     "argument, suggestion",
     [
         ("PATH=/bin", "DATA_PATH"),
-        ("TYPO=1", ""),
         ("seed=7", "SEED"),
         ("--seed=7", "SEED"),
-        ("=7", ""),
-        ("CUDA_VISIBLE_DEVICES=0", ""),
         ("EMA=1", "EMA_ENABLED"),
-        ("LAYERS=9", "VE_LAYERS"),
+        ("LAYERS=9", "NUM_LAYERS"),
+        ("SEQ_LENGTH=9", "TRAIN_SEQ_LEN"),
     ],
 )
 def test_an_argument_that_is_no_setting_is_refused_whatever_it_looks_like(argument, suggestion):
     (message,) = refused({}, [argument])
-    assert message.startswith(f"{argument}: no such setting; did you mean {suggestion}")
-    assert "--help" in message
+    assert message == f"{argument}: no such setting; did you mean {suggestion}? --help lists all"
+
+
+@pytest.mark.parametrize("argument", ["TYPO=1", "=7", "CUDA_VISIBLE_DEVICES=0", "KEEP_ALIVE=1"])
+def test_nothing_is_suggested_where_nothing_is_near(argument):
+    assert refused({}, [argument]) == [f"{argument}: no such setting; --help lists all"]
 
 
 def test_an_argument_of_other_scripts_is_refused_by_name_or_without_effect():
-    assert Config.from_env({}, ["GATED_ATTENTION=0"]).inert == {"GATED_ATTENTION=0"}
+    assert Config.from_env({}, ["GATED_ATTENTION=0"]).others == {"GATED_ATTENTION": "off, as here"}
     (message,) = refused({}, ["GATED_ATTENTION=1"])
     assert message.startswith("GATED_ATTENTION=1: a setting of other scripts")
 
@@ -69,7 +71,7 @@ def test_arguments_win_over_the_environment_and_say_so():
     assert (cfg.seed, cfg.qat_enabled, cfg.num_layers, cfg.ema_enabled) == (2, False, 9, False)
     assert cfg.won == (
         "argument EMA_ENABLED=0 wins over EMA_ENABLED=maybe of the environment",
-        "argument QAT_ENABLED=0 wins over QAT_ENABLED=1 of the environment",
+        "argument QAT_ENABLED=0 wins over QAT=1 of the environment",
         "argument SEED=2 wins over SEED=1 of the environment",
     )
 
@@ -77,7 +79,20 @@ def test_arguments_win_over_the_environment_and_say_so():
 def test_an_old_name_wins_over_the_environment_too():
     cfg = Config.from_env({"QAT": "0"}, ["QAT=1"])
     assert cfg.qat_enabled
-    assert cfg.won == ("argument QAT_ENABLED=1 wins over QAT_ENABLED=0 of the environment",)
+    assert cfg.won == ("argument QAT=1 wins over QAT=0 of the environment",)
+
+
+@pytest.mark.parametrize("spelling", ["QAT", "QAT_ENABLED"])
+@pytest.mark.parametrize("argument", ["QAT=1", "QAT_ENABLED=1"])
+def test_what_an_argument_wins_over_is_not_looked_at(spelling, argument):
+    cfg = Config.from_env({spelling: "maybe"}, [argument])
+    told = f"argument {argument} wins over {spelling}=maybe of the environment"
+    assert cfg.qat_enabled and cfg.won == (told,)
+
+
+def test_an_argument_that_says_the_same_wins_over_nothing():
+    env = {"MATRIX_LR": "0.020", "QAT": "True", "QUANT_BITS_MLP": "6"}
+    assert Config.from_env(env, ["MATRIX_LR=.02", "QAT_ENABLED=1", "QUANT_BITS=6"]).won == ()
 
 
 def test_a_default_of_the_launcher_yields_to_everything_and_is_not_given():
@@ -210,7 +225,7 @@ def test_what_is_wrong_is_the_last_thing_that_torchrun_shows():
     assert set(border) == {"="}
     message = [
         f"error: 2 problems [exit 2: {EXIT_CODES[2]}]",
-        "SEED=one: must be a whole number",
+        "SEED=one: must be a whole number in digits 0-9, without spaces",
         "NUM_LAYERS=0: must be 1 or more",
     ]
     assert others[-3] == f"  traceback : {message[0]}"
@@ -226,13 +241,19 @@ def test_a_rank_that_says_nothing_lets_the_one_that_does_end_first(monkeypatch, 
     monkeypatch.setattr(train_gpt.time, "sleep", lambda s: waited.append((s, path.exists())))
     monkeypatch.setattr(train_gpt.signal, "getsignal", lambda _: train_gpt.signal.SIG_DFL)
     launched = {"LOCAL_RANK": "1", "TORCHELASTIC_ERROR_FILE": str(path)}
-    train_gpt.say_once(["SEED=one: must be a whole number"], 2, launched)
+    train_gpt.say_once(
+        ["SEED=one: must be a whole number in digits 0-9, without spaces"], 2, launched
+    )
     assert waited == [(train_gpt.PATIENCE_OF_THE_SILENT, False)] and "SEED=one" in path.read_text()
     # where a signal has a handler it would not end the wait, and without torchrun there is none
     monkeypatch.setattr(train_gpt.signal, "getsignal", lambda _: print)
-    train_gpt.say_once(["SEED=one: must be a whole number"], 2, launched)
+    train_gpt.say_once(
+        ["SEED=one: must be a whole number in digits 0-9, without spaces"], 2, launched
+    )
     monkeypatch.undo()
-    train_gpt.say_once(["SEED=one: must be a whole number"], 2, {"LOCAL_RANK": "1"})
+    train_gpt.say_once(
+        ["SEED=one: must be a whole number in digits 0-9, without spaces"], 2, {"LOCAL_RANK": "1"}
+    )
     assert len(waited) == 1 and capsys.readouterr().err == ""
 
 

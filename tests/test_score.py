@@ -305,16 +305,21 @@ def test_a_model_of_uniform_logits_scores_log2_of_the_vocabulary_per_target(sett
     assert found.loss == pytest.approx(math.log(384), rel=1e-7)
 
 
-@pytest.mark.parametrize("mode", ["fixed", "sliding", "documents"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_score_does_not_depend_on_the_batch_size(setting, mode):
     cfg = setting(**MODES[mode])
     run = Run(cfg)
     val, model = validation(cfg, run), lively_model(cfg, run)
-    sizes = [
-        nats_of(setting(**MODES[mode], eval_batch_seqs=size), run, val, model, mode)[1].bpb
-        for size in (1, 3, 64)
-    ]
+
+    def bpb(**sizes: int) -> float:
+        untouched = build_model(cfg, run, sdpa)
+        untouched.load_state_dict(model.state_dict())
+        return nats_of(setting(**MODES[mode], **sizes), run, val, untouched, mode)[1].bpb
+
+    sizes = [bpb(eval_batch_seqs=size) for size in (1, 3, 64)]
     assert sizes == pytest.approx([sizes[0]] * 3, rel=1e-6)
+    # that of the steps is another
+    assert (abs(bpb(ttt_batch_seqs=1) / sizes[0] - 1) > 1e-4) == (mode == "ttt")
 
 
 def test_a_target_scored_twice_or_never_is_an_error(setting):
