@@ -334,16 +334,12 @@ def shown_by(f: Folder, stated: float, key: str) -> str:
     if source := shown_by_log(f, stated, key):
         return source
     rows = [row.get("val_" + key) for row in f.seed_rows.values()]
-    shown_rows = [value for value in rows if is_shown(f, value, key)]
-    whole = len(shown_rows) == len(rows) > 1
-    if whole and rounds_to(statistics.fmean(shown_rows), stated, digits=2.02):
+    if len(rows) < 2 or any(type(value) not in (int, float) for value in rows):
+        return ""
+    of_logs = all(shown_by_log(f, value, key) for value in rows)
+    if of_logs and rounds_to(statistics.fmean(rows), stated, digits=2.02):
         return "the mean of its seeds"
     return ""
-
-
-def is_shown(f: Folder, value, key: str) -> bool:
-    """Whether a value of submission.json is a number that a log shows."""
-    return type(value) in (int, float) and bool(shown_by_log(f, value, key))
 
 
 def logs_say(f: Folder, key: str) -> str:

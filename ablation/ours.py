@@ -4,6 +4,7 @@ In: a folder of plain files with a result per seed. Out: findings. Each check ru
 others found, as far as there is something to compare with.
 """
 
+import copy
 import itertools
 import math
 import re
@@ -342,26 +343,26 @@ def check_readme(folder: Path, readme: str, results: Results, about: dict) -> li
 
 def known_figures(folder: Path, results: Results, summary: dict) -> tuple[Figures, Figures]:
     """(what results show, what results and logs show)."""
-    both = (Figures(), Figures())
-    for figures in both:
-        figures.add_json(list(results.values()))
-        figures.add_json(summary)
-        for r in results.values():
-            for kind, value in effects_of(r):
-                figures.add(kind, value)
-            for kind, key in ((BPB, "bpb"), (NATS, "loss")):
-                figures.add_differences(kind, stages_of(r, key))
-            figures.add(HEADROOM, CAP_BYTES - r["total_bytes"])
-            figures.add(SECONDS, r["train_seconds"] / r["steps"])
-        for kind, key in RESULT_FIGURES:
-            figures.add_group(kind, [r[key] for r in results.values()])
+    strict = Figures()
+    strict.add_json(list(results.values()))
+    strict.add_json(summary)
+    for r in results.values():
+        for kind, value in effects_of(r):
+            strict.add(kind, value)
+        for kind, key in ((BPB, "bpb"), (NATS, "loss")):
+            strict.add_differences(kind, stages_of(r, key))
+        strict.add(HEADROOM, CAP_BYTES - r["total_bytes"])
+        strict.add(SECONDS, r["train_seconds"] / r["steps"])
+    for kind, key in RESULT_FIGURES:
+        strict.add_group(kind, [r[key] for r in results.values()])
+    loose = copy.deepcopy(strict)
     for seed in results:
         path = folder / f"train_seed{seed}.log"
         if path.is_file():
-            loose_text = path.read_text(encoding="utf-8", errors="replace")
-            for number in itertools.islice(numbers(loose_text), MAX_LOGGED):
-                both[1].add(ANY, number.value)
-    return both
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for number in itertools.islice(numbers(text), MAX_LOGGED):
+                loose.add(ANY, number.value)
+    return strict, loose
 
 
 def effects_of(r: dict) -> Iterator[tuple[str, float]]:

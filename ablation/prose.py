@@ -5,6 +5,7 @@ score and is not excused by any 1.12 of a learning rate.
 """
 
 import bisect
+import functools
 import itertools
 import math
 import re
@@ -106,6 +107,7 @@ class Stated(NamedTuple):
         return self.kind in (BPB, NATS) or (self.kind == BYTES and self.value >= SIZE)
 
 
+@functools.lru_cache(maxsize=4096)
 def kind_of(name: str) -> tuple[str, float]:
     """The kind and the unit of a figure by its key in a JSON file."""
     name = name.lower()
