@@ -38,11 +38,19 @@ endif
 
 # What stands on make's command line and is neither this file's nor another program's is a setting. Its value goes through the
 # environment, where make puts it, so that spaces and quotes survive.
-NO_SETTINGS := PYTHON GPUS CORES RANKS NAME FORCE WORKERS GOLF_DATA SEED194 RECORD1855 PEERS PIP_% \
-  OMP_% GOMP_% MKL_% CUDA_% NCCL_% GLOO_% TORCH% PYTORCH_%
-GIVEN = $(foreach name,$(filter-out $(NO_SETTINGS),$(.VARIABLES)),$(if $(filter command,$(origin $(name))),"$(name)=$$$(name)"))
+override NO_SETTINGS := PYTHON% GPUS CORES RANKS NAME FORCE WORKERS GOLF_% SEED194 RECORD1855 PEERS PATH HOME TMPDIR SHELL \
+  LANG LC_% LD_% XDG_% PIP_% OMP_% GOMP_% MKL_% KMP_% CUDA_% CUBLAS_% NVIDIA_% NCCL_% GLOO_% UCX_% FI_% TORCH% PYTORCH_% \
+  TRITON_% HF_% WANDB_% AWS_% SLURM_% %_proxy %_PROXY
+override GIVEN := $(strip $(foreach name,$(filter-out $(NO_SETTINGS),$(.VARIABLES)),\
+  $(if $(filter command,$(origin $(name))),$(name))))
+ifneq ($(findstring -,$(GIVEN))$(findstring .,$(GIVEN)),)
+$(error $(GIVEN): no such settings; make knobs lists all)
+endif
+ifeq ($(filter train bench gpu,$(MAKECMDGOALS)),)
+$(if $(GIVEN),$(error $(GIVEN): settings are for make train, bench and gpu; leave them out))
+endif
 # For a recipe: "$$@" are the settings, with the tokenizer that lies beside your own data
-SETTINGS = set -- $(GIVEN) $(patsubst %,'%',$(DEFAULTS)); \
+override SETTINGS = set -- $(foreach name,$(GIVEN),"$(name)=$$$(name)") $(patsubst %,'%',$(DEFAULTS)); \
   if [ -n "$$DATA_PATH" ] && [ -f "$$DATA_PATH/tokenizer.model" ]; then \
     set -- "$$@" "TOKENIZER_PATH?=$$DATA_PATH/tokenizer.model"; fi;
 

@@ -5967,7 +5967,7 @@ HELP_COLUMN = 34
 
 
 def help_text() -> str:
-    """Every knob with its default, meaning, type, unit and choices, as wide as the terminal."""
+    """Every knob with its default, meaning, type, unit and range, as wide as the terminal."""
     width = shutil.get_terminal_size().columns
     codes = "\n".join(f"{code:>7} {meaning}" for code, meaning in EXIT_CODES.items())
     knobs = "\n".join(help_entry(f, width) for f in KNOBS)
@@ -5978,7 +5978,7 @@ def help_text() -> str:
     parts = [
         __doc__.strip(),
         f"Exit codes:\n\n{codes}",
-        f"VARIABLE=default, meaning (type, unit: choices)\n\n{knobs}",
+        f"VARIABLE=default, meaning (type, unit: choices or range)\n\n{knobs}",
         textwrap.fill(f"BASE takes {bases}", width),
         textwrap.fill(f"Old spellings of the seeds that also work: {aliases}", width),
     ]
@@ -5998,6 +5998,10 @@ def help_entry(f: dataclasses.Field, width: int) -> str:
         kind += f", {limits.unit}"
     if limits.choices:
         kind += ": " + " | ".join(map(str, limits.choices))
+    elif limits.hi is not None:
+        kind += f": {limits.lo} to {limits.hi}"
+    elif limits.lo is not None:
+        kind += f": {limits.lo} or more"
 
     indent = " " * HELP_COLUMN
     meaning = f"{limits.doc} ({kind})"

@@ -1024,6 +1024,9 @@ def test_help_lists_every_knob_with_type_default_unit_meaning_and_alias():
         default = str(int(f.default)) if f.type == "bool" else str(f.default) or '""'
         kind = f"{f.type}, {f.metadata['unit']}".removesuffix(", ")
         choices = " | ".join(map(str, f.metadata["choices"]))
+        lo, hi = f.metadata["lo"], f.metadata["hi"]
+        if lo is not None:
+            choices = f"{lo} or more" if hi is None else f"{lo} to {hi}"
         meaning = f"{f.metadata['doc']} ({kind}: {choices})".replace(": )", ")")
         assert f.metadata["doc"] and f" {f.name.upper()}={default} {meaning}" in text
     assert all(alias in done.stdout for alias in ALIASES)

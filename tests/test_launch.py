@@ -162,8 +162,10 @@ def make(tmp_path):
             env={**env, **variables},
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
         )
+        if done.returncode:
+            raise SystemExit(done.stderr)
         printed = done.stdout.rpartition("\n")[2].removesuffix("\0").split("\0")
         return printed[printed.index(f"{'bench' if 'bench' in words else 'train_gpt'}.py") + 1 :]
 
@@ -181,8 +183,22 @@ def test_settings_on_makes_command_line_become_arguments_with_whatever_they_hold
 
 def test_variables_of_make_and_of_other_programs_are_no_arguments(make):
     others = ["NAME=x", "PYTHON=python3", "RANKS=1", "CORES=2", "OMP_NUM_THREADS=1"]
+    others += ["HF_HOME=/y", "TRITON_CACHE_DIR=/x", "PYTHONPATH=z", "https_proxy=p"]
     arguments = make("train", *others, "CUDA_VISIBLE_DEVICES=0", "NCCL_DEBUG=INFO")
     assert all("?=" in argument for argument in arguments)
+
+
+@pytest.mark.parametrize("target", ["pages", "test", "knobs", "help"])
+def test_a_setting_that_a_target_does_not_take_is_refused(make, target):
+    with pytest.raises(SystemExit, match="SEED: settings are for make train, bench and gpu"):
+        make(target, "SEED=7")
+
+
+def test_no_variable_of_make_empties_the_settings_or_makes_up_another(make):
+    for own in ("GIVEN=", "SETTINGS=", "NO_SETTINGS=%"):
+        assert "SEED=7" in make("train", own, "SEED=7")
+    with pytest.raises(SystemExit, match="foo-bar: no such settings; make knobs lists all"):
+        make("train", "foo-bar=1")
 
 
 def test_a_mistyped_setting_of_make_is_refused(make):
