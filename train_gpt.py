@@ -795,9 +795,11 @@ SOURCE = globals().get("__source__") or Path(__file__).read_bytes()
 CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
 # Of metrics.jsonl and result.json; README documents both
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-# Graphs that may be compiled: one per shape (training, fixed, sliding, documents)
+# Graphs that may be compiled of one function, the model's forward pass: of the trained model one
+# per shape (training, fixed windows), of the scored one one per shape (fixed, sliding, documents),
+# and one of the model without each of MODEL_TOGGLES
 RECOMPILE_LIMIT = 32
 
 # Parameter name -> fp32 tensor, the same on every rank
@@ -1195,11 +1197,13 @@ class Activity:
 
 
 def in_words(effect: float | None, interval: list[float] | None) -> str | None:
-    """An effect as people would say it; None where there is none."""
+    """An effect as people would say it; None where there is none. An interval of NaN is none."""
     if effect is None:
         return None
     if not math.isfinite(effect):
         return NOT_FINITE
+    if interval and not all(map(math.isfinite, interval)):
+        interval = None
     low, high = interval or (effect, effect)
     if low == effect == high == 0:
         return DID_NOTHING
@@ -4921,12 +4925,15 @@ def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
         activity.cost_per = "step" if average.every_step else "snapshot"
         # this changes the run's own average; what is exported and probed was copied before
         measure_cost(run, name.upper(), average.update)
-        compare_steps(activity, trainer.step_seconds)
+        compare_steps(activity, trainer.step_seconds, delay=int(run.cuda))
 
 
-def compare_steps(activity: Activity, step_seconds: list[float]) -> None:
-    """Fills in how long the run's own steps took, without and with; from ten of each on."""
-    acted = set(activity.steps)
+def compare_steps(activity: Activity, step_seconds: list[float], delay: int = 0) -> None:
+    """Fills in how long the run's own steps took, without and with; from ten of each on.
+
+    delay: 1 for what a GPU is given behind the sync of a step, and does in the time of the next.
+    """
+    acted = {step + delay for step in activity.steps}
     taken = [s for step, s in enumerate(step_seconds) if step in acted]
     others = [s for step, s in enumerate(step_seconds) if step not in acted]
     if min(len(taken), len(others)) >= 10:
@@ -5037,12 +5044,15 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
     if worse <= 0:
         return
     margin = paired_margin(averaged.blocks, live.blocks, math.log(2) * live.bytes)
-    words = in_words(worse, [worse - margin, worse + margin])
+    sure = ", too little text for an interval"
+    if math.isfinite(margin):
+        words = in_words(worse, [worse - margin, worse + margin])
+        sure = f" +- {margin:.6f}, in words {words}"
     saved = cfg.checkpoint or run.dir / CHECKPOINTS[0]
     run.warn(
         f"the shipped average, {cfg.shipped_average}, is worse than the live weights: "
-        f"{averaged.bpb:.6f} against {live.bpb:.6f} BPB, {worse:+.6f} +- {margin:.6f}, "
-        f"in words {words} (fixed windows, before quantisation); "
+        f"{averaged.bpb:.6f} against {live.bpb:.6f} BPB, {worse:+.6f}{sure} (fixed windows, "
+        "before quantisation); "
         f"{setting('checkpoint', saved)} AVERAGE=none exports the live ones"
     )
 
@@ -5310,7 +5320,11 @@ def cost_text(row: dict) -> str | None:
 def total_text(row: dict) -> str | None:
     """2.5 s, 19.6 steps lost"""
     parts = []
-    if row["cost_seconds"] is not None:
+    if row["cost_per"] == "scoring":
+        seconds = row["cost_seconds"]
+        than = "more" if seconds > 0 else "less"
+        parts.append(f"{abs(seconds):.2f} s {than} than plain scoring (once, compiling included)")
+    elif row["cost_seconds"] is not None:
         parts.append(f"{row['cost_seconds']:.2f} s")
     if row["steps_lost"] is not None:
         parts.append(f"{row['steps_lost']:.1f} steps lost")

@@ -327,6 +327,13 @@ def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_o
         train_gpt.closing_warnings(cfg, run, nothing_to_say, fine)
     assert len(warned) == 2
 
+    # a text of one block has no interval
+    assert train_gpt.in_words(0.1, [math.nan, math.nan]) == "acted"
+    short = dict(live=score_of(79.0, seconds=1.0), averaged=score_of(80.0, seconds=1.0))
+    train_gpt.closing_warnings(cfg, run, nothing_to_say, short)
+    assert ", too little text for an interval (fixed windows" in warned[2]
+    assert "nan" not in warned[2]
+
 
 @pytest.mark.parametrize(
     "bpb, gap, fit",
@@ -373,7 +380,14 @@ def test_the_codes_are_told_in_bits_and_beside_their_entropy():
             dict(cost_per="export", cost_seconds=0.5, bytes_saved=1234),
             [None, "not measured", "0.50 s, 1,234 bytes saved"],
         ),
-        (dict(cost_per="scoring", cost_seconds=-1.0), [None, None, "-1.00 s"]),
+        (
+            dict(cost_per="scoring", cost_seconds=-1.0),
+            [None, None, "1.00 s less than plain scoring (once, compiling included)"],
+        ),
+        (
+            dict(cost_per="scoring", cost_seconds=2.5),
+            [None, None, "2.50 s more than plain scoring (once, compiling included)"],
+        ),
     ],
 )
 def test_the_words_of_the_table_are_those_of_the_numbers(fields, cells):

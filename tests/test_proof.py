@@ -13,6 +13,7 @@ import statistics
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -263,6 +264,42 @@ def test_the_steps_of_the_run_are_compared_where_there_are_enough():
     always = Activity(steps=[*range(25)])  # 5 without are too few
     train_gpt.compare_steps(always, seconds)
     assert always.step_ms_with is None and train_gpt.steps_text(always.row(30)) is None
+
+
+def test_on_a_gpu_an_average_takes_its_time_in_the_step_after(tiny, monkeypatch):
+    """It is queued behind the sync of its step: snapshots at 1, 3, 5 make 2, 4, 6 longer."""
+    seconds = [0.1, 0.1] + [0.3, 0.1] * 14
+    on_a_gpu = SimpleNamespace(activity={"SWA": Activity(steps=[*range(1, 29, 2)])}, cuda=True)
+    average = SimpleNamespace(every_step=False, update=None)
+    trainer = SimpleNamespace(
+        averages=SimpleNamespace(on={"swa": average}), step_seconds=seconds, model=None
+    )
+    trained = SimpleNamespace(trainer=trainer, averages={"swa": {}})
+    probe = SimpleNamespace(nats=lambda *_: 0, measure=lambda *_: None, base=0)
+    monkeypatch.setattr(train_gpt, "measure_cost", lambda *_: None)
+    for cuda, found in ((True, (100.0, 300.0)), (False, (300.0, 100.0))):
+        on_a_gpu.cuda = cuda
+        train_gpt.prove_averages(on_a_gpu, trained, probe)
+        row = on_a_gpu.activity["SWA"]
+        assert (row.step_ms_without, row.step_ms_with) == pytest.approx(found)
+
+
+def test_all_that_may_be_compiled_of_the_forward_pass_stays_below_the_limit(tiny):
+    cfg = tiny(compile="1", val_max_tokens=1500)
+    trainer = make_trainer(cfg)
+    sheet = train_gpt.ScoreSheet(cfg, trainer.run, trainer.val)
+    n, length, stride = trainer.val.n, cfg.window, cfg.eval_stride
+    fixed = train_gpt.windows(0, n, length, 0)
+    ways = [
+        train_gpt.windows(0, n, length, stride),
+        train_gpt.document_windows(trainer.val, length, stride),
+    ]
+    shapes = [np.unique(sheet.shapes(rows), axis=0) for rows in (fixed, *ways)]
+    scored = len(np.unique(np.concatenate(shapes), axis=0))
+    assert len(shapes[0]) == 1 and scored >= 2
+    # trained on micro-batches of two sizes, and scored; scored in every way; without each part
+    graphs = 2 + len(shapes[0]) + scored + len(train_gpt.MODEL_TOGGLES)
+    assert graphs < train_gpt.RECOMPILE_LIMIT == torch._dynamo.config.recompile_limit
 
 
 @pytest.mark.parametrize("patience, measured", [(1e9, True), (-1.0, False)])
