@@ -5962,17 +5962,15 @@ def strangers(told: dict[str, list[Said]], arguments: bool = False) -> list[str]
     problems = []
     for name in sorted(told.keys() - BY_NAME.keys()):
         nearest = meant(name, arguments)
-        problem = f"{told[name][0]}: no such setting"
+        written = told[name][0]
+        remedy = "--help lists all" if arguments else "Else unset it"
         if nearest in ABSENT:
-            problem = f"{told[name][0]}: {nearest} is a setting of other scripts; this one has none"
+            lacking = f"{nearest} is a setting of other scripts; this one has none such"
+            problems.append(f"{written}: {lacking}: unset it")
         elif nearest:
-            problem += f"; did you mean {nearest}?"
-        else:
-            problem += ";"
-        if arguments:
-            problems.append(f"{problem} --help lists all")
-        elif nearest:
-            problems.append(f"{problem} Else unset it")
+            problems.append(f"{written}: no such setting; did you mean {nearest}? {remedy}")
+        elif arguments:
+            problems.append(f"{written}: no such setting; {remedy}")
     return problems
 
 

@@ -362,8 +362,14 @@ def test_numbers_and_switches_are_compared_by_value():
         ({"qat": "1"}, "did you mean QAT_ENABLED"),
         ({"num_layer": "9"}, "did you mean NUM_LAYERS"),
         ({"late_qat": "1"}, "did you mean LATE_QAT"),
-        ({"gated_attention": "1"}, "GATED_ATTENTION is a setting of other scripts"),
-        ({"GATED_ATTENTON": "1"}, "GATED_ATTENTION is a setting of other scripts"),
+        (
+            {"gated_attention": "1"},
+            "GATED_ATTENTION is a setting of other scripts; this one has none such: ",
+        ),
+        (
+            {"GATED_ATTENTON": "1"},
+            "GATED_ATTENTION is a setting of other scripts; this one has none such: ",
+        ),
         ({"ema": "1"}, "did you mean EMA_ENABLED"),
         ({"seeds": "1"}, "did you mean SEED?"),
         ({"numlayers": "9"}, "did you mean NUM_LAYERS"),
