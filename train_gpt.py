@@ -421,12 +421,6 @@ class Config:
     qat_grid: str = qat_knob("export", "", "clip: QUANT_CLIP's or amax", choices=("export", "amax"))
     qat_bits: int = qat_knob(0, "bits", "to round to; 0: those that ship", choices=QAT_BITS)
 
-    @rule
-    def qat_start_has_a_kind(qat_enabled, qat_start_kind, qat_start):
-        broken = qat_enabled and qat_start_kind == "always" and qat_start > 0
-        remedy = "of what? lr scale (#989) or share of steps (#117)? Set QAT_START_KIND or BASE"
-        refuse(broken, f"QAT_START={qat_start}: {remedy}")
-
     # QNA
     qna_enabled: bool = knob(False, "", "uniform noise of a grid step, falls with lr", on_grid=True)
     qna_magnitude: float = qna_knob(1.0, "steps", "noise width at full learning rate", lo=0)
@@ -536,6 +530,8 @@ class Config:
     inherited: bool = field(default=False, compare=False)
     # Name -> why nothing is lost without it, of other scripts' settings
     others: dict = field(default_factory=dict, compare=False)
+    # Spellings of other scripts that were given
+    spelt: frozenset = field(default=frozenset(), compare=False)
     # A line for each argument that wins over the environment
     won: tuple = field(default=(), compare=False)
 
@@ -654,7 +650,7 @@ class Config:
         everything = dict(env) | arguments
         base = Base()
         with noted(problems):
-            base = read_base(everything.get("BASE", ""))
+            base = read_base((defaults | everything).get("BASE", ""))
 
         # what the environment says of a knob that has an argument is not looked at
         said = in_todays_names(arguments, base, everything)
@@ -665,8 +661,8 @@ class Config:
         problems += strangers(said | in_todays_names(defaults, base, everything), arguments=True)
         others, refused = settings_of_others(everything, base.off)
         problems += refused
-        if not everything.get("BASE"):
-            problems += ambiguous(everything)
+        heard = itertools.chain(*told.values())
+        problems += ambiguous({said.name: said.value for said in heard}, base)
 
         given = frozenset(texts)
         texts = defaults | base.settings | texts
@@ -682,7 +678,9 @@ class Config:
         if problems:
             # each once: an old spelling may stand for several knobs
             raise Refusal(list(dict.fromkeys(problems)))
-        return cls(given=given, others=others, won=overruled(around, said), **values)
+        spelt = frozenset((base.old_names().keys() | ABSENT.keys()) & everything.keys())
+        won = overruled(around, said)
+        return cls(given=given, others=others, won=won, spelt=spelt, **values)
 
 
 KNOBS = [f for f in dataclasses.fields(Config) if f.metadata]
@@ -5828,54 +5826,51 @@ def overruled(around: dict[str, list[Said]], said: dict[str, list[Said]]) -> tup
     return tuple(dict.fromkeys(lines))
 
 
-class Ambiguity(NamedTuple):
-    """A toggle, beside such variables, that one script reads so and another one otherwise."""
+def ambiguous(env: dict, base: Base) -> Iterator[str]:
+    """A problem for each setting that scripts read differently, where nothing says which is meant.
 
-    toggle: str
-    beside: tuple[str, ...]
-    # each of these says which is meant
-    settled_by: tuple[str, ...]
-    question: str
+    env: what was given, as it is spelt. A base says so only where it says something of the matter.
+    """
+    on = {name for name, text in env.items() if SWITCHES.get(text) == "1"}
+    said = env.keys() | base.settings.keys()
+    if "SWA" in on and "SWA_START_FRAC" in env and "SWA_START_KIND" not in said:
+        told = f"SWA=1 SWA_START_FRAC={env['SWA_START_FRAC']}"
+        meant = "a share of ITERATIONS (#199) or an lr scale (#194, #989)"
+        yield f"{told}: {meant}? Set SWA_START_KIND or a BASE that has it"
 
+    yield from ambiguous_start(env, on, base)
 
-AMBIGUITIES = (
-    Ambiguity(
-        "SWA",
-        ("SWA_START_FRAC",),
-        ("SWA_START_KIND",),
-        "a share of ITERATIONS (#199) or an lr scale (#194, #989)? Set SWA_START_KIND or BASE",
-    ),
-    Ambiguity(
-        "LATE_QAT",
-        (),
-        ("QAT_START_KIND", "LATE_QAT_THRESHOLD", "QAT_THRESHOLD"),
-        "below which lr scale? Set LATE_QAT_THRESHOLD (0.1 or 0.15 in its scripts) or BASE",
-    ),
-    Ambiguity(
-        "BIGRAM_HASH",
-        (),
-        ("BIGRAM_VOCAB_SIZE",),
-        "the hashes of #194 and #199, which we lack? Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE",
-    ),
-    Ambiguity(
-        "TTT_ENABLED",
-        (),
-        ("TTT_MODE", "TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"),
-        "of all weights (#549) or of adapters (#194), which we lack? Set TTT_MODE=sgd or BASE",
-    ),
-)
+    if "BIGRAM_HASH" in on and "BIGRAM_VOCAB_SIZE" not in {*env, *base.fixed}:
+        meant = "the hashes of #194 and #199, which we lack"
+        yield f"BIGRAM_HASH=1: {meant}? Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE=pr194, pr199"
+
+    details = {"TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"}
+    if "TTT_ENABLED" in on and "TTT_MODE" not in {*env, *base.fixed} and not details & said:
+        meant = "of all weights (#549) or of adapters (#194), which we lack"
+        yield f"TTT_ENABLED=1: {meant}? Set TTT_MODE=sgd or a BASE that has it"
 
 
-def ambiguous(env: dict) -> list[str]:
-    """A problem for each toggle that scripts read differently, if nothing says which is meant."""
-    problems = []
-    for case in AMBIGUITIES:
-        on = SWITCHES.get(env.get(case.toggle, "0")) != "0"
-        asked = on and all(name in env for name in case.beside)
-        if asked and not any(name in env for name in case.settled_by):
-            told = " ".join(f"{name}={env[name]}" for name in (case.toggle, *case.beside))
-            problems.append(f"{told}: {case.question}")
-    return problems
+def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[str]:
+    """The problem with what starts QAT, where nothing says what does."""
+    if {"QAT_START_KIND", "LATE_QAT_THRESHOLD", "QAT_THRESHOLD"} & env.keys():
+        return
+    toggles = {"QAT_ENABLED", "QAT", "ENABLE_QAT", "LATE_QAT"}
+    quantises = base.settings.get("QAT_ENABLED") == "1"
+    if toggles & env.keys():
+        quantises = bool(toggles & on)
+    kind = base.settings.get("QAT_START_KIND", "")
+    starts = [name for name in ("QAT_START", "QAT_START_FRAC") if name in env]
+    starts = [name for name in starts if not same_value(env[name], "0")]
+
+    if "LATE_QAT" in on and "LATE_QAT_THRESHOLD" not in base.means:
+        remedy = "Set LATE_QAT_THRESHOLD (0.1 or 0.15 in its scripts) or a BASE that has it"
+        yield f"LATE_QAT=1: below which lr scale? {remedy}"
+    elif quantises and starts and kind in ("", "always"):
+        remedy = "of what? lr scale (#989) or share of steps (#117)? Set QAT_START_KIND or BASE"
+        yield f"{starts[0]}={env[starts[0]]}: {remedy}"
+    elif "ENABLE_QAT" in on and not kind:
+        remedy = "Set QAT_START_KIND (always: from the first step) or a BASE that has it"
+        yield f"ENABLE_QAT=1: from where on? {remedy}"
 
 
 # First words of our settings and of those in ABSENT that no other program's variables have
@@ -6215,6 +6210,9 @@ def log_start(cfg: Config, run: Run) -> None:
     idle = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
     if idle:
         run.log(f"without effect: {', '.join(idle)}")
+    if cfg.spelt and not cfg.base and not cfg.inherited:
+        theirs = f"{', '.join(sorted(cfg.spelt))}: spellings of other scripts"
+        run.log(f"{theirs}; what is not given has our defaults, BASE=NAME has another script's")
     for line in cfg.won:
         run.log(line)
     run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)

@@ -222,6 +222,7 @@ def test_the_hash_of_a_configuration_depends_on_the_values_and_not_on_their_base
             "pr989",
             {"qat_enabled": True, "qat_start_kind": "lr_scale", "qat_start": 0.7},
         ),
+        ("ENABLE_QAT=1", "pr989", {"qat_start_kind": "lr_scale", "qat_start": 0.7}),
         ("LATE_QAT=1", "pr975", {"qat_start_kind": "lr_scale", "qat_start": 0.15}),
         ("TTT_ENABLED=1", "pr975", {"ttt_mode": "sgd"}),
     ],
@@ -245,6 +246,8 @@ def test_a_pair_that_scripts_read_differently_is_read_as_its_script_did_or_asked
         "SWA=0 SWA_START_FRAC=.5",
         "ENABLE_QAT=1 QAT_START_FRAC=0.7 QAT_START_KIND=lr_scale",
         "ENABLE_QAT=0 QAT_START_FRAC=0.7",
+        "ENABLE_QAT=1 QAT_START_KIND=always",
+        "ENABLE_QAT=0",
         "LATE_QAT=1 LATE_QAT_THRESHOLD=0.15",
         "LATE_QAT=0",
         "TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3",
@@ -256,6 +259,43 @@ def test_a_pair_that_scripts_read_differently_is_read_as_its_script_did_or_asked
 )
 def test_nothing_is_asked_where_it_is_said_or_off(command):
     Config.from_env(pairs(command))
+
+
+@pytest.mark.parametrize(
+    "base, command",
+    [
+        ("upstream", "LATE_QAT=1"),
+        ("upstream", "ENABLE_QAT=1"),
+        ("upstream", "ENABLE_QAT=1 QAT_START_FRAC=0.7"),
+        ("upstream", "BIGRAM_HASH=1"),
+        ("upstream", "TTT_ENABLED=1"),
+        ("pr145", "SWA=1 SWA_START_FRAC=.5"),
+        ("pr194", "QAT_START=.5"),
+        ("pr989", "TTT_ENABLED=1"),
+        ("pr989", "LATE_QAT=1"),
+        ("pr989", "BIGRAM_HASH=1"),
+    ],
+)
+def test_a_base_that_says_nothing_of_the_matter_settles_nothing(base, command):
+    message = refused({"BASE": base} | pairs(command))
+    asked = [word.split("=")[0] for word in command.split()][-1]
+    assert asked in message and "?" in message and len(message.splitlines()) == 1
+
+
+def test_nothing_is_asked_of_what_an_argument_overrules():
+    env = pairs("LATE_QAT=1 SWA=1 SWA_START_FRAC=.5")
+    arguments = ["QAT_ENABLED=0", "SWA_ENABLED=0"]
+    assert not Config.from_env(env, arguments).qat_enabled
+    with pytest.raises(Refusal, match="below which lr scale"):
+        Config.from_env(env, arguments[1:])
+
+
+def test_a_base_may_be_a_default_of_the_launcher():
+    cfg = Config.from_env({"NUM_LAYERS": "12"}, ["BASE?=pr989"])
+    assert (cfg.base, cfg.num_layers, cfg.bigram_vocab_size) == ("pr989", 12, 10240)
+    assert cfg.given == {"NUM_LAYERS"}
+    cfg = Config.from_env({"BASE": "pr145"}, ["BASE?=pr989"])
+    assert cfg == Config.from_env({"BASE": "pr145"})
 
 
 def test_the_noise_of_975_ends_where_its_qat_begins():
@@ -410,10 +450,44 @@ def test_help_lists_the_bases():
 
 
 def test_a_base_is_named_in_the_log_and_in_the_result(tiny):
-    cfg = tiny(base="pr989", iterations=2)
+    places = {name.upper(): str(value) for name, value in tiny().knobs("run").items() if value}
+    small = "NUM_LAYERS=1 MODEL_DIM=32 VOCAB_SIZE=384 ITERATIONS=2 TRAIN_SEQ_LEN=16 EVAL_STRIDE=0"
+    small += " TRAIN_BATCH_TOKENS=64 VAL_MAX_TOKENS=64 WARMUP_STEPS=1 STRICT=0 COMPILE=0"
+    small += " FP16_KEEP_NAME_PATTERNS="
+    cfg = Config.from_env(
+        places | pairs(small) | {"BASE": "pr989", "DATA_PATH": str(tiny().data_path)}
+    )
     result = train_gpt.main(cfg)
     log = (Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
     assert result["config"]["base"] == "pr989" and "base: pr989" in log
+    assert result["config"] | {"quant_bits_mlp": 5, "swa_every": 50} == result["config"]
     assert "BASE" not in result["non_default"]
     settings = next(line for line in log.splitlines() if line.startswith("settings: "))
     assert "BASE" not in settings and "ITERATIONS=2" in settings
+    assert "QUANT_BITS_MLP=5" in settings and "QUANT_CLIP=amax" in settings
+
+
+def test_spellings_of_other_scripts_without_their_base_are_named_in_the_log(tiny, run):
+    def said(variables: dict, **more) -> list[str]:
+        lines = []
+        run.rank, run.log = 1, lines.append
+        train_gpt.log_start(tiny(spelt=Config.from_env(variables).spelt, **more), run)
+        return [line for line in lines if "spellings of other scripts" in line]
+
+    theirs = {"WEIGHT_DECAY": "0.04", "EMBED_LR": "0.6", "MUON_WD": "0.04", "HOME": "/"}
+    (line,) = said(theirs)
+    assert line.startswith("EMBED_LR, WEIGHT_DECAY: ") and "BASE=NAME" in line
+    assert not said({"ADAM_WD": "0.04"}) and not said(theirs, base="pr989")
+    # the rest is a checkpoint's
+    assert not said(theirs, inherited=True)
+
+
+def test_what_a_command_leaves_to_our_defaults_without_its_base():
+    """The numbers of docs/studies.md."""
+    found = {}
+    for *_, command in PUBLISHED:
+        row = Config.from_env(command)
+        if row.base in ("pr194", "pr975"):
+            bare = Config.from_env({k: v for k, v in command.items() if k != "BASE"})
+            found.setdefault(row.base, set()).add(len(row.differing(bare.knobs(*COMPARED))))
+    assert found == {"pr194": {3, 4}, "pr975": {33, 35, 36}}
