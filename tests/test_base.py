@@ -141,27 +141,31 @@ HARD_CODED = {
  VE_ENABLED=0 ROPE_DIMS=0 ROPE_NTK_LEN=0 MUON_WD=0 ADAM_WD=0 QAT_ENABLED=0 SWA_ENABLED=0
  EMA_ENABLED=0 QUANT_BITS_MLP=8 QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile
  QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536 PRUNE_PCT=0 COMPRESSOR=zlib
- EVAL_STRIDE=0 DOC_ISOLATED_EVAL=0 TTT_MODE=none""",
+ EVAL_STRIDE=0 DOC_ISOLATED_EVAL=0 TTT_MODE=none CONTROL_DTYPE=fp32
+ WARMDOWN_FRAC=0 EVAL_SEQ_LEN=0 SMEAR_MASK_BOS=0 QNA_ENABLED=0 SQWA_ENABLED=0 AVERAGE=auto
+ QUANT_BITS_BIGRAM=8 FP16_KEEP_NAME_PATTERNS=""",
     "pr145": """QAT_START_KIND=iter_frac QAT_START=0.3 QAT_SCOPE=linears QAT_GRID=export
  INIT=default
  MUON_WD=0 ADAM_WD=0 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile COMPRESSOR=zlib""",
     "pr199": """QAT_START_KIND=iter_frac QAT_START=0.3 QAT_SCOPE=linears QAT_GRID=export
  INIT=default
  SWA_START_KIND=iter_frac SWA_EVERY=50 SWA_DTYPE=fp32 MUON_WD=0 ADAM_WD=0 QUANT_CLIP=quantile""",
-    "pr194": """INIT=ortho SMEAR_POS=pre_norm SMEAR_BETA2=0.99 ADAM_WD=0 QAT_START_KIND=always
+    "pr194": """INIT=ortho SMEAR_POS=pre_norm SMEAR_BETA2=0.99 ADAM_WD=0 QAT_START_KIND=always QAT_START=0
  QAT_SCOPE=linears QAT_GRID=amax SWA_START_KIND=lr_scale SWA_DTYPE=native QUANT_CLIP=quantile
  QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536 COMPRESSOR=zstd""",
     "pr989": """INIT=ortho SMEAR_GATE=1 SMEAR_POS=post_norm SMEAR_BETA2=0 SMEAR_MASK_BOS=0
  BIGRAM_PROJ_OPT=muon BIGRAM_PROJ_GAIN=0.2236068 MUON_WD=0.04 QAT_START_KIND=lr_scale
  SWA_START_KIND=lr_scale SWA_DTYPE=native QUANT_BITS_MLP=5 QUANT_BITS_ATTN=6 QUANT_BITS_BIGRAM=6
  QUANT_BITS_EMBED=16 QUANT_CLIP=amax QUANT_CODES=asym QUANT_SCALE_FLOOR=0 KEEP_FLOAT_MAX_NUMEL=8192
- COMPRESSOR=zstd""",
+ COMPRESSOR=zstd CONTROL_DTYPE=fp16 QAT_SCOPE=exported QAT_GRID=export""",
     "pr975": """INIT=ortho MLP_ACT=leaky_relu2 ROPE_NTK_LEN=1024 SMEAR_GATE=1 SMEAR_POS=post_norm
  SMEAR_BETA2=0 SMEAR_MASK_BOS=0 BIGRAM_PROJ_OPT=adam BIGRAM_PROJ_GAIN=1 EMA_ENABLED=1
  EMA_DECAY=0.997 QAT_ENABLED=1 QAT_SCOPE=small_linears QAT_GRID=amax SWA_START_KIND=lr_scale
  SWA_START_FRAC=0.2 QUANT_BITS_MLP=6 QUANT_BITS_ATTN=6 QUANT_BITS_BIGRAM=8 QUANT_BITS_EMBED=8
  QUANT_CLIP=search5 QUANT_CODES=sym QUANT_SCALE_FLOOR=1 KEEP_FLOAT_MAX_NUMEL=65536
- COMPRESSOR=lzma""",
+ COMPRESSOR=lzma CONTROL_DTYPE=fp16 QAT_BITS=6 QNA_SCOPE=block_linears QNA_GRID=row
+ QNA_STOP_SCALE=0.15 QUANT_CLIP_BIGRAM=quantile QUANT_CLIP_EMBED=quantile SWA_DTYPE=fp32
+ QAT_START_KIND=lr_scale EVAL_BATCH_SEQS=32""",
 }
 
 
@@ -172,8 +176,12 @@ def pairs(text: str) -> dict[str, str]:
 @pytest.mark.parametrize("base", DEFAULTS)
 def test_a_base_is_what_its_script_does_when_it_is_told_nothing(base):
     bare = Config.from_env({"BASE": base})
-    assert Config.from_env({"BASE": base} | pairs(UPSTREAM) | pairs(DEFAULTS[base])) == bare
-    assert Config.from_env({"BASE": base} | pairs(HARD_CODED[base])) == bare
+    told = Config.from_env({"BASE": base} | pairs(UPSTREAM) | pairs(DEFAULTS[base]))
+    hard_coded = Config.from_env({"BASE": base} | pairs(HARD_CODED[base]))
+    assert told == hard_coded == bare
+    # nothing that it states stands here by itself alone
+    own = {name for name in base_tables()[base] if name.isupper()}
+    assert own <= told.given | hard_coded.given
 
 
 def test_every_base_has_its_defaults_here_and_states_only_what_it_changes():
