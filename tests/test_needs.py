@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import BY_NAME, KNOBS, Config, Refusal, main, read_artifact, settings_line
+from train_gpt import BY_NAME, COMPARED, KNOBS, Config, Refusal, main, read_artifact, settings_line
 
 NEEDING = {f.name: f.metadata["needs"] for f in KNOBS if f.metadata["needs"]}
 # The toggle of each technique, by the word that its knobs begin with
@@ -229,3 +229,50 @@ def test_the_settings_of_a_base_need_no_base_where_they_are_pasted(base):
     line = settings_line(cfg)
     again = Config.from_env(dict(word.split("=", 1) for word in shlex.split(line)))
     assert "BASE" not in line and again == dataclasses.replace(cfg, base="")
+
+
+# What changes nothing of such a run: when it speaks, steps that are undone, what is for one over
+# the cap
+SILENT = {"train_log_every", "val_loss_every", "warmup_steps", "fit_to_cap"}
+# Values where that of another() is none, no other one, or needs more
+OTHERS = dict(
+    rope_base=50.0,
+    ve_enabled=dict(ve_enabled=True, ve_layers="0"),
+    grad_clip_norm=0.01,
+    smear_gate=True,
+    swa_enabled=dict(swa_enabled=True, swa_every=1),
+    sqwa_enabled=dict(sqwa_enabled=True, swa_every=1),
+    num_layers=1,
+    iterations=3,
+    eval_seq_len=32,
+    model_dim=64,
+    num_heads=2,
+    num_kv_heads=1,
+    rope_ntk_len=16,
+    bigram_vocab_size=16,
+    val_max_tokens=300,
+    train_seq_len=32,
+    train_batch_tokens=256,
+    eval_stride=8,
+)
+
+
+def test_a_knob_that_needs_nothing_changes_something(tiny):
+    def figures(knobs: dict) -> tuple:
+        small = dict(iterations=2, num_layers=2, smear_gate=False, val_max_tokens=64, strict=False)
+        cfg = tiny(**{**small, **knobs})
+        result = main(cfg)
+        artifact = (Path(cfg.logs_dir) / cfg.run_id / "artifact.bin").read_bytes()
+        size = result["total_bytes"], result["exit_code"]
+        return artifact, size, result["val_bpb"], result["steps"], sorted(result["scores"])
+
+    plain = figures({})
+    silent = set()
+    for f in KNOBS:
+        # a tokenizer has one size of its vocabulary
+        free = not f.metadata["needs"] and f.name != "vocab_size"
+        if free and f.metadata["scope"] in ("seed", *COMPARED):
+            value = OTHERS.get(f.name, another(f))
+            if figures(value if isinstance(value, dict) else {f.name: value}) == plain:
+                silent.add(f.name)
+    assert silent == SILENT
