@@ -4792,7 +4792,7 @@ def median_interval(values: Sequence[float]) -> list[float] | None:
     probability 1 - 2 (1 + 9) / 2^9. None of fewer; wider than it need be of more.
     """
     ordered = sorted(values)
-    return [ordered[1], ordered[-2]] if len(ordered) >= COST_PAIRS else None
+    return [ordered[1], ordered[-2]] if len(ordered) >= 9 else None
 
 
 def measure_cost(
