@@ -5662,7 +5662,7 @@ ABSENT = {name: value for value, names in ABSENT_AT.items() for name in names.sp
 
 def mlp_hidden(text: str, env: dict) -> str:
     """The hidden width as our multiple of MODEL_DIM."""
-    with contextlib.suppress(ValueError, ZeroDivisionError):
+    with contextlib.suppress(ValueError, ArithmeticError):
         return f"set MLP_MULT={int(text) / int(env.get('MODEL_DIM', Config.model_dim)):.10g}"
     return "set MLP_MULT"
 
