@@ -6,7 +6,7 @@ CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 help:
 	@echo "make train    train, average, quantise, compress, read back, score. FineWeb if it is here, else a demo on text"
-	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 4 minutes on 2 cores)"
+	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 3 minutes on 2 cores)"
 	@echo "make test     the test suite, on the CPU"
 	@echo "make bench    time every stage beside its floor and its simple twin: logs/bench/NAME.json (NAME=mine; settings as for train)"
 	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"

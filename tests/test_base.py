@@ -267,7 +267,7 @@ def test_a_pair_that_scripts_read_differently_is_read_as_its_script_did_or_asked
     ],
 )
 def test_nothing_is_asked_where_it_is_said_or_off(command):
-    Config.from_env(pairs(command))
+    assert Config.from_env(pairs(command)).given
 
 
 @pytest.mark.parametrize(
