@@ -5918,7 +5918,7 @@ def meant(name: str, argument: bool = False) -> str | None:
         return known[letters]
 
     word, *rest = re.sub("^(USE|ENABLE)_", "", name.upper().strip("-_")).split("_")
-    kin = [other for other in known if known[other].startswith(f"{word}_")]
+    kin = [other for other in known if f"{known[other]}_".startswith(f"{word}_")]
     ours = [other for other in known if known[other] not in ABSENT]
     if word in TECHNIQUES.split():
         kin = [other for other in kin if other in ours] or kin

@@ -616,6 +616,14 @@ def test_the_ordinary_variables_of_other_programs_pass(place):
     assert Config.from_env(dict.fromkeys(names, "value")) == Config()
 
 
+@pytest.mark.parametrize("word", train_gpt.TECHNIQUES.split())
+def test_any_name_that_begins_like_a_technique_is_one_of_ours_misspelt(word):
+    for name in (f"{word}_FOO", f"USE_{word}_FOO", f"{word.lower()}_foo"):
+        assert f"{train_gpt.meant(name)}_".startswith(f"{word}_")
+        with pytest.raises(Refusal, match=name):
+            Config.from_env({name: "1"})
+
+
 def test_the_environment_that_runs_these_tests_passes():
     clean = {
         name: value
