@@ -50,7 +50,7 @@ ifeq ($(filter train bench gpu,$(MAKECMDGOALS)),)
 $(if $(GIVEN),$(error $(GIVEN): settings are for make train, bench and gpu; leave them out))
 endif
 # For a recipe: "$$@" are the settings, with the tokenizer that lies beside your own data
-override SETTINGS = set -- $(foreach name,$(GIVEN),"$(name)=$$$(name)") $(patsubst %,'%',$(DEFAULTS)); \
+override SETTINGS = set -- $(foreach name,$(GIVEN),"$(name)=$$$(name)") $(patsubst %,'%',$(sort $(DEFAULTS))); \
   if [ -n "$$DATA_PATH" ] && [ -f "$$DATA_PATH/tokenizer.model" ]; then \
     set -- "$$@" "TOKENIZER_PATH?=$$DATA_PATH/tokenizer.model"; fi;
 
