@@ -106,6 +106,9 @@ class World:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, dying)
+            # this process lives on, and so would the thread that writes a checkpoint
+            save = Trainer.save
+            patch.setattr(Trainer, "save", lambda trainer, wait=True: save(trainer, wait=True))
             patch.setattr(train_gpt, "explain", lambda run, error: None)
             with pytest.raises(Killed):
                 self.launch(cfg)
