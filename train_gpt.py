@@ -60,6 +60,7 @@ import shutil
 import signal
 import statistics
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -892,6 +893,8 @@ class Run:
         self.activity = {}
         # the most bytes held until all was scored; what the proof holds is no need of the run
         self.peak_memory_bytes = 0
+        # the kernel that ATTN_BACKEND chose
+        self.attention = ""
         # what the log has warned of, for result.json
         self.warnings = []
         self.phase_name = "set-up and other"
@@ -2145,6 +2148,9 @@ PACKAGES = {
     ),
     "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
 }
+# Kernels are as fast as the fastest up to this ratio: of them auto takes the first, so that noise
+# of the timing gives no two runs different kernels
+AS_FAST = 1.03
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
@@ -2208,7 +2214,8 @@ def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...])
 def choose_attention(cfg: Config, run: Run) -> Attend:
     """The attention of ATTN_BACKEND; auto on a GPU: the fastest of those that work here.
 
-    Refusal, with the remedy, where the one that was asked for does not work.
+    run.attention is its name. Refusal, with the remedy, where the one that was asked for does not
+    work.
     """
     names = attention_candidates(cfg, run)
     # Several are timed at the run's shape; a single one is only tried
@@ -2228,13 +2235,14 @@ def choose_attention(cfg: Config, run: Run) -> Attend:
             refuse(len(names) == 1, problem)
             run.log(problem)
 
-    best = run.broadcast(min(cost, key=cost.get))
+    fast = [name for name, ms in cost.items() if ms <= AS_FAST * min(cost.values())]
+    run.attention = run.broadcast(fast[0])
     timed = ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
     run.log(
-        f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; "
+        f"attention: {run.attention} (ATTN_BACKEND={cfg.attn_backend}; "
         f"ms for {rows} rows of {length}: {timed})"
     )
-    return found[best]
+    return found[run.attention]
 
 
 class Attention(nn.Module):
@@ -4690,6 +4698,15 @@ TRAINING_FIGURES = (
 # The environment variables that change the speed of a run.
 SPEED_VARIABLES = ("NCCL_", "OMP_", "GOMP_", "TORCH_")
 
+# What result.json says of a GPU -> the field of nvidia-smi, and the most seconds it may take.
+GPU_LIMITS = {
+    "driver": "driver_version",
+    "power_limit_w": "power.limit",
+    "max_sm_mhz": "clocks.max.sm",
+    "max_memory_mhz": "clocks.max.memory",
+}
+NVIDIA_SMI_SECONDS = 5.0
+
 # The contest's limit on the seconds of training, and on those of scoring; and the GPUs that it is
 # meant for.
 LIMIT_SECONDS = 600
@@ -4975,8 +4992,11 @@ def prove_model_toggles(
 
 def environment(run: Run) -> dict:
     """The hardware, versions and variables that figures depend on."""
+    # rank 0 alone writes them down, and nvidia-smi is slow where eight ask at once
+    asked = run.cuda and run.rank == 0
     return dict(
         device=device_name(run),
+        gpu=gpu_limits(str(torch.cuda.get_device_properties().uuid)) if asked else None,
         threads_per_rank=torch.get_num_threads(),
         dtype=str(run.dtype),
         compile=run.compile,
@@ -4999,6 +5019,27 @@ def device_name(run: Run) -> str:
             name = line.split(": ")[1]
             break
     return f"CPU {name}, {os.cpu_count()} cores"
+
+
+@cache
+def gpu_limits(uuid: str) -> dict[str, str] | None:
+    """What a GPU's speed depends on beside its name: driver, power limit, highest clocks.
+
+    None where nvidia-smi does not tell them.
+    """
+    command = [
+        "nvidia-smi",
+        f"--id=GPU-{uuid.removeprefix('GPU-')}",
+        f"--query-gpu={','.join(GPU_LIMITS.values())}",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        told = subprocess.check_output(
+            command, text=True, stderr=subprocess.DEVNULL, timeout=NVIDIA_SMI_SECONDS
+        )
+        return dict(zip(GPU_LIMITS, map(str.strip, told.split(",")), strict=True))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def peak_memory(run: Run) -> int:
@@ -5201,6 +5242,7 @@ def provenance(cfg: Config, run: Run) -> dict:
         seed=cfg.seed,
         world_size=run.world,
         peak_memory_bytes=run.peak_memory_bytes,
+        attention=run.attention,
         checkpoint=cfg.checkpoint or None,
         config=cfg.knobs(),
         **environment(run),

@@ -606,6 +606,24 @@ def test_auto_on_a_gpu_times_all_that_work_and_takes_the_fastest(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    "cost, chosen",
+    [
+        ({"sdpa": 1.02, "cudnn": 2.0, "flash": 1.0}, "sdpa"),
+        ({"sdpa": 1.0, "cudnn": 2.0, "flash": 1.02}, "sdpa"),
+        ({"sdpa": 1.04, "cudnn": 1.02, "flash": 1.0}, "cudnn"),
+        ({"sdpa": 1.04, "cudnn": 1.04, "flash": 1.0}, "flash"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_noise_of_the_timing_gives_no_two_runs_different_kernels(monkeypatch, cost, chosen):
+    monkeypatch.setattr(train_gpt, "attention_candidates", lambda cfg, run: list(cost))
+    monkeypatch.setattr(train_gpt, "attention_function", lambda name: name)
+    monkeypatch.setattr(train_gpt, "attention_milliseconds", lambda run, name, given: cost[name])
+    run, _ = machine()
+    assert choose_attention(config(), run) == run.attention == chosen
+
+
 def test_on_a_cpu_auto_is_sdpa():
     run, log = machine()
     assert torch.equal(choose_attention(config(), run)(*heads()), sdpa(*heads())) and log[

@@ -404,6 +404,58 @@ def test_peak_memory_is_that_of_training_and_scoring(tiny, monkeypatch):
     assert main(tiny())["peak_memory_bytes"] == 7
 
 
+# ── The machine ───────────────────────────────────────────────────────────────────────────────────
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in *--id=GPU-7f3a*driver_version,power.limit,clocks.max.sm,clocks.max.memory*) ;;
+  *) exit 6 ;; esac
+"""
+TOLD = {
+    "driver": "550.54.15",
+    "power_limit_w": "700.00",
+    "max_sm_mhz": "1980",
+    "max_memory_mhz": "2619",
+}
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Puts a program of that name and this answer on the path."""
+
+    def put(answer: str) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(NVIDIA_SMI + answer)
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    train_gpt.gpu_limits.cache_clear()
+    yield put
+    train_gpt.gpu_limits.cache_clear()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_result_has_the_driver_and_the_limits_of_its_gpu(nvidia_smi, monkeypatch, rank):
+    nvidia_smi("echo '550.54.15, 700.00, 1980, 2619'")
+    properties = SimpleNamespace(uuid="7f3a")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    run = SimpleNamespace(cuda=True, rank=rank, dtype=torch.bfloat16, compile=True)
+    assert train_gpt.environment(run)["gpu"] == (None if rank else TOLD)
+
+
+@pytest.mark.parametrize(
+    "answer", ["exit 9", "echo 550.54.15", "echo", r"printf '\377, 1, 2, 3'", "exec sleep 9"]
+)
+def test_an_nvidia_smi_that_does_not_answer_is_no_error(nvidia_smi, monkeypatch, answer):
+    monkeypatch.setattr(train_gpt, "NVIDIA_SMI_SECONDS", 0.3)
+    nvidia_smi(answer)
+    assert train_gpt.gpu_limits("7f3a") is None
+
+
+def test_without_nvidia_smi_there_are_no_limits(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train_gpt.gpu_limits.__wrapped__("7f3a") is None
+
+
 # ── Effects of whole runs ─────────────────────────────────────────────────────────────────────────
 def in_nats(report: dict, name: str) -> float:
     return report["scores"][name]["loss"]

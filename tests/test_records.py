@@ -75,6 +75,11 @@ def report_of(made: Matrix) -> tuple[str, str]:
     return markdown_report(found), page
 
 
+def test_a_run_says_on_what_kernel_and_gpu_it_ran(ran):
+    said = {(run["attention"], run["gpu"]) for run in runs_of(ran).values()}
+    assert said == {("sdpa", None)}
+
+
 # ── A line each ───────────────────────────────────────────────────────────────────────────────────
 def test_the_report_from_lines_equals_the_report_from_folders(ran, in_folders):
     before = report_of(in_folders)
