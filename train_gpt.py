@@ -1218,9 +1218,12 @@ def in_words(effect: float | None, interval: list[float] | None) -> str | None:
 # A table's lines for rich: nothing but a rule of dashes below the header
 HEADER_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
+# What ends below its likes in a table: 15.9 s, -0.13 s, 2.168706, 1,234
+FIGURE = re.compile(r"[-+]?\d[\d,.]*( \w+)?")
+
 
 def column_cells(values: list) -> tuple[list[str], bool]:
-    """A column as text, and whether it holds numbers only.
+    """A column as text, and whether it holds figures only: numbers, or FIGURE.
 
     Numbers get thousands separators, or all six decimals as soon as one of them is a float; None
     is a dash.
@@ -1237,7 +1240,8 @@ def column_cells(values: list) -> tuple[list[str], bool]:
             cells.append(format(value, number_format))
         else:
             cells.append(str(value))
-    return cells, numeric
+    figures = numeric or all(FIGURE.fullmatch(str(value)) for value in known)
+    return cells, figures
 
 
 def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
@@ -3334,7 +3338,7 @@ class Trainer:
             warmdown = Activity(
                 scope="learning rates",
                 unit="lr scale",
-                compared="the last step, against no warmdown",
+                compared="last step against no warmdown",
             )
             run.activity["WARMDOWN"] = warmdown
 
@@ -4899,7 +4903,7 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
         cost_per="export",
     )
     nats = [probe.nats(trainer.model, state) for state in (on, off)]
-    probe.measure(activity, "shipped weights, against unpruned ones", *nats)
+    probe.measure(activity, "pruned against unpruned", *nats)
     measure_cost(run, "PRUNE_PCT", partial(prune, cfg, trained.final, made.pruned))
     saved = 0
     if run.rank == 0:
@@ -4923,7 +4927,7 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
         latent = enter()
         seen = probe.nats(trainer.model)
         views.leave(latent)
-        probe.measure(activity, "weights as seen, against latent ones", seen, probe.base)
+        probe.measure(activity, "as seen against latent", seen, probe.base)
         activity.cost_per = "step"
         measure_cost(run, name, there_and_back)
         compare_steps(activity, trainer.step_seconds)
@@ -4936,7 +4940,7 @@ def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
         activity = run.activity[name.upper()]
         average = trainer.averages.on[name]
         averaged = probe.nats(trainer.model, state)
-        probe.measure(activity, "the average, against live weights", averaged, probe.base)
+        probe.measure(activity, "average against live", averaged, probe.base)
         activity.cost_per = "step" if average.every_step else "snapshot"
         # this changes the run's own average; what is exported and probed was copied before
         measure_cost(run, name.upper(), average.update)
@@ -4978,7 +4982,7 @@ def prove_model_toggles(
             cost_per="step",
         )
         nats = probe.nats(without, trained.live)
-        probe.measure(activity, "the model, against itself without", probe.base, nats)
+        probe.measure(activity, "model against itself without", probe.base, nats)
 
         if run.compile:
             # a launch that only exports has not compiled what trains, and needs not
@@ -5061,7 +5065,7 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
             scope=f"scoring, against {against}",
             unit="bpb",
             steps=[steps],
-            compared=f"this score, against {against}",
+            compared=f"scored so against {against}",
             cost_per="scoring",
             cost_seconds=score.seconds - plain.seconds,
         )
@@ -5131,7 +5135,8 @@ def gap_figures(bpb: dict[str, float]) -> dict:
     return dict(quant_gap_bpb=quant_gap, fit_cost_bpb=fit_cost)
 
 
-GAP_FIGURES = ("quant_gap_bpb", "fit_cost_bpb")
+# Key of result.json -> what it is
+GAP_FIGURES = {"quant_gap_bpb": "quantising costs", "fit_cost_bpb": "pruning to the cap costs"}
 
 
 def size_figures(cfg: Config, run: Run, path: Path) -> dict:
@@ -5176,6 +5181,7 @@ def build_result(
         schema=SCHEMA_VERSION,
         date=time.strftime("%Y-%m-%d"),
         exit_code=verdict(cfg, sizes["under_cap"], late, inactive),
+        folder=str(run.dir),
         val_bpb=final.bpb,
         val_loss=final.loss,
         val_tokens=final.targets,
@@ -5256,22 +5262,18 @@ def provenance(cfg: Config, run: Run) -> dict:
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
     tables = {
-        "weights": r["scores"],
+        "scores": score_rows(r),
         "size": size_rows(r),
-        "time ledger": ledger_rows(r),
+        "time": ledger_rows(r),
         "toggle": toggle_rows(r),
+        "toggle's cost": cost_rows(r),
     }
-    parts = [""]
-    for title, rows in tables.items():
-        if rows:
-            columns = next(iter(rows.values()))
-            lines = [(name, *row.values()) for name, row in rows.items()]
-            parts.append(text_table([(title, *columns), *lines]))
+    parts = ["", *map(titled_table, tables, tables.values())]
     if r.get("codes"):
         parts.append(codes_line(**r["codes"]))
-    for name in GAP_FIGURES:
+    for name, words in GAP_FIGURES.items():
         if r.get(name) is not None:
-            parts.append(f"{name}: {r[name]:+.6f}")
+            parts.append(f"{words}: {r[name]:+.6f} BPB")
     parts += time_lines(r)
     for name in r["inactive"]:
         did = "did nothing"
@@ -5280,8 +5282,32 @@ def final_table(r: dict) -> str:
         parts.append(f"INACTIVE: {name} was requested and {did}")
     for text in r.get("warnings", []):
         parts.append(f"WARNING: {text}")
-    parts.append(result_line(r))
-    return "\n\n".join(parts)
+    parts += [titled_table("where", file_rows(r)), next_line(r), result_line(r)]
+    return "\n\n".join(part for part in parts if part is not None)
+
+
+def titled_table(title: str, rows: dict[str, dict]) -> str | None:
+    """A table of rows by name, without columns that no row fills; None without rows."""
+    if not rows:
+        return None
+    filled = {key for row in rows.values() for key, cell in row.items() if cell is not None}
+    columns = [key for key in next(iter(rows.values())) if key in filled]
+    lines = [(name, *(row[key] for key in columns)) for name, row in rows.items()]
+    return text_table([(title, *columns), *lines])
+
+
+def score_rows(r: dict) -> dict[str, dict]:
+    """Of all weights and ways of scoring, in the order in which they were scored."""
+    rows = {}
+    for name, score in r["scores"].items():
+        rows[name] = {
+            "BPB (lower is better)": f"{score['bpb']:.6f}",
+            "nats per token": f"{score['loss']:.6f}",
+            "tokens scored": score["targets"],
+            "text bytes": score["bytes"],
+            "took": f"{score['seconds']:.1f} s",
+        }
+    return rows
 
 
 def size_rows(r: dict) -> dict[str, dict]:
@@ -5301,11 +5327,11 @@ def ledger_rows(r: dict) -> dict[str, dict]:
     """Seconds of every phase, a limit beside those that have one; the sum is the wall time."""
 
     def row(seconds: float, held: dict | None = None) -> dict:
-        cells = {"spent": f"{seconds:.1f} s", "limit": None, "slack": None}
+        cells = {"spent": f"{seconds:,.1f} s", "limit": None, "left": None}
         if held:
             # as many decimals as it takes to see who is over
             cells["limit"] = f"{held['limit']:g} s"
-            cells["slack"] = f"{held['slack']:+.3f} s"
+            cells["left"] = f"{held['slack']:+.3f} s"
         return cells
 
     rows = {name: row(seconds, r["limits"].get(name)) for name, seconds in r["seconds"].items()}
@@ -5317,7 +5343,7 @@ def ledger_rows(r: dict) -> dict[str, dict]:
 
 
 def toggle_rows(r: dict) -> dict[str, dict]:
-    """What each toggle did, and what it cost, in words; the numbers are in result.json."""
+    """What each toggle did; the numbers are in result.json."""
     rows = {}
     for name, row in r["toggles"].items():
         steps = "never"
@@ -5325,24 +5351,41 @@ def toggle_rows(r: dict) -> dict[str, dict]:
             steps = f"{row['first_step']} to {row['last_step']}"
         rows[name] = {
             "steps": steps,
-            "compared": row["compared"] or None,
-            "effect (95 %)": effect_text(row),
+            "on minus off (95 %)": effect_text(row),
             "in words": row["verdict"],
-            "cost (95 %)": cost_text(row),
-            "in all": total_text(row),
-            "steps without, with": steps_text(row),
+            "compared": row["compared"] or None,
         }
     return rows
 
 
 def effect_text(row: dict) -> str | None:
-    """-0.0155 nats (-0.0172 to -0.0138)"""
+    """-0.0155 nats (-0.0172 to -0.0138): all with as many decimals as the largest needs for three
+    digits.
+    """
     if row["effect"] is None:
         return None
-    text = f"{row['effect']:+.3g} {row['unit']}"
-    if row["effect_interval"]:
-        text += " ({:+.3g} to {:+.3g})".format(*row["effect_interval"])
+    interval = row["effect_interval"] or []
+    largest = max(map(abs, [row["effect"], *interval]))
+    decimals = max(2 - math.floor(math.log10(largest)), 0) if largest else 0
+    text = f"{row['effect']:+.{decimals}f} {row['unit']}"
+    if interval:
+        low, high = (f"{end:+.{decimals}f}" for end in interval)
+        text += f" ({low} to {high})"
     return text
+
+
+def cost_rows(r: dict) -> dict[str, dict]:
+    """What each toggle took, of those of which that is known; the numbers are in result.json."""
+    rows = {}
+    for name, row in r["toggles"].items():
+        cells = {
+            "each time (95 %)": cost_text(row),
+            "in all": total_text(row),
+            "steps without, with": steps_text(row),
+        }
+        if any(cells.values()):
+            rows[name] = cells
+    return rows
 
 
 def cost_text(row: dict) -> str | None:
@@ -5363,9 +5406,9 @@ def total_text(row: dict) -> str | None:
     if row["cost_per"] == "scoring":
         seconds = row["cost_seconds"]
         than = "more" if seconds > 0 else "less"
-        parts.append(f"{abs(seconds):.2f} s {than} than plain scoring (once, compiling included)")
+        parts.append(f"{abs(seconds):.1f} s {than} than plain scoring")
     elif row["cost_seconds"] is not None:
-        parts.append(f"{row['cost_seconds']:.2f} s")
+        parts.append(f"{row['cost_seconds']:.1f} s")
     if row["steps_lost"] is not None:
         parts.append(f"{row['steps_lost']:.1f} steps lost")
     if row["bytes_saved"] is not None:
@@ -5408,18 +5451,50 @@ def codes_line(compressor: str, weights: int, order0_bytes: int, stored_bytes: i
     stored_bits = 8 * stored_bytes / weights
     entropy_bits = 8 * order0_bytes / weights
     return (
-        f"{compressor}: {weights:,} codes and their scales: {stored_bytes:,} bytes, "
-        f"{stored_bits:.3f} bits each; order-0 entropy of the codes {order0_bytes:,} bytes, "
+        f"{compressor} stores {weights:,} quantised weights, codes and scales, in "
+        f"{stored_bytes:,} bytes: {stored_bits:.3f} bits each; order-0 entropy of the codes: "
         f"{entropy_bits:.3f} bits each; {stored_bytes / order0_bytes - 1:+.2%}"
     )
+
+
+def checkpoint_of(r: dict) -> str | None:
+    """The file with the weights before the export; None where only an artifact was scored."""
+    if r["steps"] is None:
+        return None
+    return r["checkpoint"] or str(Path(r["folder"]) / CHECKPOINTS[0])
+
+
+def file_rows(r: dict) -> dict[str, dict]:
+    """Where everything lies that the run has left."""
+    folder = Path(r["folder"])
+    packed = r["config"]["pack_code"] != "none"
+    files = {
+        f"artifact, {r['artifact_bytes']:,} bytes": r["artifact_path"],
+        f"code, {r['code_bytes']:,} bytes": folder / (PACKED_NAME if packed else "train_gpt.py"),
+        "checkpoint": checkpoint_of(r),
+        "every figure": folder / "result.json",
+        "every step": folder / "metrics.jsonl",
+        "this log": folder / "train.log",
+    }
+    return {name: {"file": one_line(str(path))} for name, path in files.items() if path}
+
+
+def next_line(r: dict) -> str:
+    """What can be done with it."""
+    ways = [f"{setting('eval_only', r['artifact_path'])} scores it again"]
+    checkpoint = checkpoint_of(r)
+    if not r["under_cap"] and checkpoint:
+        ways.append(f"{setting('checkpoint', checkpoint)} FIT_TO_CAP=1 prunes it to the cap")
+    ways.append(f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page")
+    return one_line(f"NEXT: {'; '.join(ways)}")
 
 
 def result_line(r: dict) -> str:
     """The last line of the log."""
     code = r["exit_code"]
     return (
-        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
-        f"{r['val_bytes']:,} bytes), {r['total_bytes']:,} bytes in all, "
+        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} tokens, "
+        f"{r['val_bytes']:,} text bytes), {r['total_bytes']:,} bytes in all, "
         f"exit code {code}: {EXIT_CODES[code]}"
     )
 

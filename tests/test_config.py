@@ -1133,10 +1133,18 @@ def test_numbers_of_a_table_end_below_each_other():
     assert (header, first, second, third) == ("    n", "1,000", "   20", "    -")
 
 
+@pytest.mark.parametrize("cells", [("15.9 s", "1,234.0 s"), ("-0.133 s", "+7 s"), ("2.5", "30")])
+def test_figures_with_a_unit_end_below_each_other(cells):
+    _, _, *rows = text_table([("took", "what"), *((cell, "x") for cell in cells)]).splitlines()
+    assert {row.index("  x") for row in rows} == {max(len("took"), *map(len, cells))}
+    words = text_table([("took",), *((cell,) for cell in cells), ("1 to 2",)]).splitlines()
+    assert words[2].startswith(cells[0])
+
+
 def test_a_table_without_rows_is_its_header():
     assert text_table([("a", "b")]).splitlines()[0].split() == ["a", "b"]
 
 
 def test_a_table_can_be_markdown():
-    text = text_table([("row", "ms"), ("a | b", "1.5")], markdown=True)
-    assert text.splitlines() == ["| row   | ms  |", "|-------|-----|", "| a | b | 1.5 |"]
+    text = text_table([("row", "ms"), ("a | b", "1.5 x")], markdown=True)
+    assert text.splitlines() == ["| row   |    ms |", "|-------|-------|", "| a | b | 1.5 x |"]

@@ -291,7 +291,7 @@ def test_the_result_is_the_last_score_and_names_the_others(clocked):
     named = {name: r[f"{name}_val_bpb"] for name in ("live", "averaged", "quantised")}
     assert named == {name: scores[name]["bpb"] for name in named}
     assert r["quant_gap_bpb"] == named["quantised"] - named["averaged"]
-    assert f"quant_gap_bpb: {r['quant_gap_bpb']:+.6f}" in clocked.log
+    assert f"quantising costs: {r['quant_gap_bpb']:+.6f} BPB\n" in clocked.log
     assert r["step_ms_median"] == 1000 * statistics.median(STEP_SECONDS)
     checkpoint = read_container(folder(clocked.cfg) / "checkpoint.bin")[1]
     live = [w.numel() for name, w in checkpoint.items() if name.startswith("live/")]
@@ -350,8 +350,8 @@ def test_what_quantising_costs_is_apart_from_what_fitting_costs(bpb, gap, fit):
 
 def test_the_codes_are_told_in_bits_and_beside_their_entropy():
     assert train_gpt.codes_line("ans", weights=1000, order0_bytes=500, stored_bytes=625) == (
-        "ans: 1,000 codes and their scales: 625 bytes, 5.000 bits each; order-0 entropy of the "
-        "codes 500 bytes, 4.000 bits each; +25.00%"
+        "ans stores 1,000 quantised weights, codes and scales, in 625 bytes: 5.000 bits each; "
+        "order-0 entropy of the codes: 4.000 bits each; +25.00%"
     )
 
 
@@ -362,10 +362,19 @@ def test_the_codes_are_told_in_bits_and_beside_their_entropy():
             dict(effect=-0.0155, effect_interval=[-0.0172, -0.0138]),
             ["-0.0155 nats (-0.0172 to -0.0138)", None, None],
         ),
-        (dict(effect=0.25, unit="bpb"), ["+0.25 bpb", None, None]),
+        (
+            dict(effect=0.00262, effect_interval=[0.000239, 0.00501]),
+            ["+0.00262 nats (+0.00024 to +0.00501)", None, None],
+        ),
+        (
+            dict(effect=-1234.5, effect_interval=[-2468.75, -0.25]),
+            ["-1234 nats (-2469 to -0)", None, None],
+        ),
+        (dict(effect=0.0, effect_interval=[0.0, 0.0]), ["+0 nats (+0 to +0)", None, None]),
+        (dict(effect=0.25, unit="bpb"), ["+0.250 bpb", None, None]),
         (
             dict(cost_ms=3.71, cost_interval=[3.65, 3.8], cost_per="step", cost_seconds=2.5),
-            [None, "3.71 ms a step (3.65 to 3.80)", "2.50 s"],
+            [None, "3.71 ms a step (3.65 to 3.80)", "2.5 s"],
         ),
         (
             dict(cost_ms=-0.5, cost_interval=[-0.75, -0.25], cost_per="step", steps_lost=-19.625),
@@ -378,25 +387,92 @@ def test_the_codes_are_told_in_bits_and_beside_their_entropy():
         ),
         (
             dict(cost_per="export", cost_seconds=0.5, bytes_saved=1234),
-            [None, "not measured", "0.50 s, 1,234 bytes saved"],
+            [None, "not measured", "0.5 s, 1,234 bytes saved"],
         ),
         (
             dict(cost_per="scoring", cost_seconds=-1.0),
-            [None, None, "1.00 s less than plain scoring (once, compiling included)"],
+            [None, None, "1.0 s less than plain scoring"],
         ),
         (
             dict(cost_per="scoring", cost_seconds=2.5),
-            [None, None, "2.50 s more than plain scoring (once, compiling included)"],
+            [None, None, "2.5 s more than plain scoring"],
         ),
     ],
 )
 def test_the_words_of_the_table_are_those_of_the_numbers(fields, cells):
     row = train_gpt.Activity(steps=[2, 7], **fields).row(10)
-    table = train_gpt.toggle_rows({"toggles": {"X": row}})["X"]
-    assert [table[key] for key in ("effect (95 %)", "cost (95 %)", "in all")] == cells
+    result = {"toggles": {"X": row}}
+    table = train_gpt.toggle_rows(result)["X"]
+    costs = train_gpt.cost_rows(result).get("X", {})
+    said = [table["on minus off (95 %)"], costs.get("each time (95 %)"), costs.get("in all")]
+    assert said == cells and bool(costs) == (cells[1:] != [None, None])
     assert table["steps"] == "2 to 7" and table["in words"] == row["verdict"]
     never = train_gpt.toggle_rows({"toggles": {"X": train_gpt.Activity().row(10)}})["X"]
     assert never["steps"] == "never"
+
+
+# ── The end of the log ────────────────────────────────────────────────────────────────────────────
+def table_of(log: str, title: str) -> list[list[str]]:
+    """The rows of the table with this title, the header first, cut where two spaces are."""
+    table = re.search(rf"^{title}  .*\n-+\n(?:.+\n)+", log, re.M)[0]
+    return [re.split(" {2,}", line) for line in table.splitlines() if line.strip("-")]
+
+
+def test_the_scores_are_in_peoples_units_and_bytes_of_text_are_called_so(clocked):
+    header, *rows = table_of(clocked.log, "scores")
+    assert header[1:] == [
+        "BPB (lower is better)",
+        "nats per token",
+        "tokens scored",
+        "text bytes",
+        "took",
+    ]
+    size = clocked.report["val_bytes"]
+    for (name, *cells), (stage, score) in zip(rows, clocked.report["scores"].items(), strict=True):
+        figures = [f"{score['bpb']:.6f}", f"{score['loss']:.6f}", "200", f"{size:,}"]
+        assert (name, cells) == (stage, [*figures, f"{SCORE_SECONDS[stage]:.1f} s"])
+    assert clocked.log.count("lower is better") == 1
+    # in every table "bytes" alone are those of a file
+    bytes_said = re.findall(r"(\w+) bytes\b", clocked.log.partition("\nscores  ")[2])
+    assert set(bytes_said) - {"text"} and all(n == "text" or n.isdigit() for n in bytes_said)
+
+
+def test_no_table_of_the_log_is_wider_than_120_columns(clocked):
+    tables = re.findall(r"^.+\n-+\n(?:.+\n)+", clocked.log, re.M)
+    assert len(tables) == 6 and {name for name in clocked.report["toggles"]} >= {"QAT", "SWA"}
+    assert [line for table in tables for line in table.splitlines() if len(line) > 120] == []
+
+
+def test_the_end_names_every_file_and_what_to_do_next(clocked):
+    """The files lie where it says, with the bytes that it says; what it says to do is a command."""
+    rows = {name: Path(path) for name, path in table_of(clocked.log, "where")[1:]}
+    there = {path for path in folder(clocked.cfg).iterdir()}
+    assert set(rows.values()) == there - {folder(clocked.cfg) / "train_gpt.py"}
+    sizes = {name: path.stat().st_size for name, path in rows.items() if "bytes" in name}
+    artifact = folder(clocked.cfg) / "artifact.bin"
+    assert sizes == {
+        f"artifact, {clocked.report['artifact_bytes']:,} bytes": artifact.stat().st_size,
+        f"code, {clocked.report['code_bytes']:,} bytes": clocked.report["code_bytes"],
+    }
+    following, blank, result = clocked.log.splitlines()[-3:]
+    assert (following[:6], blank, result[:7]) == ("NEXT: ", "", "RESULT ")
+    again, page = following[6:].split("; ")
+    assert shlex.split(again) == [f"EVAL_ONLY={artifact}", "scores", "it", "again"]
+    assert shlex.split(page)[:4] == ["python", "ablate.py", "report", str(folder(clocked.cfg))]
+
+
+def test_the_end_of_a_run_over_the_cap_says_how_it_fits(clocked):
+    over = clocked.report | dict(under_cap=False, folder="it's/a b")
+    said = train_gpt.next_line(over).split("; ")[1]
+    pasted = ["CHECKPOINT=it's/a b/checkpoint.bin", "FIT_TO_CAP=1", "prunes"]
+    assert shlex.split(said)[:3] == pasted
+    exported = over | dict(checkpoint="other.bin")
+    assert train_gpt.file_rows(exported)["checkpoint"] == {"file": "other.bin"}
+    scored = over | dict(steps=None)
+    assert "checkpoint" not in train_gpt.file_rows(scored)
+    assert "FIT_TO_CAP" not in train_gpt.next_line(scored)
+    unpacked = over | dict(config=over["config"] | dict(pack_code="none"))
+    assert {"file": "it's/a b/train_gpt.py"} in train_gpt.file_rows(unpacked).values()
 
 
 # ── Memory ────────────────────────────────────────────────────────────────────────────────────────

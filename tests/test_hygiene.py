@@ -509,7 +509,7 @@ def test_the_result_line_of_the_log_agrees_with_the_result(folder):
     report, events, log = records(folder)
     lines = [line for line in log.splitlines() if line.startswith("RESULT ")]
     pattern = (
-        r"RESULT val_bpb (\S+) \((\w+), (\S+) targets, (\S+) bytes\), "
+        r"RESULT val_bpb (\S+) \((\w+), (\S+) tokens, (\S+) text bytes\), "
         r"(\S+) bytes in all, exit code (\d+): (.+)"
     )
     bpb, mode, targets, size, total, code, meaning = re.fullmatch(pattern, lines[0]).groups()

@@ -334,7 +334,7 @@ def test_training_over_its_limit_is_not_good(world, tiny):
     assert train_gpt.ledger_rows(report)["train"] == {
         "spent": "7.0 s",
         "limit": "6.625 s",
-        "slack": "-0.375 s",
+        "left": "-0.375 s",
     }
 
     path = str(folder(cfg) / CHECKPOINTS[0])
@@ -348,8 +348,8 @@ def test_a_limit_that_is_kept_has_its_slack_beside_it(world, tiny):
     assert report["limits"] == {"train": {"spent": 3.75, "limit": 4.0, "slack": 0.25}}
     assert report["exit_code"] == 0 and report["over_limit"] == []
     table = train_gpt.ledger_rows(report)
-    assert table["train"] == {"spent": "3.8 s", "limit": "4 s", "slack": "+0.250 s"}
-    assert table["validate"]["limit"] is None and table["validate"]["slack"] is None
+    assert table["train"] == {"spent": "3.8 s", "limit": "4 s", "left": "+0.250 s"}
+    assert table["validate"]["limit"] is None and table["validate"]["left"] is None
     assert table["sum"]["spent"] == f"{world.wall:.1f} s"
 
 

@@ -274,8 +274,10 @@ def test_the_columns_of_the_toggles_stand_on_their_page():
     page = PAGES["how_it_works.md"].partition("## The table of toggles")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([^`]+)` \| .* \| ([\w, ]+) \|$", page, re.M)
     activity = train_gpt.Activity(steps=[1]).row(2)
-    (columns,) = train_gpt.toggle_rows({"toggles": {"QAT": activity}}).values()
-    assert [name for name, _ in rows] == list(columns)
+    result = {"toggles": {"QAT": activity | {"cost_ms": 1.0}}}
+    (effects,) = train_gpt.toggle_rows(result).values()
+    (costs,) = train_gpt.cost_rows(result).values()
+    assert [name for name, _ in rows] == [*effects, *costs]
     keys = {key for _, names in rows for key in names.split(", ")}
     assert keys == activity.keys() - {"tensors", "params"}
     for figure in (

@@ -392,14 +392,16 @@ def test_the_toggle_table_and_what_scoring_gains_are_of_the_results(folder):
     scores = read(folder / SEED7)["scores"]
     scores["documents"] = dict(scores["sliding"], bpb=1.23456, loss=2.34567)
     forge(folder, "scores", scores, [7])
-    rows = train_gpt.toggle_rows(results_of(folder)[7])
-    heads = ["toggle", *rows["QAT"]]
-    cells = [[name, *[cell or "" for cell in row.values()]] for name, row in rows.items()]
+    effects = train_gpt.toggle_rows(results_of(folder)[7])
+    costs = train_gpt.cost_rows(results_of(folder)[7])
+    heads = ["toggle", *effects["QAT"], *costs["QAT"]]
+    rows = {name: [*row.values(), *costs[name].values()] for name, row in effects.items()}
+    cells = [[name, *[cell or "" for cell in row]] for name, row in rows.items()]
     gain = scores["sliding"]["bpb"] - 1.23456
     nats = scores["quantised"]["loss"] - 2.34567
     prose = f"Documents gain {gain:.3f} BPB, {nats:.3f} nats.\n\n{markdown_table(heads, cells)}\n"
     prose += train_gpt.text_table([heads, *cells])
-    assert "-0.00213 bpb (-0.00246 to -0.00181)" in prose and "-0.0155 nats" in prose
+    assert "-0.00213 bpb (-0.00246 to -0.00181)" in prose and "-0.0155 nats (" in prose
     replace(folder / "README.md", "<!-- end -->\n", f"<!-- end -->\n{prose}")
     assert errors(folder) == []
     replace(folder / "README.md", "-0.00213 bpb", "-0.00313 bpb")
