@@ -343,10 +343,10 @@ def test_a_number_that_no_log_shows_and_that_is_no_result_is_listed_as_not_check
     replace(
         folder / "README.md",
         "<!-- generated -->",
-        "Line one.\n\n7.25 weeks, 41 %.\n<!-- generated -->",
+        "Line one.\n\n7.25 weeks, 941,641 times.\n<!-- generated -->",
     )
     assert errors(folder) == []
-    assert_caught(folder, "README.md", "7.25 (line 3)", "41 % (line 3)", weight=UNCHECKED)
+    assert_caught(folder, "README.md", "7.25 (line 3)", "941,641 (line 3)", weight=UNCHECKED)
 
 
 CLAIMS = {  # what a README says -> how the error names it
@@ -392,15 +392,15 @@ def test_the_toggle_table_and_what_scoring_gains_are_of_the_results(folder):
     scores = read(folder / SEED7)["scores"]
     scores["documents"] = dict(scores["sliding"], bpb=1.23456, loss=2.34567)
     forge(folder, "scores", scores, [7])
-    effects = train_gpt.toggle_rows(results_of(folder)[7])
-    costs = train_gpt.cost_rows(results_of(folder)[7])
-    heads = ["toggle", *effects["QAT"], *costs["QAT"]]
-    rows = {name: [*row.values(), *costs[name].values()] for name, row in effects.items()}
-    cells = [[name, *[cell or "" for cell in row]] for name, row in rows.items()]
+    tables = []
+    for rows_of in (train_gpt.toggle_rows, train_gpt.cost_rows):
+        rows = rows_of(results_of(folder)[7])
+        heads = ["toggle", *rows["QAT"]]
+        cells = [[name, *[cell or "" for cell in row.values()]] for name, row in rows.items()]
+        tables += [markdown_table(heads, cells), train_gpt.text_table([heads, *cells])]
     gain = scores["sliding"]["bpb"] - 1.23456
     nats = scores["quantised"]["loss"] - 2.34567
-    prose = f"Documents gain {gain:.3f} BPB, {nats:.3f} nats.\n\n{markdown_table(heads, cells)}\n"
-    prose += train_gpt.text_table([heads, *cells])
+    prose = "\n\n".join([f"Documents gain {gain:.3f} BPB, {nats:.3f} nats.", *tables])
     assert "-0.00213 bpb (-0.00246 to -0.00181)" in prose and "-0.0155 nats (" in prose
     replace(folder / "README.md", "<!-- end -->\n", f"<!-- end -->\n{prose}")
     assert errors(folder) == []
