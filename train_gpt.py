@@ -5261,14 +5261,11 @@ def provenance(cfg: Config, run: Run) -> dict:
 
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
-    tables = {
-        "scores": score_rows(r),
-        "size": size_rows(r),
-        "time": ledger_rows(r),
-        "toggle": toggle_rows(r),
-        "toggle's cost": cost_rows(r),
-    }
-    parts = ["", *map(titled_table, tables, tables.values())]
+    parts = [""]
+    for title, rows_of in END_TABLES.items():
+        rows = rows_of(r)
+        if rows:
+            parts.append(text_table(titled(title, rows)))
     if r.get("codes"):
         parts.append(codes_line(**r["codes"]))
     for name, words in GAP_FIGURES.items():
@@ -5282,18 +5279,17 @@ def final_table(r: dict) -> str:
         parts.append(f"INACTIVE: {name} was requested and {did}")
     for text in r.get("warnings", []):
         parts.append(f"WARNING: {text}")
-    parts += [titled_table("where", file_rows(r)), next_line(r), result_line(r)]
-    return "\n\n".join(part for part in parts if part is not None)
+    parts.append(text_table(titled("where", file_rows(r))))
+    parts += [next_line(r), result_line(r)]
+    return "\n\n".join(parts)
 
 
-def titled_table(title: str, rows: dict[str, dict]) -> str | None:
-    """A table of rows by name, without columns that no row fills; None without rows."""
-    if not rows:
-        return None
+def titled(title: str, rows: dict[str, dict]) -> list[tuple]:
+    """Rows by name as a table, the header first, without columns that no row fills."""
     filled = {key for row in rows.values() for key, cell in row.items() if cell is not None}
     columns = [key for key in next(iter(rows.values())) if key in filled]
     lines = [(name, *(row[key] for key in columns)) for name, row in rows.items()]
-    return text_table([(title, *columns), *lines])
+    return [(title, *columns), *lines]
 
 
 def score_rows(r: dict) -> dict[str, dict]:
@@ -5421,6 +5417,16 @@ def steps_text(row: dict) -> str | None:
     if row["step_ms_with"] is None:
         return None
     return f"{row['step_ms_without']:.1f} ms, {row['step_ms_with']:.1f} ms"
+
+
+# Of the end of the log: the heading of the first column -> the rows by name
+END_TABLES: dict[str, Callable[[dict], dict[str, dict]]] = {
+    "scores": score_rows,
+    "size": size_rows,
+    "time": ledger_rows,
+    "toggle": toggle_rows,
+    "toggle's cost": cost_rows,
+}
 
 
 def time_lines(r: dict) -> list[str]:

@@ -306,6 +306,7 @@ RESULT = dict(  # what result.json has at least
     averaged_val_bpb=OPTIONAL,
     quantised_val_bpb=float,
     quant_gap_bpb=float,
+    folder=str,
     artifact_path=str,
     artifact_bytes=int,
     code_bytes=int,
