@@ -1,5 +1,6 @@
-"""One HTML page that needs nothing else: notes, tables and a chart of whatever was measured."""
+"""One HTML page that needs nothing else: first screen, charts of what was measured, tables."""
 
+import contextlib
 import io
 import itertools
 import math
@@ -7,6 +8,7 @@ import re
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -16,6 +18,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from ablation.records import split_trial
+
+Table = tuple[list[str], list[list]]  # header, rows
 
 # Okabe and Ito's colours, without their yellow, which fades on white
 COLOURS = (
@@ -50,72 +56,35 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-body {
-  font: 15px/1.5 system-ui, sans-serif;
-  max-width: 62rem;
-  margin: 2rem auto;
-  padding: 0 1rem;
-  color: #111;
-  background: #fff
+# Inches: of a chart, and of the one beside the answers
+WIDTH = 6.6
+FIRST_WIDTH = 7.1
+
+# Characters: what a table may be wide, with the space around each of its cells; and how long a word
+# may be that is not broken
+PAGE_CHARACTERS = 160
+PADDING = 2
+LONGEST_WORD = 20
+
+
+class Look(NamedTuple):
+    """How a verdict is told apart, by more than its colour: a sign in text, a marker in a chart."""
+
+    colour: str
+    mark: str
+    marker: str
+
+
+LOOKS = {
+    "lower": Look("#0072B2", "▼", "v"),
+    "higher": Look("#B84A00", "▲", "^"),
+    "open": Look("#555555", "○", "o"),
 }
-table { border-collapse: collapse; margin: 1.5rem 0; font-size: 13px }
-caption { text-align: left; font-weight: 600 }
-th, td {
-  padding: .25rem .6rem;
-  border-bottom: 1px solid #ddd;
-  text-align: left;
-  vertical-align: top;
-  white-space: pre-line
-}
-.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-figure { margin: 2rem 0; break-inside: avoid }
-figure svg { max-width: 100%; height: auto }
-figcaption { font-size: 13px; color: #333 }
-@media screen { .wide { overflow-x: auto } }
-@media print { body { max-width: none; margin: 0; font-size: 11px } }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% if notes %}
-<ul>
-{% for note in notes %}
-<li>{{ note }}</li>
-{% endfor %}
-</ul>
-{% endif %}
-{% for caption, (header, rows) in tables.items() %}
-<div class="wide"><table>
-<caption>{{ caption }}</caption>
-<thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr>
-{%- for cell in row -%}
-<td{% if numeric(cell) %} class="n"{% endif %}>{{ "-" if cell is none else cell }}</td>
-{%- endfor -%}
-</tr>
-{% endfor %}
-</tbody>
-</table></div>
-{% endfor %}
-{% for svg, caption in charts %}
-<figure>
-{{ svg }}
-<figcaption>{{ caption }}</figcaption>
-</figure>
-{% endfor %}
-</body>
-</html>
-"""
+
+
+def styled() -> contextlib.AbstractContextManager:
+    """The look of all charts: they are to be made within it."""
+    return matplotlib.rc_context(STYLE)
 
 
 class Arm(NamedTuple):
@@ -132,6 +101,25 @@ class Chart(NamedTuple):
     caption: str
 
 
+class Line(NamedTuple):
+    """A sentence on the first screen. look: of LOOKS; verdict: the words that matter."""
+
+    look: str
+    before: str
+    verdict: str
+    after: str
+
+
+class Lead(NamedTuple):
+    """The first screen. charts: the first stands beside the lines, the others below."""
+
+    question: str
+    summary: str
+    lines: list[Line]
+    remarks: list[str]
+    charts: list[Chart]
+
+
 def number(record, *keys):
     """The number at this path of nested dicts; None where there is none that can be drawn."""
     for key in keys:
@@ -139,10 +127,10 @@ def number(record, *keys):
     return record if isinstance(record, (int, float)) and abs(record) < 1e18 else None
 
 
-def label(text) -> str:
-    """As a chart can show it: at most 3 lines of 44 characters, all of them allowed in XML."""
+def label(text, width: int = 44) -> str:
+    """As a chart can show it: at most 3 lines of this width, all characters allowed in XML."""
     printable = "".join(c if c.isprintable() else " " for c in str(text))
-    return textwrap.fill(printable, 44, max_lines=3, placeholder=" …")
+    return textwrap.fill(printable, width, max_lines=3, placeholder=" …")
 
 
 def group(runs: list[dict]) -> list[Arm]:
@@ -177,16 +165,30 @@ def seeds(rows: list[tuple[Arm, list]]) -> str:
     return f"n = {low}{several} seed{'s' if high > 1 else ''} per arm"
 
 
-def legend(figure: Figure, rows: list[tuple[Arm, list]]) -> None:
+def legend_columns(labels: list[str], inches: float = WIDTH) -> int:
+    """How many entries of a legend stand beside each other below a figure of this width."""
+    longest = max(len(line) for text in labels for line in text.split("\n"))
+    return min(max(int((inches - 0.1) / (0.065 * longest + 0.55)), 1), 4)
+
+
+def legend(figure: Figure, arms: list[Arm]) -> None:
     """One entry per arm below the axes; the figure grows by the room that it takes."""
     handles = []
-    room = 0.2
-    for arm, _ in rows:
+    for arm in arms:
         look = {"color": arm.colour, "linestyle": arm.line, "linewidth": 2}
         handles.append(Line2D([], [], label=arm.label, **look))
-        room += 0.07 * (arm.label.count("\n") + 1.3)
-    figure.set_figheight(figure.get_figheight() + room)
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    add_legend(figure, handles)
+
+
+def add_legend(figure: Figure, handles: list) -> None:
+    """These entries below the axes; the figure grows by the room that they take."""
+    labels = [handle.get_label() for handle in handles]
+    columns = legend_columns(labels, figure.get_figwidth())
+    tall = sorted((text.count("\n") + 1.4 for text in labels), reverse=True)
+    rows = math.ceil(len(labels) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.15 + 0.13 * sum(tall[:rows]))
+    place = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles=handles, frameon=False, fontsize=8, markerscale=0.7, **place)
 
 
 def row_figure(
@@ -199,7 +201,7 @@ def row_figure(
     height = 0.9
     for text in labels:
         height += max(0.3, 0.14 * (text.count("\n") + 1.6))
-    figure = Figure((9, height))
+    figure = Figure((WIDTH, height))
     ax = figure.subplots()
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
     ax.set(xlabel=unit, ylim=(len(labels) - 0.4, -0.6))
@@ -217,11 +219,33 @@ def events(run: dict, kind: str) -> list[dict]:
     return [event for event in run.get("events") or [] if event.get("event") == kind]
 
 
-def points(run: dict, key: str, end: str) -> list[tuple[float, float]]:
-    """(x, BPB) of each validation during training, then of the live weights after it."""
-    seen = [(number(event, key), number(event, "val_bpb")) for event in events(run, "val")]
-    seen.append((number(run, end), number(run, "live_val_bpb")))
-    return [point for point in seen if None not in point]
+# Step -> (x, y) of a curve of one run; the end of the training is the step None
+Curve = dict[int | None, tuple[float, float]]
+
+
+def curve(run: dict, kind: str, key: str, value: str) -> Curve:
+    """A figure of the events of this kind against `key` of theirs."""
+    found: Curve = {}
+    for event in events(run, kind):
+        step = number(event, "step")
+        point = (number(event, key), number(event, value))
+        if None not in (step, *point):
+            found[step] = point
+    return found
+
+
+def training(run: dict, key: str) -> Curve:
+    """Training loss, where the log has it."""
+    return curve(run, "step", key, "loss")
+
+
+def validation(run: dict, key: str, end: str) -> Curve:
+    """BPB of each validation during training, then of the live weights after it."""
+    found = curve(run, "val", key, "val_bpb")
+    last = (number(run, end), number(run, "live_val_bpb"))
+    if None not in last and (found or training(run, key)):
+        found[None] = last
+    return found
 
 
 def phases(arm: Arm, key: str) -> dict[str, float]:
@@ -248,53 +272,105 @@ def phase_strip(ax: Axes, begun: dict[str, list[tuple[float, str]]]) -> None:
     ax.set(ylabel="begins", ylim=(len(begun) - 0.5, -0.5))
 
 
-def curve_axes(begun: dict[str, list[tuple[float, str]]]) -> tuple[Figure, list[Axes]]:
+def curve_axes(panels: int, begun: dict[str, list]) -> tuple[Figure, list[Axes]]:
     """Axes for the curves, and below them a strip for the phases where there are any."""
-    heights = [3.6]
+    heights = [2.7] * panels
     if begun:
         heights.append(sum(max(0.2, 0.045 * len(marks)) for marks in begun.values()))
-    figure = Figure((9, 0.4 + sum(heights)))
+    figure = Figure((WIDTH, 0.4 + sum(heights)))
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     return figure, list(grid[:, 0])
 
 
-def zoom(rows: list[tuple[Arm, list]]) -> tuple[float, float]:
+def zoom(rows: list[tuple[Arm, list[Curve]]]) -> tuple[float, float]:
     """The vertical scale of the last nine tenths of training: the first steps fall too steeply."""
-    drawn = [point for _, lines in rows for line in lines for point in line]
+    drawn = [point for _, curves_ in rows for one in curves_ for point in one.values()]
     late = 0.1 * max(x for x, _ in drawn)
     shown = [y for x, y in drawn if x >= late]
     room = 0.05 * (max(shown) - min(shown)) or 0.01
     return min(shown) - room, max(shown) + room
 
 
+def mean_curve(several: list[Curve]) -> list[tuple[float, float]]:
+    """The mean over runs at each step that all of them have."""
+    steps = [step for step in several[0] if all(step in one for one in several)]
+    found = []
+    for step in steps:
+        x, y = zip(*(one[step] for one in several), strict=True)
+        found.append((statistics.fmean(x), statistics.fmean(y)))
+    return found
+
+
+def draw_curves(ax: Axes, rows: list[tuple[Arm, list[Curve]]]) -> None:
+    """Thick the mean of each arm; thin each seed, unless there are too many arms to tell apart."""
+    for arm, several in rows:
+        look = {"color": arm.colour, "linestyle": arm.line}
+        lines = [(mean_curve(several), 1.8, 1.0)]
+        if len(several) > 1 and len(rows) <= len(COLOURS):
+            lines += [(list(one.values()), 0.6, 0.4) for one in several]
+        for line, width, alpha in lines:
+            x, y = zip(*line, strict=True) if line else ((), ())
+            end = {"marker": "o", "markersize": 2 * width, "markevery": [-1] if line else []}
+            ax.plot(x, y, linewidth=width, alpha=alpha, **end, **look)
+    ax.set_ylim(zoom(rows))
+
+
+def with_sharers(drawn: list[Arm], arms: list[Arm]) -> list[Arm]:
+    """Those that are drawn, with the names of those that share their trainings in their labels."""
+    shared: dict[str, list[str]] = {}
+    for arm in arms:
+        for run in arm.runs:
+            path = run.get("checkpoint")
+            if isinstance(path, str) and path:
+                donor, _ = split_trial(PurePath(path).parent.name)
+                shared.setdefault(donor, []).append(run["arm"])
+    named = []
+    for arm in drawn:
+        others = dict.fromkeys(shared.get(arm.runs[0]["arm"], []))
+        also = f"\n{label('also ' + ', '.join(others))}" if others else ""
+        named.append(arm._replace(label=arm.label + also))
+    return named
+
+
 def curves(arms: list[Arm], key: str, end: str, unit: str) -> Chart | None:
-    """Validation BPB against `key` of the events, above a strip of where the phases begin."""
-    rows = measured(arms, lambda run: points(run, key, end))
-    if not rows:
+    """Training loss and validation BPB against `key` of the events, above where phases begin."""
+    panels = {
+        "training loss (nats per token)": measured(arms, lambda run: training(run, key)),
+        "validation loss (bits per byte)": measured(arms, lambda run: validation(run, key, end)),
+    }
+    panels = {name: rows for name, rows in panels.items() if rows}
+    if not panels:
         return None
+    names = {arm.label for rows in panels.values() for arm, _ in rows}
+    drawn = [arm for arm in arms if arm.label in names]
     begun: dict[str, list[tuple[float, str]]] = {}
-    for arm, _ in rows:
+    for arm in drawn:
         for name, x in phases(arm, key).items():
             begun.setdefault(name, []).append((x, arm.colour))
 
-    figure, axes = curve_axes(begun)
-    for arm, lines in rows:
-        look = {"color": arm.colour, "linestyle": arm.line, "linewidth": 1}
-        for line in lines:
-            x, y = zip(*line, strict=True)
-            axes[0].plot(x, y, marker="o", markersize=3, markevery=[-1], **look)
-    axes[0].set(ylabel="validation loss (bits per byte)", ylim=zoom(rows))
+    figure, axes = curve_axes(len(panels), begun)
+    for ax, (name, rows) in zip(axes, panels.items(), strict=False):
+        draw_curves(ax, rows)
+        ax.set_ylabel(name)
     below = ""
     if begun:
-        phase_strip(axes[1], begun)
+        phase_strip(axes[-1], begun)
         below = " Below: where each phase of training begins, a mark per arm (median of its seeds)."
     axes[-1].set_xlabel(unit)
-    legend(figure, rows)
-    return Chart(
-        figure,
-        f"Validation loss (bits per byte) against {unit}: a thin line per seed, a colour per arm, "
-        f"{seeds(rows)}. The dot at its end is the live weights after training. The vertical scale "
-        f"is that of the last nine tenths of training.{below}",
+    figure.align_ylabels(axes)
+    legend(figure, with_sharers(drawn, arms))
+    rows = [row for several in panels.values() for row in several]
+    return Chart(figure, f"{curves_caption(list(panels), unit)}, {seeds(rows)}.{below}")
+
+
+def curves_caption(names: list[str], unit: str) -> str:
+    """What the panels show."""
+    ends = ""
+    if names[-1].startswith("validation"):
+        ends = " The dot at the end of validation is the live weights after training."
+    return (
+        f"Learning curves against {unit}: {', '.join(names)}. The vertical scale is that of the "
+        f"last nine tenths of training.{ends} A colour per arm: thick the mean, thin each seed"
     )
 
 
@@ -317,7 +393,7 @@ def journey(arms: list[Arm]) -> Chart | None:
         return None
     scored = {stage for _, values in rows for one in values for stage in one}
     stages = [stage for stage in STAGES if stage in scored]
-    figure = Figure((9, 4))
+    figure = Figure((WIDTH, 4))
     ax = figure.subplots()
     ax.set_xticks(range(len(stages)), stages)
 
@@ -335,7 +411,7 @@ def journey(arms: list[Arm]) -> Chart | None:
             draw(one, linewidth=0.7, alpha=0.5, **look)
         draw(means, linewidth=2, marker="o", markersize=4, **look)
     ax.set(xlabel="weights, and how they are scored", ylabel="validation loss (bits per byte)")
-    legend(figure, rows)
+    legend(figure, [arm for arm, _ in rows])
     return Chart(
         figure,
         "Validation loss (bits per byte) of the same runs at each stage: thick the mean over seeds "
@@ -415,9 +491,7 @@ def sizes(arms: list[Arm]) -> Chart | None:
         line = {"color": "black", "linestyle": "--", "linewidth": 1}
         ax.axvline(cap / 1e6, label=f"cap: {cap:,} bytes", **line)
 
-    entries = len(ax.get_legend_handles_labels()[1])
-    figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil((entries + 1) / 4))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    add_legend(figure, ax.get_legend_handles_labels()[0])
     return Chart(
         figure,
         "Size by group of tensors, each compressed alone, and of the code (MB = 1,000,000 bytes), "
@@ -474,22 +548,24 @@ def inline_svg(chart: Chart, name: str) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def draw_charts(arms: list[Arm]) -> list[tuple[Markup, str]]:
-    """(svg, caption) of every chart that there are figures for."""
-    with matplotlib.rc_context(STYLE):
-        charts = {
-            "spread": spread(arms),
-            "journey": journey(arms),
+def svg_of(charts: dict[str, Chart | None]) -> list[tuple[Markup, str]]:
+    """(svg, caption) of each chart that there is; the names keep their ids apart."""
+    with styled():
+        return [(inline_svg(chart, name), chart.caption) for name, chart in charts.items() if chart]
+
+
+def draw_charts(runs: list[dict]) -> dict[str, Chart | None]:
+    """Every chart of runs; None where there are no figures for it."""
+    arms = group(runs)
+    with styled():
+        return {
             "steps": curves(arms, "step", "steps", "training steps"),
             "seconds": curves(arms, "seconds", "train_seconds", "training seconds"),
+            "spread": spread(arms),
+            "journey": journey(arms),
             "gap": quant_gaps(arms),
             "sizes": sizes(arms),
         }
-        drawn = []
-        for name, chart in charts.items():
-            if chart:
-                drawn.append((inline_svg(chart, name), chart.caption))
-    return drawn
 
 
 def is_numeric(cell) -> bool:
@@ -497,25 +573,87 @@ def is_numeric(cell) -> bool:
     return bool(re.fullmatch(r"[-+−±.,%eE ]*\d[-+−±\d.,%eE ]*", str(cell)))
 
 
+class Column(NamedTuple):
+    """Of a table. characters: its least width. right: it holds numbers."""
+
+    name: str
+    characters: int
+    right: bool
+
+
+class Fitting(NamedTuple):
+    """A table that fits the page."""
+
+    caption: str
+    columns: list[Column]
+    rows: list[list]
+
+
+def column_of(name: str, cells: list) -> Column:
+    """As narrow as its longest word allows."""
+    words = [word for cell in (name, *cells) for word in str(cell).split()]
+    longest = max(map(len, words), default=0)
+    numbers = [is_numeric(cell) for cell in cells if cell not in (None, "-")]
+    return Column(name, min(longest, LONGEST_WORD), bool(numbers) and all(numbers))
+
+
+def parts_of(columns: list[Column]) -> list[list[int]]:
+    """Which columns stand beside each other. Every part has the first: it names the rows."""
+    parts = [[0]]
+    widths = [column.characters + PADDING for column in columns]
+    for i in range(1, len(columns)):
+        if sum(widths[j] for j in parts[-1]) + widths[i] > PAGE_CHARACTERS:
+            parts.append([0])
+        parts[-1].append(i)
+    return parts
+
+
+def laid_out(tables: dict[str, Table]) -> list[Fitting]:
+    """The tables; one that is too wide in parts, below one another."""
+    found = []
+    for caption, (header, rows) in tables.items():
+        columns = [column_of(name, [row[i] for row in rows]) for i, name in enumerate(header)]
+        parts = parts_of(columns)
+        for number_, part in enumerate(parts, start=1):
+            which = f" ({number_} of {len(parts)})" if len(parts) > 1 else ""
+            cells = [[row[i] for i in part] for row in rows]
+            found.append(Fitting(f"{caption}{which}", [columns[i] for i in part], cells))
+    return found
+
+
 def html_page(
-    title: str, notes: list[str], tables: dict[str, tuple[list[str], list[list]]], runs: list[dict]
+    title: str,
+    notes: list[str],
+    tables: dict[str, Table],
+    runs: list[dict],
+    lead: Lead | None = None,
 ) -> str:
-    """One page that needs nothing else: notes, tables, failed runs, charts of what was measured."""
+    """One page that needs nothing else.
+
+    The first screen (lead), notes, charts of what was measured, tables, failed runs.
+    """
     finished = [run for run in runs if run.get("failed") is None]
     failed = [run for run in runs if run.get("failed") is not None]
     if failed:
         rows = [[run["arm"], run.get("seed"), run["failed"]] for run in failed]
         tables = {**tables, "Failed runs (in no chart)": (["arm", "seed", "reason"], rows)}
 
+    told = {f"lead {i}": chart for i, chart in enumerate(lead.charts if lead else [])}
+    first = dict(itertools.islice(told.items(), 1))
+    others = {name: chart for name, chart in told.items() if name not in first}
     strict = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
+    template = Path(__file__).with_name("page.html").read_text("utf-8")
     page = (
         jinja2.Environment(**strict)
-        .from_string(PAGE)
+        .from_string(template)
         .render(
             title=title,
+            lead=lead,
+            looks=LOOKS,
+            first=svg_of(first),
             notes=notes,
-            tables=tables,
-            charts=draw_charts(group(finished)),
+            charts=svg_of(others | draw_charts(finished)),
+            tables=laid_out(tables),
             numeric=is_numeric,
         )
     )

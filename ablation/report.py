@@ -1,16 +1,20 @@
 """The tables of a study, from run folders alone, and the report that holds them."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import train_gpt
-from ablation.page import html_page
+from ablation.answers import Answer, answer, forest, interaction, scale_of, sentence, tally
+from ablation.page import Lead, Table, html_page, styled
 from ablation.records import RunStore, check_alike, metric
 from ablation.runner import Ledger
 from ablation.statistics import (
+    RECORD_NATS,
+    Cells,
     Comparison,
     detectable,
     factorial,
@@ -20,10 +24,8 @@ from ablation.statistics import (
     verdict,
     welch,
 )
-from ablation.study import Matrix, Trial, product_arms
+from ablation.study import Matrix, Study, Trial, product_arms
 from train_gpt import Refusal
-
-Table = tuple[list[str], list[list]]  # header, rows
 
 # name -> (heading, unit, digits)
 METRICS = {
@@ -260,6 +262,22 @@ def comparison_table(found: Finished) -> Table:
     return COMPARISON_HEADER, rows
 
 
+def levels_of(study: Study) -> dict[str, tuple[str, ...]]:
+    """Arm -> its levels, for the cells of a factorial study."""
+    if not study.factors:
+        return {}
+    arms = product_arms(study.factors, str(study.path))
+    return dict(zip(arms, itertools.product(*study.factors.values()), strict=True))
+
+
+def cells_of(found: Finished, name: str) -> Cells:
+    """A figure of every cell of a factorial study that has it."""
+    values = {
+        levels: found.values(arm, name) for arm, levels in levels_of(found.matrix.study).items()
+    }
+    return {levels: by_seed for levels, by_seed in values.items() if by_seed}
+
+
 FACTORIAL_HEADER = ["effect", "metric", "mean", "95 % CI", "p", "in words"]
 
 
@@ -268,17 +286,11 @@ def factorial_table(found: Finished) -> Table:
     study = found.matrix.study
     if not study.factors:
         return FACTORIAL_HEADER, []
-    cells = itertools.product(*study.factors.values())
-    arms = product_arms(study.factors, str(study.path))
-    arm_of = dict(zip(cells, arms, strict=True))
-
     rows = []
     for name in study.metrics:
         heading, _, digits = heading_of(name)
-        values = {cell: found.values(arm, name) for cell, arm in arm_of.items()}
-        values = {cell: by_seed for cell, by_seed in values.items() if by_seed}
         try:
-            contrasts = factorial(values, study.factors)
+            contrasts = factorial(cells_of(found, name), study.factors)
         except Refusal as refusal:
             rows.append(["-", heading, "-", "-", "-", f"not computed: {refusal}"])
             continue
@@ -335,15 +347,29 @@ def made_on(found: Finished) -> str:
     )
 
 
-def notes(found: Finished) -> list[str]:
+def warnings(found: Finished) -> list[str]:
+    """What is missing of a study, in sentences."""
+    lines = []
+    matrix = found.matrix
+    if found.failed:
+        lines.append(f"FAILED, and in no figure: {', '.join(found.failed)}.")
+    waiting = []
+    for trial in matrix.trials:
+        if trial.id not in found.failed and trial.seed not in found.runs.get(trial.arm, {}):
+            waiting.append(trial.id)
+    if waiting:
+        lines.append(f"NOT RUN YET: {', '.join(waiting)}.")
+    return lines
+
+
+def how_made(found: Finished) -> list[str]:
     """How it was made, in sentences."""
     matrix = found.matrix
     study = matrix.study
     source = f"Source: {study.source}" if study.source else ""
-    lines = [study.question, source, study.limits, matrix.size.note]
+    lines = [study.limits, matrix.size.note, source]
     if found.all():
         lines.append(made_on(found))
-        lines += record_lines(found)
         lines.append(
             "Differences are between runs of one seed, and not shown where arms share the figure "
             "with their training; intervals are 95 % t-intervals, not corrected for their number."
@@ -353,13 +379,18 @@ def notes(found: Finished) -> list[str]:
     if matrix.equal == "steps":
         budget = f"{matrix.size.steps} steps"
     lines.append(f"Command: {matrix.command()} ({budget} each).")
-    waiting = []
-    for trial in matrix.trials:
-        if trial.id not in found.failed and trial.seed not in found.runs.get(trial.arm, {}):
-            waiting.append(trial.id)
-    if waiting:
-        lines.append(f"NOT RUN YET: {', '.join(waiting)}.")
     return [line for line in lines if line]
+
+
+def remarks(found: Finished) -> list[str]:
+    """What to know beside the answers: what is missing, and the record rule."""
+    return warnings(found) + (record_lines(found) if found.all() else [])
+
+
+def notes(found: Finished) -> list[str]:
+    """The question, what to know beside its answers, and how they were made."""
+    question = found.matrix.study.question
+    return [*([question] if question else []), *remarks(found), *how_made(found)]
 
 
 def tables(found: Finished) -> dict[str, Table]:
@@ -384,6 +415,59 @@ def markdown_report(found: Finished) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def facets(study: Study, side: str) -> dict[str, str]:
+    """What one side of a comparison is: factor -> words, and the figure where it names one."""
+    arm, _, own = side.partition(":")
+    levels = levels_of(study).get(arm)
+    words = {"arm": arm}
+    if levels:
+        words = {name: f"{name} {level}" for name, level in zip(study.factors, levels, strict=True)}
+    if own:
+        words["figure"] = heading_of(own)[0].removesuffix(".bpb")
+    return words
+
+
+def answers_of(found: Finished) -> list[Answer]:
+    """Every comparison of the study's first metric, and of figures in its unit."""
+    study = found.matrix.study
+    first = study.metrics[:1]
+    answers = []
+    for names, name, a, b in pairs(found):
+        own = ":" in names[0] and heading_of(name)[1] == heading_of(first[0])[1]
+        if (name in first or own) and (a != b or not a):
+            sides = (facets(study, names[0]), facets(study, names[1]))
+            answers.append(answer(sides, a, b))
+    return answers
+
+
+def margin_of(found: Finished, name: str) -> float:
+    """What the record rule asks for, in BPB of this text; 0 for what is no score."""
+    if not name.endswith("val_bpb") and not name.startswith("scores."):
+        return 0.0
+    run = found.all()[0]
+    return RECORD_NATS / math.log(2) * run["val_tokens"] / run["val_bytes"]
+
+
+def lead_of(found: Finished) -> Lead:
+    """The first screen: the question, an answer per comparison, and their forest plot."""
+    study = found.matrix.study
+    name = next(iter(study.metrics), "val_bpb")
+    scale = scale_of(*heading_of(name))
+    answers = answers_of(found)
+    charts = []
+    if found.all():
+        with styled():
+            charts.append(forest(answers, scale, margin_of(found, name)))
+            charts.append(interaction(cells_of(found, name), study.factors, scale.heading))
+    return Lead(
+        study.question,
+        tally(answers, scale),
+        [sentence(one, scale) for one in answers],
+        remarks(found),
+        [chart for chart in charts if chart],
+    )
+
+
 def write_report(matrix: Matrix) -> list[Path]:
     """report.md and report.html in the folder of the matrix."""
     found = load_matrix(matrix)
@@ -394,7 +478,9 @@ def write_report(matrix: Matrix) -> list[Path]:
     runs = found.all() + lost
     pages = {
         "report.md": markdown_report(found),
-        "report.html": html_page(title_of(matrix), notes(found), tables(found), runs),
+        "report.html": html_page(
+            title_of(matrix), how_made(found), tables(found), runs, lead_of(found)
+        ),
     }
     for name, text in pages.items():
         train_gpt.write_atomic(matrix.folder / name, text.encode("utf-8", "replace"))

@@ -11,6 +11,7 @@ import statistics
 from html.parser import HTMLParser
 
 import matplotlib
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -33,8 +34,8 @@ from ablation.report import markdown_table
 CAPTIONS = {
     "spread": "Final validation loss",
     "journey": "Validation loss (bits per byte) of the same runs",
-    "steps": "Validation loss (bits per byte) against training steps",
-    "seconds": "Validation loss (bits per byte) against training seconds",
+    "steps": "Learning curves against training steps",
+    "seconds": "Learning curves against training seconds",
     "gap": "Quantisation gap",
     "sizes": "Size by",
 }
@@ -102,7 +103,8 @@ def finished(arm: str, seed: int = 0, **changes) -> dict:
     events = [
         {"event": "phase", "name": "QAT", "step": 10 * seed**2, "seconds": 1.0 * seed},
         {"event": "val", "step": 50, "seconds": 5.0, "val_bpb": 1.5},
-        {"event": "step", "step": 50, "seconds": 5.0},
+        {"event": "step", "step": 50, "seconds": 5.0, "loss": 4.0 + seed},
+        {"event": "step", "step": 100, "seconds": 10.0, "loss": 3.0 + seed},
     ]
     scores = {"live": bpb + 0.03, "averaged": bpb + 0.02, "quantised": bpb + 0.04, "sliding": bpb}
     groups = {
@@ -151,7 +153,7 @@ def made_of(texts: list[str]) -> Page:
         finished("QAT", scored=texts[0], groups={t: {"bytes": 9} for t in texts})
     ]
     runs += [{"arm": text, "seed": text, "failed": text} for text in texts]
-    runs[0]["events"] = [
+    runs[0]["events"] += [
         {"event": "phase", "name": text, "step": 1, "seconds": 1} for text in texts
     ]
     return page(runs, texts[0], texts, {text: ([text], [[text]]) for text in texts})
@@ -312,9 +314,7 @@ def test_every_chart_is_there_when_its_data_are():
         (["scores", "val_bpb"], {"spread", "journey"}),
         (["quant_gap_bpb"], {"gap"}),
         (["groups"], {"sizes"}),
-        (["events", "steps"], {"steps"}),
-        (["events", "train_seconds"], {"seconds"}),
-        (["events", "live_val_bpb"], {"steps", "seconds"}),
+        (["events"], {"steps", "seconds"}),
     ],
     ids=lambda value: ",".join(sorted(value)),
 )
@@ -393,12 +393,56 @@ def test_twelve_arms_look_different():
     assert len(looks) == 12
 
 
-def test_a_curve_ends_with_the_live_weights():
-    lines = only(curves(group(sample()), "step", "steps", "training steps")).lines
-    assert [line.get_xydata().tolist() for line in lines[:2]] == [
-        [[50, 1.5], [100, 1.23]],
-        [[50, 1.5], [100, 1.24]],
-    ]
+def panels(runs: list[dict], key: str = "step", end: str = "steps") -> list:
+    """The axes of the learning curves."""
+    return curves(group(runs), key, end, "training steps").figure.axes
+
+
+def data_of(ax) -> list:
+    """The points of each line."""
+    return [line.get_xydata().tolist() for line in ax.lines]
+
+
+def test_a_curve_is_the_mean_of_the_seeds_and_each_of_them():
+    training = data_of(panels(sample())[0])
+    seeds_ = [[[50, 4.0 + seed], [100, 3.0 + seed]] for seed in range(3)]
+    assert training == [[[50, 5.0], [100, 4.0]], *seeds_] * 2
+
+
+def test_a_curve_of_validation_ends_with_the_live_weights():
+    validation = data_of(panels(sample())[1])
+    seeds_ = [[[50, 1.5], [100, 1.23 + 0.01 * seed]] for seed in range(3)]
+    assert validation[1:4] == [pytest.approx(line) for line in map(np.array, seeds_)]
+
+
+def test_training_is_drawn_where_nothing_was_validated():
+    runs = [finished("a", seed, live_val_bpb=None) for seed in range(2)]
+    for run in runs:
+        run["events"] = [event for event in run["events"] if event["event"] == "step"]
+    chart = curves(group(runs), "seconds", "train_seconds", "training seconds")
+    assert [ax.get_ylabel() for ax in chart.figure.axes] == ["training loss (nats per token)"]
+    assert data_of(only(chart))[0] == [[5, 4.5], [10, 3.5]]
+    assert "validation" not in chart.caption and "n = 2 seeds" in chart.caption
+
+
+def test_the_mean_of_a_curve_is_of_the_steps_that_all_seeds_have():
+    short = finished("a", 1)
+    short["events"] = [event for event in short["events"] if event["step"] < 100]
+    training = data_of(panels([finished("a"), short])[0])
+    assert training == [[[50, 4.5]], [[50, 4.0], [100, 3.0]], [[50, 5.0]]]
+
+
+def test_many_arms_have_no_line_per_seed():
+    runs = [finished(str(arm), seed) for arm in range(9) for seed in range(2)]
+    assert [len(panels(some)[0].lines) for some in (runs, runs[2:])] == [9, 24]
+
+
+def test_the_legend_names_arms_that_share_a_training():
+    shared = finished("ema", checkpoint="runs/plain-s0/checkpoint.bin", events=[])
+    odd = finished("odd", checkpoint={"x": 1})
+    chart = curves(group([finished("plain"), shared, odd]), "step", "steps", "training steps")
+    texts = [text.get_text() for text in chart.figure.legends[0].get_texts()]
+    assert texts == ["plain\nalso ema", "odd"]
 
 
 def test_the_scale_of_a_curve_is_not_that_of_its_first_steps():
@@ -406,15 +450,14 @@ def test_the_scale_of_a_curve_is_not_that_of_its_first_steps():
         {"event": "val", "step": step, "seconds": step, "val_bpb": bpb}
         for step, bpb in ((0, 4.1), (50, 1.3))
     ]
-    chart = curves(group([finished("a", events=late)]), "step", "steps", "training steps")
-    low, high = only(chart).get_ylim()
+    low, high = panels([finished("a", events=late)])[0].get_ylim()
     assert 1.2 < low < 1.23 and 1.3 < high < 1.4
 
 
 def test_phases_are_marked_at_their_median():
     chart = curves(group(sample()), "step", "steps", "training steps")
-    marks = chart.figure.axes[1].collections
-    assert [label.get_text() for label in chart.figure.axes[1].get_yticklabels()] == ["QAT"]
+    marks = chart.figure.axes[2].collections
+    assert [label.get_text() for label in chart.figure.axes[2].get_yticklabels()] == ["QAT"]
     assert [mark.get_segments()[0][0][0] for mark in marks] == [
         10,
         10,
@@ -422,8 +465,10 @@ def test_phases_are_marked_at_their_median():
 
 
 def test_without_phases_there_is_no_strip():
-    chart = curves(group([finished("a", events=[])]), "step", "steps", "training steps")
-    assert len(chart.figure.axes) == 1 and "Below" not in chart.caption
+    run = finished("a")
+    run["events"] = run["events"][1:]
+    chart = curves(group([run]), "step", "steps", "training steps")
+    assert len(chart.figure.axes) == 2 and "Below" not in chart.caption
 
 
 def test_the_journey_shows_the_mean_of_the_stages_that_were_scored():

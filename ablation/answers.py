@@ -1,0 +1,316 @@
+"""What a study answers: a sentence per comparison, and the charts that show it.
+
+In: scores by seed of the two sides of each comparison. Out: the first screen of the page.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ablation.page import (
+    COLOURS,
+    FIRST_WIDTH,
+    LINES,
+    LOOKS,
+    WIDTH,
+    Chart,
+    Line,
+    add_legend,
+    label,
+    row_figure,
+)
+from ablation.statistics import Cells, Comparison, cell_array, half_width, paired, sample_sd
+from train_gpt import Refusal
+
+# Characters of a line beside a row of the forest plot
+LABEL_WIDTH = 30
+
+
+class Scale(NamedTuple):
+    """How figures of a metric are written: times `factor`, in `unit`, with `digits` or more."""
+
+    heading: str
+    unit: str
+    factor: float
+    digits: int
+
+
+class Answer(NamedTuple):
+    """A comparison: b - a.
+
+    a, b: the two sides by what tells them apart; both: what they have in common, or "".
+    differences: by seed. test: None where there is none, and then problem says why.
+    """
+
+    a: str
+    b: str
+    both: str
+    differences: dict[int, float]
+    test: Comparison | None
+    problem: str
+
+    @property
+    def look(self) -> str:
+        """The verdict, as a key of LOOKS."""
+        if self.test is None or self.test.low <= 0 <= self.test.high:
+            return "open"
+        return "lower" if self.test.mean < 0 else "higher"
+
+
+def scale_of(heading: str, unit: str, digits: int) -> Scale:
+    """Differences in BPB are read in thousandths."""
+    if unit == "BPB":
+        return Scale(f"{heading} BPB", "mBPB", 1000.0, 1)
+    return Scale(heading, unit, 1.0, digits)
+
+
+# ── Sentences ─────────────────────────────────────────────────────────────────────────────────────
+def answer(
+    sides: tuple[dict[str, str], dict[str, str]], a: dict[int, float], b: dict[int, float]
+) -> Answer:
+    """b - a over the seeds that both have.
+
+    sides: of a and of b, what each is: factor -> words.
+    """
+    left, right = sides
+    both = [words for key, words in left.items() if right.get(key) == words]
+    names = [
+        ", ".join(words for words in side.values() if words not in both) or ", ".join(both)
+        for side in sides
+    ]
+    shared = ", ".join(both) if names[0] != names[1] else ""
+    differences = {
+        seed: b[seed] - a[seed] for seed in sorted(a.keys() & b.keys()) if math.isfinite(b[seed])
+    }
+    test, problem = None, ""
+    try:
+        test = paired(a, b)
+    except Refusal as refusal:
+        problem = str(refusal)
+    return Answer(*names, shared, differences, test, problem)
+
+
+def places(test: Comparison, scale: Scale) -> int:
+    """Decimals, so that a bound that is not 0 never reads 0.0."""
+    figures = [abs(x) * scale.factor for x in (test.mean, test.low, test.high) if x]
+    smallest = min(figures, default=1.0)
+    return min(max(scale.digits, math.ceil(-math.log10(smallest))), 9)
+
+
+def sentence(found: Answer, scale: Scale) -> Line:
+    """The answer in words, and no more than its interval allows."""
+    a, b, test = found.a, found.b, found.test
+    before = f"{found.both}: {b}" if found.both else b
+    if test is None:
+        return Line("open", f"{before} and {a} are", "not compared", f"({found.problem}).")
+
+    digits = places(test, scale)
+
+    def size(x: float) -> str:
+        return f"{abs(x) * scale.factor:,.{digits}f}"
+
+    if found.look == "open" and test.sd == 0:
+        return Line("open", f"{before} is", "the same", f"as {a} in each of {test.n} seeds.")
+    if found.look == "open":
+        between = f"between {size(test.low)} {scale.unit} lower and {size(test.high)} higher"
+        after = f"from {a}: {between} (95 % interval, {test.n} seeds)."
+        return Line("open", f"{before} is", "not distinguishable", after)
+    near, far = sorted((test.low, test.high), key=abs)
+    interval = f"95 % interval {size(near)} to {size(far)} {found.look}"
+    after = f"than {a} ({interval}, {test.n} seeds)."
+    return Line(found.look, f"{before} is", f"{size(test.mean)} {scale.unit} {found.look}", after)
+
+
+def tally(answers: list[Answer], scale: Scale) -> str:
+    """How many comparisons have which verdict."""
+    if not answers:
+        return "Nothing can be compared yet."
+    looks = [found.look for found in answers if found.test]
+    counts = {
+        "lower": looks.count("lower"),
+        "higher": looks.count("higher"),
+        "not distinguishable": looks.count("open"),
+        "not compared": len(answers) - len(looks),
+    }
+    several = f"{len(answers)} comparison{'s' if len(answers) > 1 else ''}"
+    verdicts = ", ".join(f"{n} {words}" for words, n in counts.items() if n)
+    better = " (lower is better)" if scale.unit == "mBPB" else ""
+    return f"{several} of {scale.heading}{better}: {verdicts}."
+
+
+# ── Forest plot ───────────────────────────────────────────────────────────────────────────────────
+def signed(x: float, digits: int) -> str:
+    return f"{x:+,.{digits}f}".replace("-", "−")
+
+
+def interval_text(found: Answer, scale: Scale) -> str:
+    """mean (low to high), at the end of a row."""
+    if found.test is None:
+        return "not compared"
+    digits = places(found.test, scale)
+    test = found.test
+    mean, low, high = (signed(x * scale.factor, digits) for x in (test.mean, test.low, test.high))
+    return f"{mean} ({low} to {high})"
+
+
+def draw_row(ax: Axes, y: int, found: Answer, scale: Scale) -> None:
+    """The interval of one comparison, and faintly each seed."""
+    look = LOOKS[found.look]
+    values = [value * scale.factor for value in found.differences.values()]
+    gap = min(0.1, 0.5 / max(len(values), 1))
+    spots = [y + gap * (i - (len(values) - 1) / 2) for i in range(len(values))]
+    ax.plot(values, spots, "o", color=look.colour, markersize=3.5, alpha=0.3, zorder=2)
+    if found.test is None:
+        return
+    ends = [found.test.low * scale.factor, found.test.high * scale.factor]
+    ax.plot(ends, [y, y], color=look.colour, linewidth=2, solid_capstyle="butt", zorder=3)
+    filled = look.colour if found.look != "open" else "white"
+    mark = {"marker": look.marker, "markersize": 8, "markerfacecolor": filled}
+    ax.plot([found.test.mean * scale.factor], [y], color=look.colour, zorder=4, **mark)
+
+
+def row_label(found: Answer) -> str:
+    """b - a, and below it what they have in common."""
+    lines = [label(f"{found.b} − {found.a}", LABEL_WIDTH)]
+    if found.both:
+        lines.append(label(found.both, LABEL_WIDTH))
+    return "\n".join(lines)
+
+
+def forest_legend(answers: list[Answer], rule: Line2D | None) -> list[Line2D]:
+    """An entry per verdict that was drawn, one for the seeds and one for the record rule."""
+    words = {"lower": "lower", "higher": "higher", "open": "not distinguishable"}
+    handles = []
+    for name, look in LOOKS.items():
+        if any(found.look == name and found.test for found in answers):
+            filled = look.colour if name != "open" else "white"
+            mark = {"marker": look.marker, "markersize": 7, "markerfacecolor": filled}
+            handles.append(
+                Line2D([], [], color=look.colour, linewidth=2, label=words[name], **mark)
+            )
+    seed = {"marker": "o", "linestyle": "", "markersize": 3.5, "alpha": 0.4}
+    handles.append(Line2D([], [], color="#444444", label="one seed", **seed))
+    return [*handles, rule] if rule else handles
+
+
+def draw_rule(ax: Axes, margin: float, scale: Scale) -> Line2D | None:
+    """A dashed line at the record rule; None where it is far outside of what was measured."""
+    low, high = ax.get_xlim()
+    place = -margin * scale.factor
+    if place < low - 2 * (high - low):
+        return None
+    words = f"record rule: {-place:.1f} {scale.unit} lower"
+    return ax.axvline(place, color="#009E73", linestyle="--", linewidth=1.2, label=words)
+
+
+def forest(answers: list[Answer], scale: Scale, margin: float) -> Chart | None:
+    """A row per comparison. margin: of the record rule, in the metric; 0: none."""
+    if not any(found.differences for found in answers):
+        return None
+    labels = [row_label(found) for found in answers]
+    figure, ax = row_figure(labels, f"difference in {scale.heading}, {scale.unit}".rstrip(", "))
+    figure.set_figwidth(FIRST_WIDTH)
+    for y, found in enumerate(answers):
+        draw_row(ax, y, found, scale)
+    ax.axvline(0, color="#222222", linewidth=1, zorder=1)
+    rule = draw_rule(ax, margin, scale) if margin else None
+
+    beside = ax.twinx()
+    texts = [interval_text(found, scale) for found in answers]
+    beside.set_yticks(range(len(texts)), texts, fontsize=8)
+    beside.set_ylim(ax.get_ylim())
+    beside.grid(visible=False)
+    beside.tick_params(length=0)
+    add_legend(figure, forest_legend(answers, rule))
+    record = ""
+    if margin:
+        amount = f"{margin * scale.factor:.1f} {scale.unit}"
+        outside = "" if rule else ", which is outside of this chart"
+        record = f" The record rule asks for 0.005 nats per token, here {amount} lower{outside}."
+    return Chart(
+        figure,
+        f"Differences in {scale.heading}, paired by seed: the mean, its 95 % "
+        f"t-interval and, faint, each seed.{record}",
+    )
+
+
+# ── Interactions ──────────────────────────────────────────────────────────────────────────────────
+def draw_lines(ax: Axes, y: np.ndarray, levels: list[str], names: list[str]) -> None:
+    """A line per name over the levels: means with intervals, and faintly each seed.
+
+    y: (levels, names, seeds).
+    """
+    n = y.shape[2]
+    for i, name in enumerate(names):
+        colour = COLOURS[i % len(COLOURS)]
+        line = LINES[i // len(COLOURS) % len(LINES)]
+        shift = 0.04 * (i - (len(names) - 1) / 2)
+        x = [place + shift for place in range(len(levels))]
+        halves = []
+        for values in y[:, i]:
+            halves.append(half_width(sample_sd(values, abs(y).max()) / math.sqrt(n), n - 1))
+        look = {"color": colour, "linestyle": line}
+        ax.plot(x, y[:, i], linewidth=0.6, alpha=0.3, **look)
+        style = {"fmt": "o", "markersize": 5, "capsize": 3, "linewidth": 1.8}
+        ax.errorbar(x, y[:, i].mean(axis=1), yerr=halves, label=name or None, **style, **look)
+    ax.set_xticks(range(len(levels)), [label(level) for level in levels])
+    ax.set_xlim(-0.4, len(levels) - 0.6)
+
+
+def panel(ax: Axes, y: np.ndarray, factors: dict[str, list[str]], pair: tuple[int, ...]) -> None:
+    """Means by one or two of the factors, over the levels of the others.
+
+    y: (levels of the first factor, of the second, ..., seeds). pair: the factor along the axis,
+    and that of the lines.
+    """
+    names = [list(factors)[i] for i in pair]
+    others = tuple(i for i in range(len(factors)) if i not in pair)
+    shown = y.mean(axis=others)
+    if len(pair) == 1:
+        shown = shown[:, None]
+        lines = [""]
+    else:
+        # the mean keeps the order of the factors
+        shown = shown if pair[0] < pair[1] else shown.swapaxes(0, 1)
+        lines = [f"{names[1]} {level}" for level in factors[names[1]]]
+    draw_lines(ax, shown, factors[names[0]], lines)
+    ax.set_xlabel(label(names[0]))
+    if len(pair) > 1:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def interaction(cells: Cells, factors: dict[str, list[str]], heading: str) -> Chart | None:
+    """Lines per level of one factor over the other; of more factors, a panel per pair.
+
+    None where there are no factors, or not all cells with two seeds.
+    """
+    if not factors:
+        return None
+    try:
+        y = cell_array(cells, factors)
+    except Refusal:
+        return None
+    levels = y.shape[:-1]
+    # the factor with more levels along the axis
+    order = sorted(range(len(levels)), key=lambda i: -levels[i])
+    pairs = list(itertools.combinations(order, 2)) or [(order[0],)]
+    figure = Figure((WIDTH, 0.3 + 3.2 * len(pairs)))
+    axes = figure.subplots(len(pairs), 1, squeeze=False)[:, 0]
+    for ax, pair in zip(axes, pairs, strict=True):
+        panel(ax, y, factors, pair)
+        ax.set_ylabel(heading)
+
+    what = f"{heading[:1].upper()}{heading[1:]} by {' and '.join(factors)}"
+    mean = " over the levels of the other factors" if len(levels) > 2 else ""
+    parallel = "Parallel lines: no interaction. " if len(levels) > 1 else ""
+    return Chart(
+        figure,
+        f"{what}: means{mean} with 95 % t-intervals, n = {y.shape[-1]} seeds, faint each seed. "
+        f"{parallel}A seed moves all its points together, so that differences are known better "
+        "than these intervals show.",
+    )
