@@ -33,8 +33,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import sysconfig
+import threading
 import time
 import typing
 import warnings
@@ -77,45 +79,110 @@ class UserError(typer.TyperException):
 
 # ---- Progress
 
-PROGRESS_SECONDS = 30  # between two lines where there is no terminal
+PROGRESS_SECONDS = 8  # between two lines where there is no terminal
+REFRESH_SECONDS = 0.2  # of the live line on one
+
+
+def duration(seconds: float) -> str:
+    """Write a time as people do: 8 s, 12 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+class Progress:
+    """How far a piece of work is: how many items of how many, and how long it still takes."""
+
+    def __init__(self, what: str, unit: str, total: int | None) -> None:
+        self.what = what
+        self.unit = unit  # empty: nothing is counted
+        self.total = total  # None: not known
+        self.share: Callable[[], float | None] | None = None  # done, 0 to 1, where no total says it
+        self.done = 0
+        self.began = time.monotonic()
+
+    def advance(self) -> None:
+        """Count one item."""
+        self.done += 1
+
+    def fraction(self) -> float | None:
+        """Tell how much is done, 0 to 1; None where that cannot be known."""
+        if self.share:
+            return self.share()
+        return self.done / self.total if self.total else None
+
+    def items(self) -> list[str]:
+        """Tell how many items are done, of how many."""
+        if not self.unit:
+            return []
+        of_all = f" of {self.total:,}" if self.total else ""
+        return [f"{self.done:,}{of_all} {self.unit}"]
+
+    def line(self) -> str:
+        """Say all of it while the work goes on."""
+        seconds = time.monotonic() - self.began
+        parts = [*self.items(), f"{duration(seconds)} so far"]
+        fraction = self.fraction()
+        if fraction:
+            fraction = min(fraction, 1.0)
+            parts.append(f"about {duration(seconds * (1 / fraction - 1))} left")
+        return f"{self.what}: {', '.join(parts)}"
+
+    def last_line(self) -> str:
+        """Say what has been done, and how long it took."""
+        seconds = duration(time.monotonic() - self.began)
+        return f"{self.what}: {' '.join(self.items() or ['done'])} in {seconds}"
 
 
 @contextmanager
-def progress(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-    """Show how far a loop is; yields the function that it calls after each item.
+def progress(what: str, unit: str = "", total: int | None = None) -> Iterator[Progress]:
+    """Show how far a piece of work is; yields what counts its items.
 
-    On a terminal a live bar, below what is printed meanwhile; elsewhere a line from time to time.
+    On a terminal a live bar, below what is printed meanwhile; elsewhere a line from time to time,
+    whether or not an item was done, and one at the end.
     """
+    state = Progress(what, unit, total)
     console = rich.console.Console()
     if not console.is_terminal:
-        yield line_from_time_to_time(what, unit, total)
+        with repeated(lambda: print(state.line(), flush=True), PROGRESS_SECONDS):
+            yield state
+        print(state.last_line(), flush=True)
         return
     columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn(unit),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
+        rich.progress.BarColumn(bar_width=20),
+        rich.progress.TextColumn("{task.description}", markup=False),
     )
     with rich.progress.Progress(*columns, console=console) as bar:
-        yield functools.partial(bar.advance, bar.add_task(what, total=total))
+        task = bar.add_task(what, total=None)
+
+        def show() -> None:
+            fraction = state.fraction()
+            known = {"total": 1.0, "completed": fraction} if fraction else {}
+            bar.update(task, description=state.line(), **known)
+
+        with repeated(show, REFRESH_SECONDS):
+            yield state
+        bar.update(task, description=state.last_line(), total=1.0, completed=1.0)
 
 
-def line_from_time_to_time(what: str, unit: str, total: int | None) -> Callable[[], None]:
-    """Return a function that counts its calls and prints the count every PROGRESS_SECONDS."""
-    done = 0
-    next_line = time.monotonic() + PROGRESS_SECONDS
+@contextmanager
+def repeated(show: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call a function every so many seconds, beside what the block does."""
+    ended = threading.Event()
 
-    def advance() -> None:
-        nonlocal done, next_line
-        done += 1
-        if time.monotonic() >= next_line:
-            of_all = f" of {total:,}" if total else ""
-            print(f"{what}: {done:,}{of_all} {unit}", flush=True)
-            next_line = time.monotonic() + PROGRESS_SECONDS
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            show()
 
-    return advance
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 # ---- Options
@@ -195,7 +262,14 @@ PACKINGS = {
 CHUNK = 1 << 14
 
 
-def unpack(file: typing.BinaryIO, packing: Packing) -> Iterator[bytes]:
+def pieces(file: typing.BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield a file chunk by chunk, and tell `advance` their bytes."""
+    while chunk := file.read(CHUNK):
+        advance(len(chunk))
+        yield chunk
+
+
+def unpack(chunks: Iterable[bytes], packing: Packing) -> Iterator[bytes]:
     """Decompress every stream of a file, chunk by chunk; parallel compressors write many.
 
     Raises EOFError for one that is cut or damaged, and for what stands behind a stream and is
@@ -204,7 +278,8 @@ def unpack(file: typing.BinaryIO, packing: Packing) -> Iterator[bytes]:
     decoder = None
     streams = 0
     zeros = 0
-    while chunk := file.read(CHUNK):
+    for piece in chunks:
+        chunk = piece
         while chunk:
             if decoder is None:
                 rest = chunk.lstrip(b"\0")
@@ -291,12 +366,15 @@ def check_text(path: Path, start: bytes) -> None:
             raise UserError(f"{path} is {name}: convert it, with iconv -f {name} -t UTF-8")
 
 
-def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield what a plain or compressed file holds, without the mark that some put before UTF-8."""
+def read_chunks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield what a plain or compressed file holds, without the mark that some put before UTF-8.
+
+    It tells `advance` how many bytes of the file it has read.
+    """
     with path.open("rb") as file:
-        chunks = iter(functools.partial(file.read, CHUNK), b"")
+        chunks = pieces(file, advance)
         if path.suffix in PACKINGS:
-            chunks = unpack(file, PACKINGS[path.suffix])
+            chunks = unpack(chunks, PACKINGS[path.suffix])
         start = b""
         # Enough to tell what it is
         while len(start) < BEGINNING and (chunk := next(chunks, b"")):
@@ -306,14 +384,14 @@ def read_chunks(path: Path) -> Iterator[bytes]:
         yield from chunks
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
     """Yield the lines of a plain or compressed file without their newlines.
 
     Raises UserError when it is damaged.
     """
     rest = []
     try:
-        for chunk in read_chunks(path):
+        for chunk in read_chunks(path, advance):
             first, *others = chunk.split(b"\n")
             rest.append(first)
             if others:
@@ -331,9 +409,9 @@ def is_not_blank(line: bytes) -> bool:
     return bool(line.strip())
 
 
-def read_txt(path: Path, field: str) -> Iterator[str]:
+def read_txt(path: Path, field: str, advance: Callable[[int], None]) -> Iterator[str]:
     """Yield the blocks of text between blank lines: each is one document, and has no fields."""
-    for has_text, lines in itertools.groupby(read_lines(path), key=is_not_blank):
+    for has_text, lines in itertools.groupby(read_lines(path, advance), key=is_not_blank):
         try:
             block = b"\n".join(lines).decode()
             if "\0" in block:
@@ -377,9 +455,9 @@ def text_field(line: bytes, field: str) -> str:
     return text
 
 
-def read_jsonl(path: Path, field: str) -> Iterator[str]:
+def read_jsonl(path: Path, field: str, advance: Callable[[int], None]) -> Iterator[str]:
     """Yield the text field of the JSON object on each line."""
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path, advance), start=1):
         if not line.strip():
             continue
         try:
@@ -421,7 +499,7 @@ def open_parquet(path: Path, field: str) -> Iterator:
         ) from error
 
 
-def read_parquet(path: Path, field: str) -> Iterator[str]:
+def read_parquet(path: Path, field: str, advance: Callable[[int], None]) -> Iterator[str]:
     """Yield the values of one text column; rows without one are left out, and counted aloud."""
     rows = 0
     nulls = 0
@@ -434,6 +512,7 @@ def read_parquet(path: Path, field: str) -> Iterator[str]:
                     f"{path} has a value in its column {field!r} that is not UTF-8 ({error}), "
                     f"in row {rows + 1} or later: convert it"
                 ) from error
+            advance(path.stat().st_size * len(texts) // file.metadata.num_rows)
             yield from filter(None, texts)
             rows += len(texts)
             nulls += texts.count(None)
@@ -449,7 +528,7 @@ def as_text(value: str | bytes | None) -> str | None:
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
-def reader_of(path: Path) -> Callable[[Path, str], Iterator[str]]:
+def reader_of(path: Path) -> Callable[[Path, str, Callable[[int], None]], Iterator[str]]:
     """Choose the reader by suffix."""
     compressed = path.suffix in PACKINGS
     reader = READERS.get(Path(path.stem).suffix if compressed else path.suffix)
@@ -472,16 +551,42 @@ def check_input(path: Path, field: str) -> None:
             pass
 
 
-def text_documents(inputs: list[Path], field: str) -> Iterator[str]:
-    """Stream the documents of all files in order; those of white space alone are left out."""
-    for path in inputs:
-        texts = (text for text in reader_of(path)(path, field) if text.strip())
-        first = next(texts, None)
-        if first is None:
-            print(f"WARNING: {path} holds no document with text")
-        else:
-            yield first
-            yield from texts
+class TextDocuments:
+    """The documents of some files, in order; those of white space alone are left out.
+
+    Each call starts a new pass, which streams them. `share` tells how far the newest one is.
+    """
+
+    def __init__(self, inputs: list[Path], field: str) -> None:
+        self.inputs = inputs
+        self.field = field
+        self.bytes = sum(path.stat().st_size for path in inputs)
+        if not all(path.is_file() for path in inputs):  # a pipe: nobody knows how much will come
+            self.bytes = 0
+        self.bytes_read = 0
+        self.documents_read = 0
+
+    def __call__(self) -> Iterator[str]:
+        self.bytes_read = 0
+        self.documents_read = 0
+        for path in self.inputs:
+            before = self.documents_read
+            for text in reader_of(path)(path, self.field, self.advance):
+                if text.strip():
+                    self.documents_read += 1
+                    yield text
+            if self.documents_read == before:
+                print(f"WARNING: {path} holds no document with text")
+
+    def advance(self, size: int) -> None:
+        """Count bytes of a file that were read."""
+        self.bytes_read += size
+
+    def share(self, documents: int) -> float | None:
+        """Tell how much of the files so many documents are, 0 to 1, of those that were read."""
+        if not self.bytes or not self.documents_read:
+            return None
+        return self.bytes_read / self.bytes * documents / self.documents_read
 
 
 # ---- Documents of the demo: the English in Python's own documentation
@@ -565,13 +670,27 @@ def demo_documents(workers: int) -> list[str]:
     """
     files = demo_files()
     texts = []
-    with worker_pool(workers) as pool, progress("reading", "modules", len(files)) as advance:
+    with worker_pool(workers) as pool, progress("reading", "modules", len(files)) as state:
         for docstrings in pool.map(module_docstrings, files, chunksize=32):
             texts += docstrings
-            advance()
+            state.advance()
     texts += topics.values()
     keyed = {document_key(text): text for text in texts if is_demo_document(text)}
     return [keyed[key] for key in sorted(keyed)]
+
+
+class DemoDocuments:
+    """A list of documents: each call starts a new pass, and `share` tells how far one is."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __call__(self) -> Iterator[str]:
+        return iter(self.texts)
+
+    def share(self, documents: int) -> float:
+        """Tell how much of all so many documents are, 0 to 1."""
+        return documents / len(self.texts)
 
 
 def demo_val_fraction(documents: list[str]) -> float:
@@ -829,8 +948,16 @@ class Encoded(typing.NamedTuple):
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Start processes that share nothing with this one: no thread is caught in a fork."""
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    """Start processes that share nothing with this one: no thread is caught in a fork.
+
+    Ctrl-C ends them at once, wherever they are.
+    """
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 # A worker serves one run and so one model.
@@ -860,20 +987,21 @@ def encode_batch(model: Path, texts: list[str]) -> list[Encoded]:
     return encoded
 
 
-def encode(documents: Iterator[str], model: Path, workers: int) -> Iterator[Encoded]:
+def encode(
+    documents: Iterator[str], model: Path, workers: int, pool: ProcessPoolExecutor
+) -> Iterator[Encoded]:
     """Encode a stream of documents in parallel and yield the results in the order of the input.
 
     At most four batches a worker are under way, whatever the size of the input: Executor.map would
     read it all first.
     """
     under_way: deque = deque()
-    with worker_pool(workers) as pool:
-        while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
-            under_way.append(pool.submit(encode_batch, model, batch))
-            if len(under_way) >= 4 * workers:
-                yield from under_way.popleft().result()
-        while under_way:
+    while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+        under_way.append(pool.submit(encode_batch, model, batch))
+        if len(under_way) >= 4 * workers:
             yield from under_way.popleft().result()
+    while under_way:
+        yield from under_way.popleft().result()
 
 
 # ---- Shards
@@ -948,37 +1076,35 @@ class ShardWriter:
         print(f"wrote {path.name}: {header[2]:,} tokens")
 
 
+Documents = TextDocuments | DemoDocuments
+
+
 def write_dataset(
-    folder: Path,
-    documents: Callable[[], Iterator[str]],
-    recipe: Recipe,
-    workers: int,
-    settings: dict,
+    folder: Path, documents: Documents, recipe: Recipe, workers: int, settings: dict
 ) -> None:
     """Fill an empty folder with tokenizer, shards and manifest.
 
-    `documents` starts a fresh pass over the same documents: the tokenizer takes one, the encoding
-    another.
+    The tokenizer takes one pass over the documents, the encoding another.
     """
     model = folder / "tokenizer.model"
-    if recipe.tokenizer:
-        # Refuses an unfit one here, before any worker starts.
-        load_tokenizer(recipe.tokenizer)
-        shutil.copyfile(recipe.tokenizer, model)
-    else:
-        print(f"training a tokenizer of {recipe.vocab_size} pieces")
-        sample = tokenizer_sample(itertools.islice(documents(), recipe.max_docs), recipe)
-        model.write_bytes(train_tokenizer(list(sample), recipe.vocab_size))
-
-    table = byte_table(model)
-    held_out = in_split(itertools.islice(documents(), recipe.max_docs), recipe, "val")
-    refuse_misfit(recipe.tokenizer or model, table, held_out)
-    print_changes(table)
-
     splitter = Splitter(recipe)
     writers = {split: ShardWriter(folder, split, recipe) for split in SPLITS}
-    encoded = encode(itertools.islice(documents(), recipe.max_docs), model, workers)
-    write_splits(encoded, splitter, writers, table)
+    with worker_pool(workers) as pool:
+        if recipe.tokenizer:
+            # Refuses an unfit one here, before any worker starts.
+            load_tokenizer(recipe.tokenizer)
+            shutil.copyfile(recipe.tokenizer, model)
+        else:
+            make_tokenizer(model, documents, recipe, pool)
+
+        with progress("trying the tokenizer"):
+            table = byte_table(model)
+            held_out = in_split(itertools.islice(documents(), recipe.max_docs), recipe, "val")
+            refuse_misfit(recipe.tokenizer or model, table, held_out)
+        print_changes(table)
+
+        encoded = encode(itertools.islice(documents(), recipe.max_docs), model, workers, pool)
+        write_splits(encoded, splitter, writers, table, documents)
 
     splits = {split: writers[split].totals for split in SPLITS}
     refuse_empty_splits(splits, recipe)
@@ -987,8 +1113,29 @@ def write_dataset(
     write_manifest(folder, model, shards, rest)
 
 
+def make_tokenizer(
+    model: Path, documents: Documents, recipe: Recipe, pool: ProcessPoolExecutor
+) -> None:
+    """Write a tokenizer of the first documents, trained by a worker.
+
+    SentencePiece holds the interpreter until it is done, so that this process would be silent.
+    """
+    texts = []
+    with progress("reading for the tokenizer", "documents") as state:
+        source = itertools.islice(documents(), recipe.max_docs)
+        for text in tokenizer_sample(source, recipe):
+            texts.append(text)
+            state.advance()
+    with progress(f"training a tokenizer of {recipe.vocab_size:,} pieces"):
+        model.write_bytes(pool.submit(train_tokenizer, texts, recipe.vocab_size).result())
+
+
 def write_splits(
-    encoded: Iterable[Encoded], splitter: Splitter, writers: dict[str, ShardWriter], table
+    encoded: Iterable[Encoded],
+    splitter: Splitter,
+    writers: dict[str, ShardWriter],
+    table,
+    documents: Documents,
 ) -> None:
     """Send each distinct document to the writer of its split, up to --max-tokens.
 
@@ -996,7 +1143,8 @@ def write_splits(
     the tokenizer, but not every text.
     """
     limit = splitter.recipe.max_tokens
-    with progress("encoding", "documents") as advance:
+    with progress("encoding", "documents") as state:
+        state.share = functools.partial(share_encoded, state, splitter.recipe, writers, documents)
         for number, document in enumerate(encoded, start=1):
             split = splitter.split_of(document.key)
             if split:
@@ -1008,11 +1156,28 @@ def write_splits(
                         "out, or give another --tokenizer"
                     )
                 writers[split].add(document)
-            advance()
-            if limit and sum(writer.totals["tokens"] for writer in writers.values()) >= limit:
+            state.advance()
+            if limit and tokens_in(writers) >= limit:
                 break
     for writer in writers.values():
         writer.close()
+
+
+def tokens_in(writers: dict[str, ShardWriter]) -> int:
+    """Count the tokens of both splits."""
+    return sum(writer.totals["tokens"] for writer in writers.values())
+
+
+def share_encoded(
+    state: Progress, recipe: Recipe, writers: dict[str, ShardWriter], documents: Documents
+) -> float | None:
+    """Tell how much is encoded, 0 to 1, by whichever comes first: all documents, or a limit."""
+    shares = [documents.share(state.done) or 0.0]
+    if recipe.max_docs:
+        shares.append(state.done / recipe.max_docs)
+    if recipe.max_tokens:
+        shares.append(tokens_in(writers) / recipe.max_tokens)
+    return max(shares)
 
 
 def refuse_empty_splits(splits: dict[str, dict], recipe: Recipe) -> None:
@@ -1126,13 +1291,16 @@ def is_finished(folder: Path, settings: dict) -> bool:
         for path in folder.glob(pattern):
             if path.is_file():
                 there[path.relative_to(folder).as_posix()] = path
-    for entry in (manifest["tokenizer"], *manifest["shards"]):
-        name = entry["file"]
-        if name not in there or file_sha256(there[name]) != entry["sha256"]:
-            raise UserError(
-                f"{folder / name} is missing or no longer as {MANIFEST} states: "
-                f"delete {folder} and run again"
-            )
+    entries = [manifest["tokenizer"], *manifest["shards"]]
+    with progress("comparing with their hashes", "files", len(entries)) as state:
+        for entry in entries:
+            name = entry["file"]
+            if name not in there or file_sha256(there[name]) != entry["sha256"]:
+                raise UserError(
+                    f"{folder / name} is missing or no longer as {MANIFEST} states: "
+                    f"delete {folder} and run again"
+                )
+            state.advance()
     shards = len(manifest["shards"])
     print(f"{folder} is complete and its {shards} shards match their hashes: nothing to do")
     print_losses(manifest["splits"])
@@ -1286,7 +1454,8 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
     disable_progress_bars()  # the hub's own, which would overwrite ours
 
     remote = f"{prefix}/{MANIFEST}"
-    listing = fetch(repo, remote, staging, staging / "listing.json", Path.read_bytes)
+    with progress(f"asking {repo} what it has"):
+        listing = fetch(repo, remote, staging, staging / "listing.json", Path.read_bytes)
     try:
         model_path, names = published_files(
             json.loads(listing), settings["variant"], settings["train_shards"]
@@ -1296,12 +1465,13 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
             f"{repo} has a {MANIFEST} of another form ({error!r}): try another --repo"
         ) from error
     model = folder.parent.parent / "tokenizers" / Path(model_path).name
-    tokenizer = fetch(repo, f"{prefix}/{model_path}", staging, model, load_tokenizer)
+    with progress("downloading the tokenizer"):
+        tokenizer = fetch(repo, f"{prefix}/{model_path}", staging, model, load_tokenizer)
 
     inspect_file = functools.partial(inspect_shard, vocab_size=tokenizer.vocab_size())
     shards = []
     splits = {split: dict.fromkeys(TOTALS) | {"documents": 0, "tokens": 0} for split in SPLITS}
-    with progress("downloading", "shards", len(names)) as advance:
+    with progress("downloading", "shards", len(names)) as state:
         for name in names:
             remote = f"{prefix}/datasets/{folder.name}/{name}"
             tokens, documents = fetch(repo, remote, staging, folder / name, inspect_file)
@@ -1309,7 +1479,7 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
             shards.append(shard_entry(folder / name, split, tokens))
             splits[split]["tokens"] += tokens
             splits[split]["documents"] += documents
-            advance()
+            state.advance()
     rest = {"splits": splits, "disjoint": None, "settings": settings}
     write_manifest(folder, model, shards, rest)
     shutil.rmtree(staging)
@@ -1353,7 +1523,7 @@ def demo(
         with partial_folder(out) as folder:
             documents = demo_documents(workers)
             recipe = Recipe(vocab_size=vocab_size, val_fraction=demo_val_fraction(documents))
-            write_dataset(folder, lambda: iter(documents), recipe, workers, settings)
+            write_dataset(folder, DemoDocuments(documents), recipe, workers, settings)
 
 
 @app.command()
@@ -1376,7 +1546,7 @@ def text(options: TextOptions) -> None:
         if is_finished(out, settings):
             return
         with partial_folder(out) as folder:
-            documents = functools.partial(text_documents, options.inputs, options.field)
+            documents = TextDocuments(options.inputs, options.field)
             write_dataset(folder, documents, options, options.workers, settings)
 
 

@@ -4,10 +4,12 @@ No network: the hub is a server on this machine. Real data comes from $GOLF_DATA
 """
 
 import bz2
+import functools
 import gzip
 import hashlib
 import http.server
 import importlib.util
+import itertools
 import json
 import lzma
 import os
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -205,15 +208,15 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
         compress(path, suffix) for path in (jsonl, txt) for suffix in prepare_data.PACKINGS
     ]
     for path in files:
-        assert list(prepare_data.text_documents([path], "text")) == documents, path
-    assert list(prepare_data.text_documents([txt, jsonl], "text")) == documents + documents
+        assert list(prepare_data.TextDocuments([path], "text")()) == documents, path
+    assert list(prepare_data.TextDocuments([txt, jsonl], "text")()) == documents + documents
 
 
 def test_lines_longer_than_a_chunk_and_half_surrogates_are_read(tmp_path):
     (tmp_path / "in.jsonl").write_text(
         json.dumps({"body": "long " * 600_000}) + '\n{"body": "a\\ud800b"}\n\n'
     )
-    assert list(prepare_data.text_documents([tmp_path / "in.jsonl"], "body")) == [
+    assert list(prepare_data.TextDocuments([tmp_path / "in.jsonl"], "body")()) == [
         "long " * 600_000,
         "a?b",
     ]
@@ -262,10 +265,10 @@ def test_every_stream_of_a_compressed_file_is_read_or_the_file_is_refused(
     path = tmp_path / f"in.jsonl{Path(name).suffix}"
     path.write_bytes(packed)
     if isinstance(right, int):
-        assert len(list(prepare_data.text_documents([path], "text"))) == right
+        assert len(list(prepare_data.TextDocuments([path], "text")())) == right
     else:
         with pytest.raises(prepare_data.UserError, match=f"cannot be read to its end.*{right}"):
-            list(prepare_data.text_documents([path], "text"))
+            list(prepare_data.TextDocuments([path], "text")())
 
 
 OTHER_KINDS = {  # name: (content, what the refusal names)
@@ -304,10 +307,10 @@ def test_text_that_looks_like_another_kind_and_a_mark_before_utf8_are_read(tmp_p
     for text in ("BZh and PK and PAR1", "PAR1 is a prefix", "7z"):
         (tmp_path / "in.txt").write_text(text)
         prepare_data.check_input(tmp_path / "in.txt", "text")
-        assert list(prepare_data.text_documents([tmp_path / "in.txt"], "text")) == [text]
+        assert list(prepare_data.TextDocuments([tmp_path / "in.txt"], "text")()) == [text]
     marked = tmp_path / "in.jsonl"
     marked.write_text('{"text": "marked"}', encoding="utf-8-sig")
-    assert list(prepare_data.text_documents([marked], "text")) == ["marked"]
+    assert list(prepare_data.TextDocuments([marked], "text")()) == ["marked"]
 
 
 def parquet_of(path: Path, **columns) -> Path:
@@ -320,10 +323,10 @@ def parquet_of(path: Path, **columns) -> Path:
 def test_parquet_gives_the_same_documents(tmp_path, capsys):
     documents = make_documents(20)
     path = parquet_of(tmp_path / "in.parquet", id=list(range(21)), text=[*documents, None])
-    assert list(prepare_data.text_documents([path], "text")) == documents
+    assert list(prepare_data.TextDocuments([path], "text")()) == documents
     assert "left out 1 of 21 rows, which have null in 'text'" in capsys.readouterr().out
     with pytest.raises(prepare_data.UserError, match=r"no column 'body'.*\['text'\] with --field"):
-        list(prepare_data.text_documents([path], "body"))
+        list(prepare_data.TextDocuments([path], "body")())
 
 
 def test_parquet_columns_of_bytes_and_of_repeated_text_are_text(tmp_path):
@@ -335,7 +338,7 @@ def test_parquet_columns_of_bytes_and_of_repeated_text_are_text(tmp_path):
         pyarrow.array(documents).dictionary_encode(),
     ):
         path = parquet_of(tmp_path / "in.parquet", text=column)
-        assert list(prepare_data.text_documents([path], "text")) == documents
+        assert list(prepare_data.TextDocuments([path], "text")()) == documents
 
 
 @pytest.mark.parametrize(
@@ -622,31 +625,103 @@ def test_a_document_that_the_probes_did_not_foresee_is_refused_with_its_number(
 # ---- Progress
 
 
-@pytest.mark.parametrize(("total", "said"), [(3, "3 of 3"), (None, "3")])
-def test_progress_without_a_terminal_is_a_line_from_time_to_time(monkeypatch, capsys, total, said):
-    with prepare_data.progress("encoding", "documents", total) as advance:
-        advance()
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(prepare_data, "PROGRESS_SECONDS", 0)
-    with prepare_data.progress("encoding", "documents", total) as advance:
-        for _ in range(3):
-            advance()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[-1] == f"encoding: {said} documents"
+def lines_of(capsys, what: str, enough: int) -> list[str]:
+    """So many lines that were printed beside us, however slow this machine is."""
+    out = ""
+    ends = time.monotonic() + 60
+    while out.count(what) < enough:
+        assert time.monotonic() < ends, out
+        out += capsys.readouterr().out
+    return out.splitlines()
 
 
-def test_progress_on_a_terminal_is_a_bar_below_what_is_printed(monkeypatch, capsys):
+def test_no_silence_of_ten_seconds_without_a_terminal():
+    assert prepare_data.PROGRESS_SECONDS < 10
+
+
+def test_progress_without_a_terminal_is_a_line_from_time_to_time_even_when_nothing_is_done(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(prepare_data, "PROGRESS_SECONDS", 0.01)
+    with prepare_data.progress("encoding", "documents", 3_000) as state:
+        state.began -= 20
+        state.done = 2_000
+        first, second = lines_of(capsys, "encoding", 2)[:2]
+    assert first == second
+    assert first == "encoding: 2,000 of 3,000 documents, 20 s so far, about 10 s left"
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "encoding: 2,000 of 3,000 documents in 20 s"
+
+
+def test_progress_of_one_piece_of_work_counts_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data, "PROGRESS_SECONDS", 0.01)
+    with prepare_data.progress("training a tokenizer") as state:
+        state.began -= 30 * 60
+        assert lines_of(capsys, "tokenizer", 1)[0] == "training a tokenizer: 30 min so far"
+    assert capsys.readouterr().out.endswith("training a tokenizer: done in 30 min\n")
+
+
+def test_progress_on_a_terminal_is_a_live_line_below_what_is_printed(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    with prepare_data.progress("encoding", "documents", 3) as advance:
-        for _ in range(3):
-            advance()
+    monkeypatch.setattr(prepare_data, "REFRESH_SECONDS", 0.01)
+    with prepare_data.progress("encoding", "documents", 3) as state:
+        state.began -= 20
+        state.advance()
+        state.advance()
+        shown = lines_of(capsys, "about 10 s left", 1)
         print("wrote a shard")
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
-    assert "wrote a shard\n" in text
-    last = text.splitlines()[-1]
-    assert last.startswith("encoding ━") and "3/3 documents" in last
+    shown += capsys.readouterr().out.splitlines()
+    text = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in shown]
+    assert any("━ encoding: 2 of 3 documents, 20 s so far, about 10 s left" in one for one in text)
+    assert "wrote a shard" in text
+    last = [line for line in text if line.strip()][-1]
+    assert last.rstrip().endswith("━ encoding: 2 of 3 documents in 20 s")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_the_share_of_the_files_goes_by_the_bytes_that_were_read(tmp_path, suffix):
+    path = write_jsonl(tmp_path / "in.jsonl", make_documents(2000))
+    if suffix == ".jsonl.gz":
+        path = compress(path, ".gz")
+    source = prepare_data.TextDocuments([path], "text")
+    assert source.share(0) is None  # nothing was read
+    for _ in range(2):  # each pass anew
+        list(itertools.islice(source(), 1000))
+        assert 0.4 < source.share(1000) < 0.6
+        assert source.share(500) == source.share(1000) / 2
+    assert len(list(source())) == 2000 and source.share(2000) == 1
+
+
+def test_the_share_that_is_encoded_goes_by_the_limit_that_comes_first(tmp_path):
+    source = prepare_data.DemoDocuments(["one", "two", "three", "four"])
+    state = prepare_data.Progress("encoding", "documents", None)
+    state.done = 1
+    for limits, share in (({}, 1 / 4), ({"max_docs": 2}, 1 / 2), ({"max_tokens": 10}, 3 / 5)):
+        recipe = prepare_data.Recipe(**limits)
+        writer = prepare_data.ShardWriter(tmp_path, "train", recipe)
+        writer.totals["tokens"] = 6
+        writers = {"train": writer}
+        state.share = functools.partial(prepare_data.share_encoded, state, recipe, writers, source)
+        assert state.fraction() == share
+
+
+def test_a_long_step_of_each_command_says_that_it_goes_on(tmp_path, capsys, monkeypatch):
+    """Every part of a run stands between two lines: what is read, trained, tried, encoded."""
+    source = write_jsonl(tmp_path / "in.jsonl", make_documents(50))
+    options = ["text", source, "--vocab-size", "320", "--val-docs", "2", "--workers", "1"]
+    for _ in range(2):
+        assert run(*options, "--out", tmp_path / "out") == 0
+    said = re.sub(r" in \d+ s$", "", capsys.readouterr().out, flags=re.MULTILINE).splitlines()
+    for line in (
+        "reading for the tokenizer: 48 documents",
+        "training a tokenizer of 320 pieces: done",
+        "trying the tokenizer: done",
+        "encoding: 50 documents",
+        "comparing with their hashes: 3 of 3 files",
+    ):
+        assert line in said
 
 
 # ---- Folders
@@ -789,7 +864,7 @@ def test_a_file_without_a_document_among_others_is_said_aloud(tmp_path, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", ["one"])
     (tmp_path / "empty.txt").write_text(" \n")
     files = [source, tmp_path / "empty.txt", source]
-    assert list(prepare_data.text_documents(files, "text")) == ["one", "one"]
+    assert list(prepare_data.TextDocuments(files, "text")()) == ["one", "one"]
     assert capsys.readouterr().out == f"WARNING: {files[1]} holds no document with text\n"
 
 
