@@ -48,7 +48,8 @@ from ablation.report import (
     spell,
     write_report,
 )
-from ablation.runner import Runner, gpu_gate, run_elsewhere, run_here, shell
+from ablation.runner import Runner, gpu_gate, run_here, shell
+from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
 from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study
 from ablation.submission import ABOUT, build_submission
@@ -105,9 +106,13 @@ class RunOptions(StudyOptions):
     ] = False
     retry: Annotated[bool, typer.Option("--retry", help="run failed trials again")] = False
     only: Annotated[str, typer.Option(help="these trials alone, separated by commas")] = ""
-    launcher: Annotated[
-        str, typer.Option(help="here; slurm or local: one job per training, through submitit")
-    ] = "here"
+    launcher: Annotated[str, typer.Option(help="here, or slurm: one job per training")] = "here"
+    slurm: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE", help="an option of sbatch, such as partition=NAME; once or more"
+        ),
+    ] = ()
     cool_down: Annotated[float, typer.Option(min=0, help="seconds to wait before each trial")] = 0.0
     max_celsius: Annotated[
         float, typer.Option(min=0, help="wait until every GPU is cooler; 0: do not look")
@@ -127,8 +132,10 @@ class RunOptions(StudyOptions):
 
     def check(self, made: Matrix) -> None:
         """Refusal on options that do not fit each other or the matrix."""
-        if self.launcher not in ("here", "slurm", "local"):
-            raise Refusal(f"--launcher {self.launcher}: choose here, slurm or local")
+        if self.launcher not in ("here", "slurm"):
+            raise Refusal(f"--launcher {self.launcher}: choose here or slurm")
+        if self.slurm and self.launcher != "slurm":
+            raise Refusal(f"--slurm {self.slurm[0]}: add --launcher slurm, or leave it out")
         jobs = made.size.jobs
         if any(self.limits()) and jobs > 1:
             raise Refusal(
@@ -193,7 +200,7 @@ def run(options: RunOptions) -> None:
     if options.launcher == "here":
         run_here(runner)
     else:
-        run_elsewhere(runner, options.launcher, options.repeated(made))
+        run_as_jobs(runner, options.slurm, options.repeated(made))
     if not only:
         for path in write_report(made):
             print(f"wrote {path}")

@@ -54,6 +54,8 @@ START_SECONDS = 5
 GUESSED_SECONDS = 10
 # Seconds that a run has to end once it was told to
 STOP_SECONDS = 30
+# What a trial does of which step and loss are shown
+RUNNING = "running"
 # Of what a failed run printed
 TAIL_BYTES = 20_000
 
@@ -99,7 +101,10 @@ def told_reason(lines: list[str], code: int) -> tuple[int, str]:
 
 # ── The ledger ────────────────────────────────────────────────────────────────────────────────────
 class Ledger:
-    """ledger.jsonl of a matrix: one line when a trial starts and one when it ends, however."""
+    """ledger.jsonl of a matrix: one line when a trial starts and one when it ends, however.
+
+    Jobs on several machines write to it, so each write holds the lock of the file.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder / "ledger.jsonl"
@@ -116,7 +121,8 @@ class Ledger:
         }
         line = json.dumps(record) + "\n"
         with self.lock, self.path.open("a", encoding="utf-8") as file:
-            if file.tell() > 0 and not self.path.read_bytes().endswith(b"\n"):
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END) > 0 and not self.path.read_bytes().endswith(b"\n"):
                 file.write("\n")
             file.write(line)
 
@@ -140,6 +146,7 @@ class Runner:
     """Runs what is missing of a matrix.
 
     results: trial -> run of the finished ones; failed: trial -> reason; todo: what is missing.
+    side_by_side: how many run at a time, for the projection.
     A retried trial keeps the lines of its old attempts in the ledger. before: called before
     each trial, and may wait for the machine.
     """
@@ -158,6 +165,7 @@ class Runner:
         self.running: dict[str, subprocess.Popen] = {}
         self.lock = threading.Lock()
         self.stopping = False
+        self.side_by_side = matrix.size.jobs
 
         self.failed = {} if retry else self.ledger.failures(matrix.trials)
         self.results: dict[str, dict] = {}
@@ -226,7 +234,7 @@ class Runner:
 
     def remaining(self) -> float:
         """Projected wall seconds of all that is missing."""
-        return sum(map(self.seconds, self.waiting(self.todo))) / self.matrix.size.jobs
+        return sum(map(self.seconds, self.waiting(self.todo))) / self.side_by_side
 
     def run(self, log: Callable[[str], None]) -> None:
         """Runs the groups in order, `jobs` at a time. log: gets a line per trial.
@@ -360,74 +368,51 @@ def set_aside(folder: Path) -> None:
             return
 
 
-# ── Here, or elsewhere ────────────────────────────────────────────────────────────────────────────
-def watch(runner: Runner) -> rich.table.Table:
-    """What is running: trial, step, loss, seconds left."""
+# ── In this machine ───────────────────────────────────────────────────────────────────────────────
+def latest_step(trial: Trial) -> tuple[dict, float]:
+    """(the last step that a running trial has logged, seconds since it began); {} and 0 before."""
+    events = read_lines(trial.folder / METRICS)
+    steps = [event for event in events if event.get("event") == "step"]
+    return (steps[-1] if steps else {}), (events[-1].get("t", 0) if events else 0)
+
+
+def watch(runner: Runner, states: dict[str, str]) -> rich.table.Table:
+    """What is running: trial, state, step, loss, seconds left. states: trial -> what it does."""
     title = (
         f"{runner.matrix.study.name}: {len(runner.results)} done, {len(runner.failed)} failed, "
         f"about {runner.remaining() / 60:.0f} min left"
     )
-    table = rich.table.Table("trial", "step", "loss", "time left", title=title)
+    table = rich.table.Table("trial", "state", "step", "loss", "time left", title=title)
     for trial in runner.matrix.trials:
-        if trial.id not in runner.running:
+        if trial.id not in states:
             continue
-        events = read_lines(trial.folder / METRICS)
-        steps = [event for event in events if event.get("event") == "step"]
-        step = steps[-1] if steps else {}
-        passed = events[-1].get("t", 0) if events else 0
+        state = states[trial.id]
+        step, passed = latest_step(trial) if state.endswith(RUNNING) else ({}, 0)
         left = max(runner.seconds(trial) - passed, 0)
         loss = str(step.get("loss", "-"))[:6]
-        table.add_row(trial.id, str(step.get("step", "-")), loss, f"{left:.0f} s")
+        table.add_row(trial.id, state, str(step.get("step", "-")), loss, f"{left:.0f} s")
     return table
 
 
-def run_here(runner: Runner) -> None:
-    """All in this machine: a live display on a terminal, and one line per trial elsewhere."""
+@contextlib.contextmanager
+def display(
+    runner: Runner, states: Callable[[], dict[str, str]]
+) -> Iterator[Callable[[str], None]]:
+    """A live table on a terminal, nothing elsewhere. Gives the function that prints a line."""
     console = rich.console.Console()
     if not console.is_terminal:
-        runner.run(lambda line: print(line, flush=True))
+        yield lambda line: print(line, flush=True)
         return
-    display = rich.live.Live(
-        get_renderable=lambda: watch(runner), refresh_per_second=1, console=console
-    )
-    with display:
-        runner.run(lambda line: console.print(line, markup=False, highlight=False))
+    with rich.live.Live(
+        get_renderable=lambda: watch(runner, states()), refresh_per_second=1, console=console
+    ):
+        yield lambda line: console.print(line, markup=False, highlight=False)
 
 
-def run_elsewhere(runner: Runner, cluster: str, arguments: list[str]) -> None:
-    """One job per training through submitit, each a call of `ablate.py run --only`.
-
-    cluster: slurm, or local, which starts all at once. arguments: of `ablate.py`.
-    """
-    try:
-        import submitit
-    except ImportError:
-        raise Refusal(
-            f"--launcher {cluster}: submitit is not installed; pip install submitit"
-        ) from None
-    size = runner.matrix.size
-    executor = submitit.AutoExecutor(folder=runner.matrix.folder / "jobs", cluster=cluster)
-    jobs = []
-    for group in runner.matrix.groups():
-        mine = [trial for trial in group if trial in runner.todo]
-        if not mine:
-            continue
-        executor.update_parameters(
-            timeout_min=math.ceil(3 * sum(map(runner.seconds, mine)) / 60) + 30,
-            name=runner.matrix.study.name,
-            gpus_per_node=size.ranks if cluster == "slurm" else 0,
-        )
-        only = ",".join(trial.id for trial in mine)
-        call = [sys.executable, str(ROOT / "ablate.py"), *arguments, "--only", only]
-        function = submitit.helpers.CommandFunction(call, cwd=str(ROOT), verbose=False)
-        jobs.append(executor.submit(function))
-
-    for job in jobs:
-        print(f"job {job.job_id}: {job.state}", flush=True)
-    for job in jobs:
-        error = job.exception()
-        if error:
-            print(f"job {job.job_id} failed: {str(error).strip().splitlines()[-1]}", flush=True)
+def run_here(runner: Runner) -> None:
+    """All in this machine, with one line per trial."""
+    with display(runner, lambda: dict.fromkeys(runner.running, RUNNING)) as say:
+        runner.run(say)
 
 
 # ── GPUs that are idle and cool ───────────────────────────────────────────────────────────────────

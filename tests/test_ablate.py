@@ -26,7 +26,7 @@ from launch import Forked
 import ablate
 import train_gpt
 from ablation.report import factorial_table, load_matrix, markdown_report
-from ablation.runner import Ledger, Runner, clean_environment, gpu_gate, shell, watch
+from ablation.runner import RUNNING, Ledger, Runner, clean_environment, gpu_gate, shell, watch
 from ablation.statistics import paired, summary
 from ablation.study import Matrix, matrix, read_study
 from train_gpt import BASES, Refusal
@@ -640,40 +640,13 @@ def test_only_runs_what_it_names(study, tmp_path):
 
 
 def test_the_progress_display_shows_step_and_seconds_of_what_runs(finished):
-    runner = Runner(finished[1])
-    runner.running["qat-s1"] = None
-    table = watch(runner)
+    table = watch(Runner(finished[1]), {"qat-s1": RUNNING})
     console = rich.console.Console(width=120)
     with console.capture() as shown:
         console.print(table)
     assert "qat-s1" in shown.get()
     assert "4" in shown.get()
     assert "8 done, 0 failed" in shown.get()
-
-
-def test_submitit_runs_the_same_matrix_as_jobs(study, tmp_path):
-    made = study(without=("arm.stride_8",))
-    folder = tmp_path / "runs"
-    call = [
-        sys.executable,
-        "ablate.py",
-        "run",
-        str(made.path),
-        "--out",
-        str(folder),
-        "--seeds",
-        "1",
-        "--launcher",
-        "local",
-    ]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False, timeout=HANG)
-    assert done.returncode == 0, done.stdout + done.stderr
-    m = matrix(made, "small", "steps", (1,), folder)
-    assert Runner(m).todo == []
-    assert (folder / "report.html").exists()
-    scripts = list((folder / "jobs").glob("*_submission.sh"))
-    pickles = list((folder / "jobs").glob("*_submitted.pkl"))
-    assert len(scripts or pickles) == 2
 
 
 def test_the_gpu_gate_waits_until_cards_are_idle_and_cool(monkeypatch, tmp_path):
@@ -839,6 +812,7 @@ def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(
         (["run", "studies/pr989_qat_x_swa.toml", "--equal", "luck"], "--equal luck"),
         (["run", "studies/pr989_qat_x_swa.toml", "--seeds", "a"], "--seeds a"),
         (["run", "studies/pr989_qat_x_swa.toml", "--launcher", "cloud"], "--launcher cloud"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--slurm", "qos=x"], "add --launcher slurm"),
         (["run", "studies/pr989_qat_x_swa.toml", "--max-busy", "5"], "side by side"),
         (["run", "studies/pr989_qat_x_swa.toml", "--cool-down", "-1"], "cool-down"),
         (["report", "studies/pr989_qat_x_swa.toml", "--size", "tiny"], "no size tiny"),
