@@ -24,7 +24,9 @@ from ablation.findings import (
     sorted_findings,
     worst_is,
 )
-from ablation.others import Folder, check_others, read_logs
+from ablation.folder import Folder
+from ablation.logs import read_logs
+from ablation.others import check_others
 from ablation.ours import Found, check_ours
 from ablation.records import MAX_BYTES, read_json, read_text
 from ablation.script import REQUIREMENTS, wrong_requirements
