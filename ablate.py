@@ -39,7 +39,14 @@ import typer
 import train_gpt
 from ablation.check import check_submission
 from ablation.findings import ERROR, counts, worst_is
-from ablation.records import check_alike, differing, find_runs, metric
+from ablation.records import (
+    check_alike,
+    check_arm,
+    code_difference,
+    differing,
+    find_runs,
+    metric,
+)
 from ablation.report import (
     COMPARISON_HEADER,
     comparison_row,
@@ -51,7 +58,7 @@ from ablation.report import (
 from ablation.runner import Runner, gpu_gate, run_here, shell
 from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
-from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study
+from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study, with_pairs
 from ablation.submission import ABOUT, build_submission
 from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import Refusal
@@ -169,6 +176,22 @@ class SweepOptions(RunOptions):
     grid: Annotated[list[str], typer.Option(help="KNOB=v1,v2,...; once or twice")]
 
 
+ACROSS_CODE = typer.Option(
+    "--across-code", help="let the code of the arms differ; the difference is named"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(StudyOptions):
+    """Which matrix, and what to make of it."""
+
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="A,B: B - A too; ARM,ARM or ARM:METRIC,ARM:METRIC; may be repeated"),
+    ] = None
+    across_code: Annotated[bool, ACROSS_CODE] = False
+
+
 # ── Run and report ────────────────────────────────────────────────────────────────────────────────
 def print_plan(runner: Runner) -> None:
     """Every command that would run, with its projected seconds."""
@@ -211,10 +234,11 @@ def run(options: RunOptions) -> None:
 
 
 @app.command()
-@options_as_parameters(StudyOptions)
-def report(options: StudyOptions) -> None:
+@options_as_parameters(ReportOptions)
+def report(options: ReportOptions) -> None:
     """Print the report of a study as Markdown; write report.md and report.html beside its runs."""
-    paths = write_report(options.matrix())
+    made = with_pairs(options.matrix(), options.pair or [])
+    paths = write_report(made, options.across_code)
     say(paths[0].read_text())
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
@@ -237,7 +261,7 @@ def run_set(patterns: str) -> list[dict]:
                 f"{found['name']}: exit code {found['exit_code']}; only good runs are compared, "
                 "leave it out"
             )
-    check_alike(runs, config=True)
+    check_arm(runs)
     return runs
 
 
@@ -274,13 +298,17 @@ def compare(
     metrics: Annotated[
         str, typer.Option(help="figures of result.json, with commas")
     ] = "val_bpb,quant_gap_bpb,step_ms_median",
+    across_code: Annotated[bool, ACROSS_CODE] = False,
 ) -> None:
     """Compare two sets of runs: b - a, seed by seed, with Welch's test and the record rule
     beside it.
     """
     left = run_set(a)
     right = run_set(b)
-    check_alike(left + right, config=False)
+    check_alike(left + right, across_code)
+    difference = code_difference({"a": left, "b": right})
+    if difference:
+        say(f"{difference}\n")
     settings = differing(left[0]["config"], right[0]["config"]) or "none"
     say(f"a: {a}, {len(left)} runs\nb: {b}, {len(right)} runs\nsettings that differ: {settings}\n")
     rows = comparison_rows(left, right, metrics)

@@ -13,9 +13,11 @@ Every file is checked for size, form and type before a figure of it is used.
 import contextlib
 import fnmatch
 import glob
+import hashlib
 import json
 import math
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,18 +34,24 @@ MAX_LOG_BYTES = 1 << 28
 # Levels of a JSON value
 MAX_DEPTH = 20
 
+# A setting that makes no other arm, but another kernel
+BACKEND = "attn_backend"
 # Knobs that make no other arm
 PLACES = {f.name for f in train_gpt.KNOBS if f.metadata["scope"] not in train_gpt.COMPARED}
 
 # What runs must have in common to stand in one table
+CODE = "code_sha256"
+KERNEL = "attention"
 FINGERPRINT = (
-    "code_sha256",
+    CODE,
     "data.val_sha256",
     "data.tokenizer_sha256",
     "data.train_tokens",
     "val_tokens",
     "val_bytes",
     "device",
+    "gpu",
+    KERNEL,
     "world_size",
     "threads_per_rank",
     "dtype",
@@ -51,6 +59,13 @@ FINGERPRINT = (
     "cuda",
     "torch",
 )
+
+# Of these, what seeds of one submission may differ in: each is a launch of its own
+MACHINE = ("gpu", KERNEL)
+
+# What to do about arms of different code, and about runs on different kernels
+ASK = "--across-code compares arms of different code all the same"
+CHOOSE = "give both the same ATTN_BACKEND, as auto takes the fastest"
 
 # ── Shapes of JSON ────────────────────────────────────────────────────────────────────────────────
 # The types that a value may have, or a shape for each required key ("*": for every key)
@@ -322,12 +337,21 @@ def find_runs(patterns: list[str]) -> list[dict]:
 
 
 # ── Figures of a run, and runs that may be put together ───────────────────────────────────────────
+# What lookup gives where a run has no such key
+ABSENT = "(absent)"
+
+
 def lookup(run: dict, key: str):
-    """run["data"]["val_sha256"] for data.val_sha256; "(absent)" where there is none."""
+    """run["data"]["val_sha256"] for data.val_sha256; ABSENT where there is none."""
     value = run
     for part in key.split("."):
-        value = value.get(part, "(absent)") if isinstance(value, dict) else "(absent)"
+        value = value.get(part, ABSENT) if isinstance(value, dict) else ABSENT
     return value
+
+
+def known(run: dict, key: str) -> bool:
+    """Whether a run has this key."""
+    return lookup(run, key) != ABSENT
 
 
 def metric(run: dict, name: str) -> float | None:
@@ -345,7 +369,7 @@ def metric(run: dict, name: str) -> float | None:
 
 def differing(a: dict, b: dict) -> str:
     """The settings of an arm in which two configurations differ, as environment variables."""
-    names = sorted((a.keys() | b.keys()) - PLACES)
+    names = sorted((a.keys() | b.keys()) - (PLACES - {BACKEND}))
     return ", ".join(
         f"{name.upper()}={lookup(a, name)} against {lookup(b, name)}"
         for name in names
@@ -353,36 +377,93 @@ def differing(a: dict, b: dict) -> str:
     )
 
 
-def check_agree(first: dict, run: dict, key: str) -> None:
-    """Refusal unless two runs have the same value at this key."""
+def check_agree(first: dict, run: dict, key: str, remedy: str = "") -> None:
+    """Refusal, with the remedy, unless two runs have the same value at this key.
+
+    A key that one of them lacks differs.
+    """
     wanted = lookup(first, key)
     found = lookup(run, key)
     if wanted == found:
         return
-    settings = ""
+    why = ""
     if key == "config_sha256":
-        settings = f" ({differing(first['config'], run['config'])})"
+        why = f" ({differing(first['config'], run['config'])})"
+    elif ABSENT in (wanted, found):
+        why = " (older code does not record it)"
+    remedy = CHOOSE if key == KERNEL and not why else remedy
     raise Refusal(
-        f"{key} is {wanted} in {first['name']} but {found} in {run['name']}{settings}; "
-        "such runs cannot be put together"
+        f"{key} is {wanted} in {first['name']} but {found} in {run['name']}{why}; "
+        f"such runs cannot be put together{remedy and '; '}{remedy}"
     )
 
 
-def check_alike(runs: list[dict], config: bool) -> None:
-    """Refusal for runs of other code, data or machine than the first.
+def check_arm(runs: list[dict]) -> None:
+    """Refusal unless these can be the runs of one arm.
 
-    config: the runs are of one arm, so their settings must agree too, and their seeds differ.
+    They need the same code, data, machine and settings; and different seeds.
     """
-    keys = FINGERPRINT
-    if config:
-        keys += ("config_sha256",)
     names: dict[int, str] = {}
     for run in runs:
-        for key in keys:
+        for key in (*FINGERPRINT, "config_sha256"):
             check_agree(runs[0], run, key)
         seed = run["seed"]
-        if config and seed in names:
+        if seed in names:
             raise Refusal(
                 f"{names[seed]} and {run['name']} both have seed {seed}; keep one of them"
             )
         names[seed] = run["name"]
+
+
+def check_alike(runs: list[dict], across_code: bool = False) -> None:
+    """Refusal for runs of other code, data or machine than the first.
+
+    Kernels must agree among those that ask for the same ATTN_BACKEND. across_code: the code may
+    differ, and with it what it records.
+    """
+    first_of: dict[str, dict] = {}
+    for run in runs:
+        for key in FINGERPRINT:
+            first = runs[0]
+            if key == KERNEL:
+                first = first_of.setdefault(str(lookup(run["config"], BACKEND)), run)
+            if across_code and (key == CODE or known(first, key) != known(run, key)):
+                continue
+            check_agree(first, run, key, ASK if key == CODE else "")
+
+
+def lines_of_code(run: dict) -> Counter | None:
+    """The lines of the script in a run's folder; None where that is not what ran."""
+    with contextlib.suppress(Refusal):
+        text = read_text(Path(run["name"]) / "train_gpt.py", "train_gpt.py")
+        if hashlib.sha256(text.encode()).hexdigest() == run[CODE]:
+            return Counter(text.split("\n"))
+    return None
+
+
+def code_difference(sets: dict[str, list[dict]]) -> str:
+    """How the code of sets of runs differs, in one sentence; empty where it does not.
+
+    sets: name -> its runs, of one code. Lines are counted where both folders hold the script.
+    """
+    first: dict[str, dict] = {}
+    names: dict[str, list[str]] = {}
+    for name, runs in sets.items():
+        first.setdefault(runs[0][CODE], runs[0])
+        names.setdefault(runs[0][CODE], []).append(name)
+    if len(first) < 2:
+        return ""
+
+    (old, run), *others = first.items()
+    parts = [f"{', '.join(names[old])} ran code {old[:12]}"]
+    mine = lines_of_code(run)
+    for code, other in others:
+        part = f"{', '.join(names[code])} code {code[:12]}"
+        its = lines_of_code(other)
+        if mine is not None and its is not None:
+            part += f" ({(mine - its).total():,} lines less, {(its - mine).total():,} more)"
+        unknown = [key for key in FINGERPRINT if known(run, key) != known(other, key)]
+        if unknown:
+            part += f" (not known of both: {', '.join(unknown)})"
+        parts.append(part)
+    return f"THE CODE DIFFERS: {'; '.join(parts)}."

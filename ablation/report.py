@@ -10,7 +10,7 @@ from pathlib import Path
 import train_gpt
 from ablation.answers import Answer, answer, forest, interaction, scale_of, sentence, tally
 from ablation.page import Lead, Table, html_page, styled
-from ablation.records import RunStore, check_alike, metric
+from ablation.records import RunStore, check_alike, check_arm, code_difference, metric
 from ablation.runner import Ledger
 from ablation.statistics import (
     RECORD_NATS,
@@ -84,11 +84,11 @@ class Finished:
         return {seed: value for seed, value in found.items() if value is not None}
 
 
-def load_matrix(matrix: Matrix) -> Finished:
+def load_matrix(matrix: Matrix, across_code: bool = False) -> Finished:
     """The finished and failed trials.
 
     Refusal when a log says other settings than the study, or when the runs are of different code,
-    data or hardware.
+    data or hardware. across_code: arms may be of different code.
     """
     runs: dict[str, dict[int, dict]] = {}
     failed = Ledger(matrix.folder).failures(matrix.trials)
@@ -105,9 +105,9 @@ def load_matrix(matrix: Matrix) -> Finished:
         runs.setdefault(trial.arm, {})[trial.seed] = run | {"arm": trial.arm}
 
     found = Finished(matrix, runs, failed)
-    check_alike(found.all(), config=False)
     for by_seed in runs.values():
-        check_alike(list(by_seed.values()), config=True)
+        check_arm(list(by_seed.values()))
+    check_alike(found.all(), across_code)
     return found
 
 
@@ -188,7 +188,7 @@ def pairs(found: Finished) -> Iterator[tuple[tuple[str, str], str, dict, dict]]:
     """((name of a, name of b), metric, values of a, values of b) of every comparison.
 
     Each arm against the reference in every metric of the study, then the study's own comparisons,
-    where `arm:metric` names a figure of one arm.
+    where `arm:metric` names a figure: of its arm, and of the other where that one names none.
     """
     study = found.matrix.study
     arms = found.matrix.arms
@@ -203,7 +203,8 @@ def pairs(found: Finished) -> Iterator[tuple[tuple[str, str], str, dict, dict]]:
         b, _, own_b = right.partition(":")
         if a not in arms or b not in arms:
             continue
-        for name in [own_a] if own_a else dict.fromkeys(metrics):
+        own = own_a or own_b
+        for name in [own] if own else dict.fromkeys(metrics):
             values_a = found.values(a, name)
             values_b = found.values(b, own_b or name)
             # a name that nothing has is shown
@@ -343,14 +344,21 @@ def made_on(found: Finished) -> str:
         f"{len(runs)} runs, {trained} trainings, on {r['device']}, ranks: {r['world_size']}, "
         f"threads per rank: {r['threads_per_rank']}, trainings side by side: "
         f"{found.matrix.size.jobs}, torch {r['torch']}; scored: {r['val_tokens']:,} targets, "
-        f"{r['val_bytes']:,} bytes; code {r['code_sha256'][:12]}."
+        f"{r['val_bytes']:,} bytes; code {' and '.join(codes(runs))}."
     )
 
 
+def codes(runs: list[dict]) -> list[str]:
+    """The code of these runs, the first 12 digits of each hash."""
+    return list(dict.fromkeys(run["code_sha256"][:12] for run in runs))
+
+
 def warnings(found: Finished) -> list[str]:
-    """What is missing of a study, in sentences."""
-    lines = []
+    """What differs or is missing in a study, in sentences."""
     matrix = found.matrix
+    sets = {arm: list(by_seed.values()) for arm, by_seed in found.runs.items()}
+    difference = code_difference(sets)
+    lines = [difference] if difference else []
     if found.failed:
         lines.append(f"FAILED, and in no figure: {', '.join(found.failed)}.")
     waiting = []
@@ -383,14 +391,14 @@ def how_made(found: Finished) -> list[str]:
 
 
 def remarks(found: Finished) -> list[str]:
-    """What to know beside the answers: what is missing, and the record rule."""
+    """What to know beside the answers: what differs or is missing, and the record rule."""
     return warnings(found) + (record_lines(found) if found.all() else [])
 
 
 def notes(found: Finished) -> list[str]:
-    """The question, what to know beside its answers, and how they were made."""
+    """What to know before the question, the question, and how the answers were made."""
     question = found.matrix.study.question
-    return [*([question] if question else []), *remarks(found), *how_made(found)]
+    return [*remarks(found), *([question] if question else []), *how_made(found)]
 
 
 def tables(found: Finished) -> dict[str, Table]:
@@ -468,9 +476,9 @@ def lead_of(found: Finished) -> Lead:
     )
 
 
-def write_report(matrix: Matrix) -> list[Path]:
-    """report.md and report.html in the folder of the matrix."""
-    found = load_matrix(matrix)
+def write_report(matrix: Matrix, across_code: bool = False) -> list[Path]:
+    """report.md and report.html in the folder of the matrix. across_code: as in load_matrix."""
+    found = load_matrix(matrix, across_code)
     lost = []
     for trial, reason in found.failed.items():
         arm, _, seed = trial.rpartition("-s")

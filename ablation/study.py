@@ -540,3 +540,18 @@ def matrix(
     if not trials or len({trial.id for trial in trials}) < len(trials):
         raise Refusal(f"{study.path}: no seed, or a seed stands there twice")
     return Matrix(study, scale, equal, folder, arms, trials)
+
+
+def with_pairs(made: Matrix, pairs: list[str]) -> Matrix:
+    """The matrix with more comparisons, each "A,B" for B - A. Refusal for one that it lacks."""
+    compare = list(made.study.compare)
+    for text in pairs:
+        sides = tuple(text.split(","))
+        if len(sides) != 2:
+            raise Refusal(f"--pair {text}: give two arms, as in --pair {','.join(made.arms[:2])}")
+        for side in sides:
+            arm = side.partition(":")[0]
+            if arm not in made.arms:
+                raise Refusal(f"--pair {text}: no arm {arm}; choose from {', '.join(made.arms)}")
+        compare.append(sides)
+    return dataclasses.replace(made, study=dataclasses.replace(made.study, compare=tuple(compare)))

@@ -866,7 +866,7 @@ def run_folder(run: Path, text: str, dice: Dice) -> None:
         else None
     )
     runs = {r["seed"]: r | {"arm": "x"}, r["seed"] + 1: r | {"arm": "x", "seed": r["seed"] + 1}}
-    read(check_alike, [*runs.values(), good_results()[1] | {"name": "good"}], False)
+    read(check_alike, [*runs.values(), good_results()[1] | {"name": "good"}])
     left, right = (
         {seed: v for seed, one in runs.items() if (v := metric(one, "val_bpb")) is not None}
         for _ in range(2)

@@ -9,6 +9,7 @@ meant (#199), hand-copied figures (#2076).
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -771,6 +772,70 @@ def test_compare_refuses_mixtures_and_nothing(finished, capsys):
     assert "config_sha256" in capsys.readouterr().err
     assert ablate.main(["compare", str(folder / "nobody*"), str(folder / "qat-s*")]) == 2
     assert "nobody*" in capsys.readouterr().err
+
+
+@pytest.fixture
+def of_two_codes(finished, tmp_path) -> Matrix:
+    """The finished study, as if the code had changed before its arm qat ran."""
+    m = copy_of(finished[1], tmp_path / "runs")
+    text = train_gpt.SOURCE + b"# one line more\n"
+    for trial in m.trials:
+        if trial.arm == "qat":
+            path = trial.folder / "result.json"
+            code = {"code_sha256": hashlib.sha256(text).hexdigest()}
+            path.write_text(json.dumps(json.loads(path.read_text()) | code))
+            (trial.folder / "train_gpt.py").write_bytes(text)
+    return m
+
+
+def test_arms_of_different_code_are_compared_when_asked_and_the_first_line_says_so(
+    of_two_codes, capsys
+):
+    folder = of_two_codes.folder
+    calls = {
+        "a": ["compare", str(folder / "plain-s*"), str(folder / "qat-s*")],
+        "plain, five_bits, stride_8": [
+            "report",
+            str(of_two_codes.study.path),
+            "--out",
+            str(folder),
+        ],
+    }
+    for names, call in calls.items():
+        assert ablate.main(call) == 2
+        assert "--across-code" in capsys.readouterr().err
+        assert ablate.main([*call, "--across-code"]) == 0
+        out = capsys.readouterr().out
+        said = next(line for line in out.splitlines() if line and not line.startswith("#"))
+        assert said.startswith(f"THE CODE DIFFERS: {names} ran code {train_gpt.CODE_SHA256[:12]}; ")
+        assert said.endswith(" (0 lines less, 1 more).")
+        assert "qat - plain" in out or "b - a" in out
+
+
+def test_a_pair_of_the_command_line_is_compared_too(finished, capsys):
+    made, m, _ = finished
+    call = ["report", str(made.path), "--out", str(m.folder)]
+    assert ablate.main(call) == 0
+    assert "five_bits - qat" not in capsys.readouterr().out
+    pairs = ["qat,five_bits", "plain:live_val_bpb,qat", "plain,qat:live_val_bpb"]
+    assert ablate.main([*call, *(f"--pair={pair}" for pair in pairs)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    found = load_matrix(m)
+    for names, heading, b, a, name in (
+        ("five_bits - qat", "final", "five_bits", "qat", "val_bpb"),
+        ("qat - plain:live_val_bpb", "live", "qat", "plain", "live_val_bpb"),
+        ("qat:live_val_bpb - plain", "live", "qat", "plain", "live_val_bpb"),
+    ):
+        mean = paired(found.values(a, name), found.values(b, name)).mean
+        assert any(row.startswith(f"| {names} | {heading}, BPB | {mean:+.5f} |") for row in rows)
+    for pair, words in {
+        "qat": "two arms",
+        "qat,plain,qat": "two arms",
+        "qat,nobody": "no arm nobody; choose from plain",
+        "nobody:val_bpb,qat": "no arm nobody",
+    }.items():
+        assert ablate.main([*call, "--pair", pair]) == 2
+        assert f"--pair {pair}: " in (error := capsys.readouterr().err) and words in error
 
 
 def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(

@@ -868,7 +868,7 @@ def test_no_string_of_any_file_becomes_markup_or_breaks_the_report(
         **changes,
     )
     lost = dataclasses.replace(found, failed={f"{found.matrix.arms[0]}-s9": text})
-    monkeypatch.setattr("ablation.report.load_matrix", lambda m: lost)
+    monkeypatch.setattr("ablation.report.load_matrix", lambda *given: lost)
     m = dataclasses.replace(found.matrix, folder=tmp_path)
     for path in write_report(m):
         assert path.read_bytes()

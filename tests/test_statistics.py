@@ -7,10 +7,12 @@ machines averaged into one arm.
 """
 
 import copy
+import hashlib
 import itertools
 import json
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ablation.records import check_alike, lookup
+from ablation.records import (
+    FINGERPRINT,
+    check_alike,
+    check_arm,
+    code_difference,
+    differing,
+    lookup,
+)
 from ablation.statistics import (
     Comparison,
     detectable,
@@ -31,6 +40,7 @@ from ablation.statistics import (
     verdict,
     welch,
 )
+from ablation.submission import unlike
 from train_gpt import Refusal
 
 SEEDS = st.integers(0, 9)
@@ -484,6 +494,7 @@ def test_a_factorial_row_in_words():
 def two_runs() -> list[dict]:
     """Two runs of one arm, in the schema of a real result.json."""
     first = json.loads((ROOT / "logs/demo/result.json").read_text()) | {"name": "control-1"}
+    first |= {"attention": "sdpa", "gpu": {"driver": "550.54.15", "power_limit_w": "700.00"}}
     second = copy.deepcopy(first) | {"name": "control-2", "seed": first["seed"] + 1, "val_bpb": 1.5}
     second["config"] |= {
         "seed": second["seed"],
@@ -494,10 +505,13 @@ def two_runs() -> list[dict]:
     return [first, second]
 
 
-@pytest.mark.parametrize("config", [True, False])
-def test_runs_that_differ_in_seed_place_and_score_are_alike(two_runs, config):
-    assert check_alike(two_runs, config) is None
-    assert check_alike([], config) is None
+EACH_CHECK = pytest.mark.parametrize("check", [check_arm, check_alike])
+
+
+@EACH_CHECK
+def test_runs_that_differ_in_seed_place_and_score_are_alike(two_runs, check):
+    assert check(two_runs) is None
+    assert check([]) is None
 
 
 def set_at(run: dict, key: str, value) -> None:
@@ -508,7 +522,7 @@ def set_at(run: dict, key: str, value) -> None:
     run[last] = value
 
 
-@pytest.mark.parametrize("config", [True, False])
+@EACH_CHECK
 @pytest.mark.parametrize(
     "key",
     [
@@ -519,6 +533,8 @@ def set_at(run: dict, key: str, value) -> None:
         "val_tokens",
         "val_bytes",
         "device",
+        "gpu",
+        "attention",
         "world_size",
         "threads_per_rank",
         "dtype",
@@ -527,27 +543,39 @@ def set_at(run: dict, key: str, value) -> None:
         "torch",
     ],
 )
-def test_other_code_data_or_machine_is_refused_by_key_values_and_names(two_runs, key, config):
+def test_other_code_data_or_machine_is_refused_by_key_values_and_names(two_runs, key, check):
     was = str(lookup(two_runs[1], key))
     set_at(two_runs[1], key, "changed")
     with pytest.raises(Refusal) as refusal:
-        check_alike(two_runs, config)
+        check(two_runs)
     assert str(refusal.value).startswith(f"{key} is {was} in control-1 but changed in control-2")
 
 
-def test_a_key_that_a_run_lacks_is_a_difference(two_runs):
+@EACH_CHECK
+def test_a_key_that_a_run_lacks_is_a_difference(two_runs, check):
     del two_runs[1]["data"]
     with pytest.raises(
-        Refusal, match=r"data.val_sha256 is .* in control-1 but \(absent\) in control-2"
+        Refusal,
+        match=r"data.val_sha256 is .* in control-1 but \(absent\) in control-2 \(older code does",
     ):
-        check_alike(two_runs, config=False)
+        check(two_runs)
+
+
+@EACH_CHECK
+def test_what_older_code_does_not_record_agrees_with_itself_alone(two_runs, check):
+    for run in two_runs:
+        del run["gpu"], run["attention"]
+    assert check(two_runs) is None
+    two_runs[1]["gpu"] = None
+    with pytest.raises(Refusal, match=r"gpu is \(absent\) in control-1 but None in control-2"):
+        check(two_runs)
 
 
 def test_other_settings_are_refused_within_an_arm_and_named(two_runs):
     two_runs[1]["config"] |= {"qat_enabled": False, "matrix_lr": 0.04}
     two_runs[1]["config_sha256"] = "0" * 64
     with pytest.raises(Refusal) as refusal:
-        check_alike(two_runs, config=True)
+        check_arm(two_runs)
     message = str(refusal.value)
     assert "config_sha256" in message
     assert "control-1" in message
@@ -555,7 +583,7 @@ def test_other_settings_are_refused_within_an_arm_and_named(two_runs):
     assert (
         "(MATRIX_LR=0.02 against 0.04, QAT_ENABLED=True against False)" in message
     )  # and neither RUN_ID nor SEED
-    assert check_alike(two_runs, config=False) is None
+    assert check_alike(two_runs) is None
 
 
 def test_one_seed_twice_is_refused_within_an_arm_only(two_runs):
@@ -563,5 +591,94 @@ def test_one_seed_twice_is_refused_within_an_arm_only(two_runs):
     with pytest.raises(
         Refusal, match=f"control-1 and control-2 both have seed {two_runs[0]['seed']}"
     ):
-        check_alike(two_runs, config=True)
-    assert check_alike(two_runs, config=False) is None
+        check_arm(two_runs)
+    assert check_alike(two_runs) is None
+
+
+# ── Other kernels ─────────────────────────────────────────────────────────────────────────────────
+def on_kernels(run: dict, *pairs: tuple[str, str]) -> list[dict]:
+    """A run for each (ATTN_BACKEND, the kernel that it got)."""
+    return [
+        run
+        | {"name": str(i), "seed": i, "attention": kernel}
+        | {"config": run["config"] | {"attn_backend": asked}}
+        for i, (asked, kernel) in enumerate(pairs)
+    ]
+
+
+def test_arms_that_ask_for_different_kernels_may_have_them_and_say_so(two_runs):
+    runs = on_kernels(two_runs[0], ("auto", "sdpa"), ("flash", "flash"), ("auto", "sdpa"))
+    assert check_alike(runs) is None
+    assert differing(runs[0]["config"], runs[1]["config"]) == "ATTN_BACKEND=auto against flash"
+    with pytest.raises(Refusal, match="attention is sdpa in 0 but flash in 1"):
+        check_arm(runs[:2])
+
+
+@pytest.mark.parametrize(
+    "pairs", [[("auto", "sdpa")], [("flash", "flash"), ("auto", "sdpa")]], ids=len
+)
+def test_arms_for_which_auto_took_different_kernels_are_refused(two_runs, pairs):
+    runs = on_kernels(two_runs[0], *pairs, ("auto", "cudnn"))
+    words = f"attention is sdpa in {len(pairs) - 1} but cudnn in {len(pairs)}.*ATTN_BACKEND"
+    with pytest.raises(Refusal, match=words):
+        check_alike(runs)
+
+
+def test_seeds_of_a_submission_may_be_launches_on_other_kernels_and_drivers(two_runs):
+    first, second = two_runs
+    second |= {"attention": "flash", "gpu": {"driver": "580.65.06"}}
+    assert list(unlike({1: first, 2: second})) == []
+    second["device"] = "changed"
+    assert [problem.split(":")[0] for problem in unlike({1: first, 2: second})] == ["device"]
+
+
+# ── Across code ───────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture
+def two_codes(two_runs, tmp_path) -> list[dict]:
+    """Two runs in folders that hold their scripts."""
+    for run, text in zip(two_runs, ("a\nb\nc\n", "a\nB\nc\nd\n"), strict=True):
+        folder = tmp_path / run["name"]
+        folder.mkdir()
+        (folder / "train_gpt.py").write_text(text)
+        run |= {"name": str(folder), "code_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    return two_runs
+
+
+def test_other_code_is_refused_with_the_option_that_allows_it(two_codes):
+    with pytest.raises(Refusal, match=r"code_sha256 is .*--across-code"):
+        check_alike(two_codes)
+    assert check_alike(two_codes, across_code=True) is None
+    with pytest.raises(Refusal) as refusal:
+        check_arm(two_codes)
+    assert "--across-code" not in str(refusal.value)  # one arm has one code
+
+
+def test_across_code_lets_nothing_differ_but_the_code_and_what_it_records(two_codes):
+    old, new = two_codes
+    del old["gpu"]
+    assert check_alike([old, new], across_code=True) is None
+    for key in sorted({*FINGERPRINT} - {"code_sha256", "gpu"}):
+        other = copy.deepcopy(new)
+        set_at(other, key, "changed")
+        with pytest.raises(Refusal, match=f"{key} is .* but changed"):
+            check_alike([old, other], across_code=True)
+
+
+def test_the_difference_of_code_is_named(two_codes):
+    old, new = two_codes
+    del old["gpu"]
+    codes = [run["code_sha256"][:12] for run in two_codes]
+    said = code_difference({"plain": [old], "qat": [new], "ema": [old]})
+    assert said == (
+        f"THE CODE DIFFERS: plain, ema ran code {codes[0]}; qat code {codes[1]} "
+        "(1 lines less, 2 more) (not known of both: gpu)."
+    )
+    assert code_difference({"plain": [old], "ema": [old]}) == ""
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("x")])
+def test_lines_are_not_counted_without_the_scripts_that_ran(two_codes, side, damage):
+    damage(Path(two_codes[side]["name"]) / "train_gpt.py")
+    said = code_difference({"a": two_codes[:1], "b": two_codes[1:]})
+    assert "lines" not in said and two_codes[1]["code_sha256"][:12] in said
