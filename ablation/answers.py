@@ -28,7 +28,7 @@ from ablation.statistics import Cells, Comparison, cell_array, half_width, paire
 from train_gpt import Refusal
 
 # Characters of a line beside a row of the forest plot
-LABEL_WIDTH = 30
+LABEL_WIDTH = 34
 
 
 class Scale(NamedTuple):
@@ -84,14 +84,17 @@ def answer(
         for side in sides
     ]
     shared = ", ".join(both) if names[0] != names[1] else ""
-    differences = {
-        seed: b[seed] - a[seed] for seed in sorted(a.keys() & b.keys()) if math.isfinite(b[seed])
-    }
-    test, problem = None, ""
+    common = sorted(a.keys() & b.keys())
+    differences = {seed: b[seed] - a[seed] for seed in common}
+    differences = {seed: value for seed, value in differences.items() if math.isfinite(value)}
+    test = None
+    problem = ""
     try:
         test = paired(a, b)
     except Refusal as refusal:
         problem = str(refusal)
+    if len(differences) < 2:
+        problem = f"seeds in common: {len(differences)}, and a paired test needs 2"
     return Answer(*names, shared, differences, test, problem)
 
 
@@ -121,8 +124,10 @@ def sentence(found: Answer, scale: Scale) -> Line:
         after = f"from {a}: {between} (95 % interval, {test.n} seeds)."
         return Line("open", f"{before} is", "not distinguishable", after)
     near, far = sorted((test.low, test.high), key=abs)
-    interval = f"95 % interval {size(near)} to {size(far)} {found.look}"
-    after = f"than {a} ({interval}, {test.n} seeds)."
+    interval = f"95 % interval {size(near)} to {size(far)} {found.look}, {test.n} seeds"
+    if test.sd == 0:
+        interval = f"no spread between {test.n} seeds"
+    after = f"than {a} ({interval})."
     return Line(found.look, f"{before} is", f"{size(test.mean)} {scale.unit} {found.look}", after)
 
 
@@ -176,10 +181,12 @@ def draw_row(ax: Axes, y: int, found: Answer, scale: Scale) -> None:
 
 def row_label(found: Answer) -> str:
     """b - a, and below it what they have in common."""
-    lines = [label(f"{found.b} − {found.a}", LABEL_WIDTH)]
+    parts = [f"{found.b} − {found.a}"]
+    if len(parts[0]) > LABEL_WIDTH:
+        parts = [found.b, f"− {found.a}"]
     if found.both:
-        lines.append(label(found.both, LABEL_WIDTH))
-    return "\n".join(lines)
+        parts.append(found.both)
+    return "\n".join(label(part, LABEL_WIDTH, 2) for part in parts)
 
 
 def forest_legend(answers: list[Answer], rule: Line2D | None) -> list[Line2D]:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ablation.records import split_trial
+from ablation.records import quantised, split_trial
 
 Table = tuple[list[str], list[list]]  # header, rows
 
@@ -41,6 +41,8 @@ MAX_ROWS = 40  # of phases or groups in a chart: ours have a dozen
 
 # keys of `scores`, in a run's order
 STAGES = ("live", "averaged", "unfitted", "quantised", "sliding", "documents", "ttt")
+# those that say what quantisation does
+QUANTISED_STAGES = ("unfitted", "quantised")
 
 STYLE = {
     "svg.fonttype": "none",
@@ -62,7 +64,7 @@ FIRST_WIDTH = 7.1
 
 # Characters: what a table may be wide, with the space around each of its cells; and how long a word
 # may be that is not broken
-PAGE_CHARACTERS = 160
+PAGE_CHARACTERS = 145
 PADDING = 2
 LONGEST_WORD = 20
 
@@ -127,10 +129,10 @@ def number(record, *keys):
     return record if isinstance(record, (int, float)) and abs(record) < 1e18 else None
 
 
-def label(text, width: int = 44) -> str:
-    """As a chart can show it: at most 3 lines of this width, all characters allowed in XML."""
+def label(text, width: int = 44, lines: int = 3) -> str:
+    """As a chart can show it: at most so many lines of this width, in characters of XML."""
     printable = "".join(c if c.isprintable() else " " for c in str(text))
-    return textwrap.fill(printable, width, max_lines=3, placeholder=" …")
+    return textwrap.fill(printable, width, max_lines=lines, placeholder=" …")
 
 
 def group(runs: list[dict]) -> list[Arm]:
@@ -143,6 +145,10 @@ def group(runs: list[dict]) -> list[Arm]:
         line = LINES[i // len(COLOURS) % len(LINES)]
         arms.append(Arm(label(name), COLOURS[i % len(COLOURS)], line, its_runs))
     return arms
+
+
+def runs_of(arms: list[Arm]) -> list[dict]:
+    return [run for arm in arms for run in arm.runs]
 
 
 def measured(arms: list[Arm], value: Callable) -> list[tuple[Arm, list]]:
@@ -291,6 +297,11 @@ def zoom(rows: list[tuple[Arm, list[Curve]]]) -> tuple[float, float]:
     return min(shown) - room, max(shown) + room
 
 
+def few(rows: list) -> bool:
+    """Whether so few arms are drawn that a line per seed can be told apart."""
+    return len(rows) <= len(COLOURS)
+
+
 def mean_curve(several: list[Curve]) -> list[tuple[float, float]]:
     """The mean over runs at each step that all of them have."""
     steps = [step for step in several[0] if all(step in one for one in several)]
@@ -306,7 +317,7 @@ def draw_curves(ax: Axes, rows: list[tuple[Arm, list[Curve]]]) -> None:
     for arm, several in rows:
         look = {"color": arm.colour, "linestyle": arm.line}
         lines = [(mean_curve(several), 1.8, 1.0)]
-        if len(several) > 1 and len(rows) <= len(COLOURS):
+        if len(several) > 1 and few(rows):
             lines += [(list(one.values()), 0.6, 0.4) for one in several]
         for line, width, alpha in lines:
             x, y = zip(*line, strict=True) if line else ((), ())
@@ -386,19 +397,28 @@ def stage_scores(run: dict) -> dict[str, float]:
     return found
 
 
+def stages_of(arms: list[Arm], rows: list[tuple[Arm, list]]) -> list[str]:
+    """The stages that were scored; where nothing is quantised, without those that are about it."""
+    scored = {stage for _, values in rows for one in values for stage in one}
+    told = () if quantised(runs_of(arms)) else QUANTISED_STAGES
+    return [stage for stage in STAGES if stage in scored and stage not in told]
+
+
 def journey(arms: list[Arm]) -> Chart | None:
     """What averaging, quantising and the way of scoring do to the same runs."""
     rows = measured(arms, stage_scores)
     if not rows:
         return None
-    scored = {stage for _, values in rows for one in values for stage in one}
-    stages = [stage for stage in STAGES if stage in scored]
+    stages = stages_of(arms, rows)
+    if len(stages) < 2:
+        return None
     figure = Figure((WIDTH, 4))
     ax = figure.subplots()
     ax.set_xticks(range(len(stages)), stages)
 
     def draw(scores: dict[str, float], **look) -> None:
-        ax.plot([stages.index(stage) for stage in scores], list(scores.values()), **look)
+        shown = {stages.index(stage): bpb for stage, bpb in scores.items() if stage in stages}
+        ax.plot(list(shown), list(shown.values()), **look)
 
     for arm, values in rows:
         look = {"color": arm.colour, "linestyle": arm.line}
@@ -407,23 +427,28 @@ def journey(arms: list[Arm]) -> Chart | None:
             bpb = [one[stage] for one in values if stage in one]
             if bpb:
                 means[stage] = statistics.fmean(bpb)
-        for one in values:
+        for one in values if few(rows) else ():
             draw(one, linewidth=0.7, alpha=0.5, **look)
         draw(means, linewidth=2, marker="o", markersize=4, **look)
     ax.set(xlabel="weights, and how they are scored", ylabel="validation loss (bits per byte)")
     legend(figure, [arm for arm, _ in rows])
+    artifact = ""
+    if "quantised" in stages:
+        artifact = (
+            " From quantised on, the weights are those of the artifact and only the way of scoring "
+            "differs."
+        )
     return Chart(
         figure,
         "Validation loss (bits per byte) of the same runs at each stage: thick the mean over seeds "
-        f"with a dot per stage that was scored, thin each seed, {seeds(rows)}. From quantised on, "
-        "the weights are those of the artifact and only the way of scoring differs.",
+        f"with a dot per stage that was scored, thin each seed, {seeds(rows)}.{artifact}",
     )
 
 
 def quant_gaps(arms: list[Arm]) -> Chart | None:
     """What quantisation costs."""
     rows = measured(arms, lambda run: number(run, "quant_gap_bpb"))
-    if not rows:
+    if not rows or not quantised(runs_of(arms)):
         return None
     labels = [arm.label for arm, _ in rows]
     means = [statistics.fmean(values) for _, values in rows]
@@ -587,6 +612,11 @@ class Fitting(NamedTuple):
     caption: str
     columns: list[Column]
     rows: list[list]
+
+    @property
+    def broad(self) -> bool:
+        """Whether it is better read by scrolling than squeezed, on half of the page."""
+        return sum(column.characters + PADDING for column in self.columns) > PAGE_CHARACTERS / 2
 
 
 def column_of(name: str, cells: list) -> Column:

@@ -367,6 +367,11 @@ def metric(run: dict, name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+def quantised(runs: list[dict]) -> bool:
+    """Whether an artifact of these holds codes. Results that do not tell are taken to."""
+    return any(run.get("codes") != {} for run in runs)
+
+
 def differing(a: dict, b: dict) -> str:
     """The settings of an arm in which two configurations differ, as environment variables."""
     names = sorted((a.keys() | b.keys()) - (PLACES - {BACKEND}))

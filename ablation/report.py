@@ -3,14 +3,21 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import train_gpt
 from ablation.answers import Answer, answer, forest, interaction, scale_of, sentence, tally
 from ablation.page import Lead, Table, html_page, styled
-from ablation.records import RunStore, check_alike, check_arm, code_difference, metric
+from ablation.records import (
+    RunStore,
+    check_alike,
+    check_arm,
+    code_difference,
+    metric,
+    quantised,
+)
 from ablation.runner import Ledger
 from ablation.statistics import (
     RECORD_NATS,
@@ -353,6 +360,12 @@ def codes(runs: list[dict]) -> list[str]:
     return list(dict.fromkeys(run["code_sha256"][:12] for run in runs))
 
 
+def some(names: Collection[str], most: int = 6) -> str:
+    """The first of these names, and how many more there are."""
+    shown = ", ".join(itertools.islice(names, most))
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
 def warnings(found: Finished) -> list[str]:
     """What differs or is missing in a study, in sentences."""
     matrix = found.matrix
@@ -360,13 +373,13 @@ def warnings(found: Finished) -> list[str]:
     difference = code_difference(sets)
     lines = [difference] if difference else []
     if found.failed:
-        lines.append(f"FAILED, and in no figure: {', '.join(found.failed)}.")
+        lines.append(f"FAILED, and in no figure: {some(found.failed)}.")
     waiting = []
     for trial in matrix.trials:
         if trial.id not in found.failed and trial.seed not in found.runs.get(trial.arm, {}):
             waiting.append(trial.id)
     if waiting:
-        lines.append(f"NOT RUN YET: {', '.join(waiting)}.")
+        lines.append(f"NOT RUN YET: {some(waiting)}.")
     return lines
 
 
@@ -392,7 +405,12 @@ def how_made(found: Finished) -> list[str]:
 
 def remarks(found: Finished) -> list[str]:
     """What to know beside the answers: what differs or is missing, and the record rule."""
-    return warnings(found) + (record_lines(found) if found.all() else [])
+    lines = warnings(found)
+    if not found.all():
+        return lines
+    if not quantised(found.all()):
+        lines.append("Nothing is quantised: all tensors ship as floats.")
+    return lines + record_lines(found)
 
 
 def notes(found: Finished) -> list[str]:
@@ -441,8 +459,9 @@ def answers_of(found: Finished) -> list[Answer]:
     first = study.metrics[:1]
     answers = []
     for names, name, a, b in pairs(found):
-        own = ":" in names[0] and heading_of(name)[1] == heading_of(first[0])[1]
-        if (name in first or own) and (a != b or not a):
+        own = any(":" in side for side in names)
+        alike = own and heading_of(name)[1] == heading_of(first[0])[1]
+        if (name in first or alike) and (a != b or not a):
             sides = (facets(study, names[0]), facets(study, names[1]))
             answers.append(answer(sides, a, b))
     return answers
@@ -476,20 +495,20 @@ def lead_of(found: Finished) -> Lead:
     )
 
 
-def write_report(matrix: Matrix, across_code: bool = False) -> list[Path]:
-    """report.md and report.html in the folder of the matrix. across_code: as in load_matrix."""
-    found = load_matrix(matrix, across_code)
+def study_page(found: Finished) -> str:
+    """The report as a page."""
     lost = []
     for trial, reason in found.failed.items():
         arm, _, seed = trial.rpartition("-s")
         lost.append({"arm": arm, "seed": int(seed), "failed": reason})
     runs = found.all() + lost
-    pages = {
-        "report.md": markdown_report(found),
-        "report.html": html_page(
-            title_of(matrix), how_made(found), tables(found), runs, lead_of(found)
-        ),
-    }
+    return html_page(title_of(found.matrix), how_made(found), tables(found), runs, lead_of(found))
+
+
+def write_report(matrix: Matrix, across_code: bool = False) -> list[Path]:
+    """report.md and report.html in the folder of the matrix. across_code: as in load_matrix."""
+    found = load_matrix(matrix, across_code)
+    pages = {"report.md": markdown_report(found), "report.html": study_page(found)}
     for name, text in pages.items():
         train_gpt.write_atomic(matrix.folder / name, text.encode("utf-8", "replace"))
     return [matrix.folder / name for name in pages]

@@ -757,10 +757,9 @@ def check_matrix(m: Matrix) -> None:
         )
         promise("\0" not in "".join(trial.env.values()), "NUL in the environment")
         promise(shell(trial, m.size).isprintable(), "a command with control characters")
-    lost = {"arm": m.trials[0].arm, "seed": 1, "failed": "<b>"}
     found = Finished(m, {}, {m.trials[0].id: "<b>"})
     markdown_report(found)
-    check_page(html_page(m.study.title, report.notes(found), report.tables(found), [lost]))
+    check_page(report.study_page(found))
 
 
 # ── Run folders and submissions ───────────────────────────────────────────────────────────────────

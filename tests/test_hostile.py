@@ -34,9 +34,8 @@ import train_gpt
 from ablation.check import check_submission
 from ablation.findings import ERROR
 from ablation.ours import MAX_CODE_BYTES
-from ablation.page import html_page
 from ablation.records import load
-from ablation.report import Finished, notes, tables, write_report
+from ablation.report import Finished, study_page, write_report
 from ablation.study import STUDY_KEYS, Study, matrix, read_study
 from train_gpt import (
     Config,
@@ -751,7 +750,7 @@ def report_of(study_, folder: Path, **changes) -> Finished:
 
 
 def page_of(found: Finished) -> str:
-    return html_page(found.matrix.study.title, notes(found), tables(found), found.all())
+    return study_page(found)
 
 
 EVENTS = {
