@@ -73,6 +73,22 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    # OpenMP reads this when torch is imported. Threads that spin while they wait for each other are
+    # up to 35 times slower beside a busy process. What you set yourself stays.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+    def tell_of_imports() -> None:
+        """Says at once, then every 10 s, that imports are under way: a cold disk takes minutes."""
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            while "main" not in globals():
+                print(f"importing torch, {time.monotonic() - began:.0f} s", flush=True)
+                time.sleep(10)
+
+    if os.environ.get("LOCAL_RANK", "0") == "0" and sys.argv[1:] != ["--help"]:
+        threading.Thread(target=tell_of_imports, daemon=True).start()
+
 import numpy as np
 import safetensors.torch
 import sentencepiece
@@ -82,6 +98,7 @@ import torch.nn.functional as F
 import zstandard
 from rich.box import MARKDOWN, Box
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -848,19 +865,121 @@ def free_name(folder: Path, name: str) -> str:
     return next(free for free in names if not (folder / free).exists())
 
 
+# On a terminal the live line is renewed so often; elsewhere no silence is longer
+REFRESH_SECONDS = 0.5
+QUIET_SECONDS = 10.0
+
+
+class Progress:
+    """What is under way, for those who watch. None of it is in train.log.
+
+    On a terminal it is one live line below the log. Elsewhere it is a line wherever nothing was
+    said for QUIET_SECONDS. A thread sees to both, from watch() until the `with` block ends.
+
+    start_up: seconds that this process took before.
+    """
+
+    def __init__(self, start_up: float = 0.0):
+        self.live: Live | None = None
+        self.thread: threading.Thread | None = None
+        self.ended = threading.Event()
+        # two threads print; a signal may end either in the middle
+        self.lock = threading.RLock()
+        # of time.monotonic(); the imports may have been silent for as long
+        self.last_said = time.monotonic() - min(start_up, QUIET_SECONDS)
+        self.enter("start-up", start_up)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        if self.thread:
+            self.thread.join(1)
+        if self.live:
+            self.draw(self.live.stop)
+
+    def watch(self) -> None:
+        """Shows from now on what is under way."""
+        console = Console(color_system=None, force_jupyter=False)
+        if sys.stdout and sys.stdout.isatty() and console.is_interactive:
+            self.live = Live(
+                get_renderable=self.line,
+                console=console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self.draw(self.live.start)
+            # a run that is killed cannot bring it back
+            self.draw(console.show_cursor)
+        self.thread = threading.Thread(target=self.keep_showing, daemon=True)
+        self.thread.start()
+
+    def keep_showing(self) -> None:
+        while not self.ended.wait(REFRESH_SECONDS):
+            with self.lock:
+                silent = time.monotonic() - self.last_said
+                if self.live:
+                    self.draw(self.live.refresh)
+                elif silent >= QUIET_SECONDS - REFRESH_SECONDS:
+                    self.say(f"... {self.line()}")
+
+    def draw(self, work: Callable[[], None]) -> None:
+        """Does something to the terminal. The run goes on where that is gone."""
+        with self.lock:
+            try:
+                work()
+            except OSError:
+                self.live = None
+
+    def say(self, text: str) -> None:
+        """One line, as it is, however narrow the terminal."""
+        with self.lock:
+            self.last_said = time.monotonic()
+            if self.live:
+                self.draw(partial(self.live.console.print, Text(text), soft_wrap=True))
+            else:
+                say(text, sys.stdout)
+
+    def enter(self, phase: str, spent: float = 0.0) -> None:
+        """Another phase is under way, in which `spent` seconds were spent before."""
+        self.phase = phase
+        self.began = time.monotonic() - spent
+        self.work = ""
+
+    def at_work(self, work: str, share: float = 0.0) -> None:
+        """On what the phase is at work. share: how much of it is done, where that is known."""
+        self.work = work
+        if share:
+            seconds = time.monotonic() - self.began
+            self.work += f", {seconds * (1 - share) / share:.0f} s left"
+
+    def line(self) -> Text:
+        """Phase, its seconds so far, and what it is at work on."""
+        told = f"{self.phase}, {time.monotonic() - self.began:.0f} s"
+        if self.work:
+            told += f": {self.work}"
+        return Text(told, no_wrap=True, overflow="crop")
+
+
 class Run:
     """This process among its ranks: device, log, clock, and what each toggle did.
 
     One clock books all seconds: each belongs to the phase under way, an inner one pauses the one
     around it. So the rows of the ledger are disjoint and add up to the wall time of all launches.
 
-    start_up: seconds that this process took before.
+    start_up: seconds that this process took before. progress: shows, on rank 0, what is under way.
     """
 
-    def __init__(self, cfg: Config, start_up: float = 0.0):
+    def __init__(self, cfg: Config, start_up: float = 0.0, progress: Progress | None = None):
         self.started = time.perf_counter()
         self.booked = self.started
         self.rank = int(os.environ.get("RANK", "0"))
+        self.progress = progress or Progress()
+        if progress and self.rank == 0:
+            progress.watch()
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
@@ -898,6 +1017,7 @@ class Run:
         # what the log has warned of, for result.json
         self.warnings = []
         self.phase_name = "set-up and other"
+        self.progress.enter(self.phase_name)
         # number of the first stop signal
         self.stop = 0
         self.open_folder(cfg)
@@ -905,6 +1025,7 @@ class Run:
     def join(self, patience: float) -> None:
         """Makes the process group of the ranks; `patience` in seconds."""
         if self.world > 1 and not dist.is_initialized():
+            self.at_work(f"waiting for {self.world} ranks")
             backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
 
@@ -970,8 +1091,12 @@ class Run:
     def log(self, text: str) -> None:
         """One line for people: terminal and train.log, flushed."""
         if self.rank == 0:
-            say(text, sys.stdout)
+            self.progress.say(text)
             self.text.write(text + "\n")
+
+    def at_work(self, work: str, share: float = 0.0) -> None:
+        """Says, for those who watch, on what the phase is at work; `share` of it is done."""
+        self.progress.at_work(work, share)
 
     def warn(self, text: str) -> None:
         """A line of the log that result.json and the end of the log repeat."""
@@ -1032,8 +1157,10 @@ class Run:
         """From now on another phase is under way; the GPU's work until now is the old one's."""
         self.wait()
         self.last_sign = -math.inf  # another one is due
+        spent = self.earlier.get(name, 0.0) + self.seconds.get(name, 0.0)
         self.tick()
         self.phase_name = name
+        self.progress.enter(name, spent)
 
     def tick(self) -> float:
         """Books the time until now on the phase under way.
@@ -3343,6 +3470,7 @@ class Trainer:
             run.activity["WARMDOWN"] = warmdown
 
         self.loss = math.nan  # of the last step, nats per token
+        self.val_bpb = math.nan  # of the last validation
         self.steps = 0
         self.skipped: list[int] = []  # steps that were left out, as they were not finite
         self.resumed: list[int] = []  # steps done when the run went on
@@ -3351,6 +3479,7 @@ class Trainer:
         self.warmed: list[float] = []  # seconds of the warm-up's steps, but the first
         self.recompiles = 0
         self.saved = 0.0  # `elapsed` of the last checkpoint
+        self.told = -math.inf  # `elapsed` of the last line about a step
         self.code_sha256 = CODE_SHA256
 
     def done(self) -> bool:
@@ -3426,6 +3555,8 @@ class Trainer:
         try:
             self.restore_progress(facts["progress"])
             self.saved = self.elapsed
+            if self.steps:
+                self.told = self.elapsed  # the line of the first step is in the log
             self.schedule.fired = set(facts["fired"])
             count = int(facts["snapshots"])
             if self.averages.snapshots:
@@ -3524,14 +3655,16 @@ class Trainer:
 
         Returns the seconds of each step. The first ones are those that compile.
         """
+        run = self.run
         weights = self.flat.weights.clone()
         variants = [view.at_full_strength() for view in self.views.techniques.values()]
         variants.append(StepPlan(1.0, self.cfg.muon_momentum))
         snapshot = self.averages.snapshots is not None
         seconds = []
-        loader = batches(self.cfg, self.run, self.split)
+        loader = batches(self.cfg, run, self.split)
         for n in range(self.cfg.warmup_steps):
             began = time.perf_counter()
+            run.at_work(f"step {n + 1} of {self.cfg.warmup_steps}")
             now = variants[n % len(variants)]
             self.step(next(loader), now._replace(snapshot=snapshot and n % 2 == 0))
             seconds.append(time.perf_counter() - began)
@@ -3594,6 +3727,7 @@ class Trainer:
             before = self.elapsed
             self.elapsed = run.broadcast(run.tick())
             self.step_seconds.append(self.elapsed - before)
+            run.at_work(self.standing())
             if self.done():
                 break
             self.report(now)
@@ -3636,11 +3770,15 @@ class Trainer:
     def report(self, now: StepPlan) -> None:
         """Whatever is due after this step. Host sync: only in what is due."""
         cfg, run, step = self.cfg, self.run, self.steps
-        log_due = step % cfg.train_log_every == 0
+        log_due = (
+            step % cfg.train_log_every == 0
+            or self.elapsed - self.told >= QUIET_SECONDS
+            or self.done()
+        )
         save_due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
 
         self.report_starts(now)
-        if log_due or save_due or self.done():
+        if log_due or save_due:
             self.compare_ranks()
         if log_due:
             self.report_step(now)
@@ -3676,15 +3814,30 @@ class Trainer:
             6,
         )
 
+    def speed(self) -> tuple[float, str]:
+        """Seconds of a step, the median of the last ones, and tokens per second as text."""
+        seconds = statistics.median(self.step_seconds[-20:])
+        return seconds, f"{self.cfg.train_batch_tokens / seconds:,.0f} tok/s"
+
+    def standing(self) -> str:
+        """Where training stands, for those who watch."""
+        cfg = self.cfg
+        seconds, speed = self.speed()
+        left = (cfg.iterations - self.steps) * seconds
+        if cfg.max_wallclock_seconds:
+            left = min(left, cfg.max_wallclock_seconds - self.elapsed)
+        val = f"val bpb {self.val_bpb:.4f}, " if math.isfinite(self.val_bpb) else ""
+        return f"step {self.steps:,}, loss {self.loss:.4f}, {val}{speed}, {left:.0f} s left"
+
     def report_step(self, now: StepPlan) -> None:
         """The line of the log, and its event."""
-        seconds = statistics.median(self.step_seconds[-20:])
-        speed = self.cfg.train_batch_tokens / seconds
+        self.told = self.elapsed
+        seconds, speed = self.speed()
         train_bpb = self.loss / math.log(2) / self.bytes_per_token
         self.run.log(
             f"step {self.steps:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  "
             f"train bpb ~{train_bpb:.4f}  lr x{now.lr_scale:.3f}  {seconds * 1e3:.1f} ms  "
-            f"{speed:,.0f} tok/s"
+            f"{speed}"
         )
         self.run.event(
             "step",
@@ -3704,6 +3857,7 @@ class Trainer:
                 weights = dict(self.model.named_parameters())
                 artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
                 size = len(shipped_code(self.cfg)) + len(artifact)
+        self.val_bpb = live.bpb
         self.run.log(
             f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
             f"size ~{size:,} bytes (fast compression)"
@@ -4367,6 +4521,7 @@ def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: flo
     """One try with this share pruned. Rank 0 does the work and tells the others the size."""
     blob = b""
     total = 0
+    run.at_work(f"{cfg.compressor}, {fraction:.1%} pruned")
     if run.rank == 0:
         blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
         total = len(blob) + len(shipped_code(cfg))
@@ -4492,15 +4647,19 @@ class ScoreSheet:
 
     Every score adds 1 to the target's count, padding to that of one extra slot at the end. total()
     sums the counts over all ranks and fails unless each is 1: nothing is missed or scored twice.
+
+    windows: how many there will be, of which those who watch are told.
     """
 
     PAD_TOKENS = 64
 
-    def __init__(self, cfg: Config, run: Run, val: Validation):
+    def __init__(self, cfg: Config, run: Run, val: Validation, windows: int):
         self.cfg = cfg
         self.run = run
         self.val = val
         self.n = val.n
+        self.windows = windows
+        self.filled = 0  # of these, as far as this rank can tell
         self.both = torch.zeros(2, self.n + 1, device=run.device)
         self.nats, self.hits = self.both
 
@@ -4567,6 +4726,10 @@ class ScoreSheet:
             self.run.tick()
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
+            # each rank does as many; the last batch of a shape may hold fewer, or idle ones
+            self.filled = min(self.filled + len(batch) * self.run.world, self.windows)
+            told = f"{self.filled:,} of {self.windows:,} windows"
+            self.run.at_work(told, self.filled / self.windows)
         return self
 
     def total(self) -> Score:
@@ -4587,7 +4750,7 @@ def score(
     """The score over these windows; without rows: fixed windows over all targets."""
     if rows is None:
         rows = windows(0, val.n, cfg.window, 0)
-    return ScoreSheet(cfg, run, val).fill(forward, rows).total()
+    return ScoreSheet(cfg, run, val, len(rows)).fill(forward, rows).total()
 
 
 class ScoringWay(NamedTuple):
@@ -4650,7 +4813,7 @@ def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
     adapted = {name: p for name, p in model.named_parameters() if p not in frozen}
     flat = FlatParameters(adapted, run)
     optimiser = torch.optim.SGD(adapted.values(), lr=cfg.ttt_lr, momentum=0.9)
-    sheet = ScoreSheet(cfg, run, val)
+    sheet = ScoreSheet(cfg, run, val, len(rows))
 
     chunk_of = rows[:, 2] // cfg.ttt_chunk_tokens  # by a window's first target
     last = int(chunk_of[-1])
@@ -4768,6 +4931,16 @@ class Probe:
         place = torch.arange(math.prod(shape), device=run.device).view(shape) % val.n
         self.micro_batch = val.tokens[place].long(), val.tokens[place + 1].long()
         self.base = self.nats(trained.trainer.model, trained.live)
+
+        model_toggles = [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]
+        self.toggles = len(self.trainer.views.techniques) + len(trained.averages)
+        self.toggles += len(model_toggles) + bool(trained.exported.pruned)
+        self.begun = 0
+
+    def begin(self, name: str) -> None:
+        """Tells those who watch which toggle is measured now."""
+        self.begun += 1
+        self.run.at_work(f"{name}, {self.begun} of {self.toggles}")
 
     @torch.no_grad()
     def nats(self, model: GPT, state: State | None = None) -> tuple[float, ...]:
@@ -4889,6 +5062,7 @@ def tells_apart(interval: list[float] | None) -> bool:
 
 def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
     """Pruning: the shipped weights against what would have been shipped without it."""
+    probe.begin("PRUNE_PCT")
     trainer = trained.trainer
     made = trained.exported
     pruned = prune(cfg, trained.final, made.pruned)
@@ -4916,6 +5090,7 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
     trainer = trained.trainer
     views = trainer.views
     for name, view in views.techniques.items():
+        probe.begin(name)
         activity = run.activity[name]
         enter = partial(views.enter, view.at_full_strength(), 0)
         # a cost that failed half-way may have left what the view before showed
@@ -4937,6 +5112,7 @@ def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
     """Averages: the loss with the average against the live weights."""
     trainer = trained.trainer
     for name, state in trained.averages.items():
+        probe.begin(name.upper())
         activity = run.activity[name.upper()]
         average = trainer.averages.on[name]
         averaged = probe.nats(trainer.model, state)
@@ -4971,6 +5147,7 @@ def prove_model_toggles(
         knob_name = name.lower()
         if not getattr(cfg, knob_name):
             continue
+        probe.begin(name)
         without = build_model(dataclasses.replace(cfg, **{knob_name: 0}), run, attend)
         kept = without.state_dict()
         extra = [p.numel() for key, p in model.named_parameters() if key not in kept]
@@ -6145,21 +6322,22 @@ class Inputs(NamedTuple):
 
 def main(cfg: Config, start_up: float = 0.0) -> dict:
     """One run, from its settings to result.json, which it returns."""
-    run = Run(cfg, start_up)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, run.signalled)
-    try:
-        finished = finished_result(cfg, run)
-        return finished or train_and_score(cfg, run)
-    except BaseException as error:
-        refusal = explain(run, error)
-        # torchrun stops this rank where another one was refused first
-        stopped = run.stop and not run.has_begun
-        if stopped or (isinstance(error, Refusal) and error.code == 2):
-            run.take_back_folder()
-        if refusal is None:
-            raise
-        raise refusal from error
+    with Progress(start_up) as progress:
+        run = Run(cfg, start_up, progress)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, run.signalled)
+        try:
+            finished = finished_result(cfg, run)
+            return finished or train_and_score(cfg, run)
+        except BaseException as error:
+            refusal = explain(run, error)
+            # torchrun stops this rank where another one was refused first
+            stopped = run.stop and not run.has_begun
+            if stopped or (isinstance(error, Refusal) and error.code == 2):
+                run.take_back_folder()
+            if refusal is None:
+                raise
+            raise refusal from error
 
 
 def train_and_score(cfg: Config, run: Run) -> dict:
@@ -6448,6 +6626,7 @@ def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     sizes = None
     if run.rank == 0:
         write_atomic(run.dir / "artifact.bin", made.blob)
+        run.at_work("bytes by kind of tensor")
         kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
         pruned = prune(cfg, trained.final, made.pruned)
         sizes = kinds, code_size(made.cfg, pruned, plan, len(made.blob))

@@ -1,5 +1,6 @@
 """Shared ground of the tests: a tiny configuration, small real-text data, several ranks."""
 
+import math
 import os
 import sys
 import time
@@ -37,6 +38,9 @@ hypothesis.settings.load_profile("suite")
 
 
 # ── Time. No test is about seconds: limits only end what hangs ────────────────────────────────────
+# On a slow machine a run would say more; who tests that gives it a limit
+train_gpt.QUIET_SECONDS = math.inf
+
 HANG = 600.0  # seconds for what takes a few: only a deadlock takes more (TCP gives up after 924)
 
 
