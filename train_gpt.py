@@ -421,7 +421,7 @@ class Config:
     train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
     train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
     grad_accum_steps: int = knob(0, "", "micro-batches; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
-    train_log_every: int = knob(200, "steps", "a line in the log, a check that ranks agree", lo=1)
+    train_log_every: int = knob(200, "steps", "a line in the log (or 10 s), a check of ranks", lo=1)
     val_loss_every: int = knob(1000, "steps", "score live weights, clock paused; 0: never", lo=0)
 
     @rule
@@ -949,13 +949,6 @@ class Progress:
         self.began = time.monotonic() - spent
         self.work = ""
 
-    def at_work(self, work: str, share: float = 0.0) -> None:
-        """On what the phase is at work. share: how much of it is done, where that is known."""
-        self.work = work
-        if share:
-            seconds = time.monotonic() - self.began
-            self.work += f", {seconds * (1 - share) / share:.0f} s left"
-
     def line(self) -> Text:
         """Phase, its seconds so far, and what it is at work on."""
         told = f"{self.phase}, {time.monotonic() - self.began:.0f} s"
@@ -1094,9 +1087,9 @@ class Run:
             self.progress.say(text)
             self.text.write(text + "\n")
 
-    def at_work(self, work: str, share: float = 0.0) -> None:
-        """Says, for those who watch, on what the phase is at work; `share` of it is done."""
-        self.progress.at_work(work, share)
+    def at_work(self, work: str) -> None:
+        """Says, for those who watch alone, how far the phase is."""
+        self.progress.work = work
 
     def warn(self, text: str) -> None:
         """A line of the log that result.json and the end of the log repeat."""
@@ -4660,6 +4653,7 @@ class ScoreSheet:
         self.n = val.n
         self.windows = windows
         self.filled = 0  # of these, as far as this rank can tell
+        self.began = time.monotonic()
         self.both = torch.zeros(2, self.n + 1, device=run.device)
         self.nats, self.hits = self.both
 
@@ -4728,8 +4722,8 @@ class ScoreSheet:
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
             # each rank does as many; the last batch of a shape may hold fewer, or idle ones
             self.filled = min(self.filled + len(batch) * self.run.world, self.windows)
-            told = f"{self.filled:,} of {self.windows:,} windows"
-            self.run.at_work(told, self.filled / self.windows)
+            left = (time.monotonic() - self.began) * (self.windows / self.filled - 1)
+            self.run.at_work(f"{self.filled:,} of {self.windows:,} windows, {left:.0f} s left")
         return self
 
     def total(self) -> Score:

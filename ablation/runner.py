@@ -65,7 +65,7 @@ def clean_environment(trial: Trial, size: Size) -> dict[str, str]:
     """The whole environment of a run: its settings, and from ours only what a process needs."""
     env = {name: os.environ[name] for name in MACHINE if name in os.environ}
     if size.threads:
-        env |= {"OMP_NUM_THREADS": str(size.threads), "GOMP_SPINCOUNT": "1000"}
+        env["OMP_NUM_THREADS"] = str(size.threads)
     return env | trial.env
 
 

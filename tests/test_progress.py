@@ -104,8 +104,8 @@ def steps_logged(cfg: Config) -> list[int]:
 def test_a_terminal_shows_one_live_line_below_a_log_that_is_whole(tiny, on_terminal, monkeypatch):
     terminal = on_terminal()
 
-    def at_work(run: Run, work: str, share: float = 0.0) -> None:
-        of_the_script(run, work, share)
+    def at_work(run: Run, work: str) -> None:
+        of_the_script(run, work)
         until(lambda: run.progress.line().plain[:WIDTH] in terminal.text)
 
     of_the_script = Run.at_work
