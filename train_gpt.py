@@ -918,6 +918,7 @@ class Progress:
         self.thread.start()
 
     def keep_showing(self) -> None:
+        """The thread's work."""
         while not self.ended.wait(REFRESH_SECONDS):
             with self.lock:
                 silent = time.monotonic() - self.last_said
