@@ -117,6 +117,7 @@ def test_a_terminal_shows_one_live_line_below_a_log_that_is_whole(tiny, on_termi
 
     log = (folder(cfg) / "train.log").read_text().splitlines()
     assert terminal.lines() == [*log, ""]
+    assert "\x1b[?25l\x1b[?25h" in terminal.text  # a killed run leaves a cursor
     assert max(map(len, log)) > WIDTH >= max(map(len, terminal.live()[1:]))
 
     live = re.sub(r"\b\d+ s\b", "0 s", "\n".join(terminal.live()))
