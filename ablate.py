@@ -55,6 +55,7 @@ from ablation.report import (
     spell,
     write_report,
 )
+from ablation.run_page import write_run_page
 from ablation.runner import Runner, gpu_gate, run_here, shell
 from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
@@ -183,13 +184,25 @@ ACROSS_CODE = typer.Option(
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(StudyOptions):
-    """Which matrix, and what to make of it."""
+    """Which matrix, and what to make of it; or the folder of one run."""
 
+    study: Annotated[
+        Path, typer.Argument(help="a TOML file, see studies/; or the folder of one run")
+    ]
     pair: Annotated[
         list[str] | None,
         typer.Option(help="A,B: B - A too; ARM,ARM or ARM:METRIC,ARM:METRIC; may be repeated"),
     ] = None
     across_code: Annotated[bool, ACROSS_CODE] = False
+
+    def refuse_all_but_the_folder(self) -> None:
+        """Refusal on an option beside the folder of a run, which leaves nothing to choose."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.default is not dataclasses.MISSING and value != f.default:
+                option = f.name.replace("_", "-")
+                words = f"is of a study; {self.study} is the folder of a run"
+                raise Refusal(f"--{option} {value}: {words}")
 
 
 # ── Run and report ────────────────────────────────────────────────────────────────────────────────
@@ -236,7 +249,13 @@ def run(options: RunOptions) -> None:
 @app.command()
 @options_as_parameters(ReportOptions)
 def report(options: ReportOptions) -> None:
-    """Print the report of a study as Markdown; write report.md and report.html beside its runs."""
+    """Print the report of a study as Markdown; write report.md and report.html beside its runs.
+    Of a run, given by its folder: write page.html there.
+    """
+    if options.study.is_dir():
+        options.refuse_all_but_the_folder()
+        print(f"page: {write_run_page(options.study)}")
+        return
     made = with_pairs(options.matrix(), options.pair or [])
     paths = write_report(made, options.across_code)
     say(paths[0].read_text())

@@ -5657,14 +5657,19 @@ def file_rows(r: dict) -> dict[str, dict]:
     return {name: {"file": one_line(str(path))} for name, path in files.items() if path}
 
 
-def next_line(r: dict) -> str:
-    """What can be done with it."""
+def next_launches(r: dict) -> str:
+    """What can be done with the artifact."""
     ways = [f"{setting('eval_only', r['artifact_path'])} scores it again"]
     checkpoint = checkpoint_of(r)
     if not r["under_cap"] and checkpoint:
         ways.append(f"{setting('checkpoint', checkpoint)} FIT_TO_CAP=1 prunes it to the cap")
-    ways.append(f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page")
-    return one_line(f"NEXT: {'; '.join(ways)}")
+    return one_line("; ".join(ways))
+
+
+def next_line(r: dict) -> str:
+    """What can be done with the run."""
+    page = one_line(f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page")
+    return f"NEXT: {next_launches(r)}; {page}"
 
 
 def result_line(r: dict) -> str:

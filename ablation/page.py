@@ -594,8 +594,8 @@ def draw_charts(runs: list[dict]) -> dict[str, Chart | None]:
 
 
 def is_numeric(cell) -> bool:
-    """Whether a cell of a table is to be aligned to the right."""
-    return bool(re.fullmatch(r"[-+−±.,%eE ]*\d[-+−±\d.,%eE ]*", str(cell)))
+    """Whether a cell of a table is a number, or a few, perhaps with a unit."""
+    return bool(re.fullmatch(r"[-+−±.,%eE ]*\d[-+−±\d.,%eE ]*( [a-z]+)?", str(cell)))
 
 
 class Column(NamedTuple):
@@ -684,7 +684,6 @@ def html_page(
             notes=notes,
             charts=svg_of(others | draw_charts(finished)),
             tables=laid_out(tables),
-            numeric=is_numeric,
         )
     )
     # JSON can hold half a surrogate pair, UTF-8 cannot

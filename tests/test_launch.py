@@ -146,17 +146,18 @@ def make(tmp_path):
     """make(*words, **variables) -> the arguments that its script gets on a machine without GPU."""
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    (programs / "torchrun").write_text(PRINTER)
-    (programs / "torchrun").chmod(0o755)
+    for program in ("torchrun", "python"):
+        (programs / program).write_text(PRINTER)
+        (programs / program).chmod(0o755)
     shutil.copy(ROOT / "Makefile", tmp_path)
 
-    def run(*words: str, **variables: str) -> list[str]:
+    def ends(*words: str, **variables: str) -> subprocess.CompletedProcess:
         old = ["-o", ".venv/installed", "-o", "data/demo/manifest.json"]
         for path in old[1::2]:
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).touch()
         env = {name: os.environ[name] for name in INHERITED if name in os.environ}
-        done = subprocess.run(
+        return subprocess.run(
             ["make", "-s", *old, *words, "GPUS=0"],
             cwd=tmp_path,
             env={**env, **variables},
@@ -164,11 +165,15 @@ def make(tmp_path):
             text=True,
             check=False,
         )
+
+    def run(*words: str, **variables: str) -> list[str]:
+        done = ends(*words, **variables)
         if done.returncode:
             raise SystemExit(done.stderr)
         printed = done.stdout.rpartition("\n")[2].removesuffix("\0").split("\0")
         return printed[printed.index(f"{'bench' if 'bench' in words else 'train_gpt'}.py") + 1 :]
 
+    run.ends = ends
     return run
 
 
@@ -186,6 +191,53 @@ def test_variables_of_make_and_of_other_programs_are_no_arguments(make):
     others += ["HF_HOME=/y", "TRITON_CACHE_DIR=/x", "PYTHONPATH=z", "https_proxy=p"]
     arguments = make("train", *others, "CUDA_VISIBLE_DEVICES=0", "NCCL_DEBUG=INFO")
     assert all("?=" in argument for argument in arguments)
+
+
+# torchrun that leaves the folder of a run: of the RUN_ID that it is told, or of the environment's
+LAUNCHER = """#!/bin/sh
+for word; do case $word in RUN_ID=*) name=${word#*=};; RUN_ID\\?=*) default=${word#*=};; esac; done
+mkdir -p "$LOGS_DIR/${name:-${RUN_ID:-$default}}"
+echo "the run's own words"
+exit "$CODE"
+"""
+REPORTER = '#!/bin/sh\nprintf \'page of: %s %s\\n\' "$1 $2" "$3"\n'
+
+
+def trained(make, tmp_path, *words: str, code: int = 0, **variables: str) -> tuple[int, list[str]]:
+    """(exit code of make train, its lines without the command) where torchrun exits like that."""
+    programs = tmp_path / ".venv" / "bin"
+    (programs / "torchrun").write_text(LAUNCHER)
+    (programs / "python").write_text(REPORTER)
+    told = {"LOGS_DIR": str(tmp_path / "my logs"), "CODE": str(code), **variables}
+    done = make.ends("train", *words, **told)
+    return done.returncode, [line for line in done.stdout.splitlines() if "torchrun" not in line]
+
+
+@pytest.mark.parametrize(
+    "words, variables, name",
+    [
+        ((), {}, r"\d{8}-\d{6}"),
+        (("RUN_ID=it's mine",), {}, "it's mine"),
+        ((), {"RUN_ID": "theirs"}, "theirs"),
+        (("RUN_ID=old", "RESUME=1"), {}, "old"),
+        (("EVAL_ONLY=a.bin",), {}, r"\d{8}-\d{6}"),
+    ],
+)
+def test_make_train_ends_with_the_page_of_its_run(make, tmp_path, words, variables, name):
+    code, (run, page) = trained(make, tmp_path, *words, **variables)
+    assert (code, run) == (0, "the run's own words")
+    assert re.fullmatch(rf"page of: ablate.py report {tmp_path}/my logs/{name}", page)
+
+
+def test_a_run_that_is_not_good_ends_with_its_own_words(make, tmp_path):
+    code, (run,) = trained(make, tmp_path, code=1)
+    assert code and run == "the run's own words"
+
+
+def test_what_goes_on_has_no_name_of_makes(make):
+    """RESUME=1 without RUN_ID is refused, as by train_gpt.py itself."""
+    (message,) = refused({}, make("train", "RESUME=1"))
+    assert message == "RESUME=1: of which run? Set its RUN_ID"
 
 
 @pytest.mark.parametrize("target", ["pages", "test", "knobs", "help"])

@@ -6,7 +6,6 @@ that nobody finished.
 """
 
 import json
-import math
 import re
 import shlex
 import shutil
@@ -14,13 +13,11 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib
-import matplotlib.text
 import pages
 import pytest
 import torch
 from conftest import make_data
-from demo_picture import STYLE, demo_figure, demo_picture
+from demo_picture import demo_picture
 from fault_table import fault_tests
 from launch import Forked, script
 from pages_demo import DEMO
@@ -49,44 +46,6 @@ def test_every_generated_block_stands_on_a_page():
 
 def test_the_picture_is_that_of_the_demo():
     assert pages.PICTURE.read_text() == demo_picture(DEMO)
-
-
-def busy_records(folder: Path) -> None:
-    """The demo's records with validation points, and phases that begin close together."""
-    events = []
-    for line in (DEMO / "metrics.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        events.append(event)
-        if event["event"] == "step":
-            bpb = 2.2 + math.exp(-event["step"] / 150)
-            events.append(event | {"event": "val", "val_bpb": bpb})
-    for name, seconds in (("SWA", 46), ("QNA", 47.5), ("SQWA", 89), ("TTT", 89), ("LATE", 90)):
-        events.append({"event": "phase", "name": name, "seconds": seconds})
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, events)))
-    shutil.copy(DEMO / "result.json", folder)
-
-
-@pytest.mark.parametrize("records", ["as committed", "busy"])
-def test_no_two_texts_of_the_picture_overlap(records, tmp_path):
-    folder = DEMO
-    if records == "busy":
-        folder = tmp_path
-        busy_records(folder)
-    with matplotlib.rc_context(STYLE):
-        figure = demo_figure(folder)
-        figure.draw_without_rendering()
-
-    boxes = {}
-    for text in figure.findobj(matplotlib.text.Text):
-        if text.get_visible() and text.get_text():
-            boxes[text] = text.get_window_extent()
-    ours = [text for ax in figure.axes for text in ax.texts]
-    assert len(ours) >= 3
-    for text in ours:
-        box = boxes.pop(text)
-        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text.get_text()
-        for other, its_box in boxes.items():
-            assert not box.overlaps(its_box), (text.get_text(), other.get_text())
 
 
 def test_readme_is_a_page_that_one_reads_to_its_end():

@@ -257,7 +257,7 @@ def test_tables_show_their_cells_and_numbers_stand_right():
         None,
         "n",
         None,
-        None,
+        "n",
         None,
         "n",
     ]
