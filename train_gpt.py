@@ -124,8 +124,8 @@ EXIT_CODES = {
     143: "terminated",
 }
 
-# What a rank alone may find, and says for itself
-RANKS_OWN_CODES = (6, 7, 8)
+# What a rank alone finds, and says for itself
+RANKS_OWN_CODES = (6, 8)
 
 
 class Refusal(Exception):
@@ -1082,6 +1082,14 @@ class Run:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def first_refusal(self, own: Refusal | None) -> Refusal:
+        """That of the lowest rank with one, on all ranks; at least one has one."""
+        if self.world == 1:
+            return own
+        found = [None] * self.world
+        dist.all_gather_object(found, own and (own.problems, own.code))
+        return Refusal(*next(filter(None, found)))
+
     def log(self, text: str) -> None:
         """One line for people: terminal and train.log, flushed."""
         if self.rank == 0:
@@ -1496,10 +1504,11 @@ class Split:
         path = self.paths[shard]
         part = read_numbers(path, "<u2", SHARD_HEADER_BYTES + 2 * place, n).astype(np.int64)
         refuse(len(part) < n, f"{path}: has been cut since the run began; {AGAIN}")
-        largest = part.max()
+        worst = int(part.argmax())
         refuse(
-            largest >= self.vocab_size,
-            f"{path}: token id {largest}, but VOCAB_SIZE={self.vocab_size}; {AGAIN}",
+            part[worst] >= self.vocab_size,
+            f"{path}: token id {part[worst]} at {place + worst:,}, but "
+            f"VOCAB_SIZE={self.vocab_size}; {AGAIN}",
         )
         return part
 
@@ -1624,28 +1633,31 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     return found
 
 
-def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64.
+# ids and targets, each (rows of this rank, TRAIN_SEQ_LEN) int64
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[Batch]:
+    """The rows of this rank from step `first` on.
 
     The rows of a step are evenly spaced in the stream, so that they are not of one document. Each
     goes on where it ended in the step before. Once the rows have crossed the distance between
     them, every token has been seen (those at the seams twice), and each follows in the track of
     the next one. Two steps are read ahead.
 
-    Care: every rank reads and checks the tokens of the whole step: all refuse, or none.
+    Care: a rank reads and checks its own rows alone, so it may be the only one that is refused:
+    Trainer.step tells the others.
     """
     length = cfg.train_seq_len
     rows = cfg.train_batch_tokens // length
     starts = [split.tokens * row // rows for row in range(rows)]
+    own = np.array_split(starts, run.world)[run.rank].tolist()
 
     def load(step: int) -> list[Tensor]:
-        taken = [split.take(start + step * length, length + 1) for start in starts]
+        taken = [split.take(start + step * length, length + 1) for start in own]
         tokens = torch.from_numpy(np.stack(taken))
-        pair = []
-        for side in (tokens[:, :-1], tokens[:, 1:]):
-            own = side.tensor_split(run.world)[run.rank].contiguous()
-            pair.append(own.pin_memory() if run.cuda else own)
-        return pair
+        pair = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()]
+        return [side.pin_memory() if run.cuda else side for side in pair]
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load, first), reader.submit(load, first + 1)]
@@ -1656,6 +1668,14 @@ def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tup
                 ids.to(run.device, non_blocking=True),
                 targets.to(run.device, non_blocking=True),
             )
+
+
+def next_batch(loader: Iterator[Batch]) -> Batch | Refusal:
+    """The rows of the next step, or why there are none."""
+    try:
+        return next(loader)
+    except Refusal as refusal:
+        return refusal
 
 
 def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -2803,15 +2823,24 @@ class Bank(NamedTuple):
     shape: tuple[int, int]
 
 
+class Reduced(NamedTuple):
+    """What all ranks know of a step before its update."""
+
+    loss: float  # nats per token
+    norm: float  # of the gradients, before the clip
+    stopping: float  # share of the ranks that were told to stop
+    refused: float  # share of the ranks that have no rows
+
+
 class FlatParameters:
     """Weights in one fp32 buffer, gradients in another: one all-reduce, one norm, no copies.
 
     Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
 
         weights    | embed | bank | bank | ... | scalar |
-        gradients  | embed | bank | bank | ... | scalar | loss | stop |
+        gradients  | embed | bank | bank | ... | scalar | loss | stop | refused |
 
-    The step's loss and a stop flag travel with the gradients. A group is one slice, so that AdamW
+    The step's loss and two flags travel with the gradients. A group is one slice, so that AdamW
     sees one tensor. A bank is filled up with zeros to an equal share per rank, here 5 matrices on
     3 ranks; each rank updates its share (Optimiser):
 
@@ -2831,10 +2860,11 @@ class FlatParameters:
         size = self.lay_out(params)
 
         self.weights = torch.zeros(size, device=run.device)
-        self.gradients = torch.zeros(size + 2, device=run.device)
+        self.gradients = torch.zeros(size + 3, device=run.device)
         self.proper_gradients = self.gradients[:size]
         self.loss = self.gradients[size]  # of the step
         self.stop = self.gradients[size + 1]  # 1: this rank was told to stop
+        self.refused = self.gradients[size + 2]  # 1: this rank has no rows for the step
 
         gradients = self.views(self.gradients)
         for name, weights in self.views(self.weights).items():
@@ -2911,20 +2941,19 @@ class FlatParameters:
         for work in works:
             work.wait()
 
-    def reduce(self, clip: float) -> tuple[float, float, float]:
+    def reduce(self, clip: float) -> Reduced:
         """The mean over the ranks, THEN the clip: each rank's own clip would bend the mean (#975).
 
-        Returns (mean loss, gradient norm before the clip, share of the ranks told to stop).
         The only host sync of a step.
         """
         if self.world > 1:
             dist.all_reduce(self.gradients)
             self.gradients /= self.world
         norm = self.proper_gradients.norm()
-        loss, stopping, norm = torch.stack((self.loss, self.stop, norm)).tolist()
-        if 0 < clip < norm + 1e-6:
-            self.proper_gradients *= clip / (norm + 1e-6)
-        return loss, norm, stopping
+        mean = Reduced(*torch.stack((self.loss, norm, self.stop, self.refused)).tolist())
+        if 0 < clip < mean.norm + 1e-6:
+            self.proper_gradients *= clip / (mean.norm + 1e-6)
+        return mean
 
     def checksums(self) -> list[int]:
         """The sum of the bits of every rank's weights: unlike where ranks have drifted apart.
@@ -3349,15 +3378,18 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> l
 
     Returns the names of the tensors that are not finite. With any of them nothing is written, as
     no reader would take the file.
+
+    Care: steps go on meanwhile. Numpy, hashlib and files let go of the interpreter for as long as
+    they are at work on a tensor, and take no thread from torch.
     """
-    bad = [name for name, w in tensors.items() if not w.isfinite().all()]
+    bad = [name for name, w in tensors.items() if not np.isfinite(w.float().numpy()).all()]
     if bad:
         return bad
     newest, previous = (folder / name for name in CHECKPOINTS)
-    blob = encode_container(tensors, facts, "none")
+    pieces = container(tensors, facts, "none")
     if newest.exists():
         newest.replace(previous)
-    write_atomic(newest, blob)
+    write_atomic(newest, *pieces)
     return []
 
 
@@ -3536,11 +3568,12 @@ class Trainer:
         if self.run.rank != 0:
             return []
 
-        facts = self.facts()
-        tensors = {name: w.to("cpu", copy=True) for name, w in self.tensors().items()}
-        bad = self.writing.result() if self.writing else []  # or its error
+        # before the copy, so that there is never more than one; or its error
+        bad = self.writing.result() if self.writing else []
         if bad:
             self.run.warn(f"no checkpoint: {bad[0]} is not finite")
+        facts = self.facts()
+        tensors = {name: w.to("cpu", copy=True) for name, w in self.tensors().items()}
         self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
         return self.writing.result() if wait else []
 
@@ -3587,27 +3620,34 @@ class Trainer:
 
     # One step
 
-    def step(self, batch: tuple[Tensor, Tensor], now: StepPlan) -> None:
-        """One optimiser step on (ids, targets) of this rank; `now`: what the schedule says of it.
+    def step(self, batch: Batch | Refusal, now: StepPlan) -> None:
+        """One optimiser step on the rows of this rank; `now`: what the schedule says of it.
 
+        Refusal of all ranks, before anything is updated, where one of them has no rows.
         Host sync: one, in FlatParameters.reduce.
         """
-        latent = self.views.enter(now, self.steps)
-        self.backward(batch)
-        self.views.leave(latent)
+        refusal = batch if isinstance(batch, Refusal) else None
+        self.flat.gradients.zero_()
+        if refusal:
+            self.flat.refused.fill_(1)
+        else:
+            latent = self.views.enter(now, self.steps)
+            self.backward(batch)
+            self.views.leave(latent)
         if self.run.stop:
             self.flat.stop.fill_(1)
-        self.loss, norm, self.stopping = self.flat.reduce(self.cfg.grad_clip_norm)
+        self.loss, norm, self.stopping, refused = self.flat.reduce(self.cfg.grad_clip_norm)
+        if refused:
+            raise self.run.first_refusal(refusal)
         if math.isfinite(self.loss + norm):
             self.update(now)
         else:
             self.leave_out(norm)
         self.steps += 1
 
-    def backward(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Fills the gradients and the loss behind them, both as this rank's part of the mean."""
+    def backward(self, batch: Batch) -> None:
+        """Adds to the gradients and the loss behind them, both as this rank's part of the mean."""
         share = self.run.world / self.cfg.train_batch_tokens
-        self.flat.gradients.zero_()
         ids, targets = (part.tensor_split(self.accumulate) for part in batch)
         for micro_ids, micro_targets in zip(ids, targets, strict=True):
             loss = self.forward(micro_ids, micro_targets).sum() * share
@@ -3660,7 +3700,7 @@ class Trainer:
             began = time.perf_counter()
             run.at_work(f"step {n + 1} of {self.cfg.warmup_steps}")
             now = variants[n % len(variants)]
-            self.step(next(loader), now._replace(snapshot=snapshot and n % 2 == 0))
+            self.step(next_batch(loader), now._replace(snapshot=snapshot and n % 2 == 0))
             seconds.append(time.perf_counter() - began)
         loader.close()
 
@@ -3717,7 +3757,7 @@ class Trainer:
         while True:
             typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
             now = self.schedule.at(self.steps, self.elapsed, typical)
-            self.step(next(loader), now)
+            self.step(next_batch(loader), now)
             before = self.elapsed
             self.elapsed = run.broadcast(run.tick())
             self.step_seconds.append(self.elapsed - before)
@@ -3744,13 +3784,11 @@ class Trainer:
         refuse(self.stopping, f"stopped by {signal.Signals(number).name}", 128 + number)
 
     def save_what_is_left(self, stop: Refusal) -> None:
-        """A checkpoint before the run ends early: no step is half done.
+        """A checkpoint before the run ends early: no step is half done, and all ranks are here.
 
-        None where the weights of the ranks differ (6), or where a rank may not be here: data can
-        be unreadable (2, 7) for one of several alone.
+        None where the weights of the ranks differ (6).
         """
-        unsafe = (2, 6, 7) if self.run.world > 1 else (6,)
-        if stop.code in unsafe:
+        if stop.code == 6:
             return
         bad = self.save()
         what = f"not saved, as {bad[0]} is not finite," if bad else "saved"
@@ -3878,7 +3916,7 @@ class Trainer:
 
 MAGIC = b"GOLFGPT\n"
 FORMAT_VERSION = 3
-HEADER = struct.Struct("<8sHHQ32s")  # its fields: see encode_container
+HEADER = struct.Struct("<8sHHQ32s")  # its fields: see container
 MAX_FILE_BYTES = 1 << 33
 MAX_RAW_BYTES = 1 << 28  # of a compressed file, once decompressed
 LZMA_MEMORY = 1 << 27
@@ -3936,7 +3974,7 @@ COMPRESSORS = {
 
 
 class NotOurs(Exception):
-    """What a file holds that encode_container would not have written."""
+    """What a file holds that `container` would not have made."""
 
 
 def demand(fine, problem: str) -> None:
@@ -4151,12 +4189,40 @@ def ans_model(parts: dict[str, Tensor], lanes: int) -> tuple[np.ndarray, np.ndar
     return frequency.numpy().astype(int), words.astype(int)
 
 
-def serialise(tensors: dict[str, Tensor], facts: dict, compressor: str) -> bytes:
-    """safetensors, with the facts as JSON in its metadata."""
-    if compressor == "ans":
-        tensors = ans_encode(tensors)
-    plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    return safetensors.torch.save(plain, {"facts": json.dumps(facts)})
+# Bytes, or uint8 (n,)
+Piece = bytes | np.ndarray
+
+# The types of tensors in a file, in the order in which safetensors lays them out
+FILE_TYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+}
+
+
+def serialise(tensors: dict[str, Tensor], facts: dict) -> list[Piece]:
+    """safetensors with the facts as JSON in its metadata, in pieces: the header, then each tensor.
+
+    Byte for byte what safetensors.torch.save makes. That copies all tensors, and other threads wait
+    for it; here those in the host's memory are not copied.
+    """
+    order = list(FILE_TYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header = {"__metadata__": {"facts": json.dumps(facts)}}
+    pieces = []
+    end = 0
+    for name in names:
+        t = tensors[name].detach().contiguous().cpu()
+        start = end
+        end += t.nbytes
+        offsets = [start, end]
+        header[name] = {"dtype": FILE_TYPES[t.dtype], "shape": [*t.shape], "data_offsets": offsets}
+        pieces.append(t.view(-1).view(torch.uint8).numpy())
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
 def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
@@ -4171,10 +4237,10 @@ def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
     return dict(json.loads(header["__metadata__"]["facts"])), tensors
 
 
-def encode_container(
+def container(
     tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1
-) -> bytes:
-    """The file format of artifacts and checkpoints. level -1: the compressor's usual one.
+) -> list[Piece]:
+    """The file format of artifacts and checkpoints, in pieces. level -1: the compressor's usual.
 
     HEADER, little-endian, then the payload:
         byte  0   8 bytes   MAGIC
@@ -4184,16 +4250,30 @@ def encode_container(
         byte 20  32 bytes   sha256 of the rest of the file
         byte 52             the compressed payload: safetensors, with the facts as JSON
     """
-    raw = serialise(tensors, facts, compressor)
+    if compressor == "ans":
+        tensors = ans_encode(tensors)
+    payload = serialise(tensors, facts)
+    size = sum(map(len, payload))
     how = COMPRESSORS[compressor]
-    blob = how.compress(raw, how.level if level < 0 else level)
+    if how.compress is not store:
+        payload = [how.compress(b"".join(payload), how.level if level < 0 else level)]
+
+    digest = hashlib.sha256()
+    for piece in payload:
+        digest.update(piece)
     number = list(COMPRESSORS).index(compressor)
-    digest = hashlib.sha256(blob).digest()
-    return HEADER.pack(MAGIC, FORMAT_VERSION, number, len(raw), digest) + blob
+    return [HEADER.pack(MAGIC, FORMAT_VERSION, number, size, digest.digest()), *payload]
+
+
+def encode_container(
+    tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1
+) -> bytes:
+    """The container in one piece."""
+    return b"".join(container(tensors, facts, compressor, level))
 
 
 def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(facts, tensors). Refusal on anything that encode_container would not have written."""
+    """(facts, tensors). Refusal on anything that `container` would not have made."""
     try:
         header, blob = read_plain_file(path)
         return deserialise(decompress_checked(header, blob))
@@ -4247,12 +4327,13 @@ def decompress_checked(header: bytes, blob: bytes) -> bytes:
     return raw
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, *pieces: Piece) -> None:
     """All of the file or none of it, also when the machine stops in between."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data)
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

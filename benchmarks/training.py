@@ -38,6 +38,7 @@ from benchmarks.twins import (
 from train_gpt import (
     GPT,
     Averages,
+    Batch,
     Run,
     Split,
     StepPlan,
@@ -45,8 +46,6 @@ from train_gpt import (
     Validation,
     WeightViews,
 )
-
-Batch = tuple[Tensor, Tensor]  # ids and targets, each (rows, time)
 
 
 # ── Start-up ──────────────────────────────────────────────────────────────────────────────────────

@@ -205,14 +205,14 @@ FAULTS = [
     ),
     Fault(
         "a shard is deleted, cut, overwritten (2) or cannot be read (7) while training",
-        "the shard and what is wrong with it",
+        "the shard and what is wrong with it, once, though it be in the rows of one rank alone",
         "2, 7",
-        "on one rank every step (`saved after N steps`); on several, which may not see the same, "
-        "up to the last checkpoint",
+        "every step: all ranks stop before the same one, then `saved after N steps`",
         {
             "test_faults": (
                 "a_shard_that_changes_while_training_stops_the_run_and_loses_no_step",
-                "what_one_rank_alone_refuses_is_told_by_that_rank",
+                "a_bad_token_of_one_rank_stops_all_ranks_before_that_step",
+                "a_disk_that_fails_for_one_rank_is_one_line_of_all",
             ),
         },
     ),

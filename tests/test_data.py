@@ -213,12 +213,30 @@ def test_a_rank_reads_whole_rows_as_int64_on_its_device(stream):
     reader.close()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_refuses_a_bad_token_of_any_rank_at_the_same_step(tmp_path, rank):
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_a_rank_reads_its_own_rows_and_no_others(stream, world, monkeypatch):
+    cfg, split = stream
+    starts = []
+    take = Split.take
+    monkeypatch.setattr(Split, "take", lambda *place: starts.append(place[1]) or take(*place))
+    for rank in range(world):
+        reader = batches(cfg, rank_of(world, rank), split)
+        ids, _ = next(reader)
+        reader.close()
+        read_ahead = np.add.outer([0, 16, 32], ids[:, 0].numpy()).ravel()
+        assert starts == read_ahead.tolist()
+        starts.clear()
+
+
+def test_a_bad_token_stops_the_rank_that_reads_it_and_no_other(tmp_path):
+    """The others are told by Trainer.step: see test_faults."""
     # In the second half of the first step
-    shards_in(tmp_path, [*range(100), 1024, *range(99)], split="train")
+    shards_in(tmp_path, [*range(110), 1024, *range(89)], split="train")
     cfg = Config(data_path=str(tmp_path), train_seq_len=16, train_batch_tokens=128, eval_stride=16)
-    assert "token id 1024" in refused(next, batches(cfg, rank_of(2, rank), Split(cfg, "train")))
+    good, bad = (batches(cfg, rank_of(2, rank), Split(cfg, "train")) for rank in (0, 1))
+    next(good)
+    good.close()
+    assert "fineweb_train_000000.bin: token id 1024 at 110, but" in refused(next, bad)
 
 
 # ── Bytes ─────────────────────────────────────────────────────────────────────────────────────────

@@ -481,10 +481,10 @@ class Record(Trainer):
         self.norms = []
         reduce = self.flat.reduce
 
-        def note(clip: float) -> tuple[float, float, float]:
-            loss, norm, stopping = reduce(clip)
-            self.norms.append(norm)
-            return loss, norm, stopping
+        def note(clip: float) -> train_gpt.Reduced:
+            mean = reduce(clip)
+            self.norms.append(mean.norm)
+            return mean
 
         self.flat.reduce = note
 

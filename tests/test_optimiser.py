@@ -114,8 +114,10 @@ def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
 
 
 def own_gradient(rank: int) -> torch.Tensor:
-    """Nine numbers, padding, the loss, and whether the rank was told to stop: rank 1 was."""
-    ends = torch.tensor([2.0 + rank, float(rank == 1)])
+    """Nine numbers, padding, the loss, and whether the rank was told to stop (rank 1 was), and has
+    no rows (rank 2 has none).
+    """
+    ends = torch.tensor([2.0 + rank, float(rank == 1), float(rank == 2)])
     return torch.cat(
         (torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank), torch.zeros(7), ends)
     )
@@ -125,7 +127,7 @@ def everything(rank: int, world: int, cfg) -> dict:
     """What the tests below compare between the ranks, and between worlds."""
     flat = FlatParameters(other_parameter(), SimpleNamespace(world=world, rank=rank, device="cpu"))
     flat.gradients.copy_(own_gradient(rank))
-    stats, losses = flat.reduce(clip=0.5), []
+    stats, losses = tuple(flat.reduce(clip=0.5)), []
     trainer = make_trainer(dataclasses.replace(cfg, run_id=f"{world}-ranks"))
     trainer.report = lambda k: losses.append(trainer.loss)
     trainer.train()
@@ -165,11 +167,11 @@ def worlds(data, tmp_path_factory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_the_mean_gradient_is_clipped_not_each_ranks_own(worlds, world):
     mean = torch.stack([own_gradient(rank) for rank in range(world)]).mean(0)
-    expected = torch.cat((mean[:-2] * min(0.5 / mean[:-2].norm().item(), 1), mean[-2:]))
+    expected = torch.cat((mean[:-3] * min(0.5 / mean[:-3].norm().item(), 1), mean[-3:]))
     for result in worlds[world]:
         torch.testing.assert_close(result["flat"], expected, rtol=1e-5, atol=1e-6)
         assert result["stats"] == pytest.approx(
-            (mean[-2].item(), mean[:-2].norm().item(), mean[-1].item())
+            (mean[-3].item(), mean[:-3].norm().item(), mean[-2].item(), mean[-1].item())
         )
 
 
@@ -294,10 +296,10 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
             p.grad.data_ptr() == places[id(p)]
             and p.grad.untyped_storage().data_ptr() == flat.data_ptr()
         )
-    assert flat[-2:].tolist() == pytest.approx([loss.item(), 0.0], rel=1e-6)
-    assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 2
+    assert flat[-3:].tolist() == pytest.approx([loss.item(), 0.0, 0.0], rel=1e-6)
+    assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 3
     norms = torch.stack([p.grad.norm() for p in params])
-    assert flat[:-2].norm().item() == pytest.approx(
+    assert flat[:-3].norm().item() == pytest.approx(
         norms.norm().item(), rel=1e-5
     )  # nothing else is in it
 
@@ -309,12 +311,13 @@ def test_the_clip_is_that_of_torch(clip):
         for _ in range(2)
     )
     flat = FlatParameters(dict(zip("abc", params, strict=True)), ALONE)
-    flat.gradients[-2] = 7.0
+    flat.loss.fill_(7.0)
+    flat.refused.fill_(1)
     for i, (p, copy) in enumerate(zip(params, copies, strict=True)):
         p.grad.copy_(normal(*p.shape, seed=i))
         copy.grad = p.grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(copies, clip or math.inf)
-    assert flat.reduce(clip) == pytest.approx((7.0, norm.item(), 0.0))
+    assert flat.reduce(clip) == pytest.approx((7.0, norm.item(), 0.0, 1.0))
     for p, copy in zip(params, copies, strict=True):
         torch.testing.assert_close(p.grad, copy.grad)
 

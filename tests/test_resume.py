@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import TIMED, TINY
 from launch import codes, finish, launch
+from test_optimiser import make_trainer
 from test_pipeline import events, flipped, folder, truncated
 
 import train_gpt
@@ -523,3 +524,14 @@ def test_checkpoints_come_at_their_interval_and_never_more_than_two(tiny, tmp_pa
     assert max(int(files) for _, _, files in lines) == 2
     gaps = [after - before for before, after in itertools.pairwise(seconds[:-1])]
     assert len(gaps) >= 5 and all(0.15 <= gap <= 0.15 + 2 / 128 for gap in gaps)
+
+
+def test_a_checkpoint_is_copied_once_the_one_before_is_written(tiny):
+    """There is never more than one copy in memory."""
+    trainer = make_trainer(tiny(**BASE))
+    happened = []
+    tensors = trainer.tensors
+    trainer.writing = SimpleNamespace(result=lambda: happened.append("written"))
+    trainer.tensors = lambda: happened.append("copied") or tensors()
+    trainer.save()
+    assert happened == ["written", "copied"]
