@@ -927,11 +927,11 @@ class Progress:
                 elif silent >= QUIET_SECONDS - REFRESH_SECONDS:
                     self.say(f"... {self.line()}")
 
-    def draw(self, work: Callable[[], None]) -> None:
+    def draw(self, change: Callable[[], None]) -> None:
         """Does something to the terminal. The run goes on where that is gone."""
         with self.lock:
             try:
-                work()
+                change()
             except OSError:
                 self.live = None
 
@@ -5008,9 +5008,8 @@ class Probe:
         self.micro_batch = val.tokens[place].long(), val.tokens[place + 1].long()
         self.base = self.nats(trained.trainer.model, trained.live)
 
-        model_toggles = [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]
-        self.toggles = len(self.trainer.views.techniques) + len(trained.averages)
-        self.toggles += len(model_toggles) + bool(trained.exported.pruned)
+        # how many are measured in all, and how many have begun
+        self.toggles = 0
         self.begun = 0
 
     def begin(self, name: str) -> None:
@@ -5110,6 +5109,9 @@ def prove_toggles(
     probe = Probe(cfg, run, trained, val)
     tokens = probe.targets.numel()
     run.log(f"toggles are measured on {tokens:,} tokens of validation text")
+    parts = [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]
+    probe.toggles = len(trained.trainer.views.techniques) + len(trained.averages)
+    probe.toggles += len(parts) + bool(trained.exported.pruned)
     prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
     # room for a second model: nothing reads the copies any more

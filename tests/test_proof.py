@@ -275,7 +275,9 @@ def test_on_a_gpu_an_average_takes_its_time_in_the_step_after(tiny, monkeypatch)
         averages=SimpleNamespace(on={"swa": average}), step_seconds=seconds, model=None
     )
     trained = SimpleNamespace(trainer=trainer, averages={"swa": {}})
-    probe = SimpleNamespace(nats=lambda *_: 0, measure=lambda *_: None, base=0)
+    probe = SimpleNamespace(
+        nats=lambda *_: 0, measure=lambda *_: None, base=0, begin=lambda _: None
+    )
     monkeypatch.setattr(train_gpt, "measure_cost", lambda *_: None)
     for cuda, found in ((True, (100.0, 300.0)), (False, (300.0, 100.0))):
         on_a_gpu.cuda = cuda
@@ -287,7 +289,7 @@ def test_on_a_gpu_an_average_takes_its_time_in_the_step_after(tiny, monkeypatch)
 def test_all_that_may_be_compiled_of_the_forward_pass_stays_below_the_limit(tiny):
     cfg = tiny(compile="1", val_max_tokens=1500)
     trainer = make_trainer(cfg)
-    sheet = train_gpt.ScoreSheet(cfg, trainer.run, trainer.val)
+    sheet = train_gpt.ScoreSheet(cfg, trainer.run, trainer.val, 0)
     n, length, stride = trainer.val.n, cfg.window, cfg.eval_stride
     fixed = train_gpt.windows(0, n, length, 0)
     ways = [

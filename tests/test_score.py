@@ -247,7 +247,7 @@ def test_every_window_goes_to_exactly_one_rank_and_fits_its_batch(
     )
     for rank in range(world):
         run = SimpleNamespace(rank=rank, world=world, compile=compiled, device=torch.device("cpu"))
-        for batch, tokens, slots in ScoreSheet(cfg, run, val).batches(rows):
+        for batch, tokens, slots in ScoreSheet(cfg, run, val, len(rows)).batches(rows):
             real = batch[batch[:, 2] < batch[:, 1]]
             assert (real[:, 1] - real[:, 0] <= tokens).all() and (
                 real[:, 1] - real[:, 2] <= (slots or tokens)
