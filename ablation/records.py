@@ -357,14 +357,25 @@ def known(run: dict, key: str) -> bool:
 def metric(run: dict, name: str) -> float | None:
     """A figure of a run, or None where it has none.
 
-    name: a key, a dotted path such as scores.documents.bpb, or float_val_bpb (the weights to
-    ship, before quantisation).
+    name: a key, a dotted path such as scores.documents.bpb, float_val_bpb (the weights to ship,
+    before quantisation), or toggles.QNA.cost_share (the part of a step that cost_ms is).
     """
     if name == "float_val_bpb":
         averaged = run.get("averaged_val_bpb")
         return averaged if averaged is not None else run.get("live_val_bpb")
     value = lookup(run, name)
+    if name.endswith(".cost_share"):
+        value = cost_share(run, name.removesuffix(".cost_share"))
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def cost_share(run: dict, toggle: str) -> float | None:
+    """What part of the run's median step a toggle costs that costs something in every step."""
+    cost = metric(run, f"{toggle}.cost_ms")
+    step = metric(run, "step_ms_median")
+    if cost is None or not step or lookup(run, f"{toggle}.cost_per") != "step":
+        return None
+    return cost / step
 
 
 def quantised(runs: list[dict]) -> bool:

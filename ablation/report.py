@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,14 @@ from ablation.records import (
 )
 from ablation.runner import Ledger
 from ablation.statistics import (
+    LEVEL,
     RECORD_NATS,
     Cells,
     Comparison,
     detectable,
     factorial,
+    holm,
+    one_arm,
     paired,
     record_rule,
     summary,
@@ -46,6 +49,13 @@ METRICS = {
     "total_bytes": ("code + artifact", "bytes", 0),
 }
 
+# What says nothing where nothing ships as codes
+QUANTISED = {"quantised_val_bpb", "quant_gap_bpb"}
+
+# With more rows than these, a table has Holm's p beside its own
+FAMILY = 10
+# What its words then say of a difference that Holm's p does not bear out
+FALLS = "; by Holm not distinguishable"
 
 # suffix of a metric's name -> (unit, digits)
 UNITS = {
@@ -54,6 +64,7 @@ UNITS = {
     "seconds": ("s", 2),
     "bytes": ("bytes", 0),
     "loss": ("nats", 5),
+    "cost_share": ("of a step", 3),
 }
 
 
@@ -84,6 +95,10 @@ class Finished:
 
     def all(self) -> list[dict]:
         return [run for by_seed in self.runs.values() for run in by_seed.values()]
+
+    def metrics(self, names: Iterable[str]) -> list[str]:
+        """Those of these figures that say anything here."""
+        return [name for name in names if name not in QUANTISED or quantised(self.all())]
 
     def values(self, arm: str, name: str) -> dict[int, float]:
         """Seed -> figure, for the runs of an arm that have it."""
@@ -149,8 +164,8 @@ COST_METRICS = ("step_ms_median", "steps", "total_bytes")
 def arm_table(found: Finished) -> Table:
     """One row per arm, failed trials included."""
     study = found.matrix.study
-    extra = [name for name in study.metrics + study.show if name not in METRICS]
-    names = [*ARM_METRICS, *extra, *COST_METRICS]
+    extra = [name for name in study.metrics if name not in METRICS]
+    names = found.metrics([*ARM_METRICS, *extra, *COST_METRICS])
     header = ["arm", "settings", "n", *map(titled, names)]
     told = any("published" in facts or "expect" in facts for facts in study.facts.values())
     if told:
@@ -199,7 +214,7 @@ def pairs(found: Finished) -> Iterator[tuple[tuple[str, str], str, dict, dict]]:
     """
     study = found.matrix.study
     arms = found.matrix.arms
-    metrics = list(study.metrics)
+    metrics = found.metrics(study.metrics)
     if found.matrix.equal == "time":
         # what an arm costs
         metrics += ["step_ms_median", "steps"]
@@ -211,7 +226,7 @@ def pairs(found: Finished) -> Iterator[tuple[tuple[str, str], str, dict, dict]]:
         if a not in arms or b not in arms:
             continue
         own = own_a or own_b
-        for name in [own] if own else dict.fromkeys(metrics):
+        for name in found.metrics([own]) if own else dict.fromkeys(metrics):
             values_a = found.values(a, name)
             values_b = found.values(b, own_b or name)
             # a name that nothing has is shown
@@ -264,10 +279,42 @@ def comparison_table(found: Finished) -> Table:
     Figures of one shared training are left out: they are the same.
     """
     rows = []
+    p_values = []
     for names, name, a, b in pairs(found):
-        if a != b or not a:
-            rows.append(comparison_row(names, name, a, b))
-    return COMPARISON_HEADER, rows
+        if a == b and a:
+            continue
+        rows.append(comparison_row(names, name, a, b))
+        p_values.append(paired_p(a, b))
+    return with_holm(COMPARISON_HEADER, rows, p_values)
+
+
+def paired_p(a: dict[int, float], b: dict[int, float]) -> float | None:
+    """The p of comparison_row; None where nothing is compared."""
+    try:
+        return paired(a, b).p
+    except Refusal:
+        return None
+
+
+def with_holm(header: list[str], rows: list[list], p_values: list[float | None]) -> Table:
+    """The table with Holm's p before its words, where it makes more than FAMILY comparisons.
+
+    p_values: of each row; None: not compared. All rows of the table are one family.
+    """
+    tested = [p for p in p_values if p is not None]
+    if len(tested) <= FAMILY:
+        return header, rows
+    adjusted = iter(holm(tested))
+    wider = []
+    for row, p in zip(rows, p_values, strict=True):
+        *cells, words = row
+        if p is None:
+            wider.append([*cells, "-", words])
+            continue
+        corrected = next(adjusted)
+        falls = FALLS if p < LEVEL <= corrected else ""
+        wider.append([*cells, f"{corrected:.2g}", f"{words}{falls}"])
+    return [*header[:-1], f"Holm p of {len(tested)}", header[-1]], wider
 
 
 def levels_of(study: Study) -> dict[str, tuple[str, ...]]:
@@ -295,12 +342,14 @@ def factorial_table(found: Finished) -> Table:
     if not study.factors:
         return FACTORIAL_HEADER, []
     rows = []
-    for name in study.metrics:
+    p_values = []
+    for name in found.metrics(study.metrics):
         heading, _, digits = heading_of(name)
         try:
             contrasts = factorial(cells_of(found, name), study.factors)
         except Refusal as refusal:
             rows.append(["-", heading, "-", "-", "-", f"not computed: {refusal}"])
+            p_values.append(None)
             continue
         for contrast in contrasts:
             interval = f"{contrast.low:+.{digits}f} to {contrast.high:+.{digits}f}"
@@ -308,7 +357,27 @@ def factorial_table(found: Finished) -> Table:
             words = in_words(contrast)
             p = f"{contrast.p:.2g}"
             rows.append([contrast.term, titled(name), mean, interval, p, words])
-    return FACTORIAL_HEADER, rows
+            p_values.append(contrast.p)
+    return with_holm(FACTORIAL_HEADER, rows, p_values)
+
+
+SHOWN_HEADER = ["arm", "figure", "n", "mean", "95 % CI"]
+
+
+def shown_table(found: Finished) -> Table:
+    """The figures that the study lists besides: each arm that has one, with its interval."""
+    rows = []
+    for name in dict.fromkeys(found.metrics(found.matrix.study.show)):
+        _, _, digits = heading_of(name)
+        for arm in found.matrix.arms:
+            values = found.values(arm, name)
+            if len(values) > 1:
+                test = one_arm(values)
+                interval = f"{test.low:,.{digits}f} to {test.high:,.{digits}f}"
+                rows.append([arm, titled(name), test.n, f"{test.mean:,.{digits}f}", interval])
+            elif values:
+                rows.append([arm, titled(name), 1, spell(values, digits), "-"])
+    return SHOWN_HEADER, rows
 
 
 def in_words(contrast: Comparison) -> str:
@@ -339,6 +408,22 @@ def record_lines(found: Finished) -> list[str]:
             )
     if tested and not lines:
         return [f"No arm is below {reference} by 0.005 nats at p < 0.01 (the record rule)."]
+    return lines
+
+
+def holm_lines(found: Finished) -> list[str]:
+    """The differences that Holm's p does not bear out, table by table."""
+    lines = []
+    for title, (_, rows) in {
+        "Differences": comparison_table(found),
+        "Factorial": factorial_table(found),
+    }.items():
+        fallen = [f"{row[0]} ({row[1].split(',')[0]})" for row in rows if row[-1].endswith(FALLS)]
+        if fallen:
+            lines.append(
+                f"Corrected for all rows of the table {title} (Holm), not distinguishable: "
+                f"{some(fallen)}."
+            )
     return lines
 
 
@@ -393,7 +478,8 @@ def how_made(found: Finished) -> list[str]:
         lines.append(made_on(found))
         lines.append(
             "Differences are between runs of one seed, and not shown where arms share the figure "
-            "with their training; intervals are 95 % t-intervals, not corrected for their number."
+            "with their training; intervals are 95 % t-intervals, not corrected for their number. "
+            f"Holm's p is corrected, for all rows of a table of more than {FAMILY}."
         )
 
     budget = f"{matrix.size.seconds:g} s of training"
@@ -404,13 +490,13 @@ def how_made(found: Finished) -> list[str]:
 
 
 def remarks(found: Finished) -> list[str]:
-    """What to know beside the answers: what differs or is missing, and the record rule."""
+    """What to know beside the answers: what differs or is missing, and what bears them out."""
     lines = warnings(found)
     if not found.all():
         return lines
     if not quantised(found.all()):
         lines.append("Nothing is quantised: all tensors ship as floats.")
-    return lines + record_lines(found)
+    return lines + record_lines(found) + holm_lines(found)
 
 
 def notes(found: Finished) -> list[str]:
@@ -425,6 +511,7 @@ def tables(found: Finished) -> dict[str, Table]:
         "Arms": arm_table(found),
         "Differences": comparison_table(found),
         "Factorial": factorial_table(found),
+        "Figures": shown_table(found),
     }
     return {title: table for title, table in made.items() if table[1]}
 
@@ -456,7 +543,7 @@ def facets(study: Study, side: str) -> dict[str, str]:
 def answers_of(found: Finished) -> list[Answer]:
     """Every comparison of the study's first metric, and of figures in its unit."""
     study = found.matrix.study
-    first = study.metrics[:1]
+    first = found.metrics(study.metrics)[:1]
     answers = []
     for names, name, a, b in pairs(found):
         own = any(":" in side for side in names)
@@ -478,7 +565,7 @@ def margin_of(found: Finished, name: str) -> float:
 def lead_of(found: Finished) -> Lead:
     """The first screen: the question, an answer per comparison, and their forest plot."""
     study = found.matrix.study
-    name = next(iter(study.metrics), "val_bpb")
+    name = next(iter(found.metrics(study.metrics)), "val_bpb")
     scale = scale_of(*heading_of(name))
     answers = answers_of(found)
     charts = []

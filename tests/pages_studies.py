@@ -10,10 +10,11 @@ from ablation.report import (
     factorial_table,
     load_matrix,
     markdown_table,
+    shown_table,
 )
 from ablation.runner import Ledger
 from ablation.study import Matrix, matrix, read_study
-from train_gpt import COMPARED, Config, setting
+from train_gpt import CODE_SHA256, COMPARED, Config, setting
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "logs" / "studies"  # the runs of studies, as lines
@@ -50,17 +51,18 @@ def study(stem: str, size: str, equal: str, logs: Path = COMMITTED) -> Matrix:
 
 
 def how_it_ran(made: Matrix, runs: list[dict]) -> str:
-    """The command, the budget and the machine, in one sentence."""
+    """The command, the budget, the machine and the code, in one sentence."""
     budget = f"{made.size.seconds:g} s of training"
     if made.equal == "steps":
         budget = f"{made.size.steps} steps"
     trainings = sum(not run["checkpoint"] for run in runs)
     first = runs[0]
+    age = "today's" if first["code_sha256"] == CODE_SHA256 else "older than today's"
     return (
         f"`{made.command()}`: {budget} for every arm, {len(runs)} runs of {trainings} trainings on "
         f"{first['device']}, {made.size.jobs} side by side, threads: {first['threads_per_rank']}, "
         f"torch {first['torch']}; scored: {first['val_tokens']:,} targets of "
-        f"{first['val_bytes']:,} bytes."
+        f"{first['val_bytes']:,} bytes; code `{first['code_sha256'][:12]}`, {age}."
     )
 
 
@@ -74,7 +76,7 @@ def shortened(header: list[str], rows: list[list], dropped: set[str]) -> str:
 
 
 def study_tables(stem: str, size: str, equal: str) -> str:
-    """A study in short form: how it ran, the arms, the differences, the factorial."""
+    """A study in short form: how it ran, the arms, the differences, the factorial, its figures."""
     made = study(stem, size, equal)
     found = load_matrix(made)
     long_arms = LONG_ARMS | {"steps"} if equal == "steps" else LONG_ARMS
@@ -82,6 +84,7 @@ def study_tables(stem: str, size: str, equal: str) -> str:
         (arm_table(found), long_arms),
         (comparison_table(found), LONG_DIFFERENCES),
         (factorial_table(found), set()),
+        (shown_table(found), set()),
     ]
     blocks = [how_it_ran(made, found.all())]
     for (header, rows), dropped in tables:

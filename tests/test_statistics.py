@@ -33,6 +33,7 @@ from ablation.statistics import (
     Comparison,
     detectable,
     factorial,
+    holm,
     paired,
     record_rule,
     student,
@@ -487,6 +488,47 @@ def test_a_factorial_row_in_words():
         "SWA 1 - 0 x QAT 1 - 0 is higher than 0 by 0.0062 BPB "
         "(95 % CI 0.0035 to 0.0089, p = 0.0218, n = 2)"
     )
+
+
+# ── Holm ──────────────────────────────────────────────────────────────────────────────────────────
+P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize(
+    "p_values, adjusted",
+    [
+        # at 5 % the first and the last are differences, as 0.005 < 0.05 / 4 and 0.01 < 0.05 / 3;
+        # 0.03 > 0.05 / 2 ends it: the worked example of Wikipedia, Holm-Bonferroni method
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
+        # p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm") of R
+        ([0.01, 0.02, 0.03, 0.04, 0.05], [0.05, 0.08, 0.09, 0.09, 0.09]),
+        ([0.7], [0.7]),
+        ([0.6, 0.9], [1.0, 1.0]),
+        ([], []),
+    ],
+)
+def test_holm_of_worked_examples(p_values, adjusted):
+    assert holm(p_values) == pytest.approx(adjusted)
+
+
+@given(P_VALUES, st.randoms(use_true_random=False))
+def test_holm_belongs_to_its_p_in_any_order_and_lies_between_p_and_bonferroni(p_values, random):
+    adjusted = holm(p_values)
+    order = random.sample(range(len(p_values)), len(p_values))
+    assert holm([p_values[i] for i in order]) == [adjusted[i] for i in order]
+    for p, corrected in zip(p_values, adjusted, strict=True):
+        assert p <= corrected <= min(1, len(p_values) * p)
+
+
+@given(P_VALUES, st.floats(0.001, 0.2))
+def test_holm_is_the_step_down_procedure(p_values, level):
+    """Reject the smallest below level / m, the next below level / (m - 1), until one is not."""
+    rejected = set()
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if p_values[i] * (len(p_values) - rank) >= level:
+            break
+        rejected.add(i)
+    assert {i for i, p in enumerate(holm(p_values)) if p < level} == rejected
 
 
 # ── Runs that may be compared ─────────────────────────────────────────────────────────────────────
