@@ -6,6 +6,9 @@ study
 runner
     Trials -> processes -> run folders. Nothing is run twice, nothing is lost.
 
+slurm
+    The same as jobs of a Slurm cluster.
+
 records
     What runs leave behind, in folders or in lines, not believed unseen.
 

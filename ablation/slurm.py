@@ -8,6 +8,7 @@ folder of the matrix is where it starts. By these two squeue finds it again: not
 remembered, and whoever gives the same command watches what is queued and submits the rest.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -176,7 +177,7 @@ class Jobs:
 
     def __init__(self, runner: Runner, options: list[str]):
         self.runner = runner
-        self.folder = str(runner.matrix.folder)
+        self.folder = os.path.realpath(runner.matrix.folder)
         given = sbatch_options(options)
         self.options = resources(runner.matrix.size, given) | given
         self.at_work: dict[int, list[Trial]] = {}
@@ -203,7 +204,7 @@ class Jobs:
             name = group[0].id
             if trials and name in queued:
                 self.watch(queued[name], trials)
-                self.tell(f"{name}: {queued[name]}; it was submitted before")
+                self.tell(f"{trials[0].id}: {queued[name]}; it was submitted before")
             elif trials:
                 self.submit_one(name, trials, arguments)
 
@@ -226,13 +227,13 @@ class Jobs:
         except Refused as refused:
             if refused.status == NOT_UNDERSTOOD:
                 raise
-            self.tell(f"{name}: refused by {refused}")
+            self.tell(f"{trials[0].id}: refused by {refused}")
             return
         job = Job(int(told.split(";")[0]), "PENDING", "submitted now", name)
         for trial in trials:
             self.runner.ledger.write(trial, "queue", job=job.number)
         self.watch(job, trials)
-        self.tell(f"{name}: {job}")
+        self.tell(f"{trials[0].id}: {job}")
 
     def watch(self, job: Job, trials: list[Trial]) -> None:
         self.seen[job.number] = job
@@ -284,7 +285,9 @@ class Jobs:
 
         A job that was killed fails no trial, and one that still runs may yet be killed.
         """
-        os.listdir(self.folder)  # or a shared folder shows what it was some seconds ago
+        for folder in (self.folder, trial.folder):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)  # or a shared disk shows what it was some seconds ago
         try:
             self.runner.adopt(trial)
         except Refusal as refusal:  # an unreadable or foreign result

@@ -162,5 +162,6 @@ def private_slurm() -> Iterator[PrivateSlurm]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with private_slurm() as ours:
         sys.exit(subprocess.run(sys.argv[1:], env=os.environ | ours.env, check=False).returncode)

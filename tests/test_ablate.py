@@ -573,6 +573,23 @@ def test_a_ledger_from_a_stranger_or_a_crash_does_no_harm(study, tmp_path):
     assert ledger.failures(m.trials) == {"plain-s1": "FAILED (exit 7): because"}
 
 
+def test_several_machines_write_to_the_ledger_one_after_the_other(study, tmp_path, monkeypatch):
+    """What another one wrote, or half wrote, until we had the lock stays a line of its own."""
+    m = matrix(study(), "small", "steps", (1,), tmp_path)
+    ledger = Ledger(tmp_path)
+
+    def flock(file, how) -> None:
+        assert how == fcntl.LOCK_EX
+        ledger.path.write_text('{"trial": "plain-s1"}\n{"cut')
+
+    locking = SimpleNamespace(**vars(fcntl) | {"flock": flock})
+    monkeypatch.setattr("ablation.runner.fcntl", locking)
+    ledger.write(m.trials[0], "start")
+    first, cut, ours = ledger.path.read_text().splitlines()
+    assert (first, cut) == ('{"trial": "plain-s1"}', '{"cut')
+    assert json.loads(ours)["event"] == "start"
+
+
 def test_two_ranks_through_torchrun_from_another_folder(study, tmp_path, monkeypatch):
     made = study(
         arm__qat={"MATRIX_LR": 1e30},

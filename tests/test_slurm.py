@@ -324,7 +324,7 @@ def test_a_study_with_a_killed_job_goes_on_to_its_end(cluster, by_slurm, tmp_pat
     busy.unlink()
     code, lines = by_slurm("--max-busy=5")
     assert code == 0, lines
-    assert lines[0] == "plain-s1: job N (submitted now) pending"
+    assert lines[0] == "five_bits-s1: job N (submitted now) pending"
     assert [name for name in TRIALS if any(f"{name}: val bpb" in line for line in lines)] == [
         "five_bits-s1"
     ]
@@ -351,9 +351,9 @@ def test_a_refused_job_is_one_line_and_the_others_go_on(by_slurm):
 
 
 def test_queued_jobs_stay_when_the_command_is_interrupted_and_are_not_submitted_twice(
-    cluster, by_slurm
+    cluster, by_slurm, tmp_path
 ):
-    """In a partition whose node has GPUs and is down."""
+    """In a partition whose node has GPUs and is down; nor by another name of the folder."""
 
     def queued() -> list[str]:
         return cluster.call("squeue", "--noheader", "--format=%i", "--partition=gpus").split()
@@ -377,7 +377,9 @@ def test_queued_jobs_stay_when_the_command_is_interrupted_and_are_not_submitted_
     for fact in ("TresPerNode=gres:gpu:1", "NumCPUs=1 ", "MinMemoryNode=10M", "TimeLimit=00:07:00"):
         assert fact in asked
 
-    code, lines = by_slurm(*options, nap=interrupt)
+    other = tmp_path / "other"
+    other.symlink_to(tmp_path / "runs")
+    code, lines = by_slurm(*options, "--out", str(other), nap=interrupt)
     assert code == 130
     assert queued() == numbers
     assert sum("it was submitted before" in line for line in lines) == 2
