@@ -24,11 +24,21 @@ from ablation.page import (
     label,
     row_figure,
 )
-from ablation.statistics import Cells, Comparison, cell_array, half_width, paired, sample_sd
+from ablation.statistics import (
+    Cells,
+    Comparison,
+    cell_array,
+    half_width,
+    paired,
+    sample_sd,
+)
 from train_gpt import Refusal
 
 # Characters of a line beside a row of the forest plot
 LABEL_WIDTH = 34
+
+# What is said of a difference that Holm's p does not bear out
+FALLS = "; by Holm not distinguishable"
 
 
 class Scale(NamedTuple):
@@ -45,6 +55,7 @@ class Answer(NamedTuple):
 
     a, b: the two sides by what tells them apart; both: what they have in common, or "".
     differences: by seed. test: None where there is none, and then problem says why.
+    falls: by Holm's p, together with the other comparisons, there is no difference.
     """
 
     a: str
@@ -52,7 +63,8 @@ class Answer(NamedTuple):
     both: str
     differences: dict[int, float]
     test: Comparison | None
-    problem: str
+    problem: str = ""
+    falls: bool = False
 
     @property
     def look(self) -> str:
@@ -71,11 +83,14 @@ def scale_of(heading: str, unit: str, digits: int) -> Scale:
 
 # ── Sentences ─────────────────────────────────────────────────────────────────────────────────────
 def answer(
-    sides: tuple[dict[str, str], dict[str, str]], a: dict[int, float], b: dict[int, float]
+    sides: tuple[dict[str, str], dict[str, str]],
+    a: dict[int, float],
+    b: dict[int, float],
+    falls: bool = False,
 ) -> Answer:
     """b - a over the seeds that both have.
 
-    sides: of a and of b, what each is: factor -> words.
+    sides: of a and of b, what each is: factor -> words. falls: as in Answer.
     """
     left, right = sides
     both = [words for key, words in left.items() if right.get(key) == words]
@@ -95,7 +110,31 @@ def answer(
         problem = str(refusal)
     if len(differences) < 2:
         problem = f"seeds in common: {len(differences)}, and a paired test needs 2"
-    return Answer(*names, shared, differences, test, problem)
+    return Answer(*names, shared, differences, test, problem, falls)
+
+
+def interactions(
+    factors: dict[str, list[str]], contrasts: list[tuple[Comparison, bool]]
+) -> list[Answer]:
+    """Each two-factor interaction: how much an effect depends on a level of another factor.
+
+    contrasts: all of a full factorial, in its order, with whether Holm's p lets them fall.
+    """
+    sides = []
+    for first, second in itertools.combinations(factors, 2):
+        base, *levels = factors[first]
+        none, *others = factors[second]
+        for level, other in itertools.product(levels, others):
+            effect = f"{second} {other} − {none} with {first}"
+            sides.append((f"that with {first} {base}", f"{effect} {level}"))
+    if not sides or not contrasts:
+        return []
+    # the main effects stand before the interactions
+    crossed = contrasts[-len(sides) :]
+    found = []
+    for (a, b), (test, falls) in zip(sides, crossed, strict=True):
+        found.append(Answer(a, b, "interaction", {}, test, falls=falls))
+    return found
 
 
 def places(test: Comparison, scale: Scale) -> int:
@@ -113,6 +152,7 @@ def sentence(found: Answer, scale: Scale) -> Line:
         return Line("open", f"{before} and {a} are", "not compared", f"({found.problem}).")
 
     digits = places(test, scale)
+    unit = f" {scale.unit}" if scale.unit else ""
 
     def size(x: float) -> str:
         return f"{abs(x) * scale.factor:,.{digits}f}"
@@ -120,15 +160,15 @@ def sentence(found: Answer, scale: Scale) -> Line:
     if found.look == "open" and test.sd == 0:
         return Line("open", f"{before} is", "the same", f"as {a} in each of {test.n} seeds.")
     if found.look == "open":
-        between = f"between {size(test.low)} {scale.unit} lower and {size(test.high)} higher"
+        between = f"between {size(test.low)}{unit} lower and {size(test.high)} higher"
         after = f"from {a}: {between} (95 % interval, {test.n} seeds)."
         return Line("open", f"{before} is", "not distinguishable", after)
     near, far = sorted((test.low, test.high), key=abs)
     interval = f"95 % interval {size(near)} to {size(far)} {found.look}, {test.n} seeds"
     if test.sd == 0:
         interval = f"no spread between {test.n} seeds"
-    after = f"than {a} ({interval})."
-    return Line(found.look, f"{before} is", f"{size(test.mean)} {scale.unit} {found.look}", after)
+    after = f"than {a} ({interval}){FALLS * found.falls}."
+    return Line(found.look, f"{before} is", f"{size(test.mean)}{unit} {found.look}", after)
 
 
 def tally(answers: list[Answer], scale: Scale) -> str:
@@ -145,7 +185,9 @@ def tally(answers: list[Answer], scale: Scale) -> str:
     several = f"{len(answers)} comparison{'s' if len(answers) > 1 else ''}"
     verdicts = ", ".join(f"{n} {words}" for words, n in counts.items() if n)
     better = " (lower is better)" if scale.unit == "mBPB" else ""
-    return f"{several} of {scale.heading}{better}: {verdicts}."
+    fallen = sum(found.falls for found in answers)
+    holm = f"; by Holm {fallen} of these not distinguishable either" if fallen else ""
+    return f"{several} of {scale.heading}{better}: {verdicts}{holm}."
 
 
 # ── Forest plot ───────────────────────────────────────────────────────────────────────────────────
@@ -160,7 +202,7 @@ def interval_text(found: Answer, scale: Scale) -> str:
     digits = places(found.test, scale)
     test = found.test
     mean, low, high = (signed(x * scale.factor, digits) for x in (test.mean, test.low, test.high))
-    return f"{mean} ({low} to {high})"
+    return f"{mean} ({low} to {high}){' *' * found.falls}"
 
 
 def draw_row(ax: Axes, y: int, found: Answer, scale: Scale) -> None:
@@ -234,6 +276,7 @@ def forest(answers: list[Answer], scale: Scale, margin: float) -> Chart | None:
     beside.grid(visible=False)
     beside.tick_params(length=0)
     add_legend(figure, forest_legend(answers, rule))
+    star = " *: by Holm not distinguishable." if any(found.falls for found in answers) else ""
     record = ""
     if margin:
         amount = f"{margin * scale.factor:.1f} {scale.unit}"
@@ -242,7 +285,7 @@ def forest(answers: list[Answer], scale: Scale, margin: float) -> Chart | None:
     return Chart(
         figure,
         f"Differences in {scale.heading}, paired by seed: the mean, its 95 % "
-        f"t-interval and, faint, each seed.{record}",
+        f"t-interval and, faint, each seed.{record}{star}",
     )
 
 

@@ -343,13 +343,18 @@ def with_sharers(drawn: list[Arm], arms: list[Arm]) -> list[Arm]:
     return named
 
 
+def has_lines(rows: list[tuple[Arm, list[Curve]]]) -> bool:
+    """Whether a run has more than one point."""
+    return any(len(one) > 1 for _, several in rows for one in several)
+
+
 def curves(arms: list[Arm], key: str, end: str, unit: str) -> Chart | None:
     """Training loss and validation BPB against `key` of the events, above where phases begin."""
     panels = {
         "training loss (nats per token)": measured(arms, lambda run: training(run, key)),
         "validation loss (bits per byte)": measured(arms, lambda run: validation(run, key, end)),
     }
-    panels = {name: rows for name, rows in panels.items() if rows}
+    panels = {name: rows for name, rows in panels.items() if has_lines(rows)}
     if not panels:
         return None
     names = {arm.label for rows in panels.values() for arm, _ in rows}

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import train_gpt
-from ablation.answers import Answer, answer, forest, interaction, scale_of, sentence, tally
+from ablation.answers import (
+    FALLS,
+    Answer,
+    answer,
+    forest,
+    interaction,
+    interactions,
+    scale_of,
+    sentence,
+    tally,
+)
 from ablation.page import Lead, Table, html_page, styled
 from ablation.records import (
     RunStore,
@@ -54,8 +64,10 @@ QUANTISED = {"quantised_val_bpb", "quant_gap_bpb"}
 
 # With more rows than these, a table has Holm's p beside its own
 FAMILY = 10
-# What its words then say of a difference that Holm's p does not bear out
-FALLS = "; by Holm not distinguishable"
+
+# Interactions on the first screen of a page; where there are more, they stand in the table alone
+MAX_CROSSED = 6
+
 
 # suffix of a metric's name -> (unit, digits)
 UNITS = {
@@ -273,16 +285,16 @@ def comparison_row(
     ]
 
 
-def comparison_table(found: Finished) -> Table:
-    """Same-seed differences, Welch's test beside them, and what can be said.
+def compared(found: Finished) -> list[tuple[tuple[str, str], str, dict, dict]]:
+    """As pairs, without the figures of one shared training: they are the same."""
+    return [pair for pair in pairs(found) if pair[2] != pair[3] or not pair[2]]
 
-    Figures of one shared training are left out: they are the same.
-    """
+
+def comparison_table(found: Finished) -> Table:
+    """Same-seed differences, Welch's test beside them, and what can be said."""
     rows = []
     p_values = []
-    for names, name, a, b in pairs(found):
-        if a == b and a:
-            continue
+    for names, name, a, b in compared(found):
         rows.append(comparison_row(names, name, a, b))
         p_values.append(paired_p(a, b))
     return with_holm(COMPARISON_HEADER, rows, p_values)
@@ -296,25 +308,35 @@ def paired_p(a: dict[int, float], b: dict[int, float]) -> float | None:
         return None
 
 
+def corrected(p_values: list[float | None]) -> list[float | None]:
+    """Holm's p of each; None of what is not compared, and of all where they are at most FAMILY."""
+    tested = [p for p in p_values if p is not None]
+    if len(tested) <= FAMILY:
+        return [None] * len(p_values)
+    adjusted = iter(holm(tested))
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
+def falls(p: float | None, holm_p: float | None) -> bool:
+    """Whether a difference is one by its own p, and none by Holm's."""
+    return p is not None and holm_p is not None and p < LEVEL <= holm_p
+
+
 def with_holm(header: list[str], rows: list[list], p_values: list[float | None]) -> Table:
     """The table with Holm's p before its words, where it makes more than FAMILY comparisons.
 
     p_values: of each row; None: not compared. All rows of the table are one family.
     """
-    tested = [p for p in p_values if p is not None]
-    if len(tested) <= FAMILY:
+    adjusted = corrected(p_values)
+    tested = sum(p is not None for p in adjusted)
+    if not tested:
         return header, rows
-    adjusted = iter(holm(tested))
     wider = []
-    for row, p in zip(rows, p_values, strict=True):
+    for row, p, holm_p in zip(rows, p_values, adjusted, strict=True):
         *cells, words = row
-        if p is None:
-            wider.append([*cells, "-", words])
-            continue
-        corrected = next(adjusted)
-        falls = FALLS if p < LEVEL <= corrected else ""
-        wider.append([*cells, f"{corrected:.2g}", f"{words}{falls}"])
-    return [*header[:-1], f"Holm p of {len(tested)}", header[-1]], wider
+        text = "-" if holm_p is None else f"{holm_p:.2g}"
+        wider.append([*cells, text, words + FALLS * falls(p, holm_p)])
+    return [*header[:-1], f"Holm p of {tested}", header[-1]], wider
 
 
 def levels_of(study: Study) -> dict[str, tuple[str, ...]]:
@@ -336,28 +358,37 @@ def cells_of(found: Finished, name: str) -> Cells:
 FACTORIAL_HEADER = ["effect", "metric", "mean", "95 % CI", "p", "in words"]
 
 
-def factorial_table(found: Finished) -> Table:
-    """Main effects and interactions of a factorial study."""
+def contrasts_of(found: Finished) -> list[tuple[str, Comparison | None, str]]:
+    """(metric, contrast of a factorial, "") in every metric; None and why, where there is none."""
     study = found.matrix.study
     if not study.factors:
-        return FACTORIAL_HEADER, []
+        return []
+    contrasts = []
+    for name in found.metrics(study.metrics):
+        try:
+            for contrast in factorial(cells_of(found, name), study.factors):
+                contrasts.append((name, contrast, ""))
+        except Refusal as refusal:
+            contrasts.append((name, None, str(refusal)))
+    return contrasts
+
+
+def factorial_table(found: Finished) -> Table:
+    """Main effects and interactions of a factorial study."""
     rows = []
     p_values = []
-    for name in found.metrics(study.metrics):
+    for name, contrast, problem in contrasts_of(found):
         heading, _, digits = heading_of(name)
-        try:
-            contrasts = factorial(cells_of(found, name), study.factors)
-        except Refusal as refusal:
-            rows.append(["-", heading, "-", "-", "-", f"not computed: {refusal}"])
+        if contrast is None:
+            rows.append(["-", heading, "-", "-", "-", f"not computed: {problem}"])
             p_values.append(None)
             continue
-        for contrast in contrasts:
-            interval = f"{contrast.low:+.{digits}f} to {contrast.high:+.{digits}f}"
-            mean = f"{contrast.mean:+.{digits}f}"
-            words = in_words(contrast)
-            p = f"{contrast.p:.2g}"
-            rows.append([contrast.term, titled(name), mean, interval, p, words])
-            p_values.append(contrast.p)
+        interval = f"{contrast.low:+.{digits}f} to {contrast.high:+.{digits}f}"
+        mean = f"{contrast.mean:+.{digits}f}"
+        words = in_words(contrast)
+        p = f"{contrast.p:.2g}"
+        rows.append([contrast.term, titled(name), mean, interval, p, words])
+        p_values.append(contrast.p)
     return with_holm(FACTORIAL_HEADER, rows, p_values)
 
 
@@ -540,18 +571,42 @@ def facets(study: Study, side: str) -> dict[str, str]:
     return words
 
 
+def main_metric(found: Finished) -> str:
+    """The study's first metric that says anything here: the one of the first screen."""
+    return next(iter(found.metrics(found.matrix.study.metrics)), "val_bpb")
+
+
 def answers_of(found: Finished) -> list[Answer]:
-    """Every comparison of the study's first metric, and of figures in its unit."""
+    """Every comparison of the main metric, and of the figures that `compare` names in its unit.
+
+    Holm's verdict is that of the table Differences.
+    """
     study = found.matrix.study
-    first = found.metrics(study.metrics)[:1]
+    main = main_metric(found)
+    every = compared(found)
+    p_values = [paired_p(a, b) for _, _, a, b in every]
     answers = []
-    for names, name, a, b in pairs(found):
-        own = any(":" in side for side in names)
-        alike = own and heading_of(name)[1] == heading_of(first[0])[1]
-        if (name in first or alike) and (a != b or not a):
+    for (names, name, a, b), p, holm_p in zip(every, p_values, corrected(p_values), strict=True):
+        named = any(":" in side for side in names)
+        if name == main or (named and heading_of(name)[1] == heading_of(main)[1]):
             sides = (facets(study, names[0]), facets(study, names[1]))
-            answers.append(answer(sides, a, b))
+            answers.append(answer(sides, a, b, falls(p, holm_p)))
     return answers
+
+
+def crossed_of(found: Finished) -> list[Answer]:
+    """The interactions of a factorial in the main metric, where they are few.
+
+    Holm's verdict is that of the table Factorial.
+    """
+    every = contrasts_of(found)
+    adjusted = corrected([contrast.p if contrast else None for _, contrast, _ in every])
+    contrasts = []
+    for (name, contrast, _), holm_p in zip(every, adjusted, strict=True):
+        if contrast and name == main_metric(found):
+            contrasts.append((contrast, falls(contrast.p, holm_p)))
+    crossed = interactions(found.matrix.study.factors, contrasts)
+    return crossed if len(crossed) <= MAX_CROSSED else []
 
 
 def margin_of(found: Finished, name: str) -> float:
@@ -565,18 +620,19 @@ def margin_of(found: Finished, name: str) -> float:
 def lead_of(found: Finished) -> Lead:
     """The first screen: the question, an answer per comparison, and their forest plot."""
     study = found.matrix.study
-    name = next(iter(found.metrics(study.metrics)), "val_bpb")
+    name = main_metric(found)
     scale = scale_of(*heading_of(name))
     answers = answers_of(found)
+    cells = cells_of(found, name)
     charts = []
     if found.all():
         with styled():
             charts.append(forest(answers, scale, margin_of(found, name)))
-            charts.append(interaction(cells_of(found, name), study.factors, scale.heading))
+            charts.append(interaction(cells, study.factors, scale.heading))
     return Lead(
         study.question,
         tally(answers, scale),
-        [sentence(one, scale) for one in answers],
+        [sentence(one, scale) for one in answers + crossed_of(found)],
         remarks(found),
         [chart for chart in charts if chart],
     )

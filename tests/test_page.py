@@ -18,12 +18,14 @@ from ablation.answers import (
     answer,
     forest,
     interaction,
+    interactions,
     scale_of,
     sentence,
     tally,
 )
 from ablation.page import group, journey, laid_out, quant_gaps
 from ablation.report import Finished, answers_of, lead_of, margin_of, remarks, study_page
+from ablation.statistics import factorial, holm, paired
 from ablation.study import matrix, read_study
 
 BPB = scale_of("final", "BPB", 5)
@@ -195,6 +197,30 @@ def test_the_summary_counts_the_verdicts():
     assert tally([], BPB) == "Nothing can be compared yet."
 
 
+def test_an_interaction_is_how_much_an_effect_depends_on_a_level():
+    """Effects by hand: w - u is 2 with p, and 2 + 5, 2 + 7 with q; v - u is 1 with both."""
+    cells = {levels: dict(scores) for levels, scores in CELLS.items()}
+    cells["q", "w"] = {1: cells["q", "w"][1] + 5, 2: cells["q", "w"][2] + 7}
+    contrasts = [(contrast, False) for contrast in factorial(cells, FACTORS)]
+    found = interactions(FACTORS, contrasts)
+    assert [text(one, scale_of("steps", "", 0)) for one in found] == [
+        "interaction: y v − u with x q is [the same] as that with x p in each of 2 seeds.",
+        "interaction: y w − u with x q is [not distinguishable] from that with x p: between 7 lower"
+        " and 19 higher (95 % interval, 2 seeds).",
+    ]
+    assert interactions({"y": ["u", "v"]}, contrasts[:1]) == interactions(FACTORS, []) == []
+
+
+def test_the_first_screen_of_a_factorial_ends_with_its_interactions(tmp_path):
+    found = study_of(tmp_path, FACTORIAL, bpb=lambda arm, seed: sum(map(ord, arm)) + seed)
+    lines = lead_of(found).lines
+    assert [line.before for line in lines[-2:]] == [
+        "interaction: average swa − none with qat 1 is",
+        "interaction: average ema − none with qat 1 is",
+    ]
+    assert len(lines) == len(answers_of(found)) + 2
+
+
 # ── The first screen ──────────────────────────────────────────────────────────────────────────────
 def test_the_answers_stand_in_the_order_of_the_study(arms):
     found = [(one.b, one.a, one.both) for one in answers_of(arms)]
@@ -246,6 +272,52 @@ def test_a_failed_trial_and_one_not_run_stand_on_the_first_screen(arms):
         or lead.remarks[0] == "FAILED, and in no figure: b-s1."
     )
     assert lead.summary == "Nothing can be compared yet." and lead.charts == []
+
+
+MANY = f"""
+seeds = [1, 2, 3]
+metrics = ["val_bpb", "steps"]
+{SIZE}
+[arm.plain]
+""" + "".join(f"[arm.a{i}]\nMATRIX_LR = 0.{20 + i}\n" for i in range(1, 12))
+
+
+def test_a_difference_that_falls_by_holm_says_so_in_sentence_summary_and_chart(tmp_path):
+    """a1 differs by far, a2 barely, the others not at all."""
+
+    def score(arm, seed):
+        noise = {"a1": 1e-5, "a2": 0.002, "plain": 0.0}.get(arm, 0.02) * (seed - 2)
+        return 2 + {"a1": 0.1, "a2": 0.01}.get(arm, 0.001) * (arm != "plain") + noise
+
+    found = study_of(tmp_path, MANY, bpb=score)
+    answers = {one.b: one for one in answers_of(found)}
+    p = [paired(found.values("plain", "val_bpb"), found.values(b, "val_bpb")).p for b in answers]
+    assert p[1] < 0.05 < holm(p)[1] and holm(p)[0] < 0.05
+    lead = lead_of(found)
+    after = {line.before: line.after for line in lead.lines}
+    assert after["a2 is"].endswith("3 seeds); by Holm not distinguishable.")
+    assert [line for line in lead.lines if "Holm" in line.after] == [lead.lines[1]]
+    assert lead.summary.endswith(
+        ": 2 higher, 9 not distinguishable; by Holm 1 of these not distinguishable either."
+    )
+    texts = [text.get_text() for text in lead.charts[0].figure.axes[1].get_yticklabels()]
+    assert [text.endswith(" *") for text in texts] == [False, True] + [False] * 9
+    assert "*: by Holm" in lead.charts[0].caption
+
+
+@pytest.mark.parametrize(
+    ("metrics", "falls"),
+    [(["val_bpb", "live_val_bpb", "steps"], True), (["val_bpb"], False)],
+    ids=["15 contrasts", "5 contrasts"],
+)
+def test_an_interaction_that_falls_by_holm_says_so(tmp_path, metrics, falls):
+    def score(arm, seed):
+        return 2 + (arm == "qat-1_average-swa") * (0.01 + 0.002 * (seed - 2))
+
+    study = f"metrics = {metrics}\n{FACTORIAL}"
+    line = lead_of(study_of(tmp_path, study, bpb=score)).lines[-2]
+    assert line.verdict == "10.0 mBPB higher"
+    assert line.after.endswith("; by Holm not distinguishable.") == falls
 
 
 # ── Forest plot ───────────────────────────────────────────────────────────────────────────────────

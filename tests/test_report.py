@@ -425,6 +425,12 @@ def test_training_is_drawn_where_nothing_was_validated():
     assert "validation" not in chart.caption and "n = 2 seeds" in chart.caption
 
 
+def test_the_score_at_the_end_alone_is_no_curve():
+    run = finished("a")
+    run["events"] = [event for event in run["events"] if event["event"] == "step"]
+    assert [ax.get_ylabel() for ax in panels([run])] == ["training loss (nats per token)"]
+
+
 def test_the_mean_of_a_curve_is_of_the_steps_that_all_seeds_have():
     short = finished("a", 1)
     short["events"] = [event for event in short["events"] if event["step"] < 100]
