@@ -38,7 +38,7 @@ import typer
 
 import train_gpt
 from ablation.check import check_submission
-from ablation.findings import ERROR, counts, worst_is
+from ablation.findings import counts, is_clean
 from ablation.records import (
     check_alike,
     check_arm,
@@ -430,21 +430,23 @@ def check(
     folder: Annotated[Path, typer.Argument(help="a submission folder; nothing outside it is read")],
     run_script: Annotated[
         bool,
-        typer.Option("--run-script", help="import its train_gpt.py too: only if you trust it"),
+        typer.Option("--run-script", help="import its script too: only if you trust it"),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="the findings as JSON")] = False,
 ) -> None:
     """Check anybody's submission folder by itself: files, bytes, times, scores, seeds, numbers.
-    One line per finding with its weight, errors first. Exit code 1: an error.
+    One line per finding with its weight, errors first. Exit code 0: clean, neither an error nor a
+    warning (what is not checked does not count); 1: findings; 2: no folder, or nothing in it that
+    can be read.
     """
     found = check_submission(folder, run_script)
-    wrong = worst_is(found, ERROR)
+    clean = is_clean(found)
     if as_json:
         print(json.dumps([one._asdict() for one in found], indent=1))
     else:
         print("\n".join(f"{one.weight.upper():11s} {one}" for one in found))
-        say(f"{folder}: {'not good' if wrong else 'good'}: {counts(found)}")
-    raise typer.Exit(int(wrong))
+        say(f"{folder}: {'clean' if clean else 'not clean'}: {counts(found)}")
+    raise typer.Exit(int(not clean))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ In: a folder of anybody. Out: findings, each with its weight. The first one does
 
 Nothing in the folder is trusted: it is read from a copy, and every file is checked before it is
 believed. Nothing of it is run, unless that is asked for; then its script is imported last, in a
-process of its own, and only when nothing is wrong.
+process of its own. That of a folder of ours is, only when nothing is wrong.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ablation.findings import (
@@ -25,49 +26,53 @@ from ablation.findings import (
     worst_is,
 )
 from ablation.folder import Folder
+from ablation.hashes import json_lines, wrong_hashes
 from ablation.logs import read_logs
 from ablation.others import check_others
 from ablation.ours import Found, check_ours
 from ablation.records import MAX_BYTES, read_json, read_text
-from ablation.script import REQUIREMENTS, wrong_requirements
+from ablation.script import REQUIREMENTS, import_script, needs_gpu, wrong_requirements
 from ablation.submission import BEGIN
 from train_gpt import READABLE_NAME, Refusal, unpack_code
 
 MAX_FILES = 200  # of a folder that is worth reading
 MAX_FOLDER_BYTES = 4 * MAX_BYTES
+MAX_SCRIPTS = 3  # that are imported
 
 ARTIFACTS = (".ptz", ".pt", ".bin", ".safetensors", ".xz", ".zst", ".br")
 
 
 def check_submission(folder: Path, run_script: bool = False) -> list[Finding]:
-    """Every finding of a submission folder, the worst first; it is good without an error.
+    """Every finding of a submission folder, the worst first; it is clean without error and warning.
 
-    run_script: import its train_gpt.py, once nothing else is wrong. Else nothing of it is run.
+    run_script: import its script. Else nothing of it is run.
+    Raises Refusal where there is no folder, or nothing in it that can be read.
     """
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "submission"
-        found, whole = copy_in(Path(folder), copy)
-        if whole:
-            path = "/".join(Path(folder).absolute().parts[-2:])
-            found += check_copy(copy, run_script, path, worst_is(found, ERROR))
+        found = copy_in(Path(folder), copy)
+        path = "/".join(Path(folder).absolute().parts[-2:])
+        found += check_copy(copy, run_script, path, worst_is(found, ERROR))
     return sorted_findings(found)
 
 
-def copy_in(folder: Path, copy: Path) -> tuple[list[Finding], bool]:
-    """Copies plain files. Returns (what is a link, a device, unreadable or too much; whether
-    there is anything to check).
+def copy_in(folder: Path, copy: Path) -> list[Finding]:
+    """Copies plain files. Returns what is a link, a device, unreadable or too much.
+
+    Raises Refusal where there is no folder, or nothing in it that can be read.
     """
-    entries = []
-    if folder.is_dir():
-        names = (
-            Path(root, name) for root, *lists in os.walk(folder) for name in itertools.chain(*lists)
-        )
-        entries = list(itertools.islice(names, MAX_FILES + 1))
-    if not folder.is_dir() or len(entries) > MAX_FILES:
-        problem = f"no folder, or more than {MAX_FILES} files"
-        return [Finding(ERROR, str(folder), problem, "name the folder of one submission")], False
+    if not folder.is_dir():
+        raise Refusal(f"{folder}: no folder; name the folder of one submission")
+    names = (
+        Path(root, name) for root, *lists in os.walk(folder) for name in itertools.chain(*lists)
+    )
+    entries = list(itertools.islice(names, MAX_FILES + 1))
+    if len(entries) > MAX_FILES:
+        problem = f"more than {MAX_FILES} files"
+        raise Refusal(f"{folder}: {problem}; name the folder of one submission")
 
     copy.mkdir()
+    copied = 0
     problems = []
     room = MAX_FOLDER_BYTES
     for path in entries:
@@ -86,9 +91,13 @@ def copy_in(folder: Path, copy: Path) -> tuple[list[Finding], bool]:
                 continue
             room -= status.st_size
             shutil.copyfile(path, copy / name, follow_symlinks=False)
+            copied += 1
         except OSError as error:
             problems.append(f"{name}: cannot be read ({error.strerror}); make it readable")
-    return [finding(problem) for problem in problems], True
+    if not copied:
+        problem = "; ".join(problems[:3]) or "it is empty, or may not be listed"
+        raise Refusal(f"{folder}: no file in it can be read ({problem})")
+    return [finding(problem) for problem in problems]
 
 
 def plain_files(folder: Path) -> list[Path]:
@@ -107,6 +116,7 @@ def check_copy(folder: Path, run_script: bool, path: str, spoilt: bool) -> list[
         found += check_ours(folder, run_script, spoilt or worst_is(found, ERROR))
     else:
         found += check_strangers(folder, files, path)
+        found += check_imports(folder, files, run_script)
     return found
 
 
@@ -140,8 +150,7 @@ def check_requirements(folder: Path, files: list[Path], ours: bool) -> list[Find
         sources = sources_of([path for path in files if path.name in names][-1:])
     else:
         sources = sources_of(files)
-    beside = {path.stem for path in files if path.suffix in (".py", ".so", ".c", ".pyx")}
-    beside |= {path.parent.name for path in files}
+    beside = modules_of(files)
     text = None
     if (folder / REQUIREMENTS).is_file():
         text = found.attempt(read_text, folder / REQUIREMENTS, REQUIREMENTS)
@@ -149,6 +158,12 @@ def check_requirements(folder: Path, files: list[Path], ours: bool) -> list[Find
             return found
     found += wrong_requirements(text, sources, beside, ours)
     return found
+
+
+def modules_of(files: list[Path]) -> set[str]:
+    """Modules that lie in the folder."""
+    beside = {path.stem for path in files if path.suffix in (".py", ".so", ".c", ".pyx")}
+    return beside | {path.parent.name for path in files}
 
 
 def check_strangers(folder: Path, files: list[Path], path: str) -> list[Finding]:
@@ -171,9 +186,30 @@ def check_strangers(folder: Path, files: list[Path], path: str) -> list[Finding]
     logs, problems = read_logs(folder, files)
     found += problems
     found += check_others(Folder(logs, submission, where, readme, scripts, artifacts, path))
-    problem = "imports and scores, as nothing of a folder is run"
-    found.append(Finding(UNCHECKED, "scripts", problem, "run them"))
+    texts = {log.name: log.text for log in logs}
+    texts |= {"README.md": readme or "", where: "\n".join(json_lines(submission))}
+    found += wrong_hashes(files, texts)
     return found
+
+
+def check_imports(folder: Path, files: list[Path], run_script: bool) -> Iterator[Finding]:
+    """Whether the training scripts import on a bare CPU: by their lines, or by trying it."""
+    sources = sources_of([path for path in files if is_training(path)])
+    beside = modules_of(files)
+    requirements = ""
+    if (folder / REQUIREMENTS).is_file():
+        with contextlib.suppress(Refusal):
+            requirements = read_text(folder / REQUIREMENTS, REQUIREMENTS)
+    for name, source in itertools.islice(sources.items(), MAX_SCRIPTS):
+        path = next(path for path in files if path.name == name)
+        if run_script:
+            yield import_script(path.parent, name, requirements)
+            continue
+        lacks = ", ".join(needs_gpu(source, beside))
+        needs = f"; it imports {lacks}, which a bare CPU lacks" if lacks else ""
+        problem = f"whether it imports on a bare CPU{needs}, and what it scores"
+        remedy = "check --run-script imports it: only if you trust it"
+        yield Finding(UNCHECKED, name, problem, remedy)
 
 
 def is_training(path: Path) -> bool:

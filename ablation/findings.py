@@ -67,3 +67,8 @@ def counts(found: list[Finding]) -> str:
 def worst_is(found: list[Finding], weight: str) -> bool:
     """Whether a finding has this weight."""
     return any(one.weight == weight for one in found)
+
+
+def is_clean(found: list[Finding]) -> bool:
+    """Whether there is neither an error nor a warning."""
+    return not (worst_is(found, ERROR) or worst_is(found, WARNING))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from ablation.logs import MAX_FINALS, Log
-from ablation.prose import half_a_digit
+from ablation.prose import ANY, Stated, half_a_digit, kind_of
 from ablation.submission import NO_RECORD
 
 MAX_CHOICES = 64  # of one log for each seed
@@ -97,3 +97,22 @@ def groups(logs: list[Log], key: str) -> Iterator[tuple[str, tuple]]:
         for values in one_per_seed(logs, at_stage(label, key)):
             if len(values) > 1:
                 yield label, values
+
+
+HELD = (*SCORE_KEYS, *TOTAL_KEYS, *CODE_KEYS, "val_loss", "val_bpb_std", "seeds", "seed")
+
+
+def json_numbers(value, path: str = "", name: str = "") -> Iterator[Stated]:
+    """Every number of a JSON value that no check of its own holds to the logs."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if path or key not in HELD or isinstance(part, dict):
+                known = kind_of(key)[0] != ANY or not name
+                yield from json_numbers(part, f"{path}.{key}".lstrip("."), key if known else name)
+    elif isinstance(value, list):
+        for part in value:
+            yield from json_numbers(part, path, name)
+    elif type(value) in (int, float):
+        kind, unit = kind_of(name)
+        half = half_a_digit(repr(value)) * unit
+        yield Stated(f"{path} {value}", 0, kind, abs(value) * unit, half)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ablation.findings import ERROR, FINE, UNCHECKED, WARNING, Finding
 from ablation.folder import CODE_KEYS, TOTAL_KEYS, Folder, number_at, one_per_seed
 from ablation.logs import Log
+from ablation.prose import half_a_digit
 from ablation.submission import CAP_BYTES
 from train_gpt import LIMIT_SECONDS
 
@@ -72,64 +73,168 @@ def shipped_code(f: Folder) -> Iterator[Finding]:
 
 
 def wrong_bytes(f: Folder) -> Iterator[Finding]:
-    """Bytes of submission.json that no log gives."""
-    totals = {log.total_bytes for log in f.logs} - {None}
-    models = {log.model_bytes for log in f.logs} - {None}
-    codes = {size for log in f.logs for size in log.code_bytes.values()} | set(f.scripts.values())
-    totals |= {code + model for code in codes for model in models}
-    for values in one_per_seed(f.logs, lambda log: log.total_bytes):
-        if values:
-            mean = statistics.fmean(values)  # some give it in place of the largest
-            totals |= {math.floor(mean), math.ceil(mean)}
-    for keys, known in ((TOTAL_KEYS, totals), (CODE_KEYS, codes)):
+    """Bytes of submission.json that no log gives, or that are over the cap."""
+    for keys, known in ((TOTAL_KEYS, known_totals(f)), (CODE_KEYS, known_codes(f))):
         found = number_at(f.submission, keys)
-        if not found or not known:
+        if not found:
             continue
         where = f"{f.where}.{found[0]}"
         value = found[1]
-        if value in known:
+        if keys == TOTAL_KEYS and value > CAP_BYTES:
+            yield Finding(ERROR, where, f"{value:,}, over the cap of {CAP_BYTES:,}", "shrink it")
+        if not known:
+            yield Finding(UNCHECKED, where, f"{value:,}: neither a log nor a file shows it")
+        elif value in known:
             yield Finding(FINE, where, f"{value:,}, as a log or a file")
-        elif keys == TOTAL_KEYS and value in models:
+        elif keys == TOTAL_KEYS and value in {log.model_bytes for log in f.logs}:
             problem = f"{value:,} are the artifact alone, without the code"
             yield Finding(ERROR, where, problem, "give code + artifact")
         else:
             near = ", ".join(f"{n:,}" for n in sorted(known, key=lambda n: abs(n - value))[:3])
             problem = f"{value:,}, but the logs and files give {near}"
             yield Finding(ERROR, where, problem, "correct it")
-        if keys == TOTAL_KEYS and value > CAP_BYTES:
-            yield Finding(ERROR, where, f"{value:,}, over the cap of {CAP_BYTES:,}", "shrink it")
     yield from wrong_row_bytes(f)
 
 
+def known_codes(f: Folder) -> set[int]:
+    """Bytes of code that a log or a script has."""
+    return {size for log in f.logs for size in log.code_bytes.values()} | set(f.scripts.values())
+
+
+def known_totals(f: Folder) -> set[int]:
+    """Bytes of code + artifact that the logs and files give, and their means over the seeds."""
+    models = {log.model_bytes for log in f.logs} - {None} | set(f.artifacts.values())
+    totals = {log.total_bytes for log in f.logs} - {None}
+    totals |= {code + model for code in known_codes(f) for model in models}
+    for values in one_per_seed(f.logs, lambda log: log.total_bytes):
+        if values:
+            mean = statistics.fmean(values)  # some give it in place of the largest
+            totals |= {math.floor(mean), math.ceil(mean)}
+    return totals
+
+
 def wrong_row_bytes(f: Folder) -> Iterator[Finding]:
-    """The bytes of a seed that its log does not give."""
+    """The bytes of a seed that its log does not give, or that are over the cap."""
     for seed, row in f.seed_rows.items():
-        value = row.get("artifact_bytes")
-        logs = [log for log in f.logs if str(log.seed) == seed and log.total_bytes]
-        if type(value) is not int or not logs:
+        found = number_at(row, TOTAL_KEYS)
+        if not found:
             continue
+        key, value = found
+        where = f"{f.where}.{seed}.{key}"
+        if value > CAP_BYTES:
+            yield Finding(ERROR, where, f"{value:,}, over the cap of {CAP_BYTES:,}", "shrink it")
+        logs = [log for log in f.logs if str(log.seed) == seed and log.total_bytes]
         known = {n for log in logs for n in (log.total_bytes, log.model_bytes)} - {None}
-        if value not in known | {n + sum(f.scripts.values()) for n in known}:
+        if logs and value not in known | {n + sum(f.scripts.values()) for n in known}:
             problem = f"{value:,}, but {logs[0].name} says {logs[0].total_bytes:,}"
-            yield Finding(ERROR, f"{f.where}.{seed}.artifact_bytes", problem, "correct it")
+            yield Finding(ERROR, where, problem, "correct it")
+
+
+# ── Seconds ───────────────────────────────────────────────────────────────────────────────────────
+
+# seconds of submission.json: key -> (of what, one in seconds)
+TIMES = {
+    "train_time_s": ("training", 1.0),
+    "train_time_seconds": ("training", 1.0),
+    "train_time_s_mean": ("training", 1.0),
+    "train_time_ms": ("training", 1e-3),
+    "wallclock_seconds": ("training", 1.0),
+    "eval_time_s": ("scoring", 1.0),
+    "eval_time_seconds": ("scoring", 1.0),
+    "eval_time_s_mean": ("scoring", 1.0),
+    "eval_time_ms": ("scoring", 1e-3),
+    "ttt_eval_time_s": ("scoring", 1.0),
+    "ttt_time_ms": ("scoring", 1e-3),
+}
 
 
 def wrong_times(f: Folder) -> Iterator[Finding]:
-    """Training or scoring beyond the limit; a step too many is a warning, as it is tolerated."""
+    """Training or scoring beyond the limit, by the logs and by submission.json."""
     for log in f.logs:
-        limits = (("training", log.train_seconds), ("scoring", log.eval_seconds))
-        for name, seconds in limits:
+        for what, seconds in (("training", log.train_seconds), ("scoring", log.eval_seconds)):
             if seconds is None:
-                yield Finding(UNCHECKED, log.name, f"no seconds of {name} that are known")
-                continue
-            said = f"{name} took {seconds:,.3f} s"
-            if seconds <= LIMIT_SECONDS:
-                yield Finding(FINE, log.name, said)
-                continue
-            over = f"{said}, over {LIMIT_SECONDS} s by {seconds - LIMIT_SECONDS:,.3f} s"
-            if not f.is_record:
-                yield Finding(WARNING, log.name, f"{over} (no record)", "say so")
-            elif seconds - LIMIT_SECONDS <= LATE_SECONDS:
-                yield Finding(WARNING, log.name, over, "stop a step earlier")
+                yield Finding(UNCHECKED, log.name, f"no seconds of {what} that are known")
             else:
-                yield Finding(ERROR, log.name, over, "stop earlier")
+                yield in_time(f, log.name, what, seconds)
+    yield from stated_times(f, f.where, f.submission, f.logs)
+    for seed, row in f.seed_rows.items():
+        logs = [log for log in f.logs if str(log.seed) == seed]
+        yield from stated_times(f, f"{f.where}.{seed}", row, logs)
+
+
+def in_time(f: Folder, where: str, what: str, seconds: float) -> Finding:
+    """Seconds beside the limit; a step too many is a warning, as it is tolerated."""
+    said = f"{what} took {seconds:,.3f} s"
+    if seconds <= LIMIT_SECONDS:
+        return Finding(FINE, where, said)
+    over = f"{said}, over {LIMIT_SECONDS} s by {seconds - LIMIT_SECONDS:,.3f} s"
+    if not f.is_record:
+        return Finding(WARNING, where, f"{over} (no record)", "say so")
+    if seconds - LIMIT_SECONDS <= LATE_SECONDS:
+        return Finding(WARNING, where, over, "stop a step earlier")
+    return Finding(ERROR, where, over, "stop earlier")
+
+
+def stated_times(f: Folder, where: str, row: dict, logs: list[Log]) -> Iterator[Finding]:
+    """Seconds that submission.json states: beside the limit, and beside those of the logs."""
+    for key, (what, unit) in TIMES.items():
+        stated = row.get(key)
+        if type(stated) not in (int, float):
+            continue
+        seconds = stated * unit
+        late = in_time(f, f"{where}.{key}", what, seconds)
+        if late.weight != FINE:
+            yield late
+        half = half_a_digit(repr(stated)) * unit * 1.02
+        shown = seconds_of(logs, what)
+        near = [one for one in shown if abs(one - seconds) <= half]
+        if near:
+            yield Finding(FINE, f"{where}.{key}", f"{seconds:,.3f} s, as a log")
+        elif not key.endswith("_mean"):  # recomputed with the other means
+            known = ", ".join(f"{one:,.3f}" for one in sorted(shown)[:5]) or "none"
+            problem = f"{seconds:,.3f} s of {what}; its logs show {known}"
+            yield Finding(UNCHECKED, f"{where}.{key}", problem)
+
+
+def seconds_of(logs: list[Log], what: str) -> set[float]:
+    """The seconds of training or of scoring that logs show."""
+    if what == "training":
+        return {log.train_seconds for log in logs} - {None}
+    return {seconds for log in logs for seconds in log.all_eval_seconds}
+
+
+# ── What submission.json promises ─────────────────────────────────────────────────────────────────
+
+
+def wrong_compliance(f: Folder) -> Iterator[Finding]:
+    """Promises of submission.json that the logs do not keep."""
+    promises = f.submission.get("compliance")
+    if not isinstance(promises, dict):
+        return
+    train = [log.train_seconds for log in f.logs if log.train_seconds is not None]
+    scoring = [log.eval_seconds for log in f.logs if log.eval_seconds is not None]
+    sizes = [log.total_bytes for log in f.logs if log.total_bytes is not None]
+    kept = {
+        "train": (train, "training took {:,.3f} s at most", LIMIT_SECONDS),
+        "eval": (scoring, "scoring took {:,.3f} s at most", LIMIT_SECONDS),
+        "artifact": (sizes, "code + artifact have {:,} bytes at most", CAP_BYTES),
+    }
+    lost = []
+    for key, promised in promises.items():
+        rule = next((rule for name, rule in kept.items() if str(key).startswith(name)), None)
+        where = f"{f.where}.compliance.{key}"
+        if promised is not True:
+            continue
+        if key == "three_seeds" and f.seeds:
+            seeds = len(set(f.seeds))
+            weight = FINE if seeds > 2 else WARNING
+            yield Finding(weight, where, f"true, and {seeds} seeds are named")
+        elif rule and rule[0]:
+            most = max(rule[0])
+            weight = FINE if most <= rule[2] else WARNING
+            yield Finding(weight, where, f"true, and in the logs {rule[1].format(most)}")
+        else:
+            lost.append(str(key))
+    if lost:
+        problem = f"{', '.join(lost)}: no log shows them"
+        yield Finding(UNCHECKED, f"{f.where}.compliance", problem, "read the script")

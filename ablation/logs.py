@@ -63,6 +63,7 @@ class Log:
         self.steps: int | None = None
         self.train_seconds: float | None = None
         self.eval_seconds: float | None = None
+        self.all_eval_seconds: set[float] = set()
         self.code_bytes: dict[str, int] = {}
         self.model_bytes: int | None = None
         self.total_bytes: int | None = None
@@ -91,6 +92,7 @@ class Log:
             self.steps = b if stopped else a
         if match := TOTAL_EVAL.search(line):
             self.eval_seconds = float(match[1])
+            self.all_eval_seconds.add(self.eval_seconds)
         if match := SHARDS.search(line):
             self.train_shards = int(match[1])
         seed = SEED_LINE.match(line)
@@ -108,6 +110,7 @@ class Log:
         in_training = bool(STEP_LABEL.match(label))
         if not in_training and seconds is not None:
             self.eval_seconds = seconds
+            self.all_eval_seconds.add(seconds)
         bpb = float(match["bpb"])
         half = half_a_digit(match["bpb"])
         found = Evaluation(label, float(match["loss"]), bpb, half)
@@ -127,6 +130,11 @@ class Log:
         # without a label it may be that of the weights before they are compressed
         if match and (match[1] or self.model_bytes is not None or "size" not in line):
             self.total_bytes = int(match[2])
+
+    @property
+    def step_ms(self) -> float | None:
+        """Milliseconds of a step of training, on average."""
+        return 1e3 * self.train_seconds / self.steps if self.train_seconds and self.steps else None
 
     @property
     def counted_code(self) -> int | None:

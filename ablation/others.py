@@ -6,17 +6,17 @@ good.
 
 from collections.abc import Callable, Iterator
 
+from ablation.claims import is_recomputed, wrong_differences, wrong_means, wrong_tests
 from ablation.findings import ERROR, UNCHECKED, WARNING, Finding
 from ablation.folder import (
-    CODE_KEYS,
     SCORE_KEYS,
-    TOTAL_KEYS,
     Folder,
     groups,
+    json_numbers,
     number_at,
     one_per_seed,
 )
-from ablation.limits import wrong_bytes, wrong_times, wrong_totals
+from ablation.limits import wrong_bytes, wrong_compliance, wrong_times, wrong_totals
 from ablation.logs import MAX_LINES, Log
 from ablation.prose import (
     ANY,
@@ -26,14 +26,11 @@ from ablation.prose import (
     NATS,
     SECONDS,
     Figures,
-    Stated,
-    half_a_digit,
-    kind_of,
     listed,
     numbers_of,
     told_numbers,
 )
-from ablation.scores import record_rule, wrong_scores, wrong_spread
+from ablation.scores import record_rule, wrong_scores
 from ablation.submission import CAP_BYTES
 
 WANTED_KEYS = ("author", "github_id", "name", "date", "val_bpb", "bytes_total")
@@ -138,28 +135,10 @@ def wrong_prose(f: Folder, figures: Figures) -> Iterator[Finding]:
         yield told_numbers("README.md", len(found) - len(lost), len(found), others)
 
 
-HELD = (*SCORE_KEYS, *TOTAL_KEYS, *CODE_KEYS, "val_loss", "val_bpb_std", "seeds", "seed")
-
-
-def json_numbers(value, path: str = "", name: str = "") -> Iterator[Stated]:
-    """Every number of a JSON value that no check of its own holds to the logs."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            if path or key not in HELD or isinstance(part, dict):
-                known = kind_of(key)[0] != ANY or not name
-                yield from json_numbers(part, f"{path}.{key}".lstrip("."), key if known else name)
-    elif isinstance(value, list):
-        for part in value:
-            yield from json_numbers(part, path, name)
-    elif type(value) in (int, float):
-        kind, unit = kind_of(name)
-        half = half_a_digit(repr(value)) * unit
-        yield Stated(f"{path} {value}", 0, kind, abs(value) * unit, half)
-
-
 def unread_json(f: Folder, figures: Figures) -> Iterator[Finding]:
     """Numbers of submission.json that no log shows."""
-    lost = [n for n in json_numbers(f.submission) if not figures.shows(n, cut=True)]
+    rest = {key: value for key, value in f.submission.items() if not is_recomputed(key)}
+    lost = [n for n in json_numbers(rest) if not figures.shows(n, cut=True)]
     if lost:
         yield Finding(UNCHECKED, f.where, f"no log shows {listed(lost)}")
 
@@ -168,11 +147,14 @@ CHECKS = (
     wrong_words,
     wrong_seeds,
     wrong_scores,
-    wrong_spread,
+    wrong_means,
+    wrong_differences,
+    wrong_tests,
     record_rule,
     wrong_totals,
     wrong_bytes,
     wrong_times,
+    wrong_compliance,
 )
 
 

@@ -126,24 +126,6 @@ def wrong_ratio(f: Folder) -> Iterator[Finding]:
         yield Finding(WARNING, "bytes per token", problem, remedy)
 
 
-def wrong_spread(f: Folder) -> Iterator[Finding]:
-    """A standard deviation that is none of the sample; what a record has to beat."""
-    values = seed_scores(f)
-    if len(values) < 2:
-        return
-    sample = statistics.stdev(values)
-    stated = f.submission.get("val_bpb_std")
-    if type(stated) in (int, float):
-        where = f"{f.where}.val_bpb_std"
-        spread = f"{stated}, but the {len(values)} seeds have {sample:.8f} (n - 1)"
-        if rounds_to(sample, stated, digits=2.02):
-            yield Finding(FINE, where, f"{stated}, of the sample")
-        elif rounds_to(statistics.pstdev(values), stated, digits=2.02):
-            yield Finding(WARNING, where, f"{spread}: it is divided by n", "give the sample's")
-        else:
-            yield Finding(ERROR, where, spread, "correct it")
-
-
 def seed_scores(f: Folder) -> list[float]:
     """One score per seed: of submission.json, else the last one of each log."""
     rows = [row.get("val_bpb") for row in f.seed_rows.values()]

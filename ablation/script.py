@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import signal
 import site
@@ -117,6 +118,38 @@ def wrong_requirements(
         yield Finding(UNCHECKED, REQUIREMENTS, "no import of a script can be read here")
 
 
+# ── Without a GPU ─────────────────────────────────────────────────────────────────────────────────
+
+# modules that only a machine with a GPU has, or that load its libraries when they are imported
+GPU_MODULES = frozenset(
+    (
+        "apex",
+        "bitsandbytes",
+        "causal_conv1d",
+        "cuda",
+        "cupy",
+        "deepspeed",
+        "fla",
+        "flash_attn",
+        "flash_attn_3",
+        "flash_attn_interface",
+        "liger_kernel",
+        "mamba_ssm",
+        "pycuda",
+        "pynvml",
+        "transformer_engine",
+        "triton",
+        "xformers",
+    )
+)
+
+
+def needs_gpu(source: str, beside: set[str]) -> list[str]:
+    """Modules that a script imports whatever happens, and that a bare CPU lacks."""
+    always = {name for name, always in third_party(source, beside).items() if always}
+    return sorted(always & GPU_MODULES)
+
+
 # ── Running it ────────────────────────────────────────────────────────────────────────────────────
 
 # Loads this very file: not a package, an extension or a cached file of that name beside it
@@ -157,8 +190,8 @@ class Answer(Exception):
     """What a script did instead of answering."""
 
 
-def run_bare(command: list[str], folder: Path, home: Path) -> str:
-    """What the command prints. Answer when it takes too long, fails or complains."""
+def run_bare(command: list[str], folder: Path, home: Path) -> tuple[int, str, str]:
+    """(exit code, what the command prints, what it complains of). Answer when it takes too long."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command,
@@ -178,7 +211,12 @@ def run_bare(command: list[str], folder: Path, home: Path) -> str:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-        printed, complaint = [start_of(file) for file in (out, errors)]
+        return code, start_of(out), start_of(errors)
+
+
+def answer_of(command: list[str], folder: Path, home: Path) -> str:
+    """What the command answers. Answer when it takes too long, fails or complains."""
+    code, printed, complaint = run_bare(command, folder, home)
     if code or "\0" not in printed:
         last = (complaint.strip().splitlines() or ["it ended early"])[-1]
         raise Answer(f"does not import, or does not read its results ({last})")
@@ -212,7 +250,7 @@ def ask_script(folder: Path, seeds: list[int]) -> tuple[str, dict]:
     home.mkdir()
     before = listing(folder.parent)
     try:
-        text = run_bare([sys.executable, "-c", ASK_SCRIPT, *map(str, seeds)], folder, home)
+        text = answer_of([sys.executable, "-c", ASK_SCRIPT, *map(str, seeds)], folder, home)
     except Answer as problem:
         return str(problem), {}
     if listing(folder.parent) != before:
@@ -222,3 +260,43 @@ def ask_script(folder: Path, seeds: list[int]) -> tuple[str, dict]:
         return next(misfits(answer, ANSWER_SHAPE, "final_table"), ""), answer
     except (ValueError, RecursionError):
         return f"answers {shown(text)}", {}
+
+
+IMPORT_SCRIPT = """
+import importlib.util, sys
+sys.path.insert(0, "")
+spec = importlib.util.spec_from_file_location(sys.argv[1].removesuffix(".py"), sys.argv[1])
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print("\\0")
+"""
+NO_MODULE = re.compile(r"No module named '([\w.]{1,100})'")
+
+
+def import_script(folder: Path, name: str, requirements: str) -> Finding:
+    """Imports a script of a folder in a process of its own, on a bare CPU.
+
+    requirements: the text of requirements.txt.
+    """
+    home = folder.parent / f"home of {name}"
+    home.mkdir()
+    remedy = "let it be imported without a GPU, or say what it needs"
+    try:
+        code, printed, complaint = run_bare(
+            [sys.executable, "-c", IMPORT_SCRIPT, name], folder, home
+        )
+    except Answer as problem:
+        return Finding(WARNING, name, f"{problem} on a bare CPU", remedy)
+    if not code and printed.endswith("\0\n"):
+        return Finding(FINE, name, "imports on a bare CPU")
+    last = (complaint.strip().splitlines() or ["it ended early"])[-1]
+    missing = NO_MODULE.search(last)
+    if missing:
+        module = missing[1].partition(".")[0]
+        listed = {plain(found) for found in REQUIREMENT.findall(requirements)}
+        said = "lists it" if packages_of(module) & listed else "does not list it"
+        problem = f"needs the module {module}, which is not here ({REQUIREMENTS} {said})"
+        return Finding(WARNING, name, problem, remedy)
+    version = platform.python_version()
+    problem = f"does not import on a bare CPU with Python {version} ({last})"
+    return Finding(WARNING, name, problem, remedy)

@@ -5,6 +5,7 @@ of another seed than its name says, an artifact over the cap, bytes of the artif
 of the best seed, a standard deviation that is divided by n.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import ablate
 from ablation.check import check_submission
 from ablation.findings import ERROR, FINE, UNCHECKED, WARNING
 
@@ -122,10 +124,104 @@ def test_a_good_folder_of_somebody_else_has_no_error_and_no_warning(folder):
     assert_said(folder, UNCHECKED, "record rule: 3 seeds", "0.00194 BPB", f"above {rule:.5f} is")
 
 
-def test_nothing_of_the_folder_is_run_even_when_that_is_asked_for(folder):
-    check_submission(folder, run_script=True)
-    assert not (folder / "ran").exists()
-    assert_said(folder, UNCHECKED, "scripts: imports and scores, as nothing of a folder is run")
+RUNS = [  # a script, what is said of it when it is run, and of its lines alone
+    ("", FINE, "imports on a bare CPU", "whether it imports on a bare CPU, and"),
+    (
+        "import flash_attn_interface",
+        WARNING,
+        "needs the module flash_attn_interface, which is not here (requirements.txt does not list",
+        "it imports flash_attn_interface, which a bare CPU lacks",
+    ),
+    (
+        "import nothing_of_the_kind",
+        WARNING,
+        "needs the module nothing_of_the_kind, which is not here (requirements.txt lists it)",
+        "whether it imports on a bare CPU, and",
+    ),
+    (
+        "try:\n    import triton\nexcept ImportError:\n    triton = None\n",
+        FINE,
+        "imports on a bare CPU",
+        "whether it imports on a bare CPU, and",  # it does without
+    ),
+    ("1 / 0", WARNING, "(ZeroDivisionError: division by zero)", "whether it imports"),
+]
+
+
+@pytest.mark.parametrize("code, weight, run, read", RUNS)
+def test_a_script_of_somebody_else_is_imported_only_when_that_is_asked_for(
+    folder, tmp_path, code, weight, run, read
+):
+    ran = tmp_path / "ran"
+    script = f"print('hello')\nopen({str(ran)!r}, 'w').close()\n{code}\n"
+    (folder / "train_gpt.py").write_text(script)
+    (folder / "requirements.txt").write_text("torch\nnothing-of-the-kind\n")
+    assert_said(folder, UNCHECKED, "train_gpt.py: ", read, "check --run-script")
+    assert not ran.exists()
+    found = check_submission(folder, run_script=True)
+    assert ran.exists()
+    (said,) = [one for one in found if one.thing == "train_gpt.py" and "bare CPU" in str(one)] or [
+        one for one in found if "needs the module" in one.value
+    ]
+    assert said.weight == weight and run in str(said)
+
+
+# ── Exit codes ────────────────────────────────────────────────────────────────────────────────────
+
+
+def spoilt_to(folder: Path, what: str) -> Path:
+    """What a person may name in place of a good folder."""
+    if what == "warning":
+        (folder / "requirements.txt").unlink()
+    if what == "error":
+        (folder / "submission.json").unlink()
+    beside = folder.parent / what.replace(" ", "_")
+    if what == "empty folder":
+        beside.mkdir()
+    elif what == "folder of links":
+        beside.mkdir()
+        (beside / "README.md").symlink_to(folder / "README.md")
+    elif what == "many files":
+        beside.mkdir()
+        for n in range(201):
+            (beside / f"{n}.log").touch()
+    elif what == "no folder":
+        pass
+    elif what == "file":
+        beside = folder / "README.md"
+    elif what == "device":
+        beside = Path("/dev/null")
+    else:
+        beside = folder
+    return beside
+
+
+EXIT_CODES = {
+    "clean": 0,
+    "warning": 1,
+    "error": 1,
+    "no folder": 2,
+    "file": 2,
+    "device": 2,
+    "empty folder": 2,
+    "folder of links": 2,
+    "many files": 2,
+}
+
+
+@pytest.mark.parametrize("what, code", EXIT_CODES.items())
+def test_exit_codes_are_clean_findings_and_unreadable(folder, capsys, what, code):
+    target = spoilt_to(folder, what)
+    assert ablate.main(["check", str(target)]) == code
+    said = capsys.readouterr()
+    if code == 2:
+        assert said.out == "" and len(said.err.splitlines()) == 1 and str(target) in said.err
+    else:
+        last = said.out.splitlines()[-1]
+        assert f"{target}: {'not clean' if code else 'clean'}: " in last and said.err == ""
+    assert ablate.main(["check", "--json", str(target)]) == code
+    if code < 2:
+        assert len(json.loads(capsys.readouterr().out)) == len(said.out.splitlines()) - 1
 
 
 def without(name: str):
@@ -164,6 +260,15 @@ def grown(f: Path) -> None:
     for old in (MODEL[7], MODEL[7] + CODE):
         edit("train_seed7.log", f" {old} bytes", f" {old + more} bytes")(f)
 
+
+WELCH = "Welch's test of (`1.0801`, `1.0809`, `1.0795`) and ours"
+SHA = hashlib.sha256(SCRIPT.encode()).hexdigest()
+SHA1 = hashlib.sha1(SCRIPT.encode()).hexdigest()
+HASHES = f"""sha256 of the script: `{SHA}`
+{"a" * 64}  requirements.txt
+MD5 of the data is {"b" * 32}
+A word of as many letters: {"d" * 32}
+"""
 
 SAID = {  # what is done to a good folder -> weight, words of one line
     "no requirements": (
@@ -291,6 +396,105 @@ SAID = {  # what is done to a good folder -> weight, words of one line
     "scoring too long": (
         edit("train_seed7.log", "total_eval_time:338.2s", "total_eval_time:688.4s"),
         (ERROR, "train_seed7.log: scoring took 688.400 s, over 600 s"),
+    ),
+    "seconds of submission.json": (
+        both(
+            put("seed_results.7.train_time_s", 587.007),
+            put("seed_results.1337.train_time_ms", 650_000),
+            put("seed_results.42.eval_time_ms", 688_400.0),
+            put("wallclock_seconds", 600.028),
+            put("eval_time_s_mean", 338.2),
+        ),
+        (FINE, "submission.json.7.train_time_s: 587.007 s, as a log"),
+        (ERROR, "submission.json.1337.train_time_ms: training took 650.000 s, over 600 s"),
+        (UNCHECKED, "submission.json.1337.train_time_ms: 650.000 s of training; its logs show 587"),
+        (ERROR, "submission.json.42.eval_time_ms: scoring took 688.400 s, over 600 s by 88.4"),
+        (WARNING, "submission.json.wallclock_seconds: training took 600.028 s, over 600 s"),
+        (FINE, "submission.json.eval_time_s_mean: 338.2, of 3 seeds"),
+    ),
+    "bytes over the cap without a log": (
+        both(
+            *[without(f"train_seed{seed}.log") for seed in BPB],
+            put("bytes_total", 16_000_001),
+            put("seed_results.7.artifact_bytes", 16_000_002),
+        ),
+        (ERROR, "submission.json.bytes_total: 16,000,001, over the cap"),
+        (ERROR, "submission.json.7.artifact_bytes: 16,000,002, over the cap"),
+    ),
+    "an artifact over the cap": (
+        lambda f: (f / "final_model.ptz").write_bytes(b"0" * 16_000_000),
+        (ERROR, "final_model.ptz: 16,000,000 bytes, with the scripts"),
+    ),
+    "promises": (
+        both(
+            put("compliance", {"train_under_600s": True, "three_seeds": True, "no_slot": True}),
+            edit("train_seed7.log", "train_time: 587007ms", "train_time: 600038ms"),
+        ),
+        (WARNING, "compliance.train_under_600s: true, and in the logs training took 600.038 s"),
+        (FINE, "submission.json.compliance.three_seeds: true, and 3 seeds are named"),
+        (UNCHECKED, "submission.json.compliance: no_slot: no log shows them"),
+    ),
+    "promises that are kept": (
+        put("compliance", {"artifact_under_16mb": True, "eval_under_600s": True}),
+        (FINE, "compliance.artifact_under_16mb: true, and in the logs code + artifact have 15,9"),
+        (FINE, "compliance.eval_under_600s: true, and in the logs scoring took 338.200 s at most"),
+    ),
+    "means": (
+        both(
+            put("artifact_bytes_mean", round(statistics.fmean(MODEL.values()) + CODE)),
+            put("artifact_bytes_max", MODEL[7] + CODE),
+            put("val_loss_std", round(statistics.pstdev(LOSS.values()), 8)),
+            put("train_steps_mean", 4870),
+            put("loops_mean", 3),
+        ),
+        (FINE, "submission.json.artifact_bytes_mean", "of 3 seeds"),
+        (ERROR, "submission.json.artifact_bytes_max", f"give {MODEL[1337] + CODE}; correct it"),
+        (WARNING, "submission.json.val_loss_std", "it is divided by n"),
+        (WARNING, "submission.json.train_steps_mean: 4870, but the 3 seeds that the logs", "4867"),
+        (UNCHECKED, "submission.json.loops_mean: 3: no such figure of two seeds"),
+    ),
+    "differences": (
+        both(
+            put("base_val_bpb", 1.081),
+            put("delta_vs_base_bpb", round(statistics.fmean(BPB.values()) - 1.081, 5)),
+            put("delta_vs_pr9_bpb", -0.02),
+            put("delta_vs_base_loss_nats", -0.0021),
+        ),
+        (FINE, "submission.json.delta_vs_base_bpb: -0.00764, from 1.08100"),
+        (UNCHECKED, "submission.json.delta_vs_pr9_bpb: -0.02: no number here is the other side"),
+        (WARNING, "delta_vs_base_loss_nats: -0.0021; a record is 0.005 nats better, as a rule"),
+    ),
+    "a test against a number": (  # by hand: (1.07336388 - 1.081) / (0.00084633 / sqrt(3))
+        edit(
+            "README.md", "MATRIX_LR", "Against 1.08100: t = -15.63 (df = 2), p = 0.002. MATRIX_LR"
+        ),
+        (FINE, "README.md, line 9: t -15.63; a one-sample test of 3 seeds in BPB against 1.081"),
+        (FINE, "README.md, line 9: p = 0.002, and t -15.63 with 2 degrees of freedom has 0.002"),
+    ),
+    "a p value that its t does not have": (
+        edit(
+            "README.md", "MATRIX_LR", "Against 1.08100: t = -15.63 (df = 2), p < 0.001. MATRIX_LR"
+        ),
+        (WARNING, "README.md, line 9: p < 0.001, and t -15.63 with 2 degrees of freedom has 0.002"),
+    ),
+    "a test against nothing": (
+        edit("README.md", "MATRIX_LR", "**t = -99.1**, MATRIX_LR"),
+        (UNCHECKED, "README.md, line 9: t -99.1: no number here is the other side"),
+    ),
+    "a test of two lists": (  # scipy.stats.ttest_ind(..., equal_var=False): -10.7133
+        edit("README.md", "MATRIX_LR", f"{WELCH} gives **t = -10.71**. MATRIX_LR"),
+        (FINE, "line 9: t -10.71; Welch's test of 3 seeds in BPB against 1.0801, 1.0809, 1.0795"),
+    ),
+    "hashes": (
+        edit("README.md", "MATRIX_LR", f"{HASHES}MATRIX_LR"),
+        (FINE, f"README.md: sha256 {SHA[:12]}... is that of train_gpt.py"),
+        (WARNING, "README.md: sha256 aaaaaaaaaaaa... is not that of requirements.txt"),
+        (UNCHECKED, "hashes: md5 bbbbbbbbbbbb... of README.md: of no file that is here"),
+    ),
+    "hashes of submission.json": (
+        both(put("train_gpt_sha256", "c" * 64), put("code_sha1", SHA1)),
+        (WARNING, "submission.json: sha256 cccccccccccc... is not that of train_gpt.py"),
+        (FINE, f"submission.json: sha1 {SHA1[:12]}... is that of train_gpt.py"),
     ),
     "no record": (
         both(
