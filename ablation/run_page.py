@@ -5,6 +5,7 @@ A run that failed, or only scored, has the part of it that there are figures for
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -154,6 +155,7 @@ def remarks(run: dict) -> list[str]:
     if not has_result(run):
         return [line for line in log_of(run) if line.startswith(TOLD_OF_A_FAILURE)]
     lines = [f"WARNING: {text}" for text in run.get("warnings") or []]
+    # older code did not say its folder
     with contextlib.suppress(KeyError):
         lines += train_gpt.time_lines(run)
         lines.append(f"{train_gpt.next_launches(run)}.")
@@ -249,18 +251,18 @@ def bars(rows: dict[str, tuple[float, str]], unit: str, colour: str) -> Figure:
     return figure
 
 
-def parts(run: dict) -> Chart | None:
+def sizes(run: dict) -> Chart | None:
     """Where the bytes are."""
     groups = run.get("groups")
     if not has_result(run) or (isinstance(groups, dict) and len(groups) > MAX_ROWS):
         return None
     if isinstance(groups, dict):
-        sizes = bytes_by_part(run)
+        found = bytes_by_part(run)
         how = "each group of tensors compressed alone, and the code"
     else:
-        sizes = {"artifact": run["artifact_bytes"] / 1e6, "code": run["code_bytes"] / 1e6}
+        found = {"artifact": run["artifact_bytes"] / 1e6, "code": run["code_bytes"] / 1e6}
         how = "the artifact, and the code"
-    rows = {name: (size, f"{1e6 * size:,.0f}") for name, size in sizes.items()}
+    rows = {name: (size, f"{1e6 * size:,.0f}") for name, size in found.items()}
     unit = "MB (1,000,000 bytes)"
     return Chart(bars(rows, unit, COLOURS[5]), f"Bytes by role: {how}. In all {total_words(run)}.")
 
@@ -292,6 +294,7 @@ def measured_toggles(run: dict) -> dict[str, dict]:
     for name, row in (run.get("toggles") or {}).items():
         ends = row.get("effect_interval")
         known = isinstance(ends, list) and len(ends) == 2 and None not in (*ends, row["effect"])
+        known = known and row.get("verdict")
         if known and all(math.isfinite(end) for end in ends):
             found[name] = row
     return dict(list(found.items())[:MAX_ROWS])
@@ -341,31 +344,32 @@ def ledger(run: dict) -> Chart | None:
 
 
 # ── Tables ────────────────────────────────────────────────────────────────────────────────────────
-def log_table(title: str, rows: dict[str, dict]) -> Table:
-    """A table of the log, with its figures as they stand there."""
+def log_table(run: dict, title: str) -> Table | None:
+    """A table of the end of the log, with its figures as they stand there.
+
+    None where it has no row, and where a result of older code does not hold what it says.
+    """
+    rows_of = train_gpt.END_TABLES.get(title, train_gpt.file_rows)
+    try:
+        rows = rows_of(run)
+    except KeyError:
+        return None
+    if not rows:
+        return None
     header, *lines = train_gpt.titled(title, rows)
     columns = [train_gpt.column_cells([*cells])[0] for cells in zip(*lines, strict=True)]
     return [*header], [[*row] for row in zip(*columns, strict=True)]
 
 
-def tables(run: dict) -> dict[str, Table]:
-    """The tables of the end of the log, the files, the settings, the machine.
+def settings(run: dict) -> Table | None:
+    """Those that are not the defaults."""
+    rows = [[name, str(value)] for name, value in (run.get("non_default") or {}).items()]
+    return (["setting", "value"], rows) if rows else None
 
-    What a result of older code does not hold is left out.
-    """
-    made: dict[str, Table] = {}
-    for title, rows_of in {**train_gpt.END_TABLES, "where": train_gpt.file_rows}.items():
-        with contextlib.suppress(KeyError, TypeError):
-            rows = rows_of(run)
-            if rows:
-                made[CAPTIONS[title]] = log_table(title, rows)
-    settings = [[name, str(value)] for name, value in (run.get("non_default") or {}).items()]
-    if settings:
-        made["Settings other than the defaults"] = (["setting", "value"], settings)
-    machine = [[key, str(run[key])] for key in MACHINE if run.get(key) not in (None, {})]
-    if machine:
-        made["Machine"] = (["what", "value"], machine)
-    return made
+
+def machine(run: dict) -> Table | None:
+    rows = [[key, str(run[key])] for key in MACHINE if run.get(key) not in (None, {})]
+    return (["what", "value"], rows) if rows else None
 
 
 MACHINE = (
@@ -384,13 +388,41 @@ MACHINE = (
 
 
 # ── The page ──────────────────────────────────────────────────────────────────────────────────────
+class Parts:
+    """Makes the parts of a page, and notes those that a strange result keeps from being made."""
+
+    def __init__(self, run: dict):
+        self.run = run
+        self.notes: list[str] = []
+
+    def make(self, part: Callable, *more):
+        """part(run, ...); None where that fails."""
+        try:
+            return part(self.run, *more)
+        except Exception as error:  # whatever a stranger wrote into a result
+            name = " ".join([part.__name__.replace("_", " "), *more])
+            problem = f"{type(error).__name__}: {error}"
+            self.notes.append(f"Not shown: {name}. A figure is none that a run writes ({problem}).")
+            return None
+
+
 def page_of(run: dict) -> str:
     """The page as HTML."""
+    parts = Parts(run)
     with styled():
-        charts = [draw(run) for draw in (course, stages, effects, speed, parts, ledger)]
-    drawn = [chart for chart in charts if chart]
-    lead = Lead(what_ran(run), what_came(run), toggle_lines(run), remarks(run), drawn)
-    return html_page(f"Run {Path(run['name']).name}", [], tables(run), [], lead)
+        charts = [parts.make(draw) for draw in (course, stages, effects, speed, sizes, ledger)]
+    lead = Lead(
+        parts.make(what_ran) or "",
+        parts.make(what_came) or "",
+        parts.make(toggle_lines) or [],
+        parts.make(remarks) or [],
+        [chart for chart in charts if chart],
+    )
+    made = {caption: parts.make(log_table, title) for title, caption in CAPTIONS.items()}
+    made["Settings other than the defaults"] = parts.make(settings)
+    made["Machine"] = parts.make(machine)
+    tables = {caption: table for caption, table in made.items() if table}
+    return html_page(f"Run {Path(run['name']).name}", parts.notes, tables, [], lead)
 
 
 def write_run_page(folder: Path) -> Path:

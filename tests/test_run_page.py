@@ -24,7 +24,7 @@ from ablation.run_page import page_of, read_run, write_run_page
 from train_gpt import EXIT_CODES, Refusal
 
 RESULT = json.loads((DEMO / "result.json").read_text())
-CHARTS = ("course", "stages", "effects", "speed", "parts", "ledger")
+CHARTS = ("course", "stages", "effects", "speed", "sizes", "ledger")
 
 
 # A result that leaves next to nothing to draw
@@ -136,7 +136,7 @@ def test_the_speed_is_the_tokens_of_a_step_over_its_time(demo):
 
 def test_the_bars_are_the_bytes_and_the_seconds_of_the_result(demo):
     sizes = {name: group["bytes"] / 1e6 for name, group in RESULT["groups"].items()}
-    assert bars_of(figure_of(demo, "parts")) == sizes | {"code": RESULT["code_bytes"] / 1e6}
+    assert bars_of(figure_of(demo, "sizes")) == sizes | {"code": RESULT["code_bytes"] / 1e6}
     long = {name: spent for name, spent in RESULT["seconds"].items() if spent >= 0.05}
     assert bars_of(figure_of(demo, "ledger")) == long and len(long) > 5
 
@@ -236,9 +236,9 @@ def test_a_run_that_only_scores_says_so(tmp_path):
     scores = {name: RESULT["scores"][name] for name in ("quantised", "sliding")}
     folder = copied(tmp_path, **none, scores=scores, toggles={}, artifact_path="a/artifact.bin")
     run = read_run(folder)
-    assert drawn(run) == {"stages", "parts", "ledger"}
+    assert drawn(run) == {"stages", "sizes", "ledger"}
     parts = {"artifact": RESULT["artifact_bytes"] / 1e6, "code": RESULT["code_bytes"] / 1e6}
-    assert bars_of(figure_of(run, "parts")) == parts
+    assert bars_of(figure_of(run, "sizes")) == parts
     assert run_page.what_ran(run).startswith("Scored a/artifact.bin, trained nothing, on CPU")
     exported = run | dict(steps=707, checkpoint="b/checkpoint.bin")
     assert run_page.what_ran(exported).startswith("Exported and scored b/checkpoint.bin, the wei")
@@ -263,11 +263,32 @@ def test_a_result_of_older_code_has_a_page():
     toggle = {key: RESULT["toggles"]["QAT"][key] for key in RESULT_SHAPE["toggles"]["*"]}
     old = {key: RESULT[key] for key in RESULT_SHAPE} | {"toggles": {"QAT": toggle}}
     run = run_of(old, "old", "", [])
-    assert drawn(run) == {"parts", "ledger"}
+    assert drawn(run) == {"sizes", "ledger"}
     (line,) = run_page.toggle_lines(run)
     assert (line.look, line.before, line.verdict, line.after) == ("open", "QAT:", "acted", "")
     text = page_of(run)
     assert f"{old['val_bpb']:.6f} bits per byte" in text and "Settings other than" in text
+
+
+@pytest.mark.parametrize(
+    "change, lost",
+    [
+        (dict(limits=7), "log table time"),
+        (dict(warnings=7), "remarks"),
+        (dict(params="many"), "what ran"),
+        (
+            dict(toggles={"QAT": RESULT["toggles"]["QAT"] | {"effect_interval": [None, 1]}}),
+            "toggle",
+        ),
+        (dict(toggles={"QAT": RESULT["toggles"]["QAT"] | {"effect": -1e9}}), "effects"),
+        (dict(seconds={}, scores=[7]), "log table scores"),
+    ],
+)
+def test_a_figure_that_no_run_writes_costs_its_part_of_the_page_alone(change, lost, tmp_path):
+    text = page_of(read_run(copied(tmp_path, **BARE | change)))
+    (said, *others) = re.findall(r"<li>Not shown: ([\w ]+)", text)
+    assert said.startswith(lost) and len(others) <= 2
+    assert "Settings other than" in text and f"{RESULT['total_bytes']:,}</td>" in text
 
 
 def test_report_takes_the_folder_of_a_run_and_refuses_what_is_none(tmp_path, capsys):
