@@ -376,6 +376,16 @@ def latest_step(trial: Trial) -> tuple[dict, float]:
     return (steps[-1] if steps else {}), (events[-1].get("t", 0) if events else 0)
 
 
+def seconds_left(runner: Runner, trial: Trial, done: int, passed: float) -> float:
+    """Projected seconds of a trial: at the pace of its steps, where their number is the budget.
+
+    done: its steps until now, in the passed seconds.
+    """
+    if done and runner.matrix.equal == "steps":
+        return passed / done * max(runner.matrix.size.steps - done, 0)
+    return max(runner.seconds(trial) - passed, 0)
+
+
 def watch(runner: Runner, states: dict[str, str]) -> rich.table.Table:
     """What is running: trial, state, step, loss, seconds left. states: trial -> what it does."""
     title = (
@@ -388,7 +398,7 @@ def watch(runner: Runner, states: dict[str, str]) -> rich.table.Table:
             continue
         state = states[trial.id]
         step, passed = latest_step(trial) if state.endswith(RUNNING) else ({}, 0)
-        left = max(runner.seconds(trial) - passed, 0)
+        left = seconds_left(runner, trial, step.get("step", 0), passed)
         loss = str(step.get("loss", "-"))[:6]
         table.add_row(trial.id, state, str(step.get("step", "-")), loss, f"{left:.0f} s")
     return table

@@ -150,6 +150,7 @@ LONGEST = [
     "faults",
     "readme",
     "ablate",
+    "slurm",
     "pins",
     "resume",
     "export",
