@@ -512,6 +512,7 @@ def how_made(found: Finished) -> list[str]:
             "with their training; intervals are 95 % t-intervals, not corrected for their number. "
             f"Holm's p is corrected, for all rows of a table of more than {FAMILY}."
         )
+        lines += holm_lines(found)
 
     budget = f"{matrix.size.seconds:g} s of training"
     if matrix.equal == "steps":
@@ -521,13 +522,13 @@ def how_made(found: Finished) -> list[str]:
 
 
 def remarks(found: Finished) -> list[str]:
-    """What to know beside the answers: what differs or is missing, and what bears them out."""
+    """What to know beside the answers: what differs or is missing, and the record rule."""
     lines = warnings(found)
     if not found.all():
         return lines
     if not quantised(found.all()):
         lines.append("Nothing is quantised: all tensors ship as floats.")
-    return lines + record_lines(found) + holm_lines(found)
+    return lines + record_lines(found)
 
 
 def notes(found: Finished) -> list[str]:
