@@ -177,6 +177,9 @@ def check_strangers(folder: Path, files: list[Path], path: str) -> list[Finding]
 
     where, submission = read_submission(files, found)
     scripts = {path.name: path.stat().st_size for path in files if is_training(path)}
+    for name, size in scripts.items():
+        if not size:
+            found.append(Finding(ERROR, name, "empty", "ship the script that ran"))
     if not scripts:
         found.append(Finding(ERROR, "train_gpt.py", "missing", "ship the script that ran"))
     elif "train_gpt.py" not in scripts:

@@ -285,6 +285,10 @@ SAID = {  # what is done to a good folder -> weight, words of one line
     ),
     "no README": (without("README.md"), (ERROR, "README.md: missing")),
     "no submission.json": (without("submission.json"), (ERROR, "submission.json: missing")),
+    "an empty script": (
+        lambda f: (f / "train_gpt.py").write_text(""),
+        (ERROR, "train_gpt.py: empty; ship the script that ran"),
+    ),
     "no script": (without("train_gpt.py"), (ERROR, "train_gpt.py: missing")),
     "other names": (
         both(
