@@ -4,6 +4,7 @@ The other side of a difference or a test is another folder's: it is taken from t
 README.md and submission.json state. Where none of them fits, the claim is not checked.
 """
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from ablation.prose import ANY, BPB, NATS, Stated, half_a_digit, numbers_of
 from ablation.statistics import RECORD_NATS, one_sample, welch
 
 MAX_CLAIMS = 20  # of one README
-MAX_SIDES = 400  # numbers that may be the other side of one test
+MAX_SIDES = 400  # numbers that may be the other side of one claim
 SLACK = 0.005  # of a t whose standard deviation was rounded before
 NEAR = 12  # lines between a test and what it compares
 
@@ -130,6 +131,7 @@ def sides(f: Folder) -> list[Stated]:
 
 def wrong_differences(f: Folder) -> Iterator[Finding]:
     """Differences of submission.json from another folder's score, which it or README.md states."""
+    stated_ones = sides(f)[:MAX_SIDES]
     for key, stated in f.submission.items():
         if "delta" not in key or type(stated) not in (int, float):
             continue
@@ -138,7 +140,7 @@ def wrong_differences(f: Folder) -> Iterator[Finding]:
         where = f"{f.where}.{key}"
         other = type(ours) in (int, float) and ours - stated
         if not other or not any(
-            abs(n.value - other) <= n.half + 2 * half_a_digit(repr(stated)) for n in sides(f)
+            abs(n.value - other) <= n.half + 2 * half_a_digit(repr(stated)) for n in stated_ones
         ):
             problem = f"{stated}: no number here is the other side of it"
             yield Finding(UNCHECKED, where, problem, "state both sides")
@@ -212,9 +214,9 @@ def spelled(p) -> str:
     return p if isinstance(p, str) else f"={p}"
 
 
-def tests_of(f: Folder, line: int | None) -> Iterator[Made]:
+def tests_of(f: Folder, known: list[Stated], line: int | None) -> Iterator[Made]:
     """Every t test of the seeds against what is stated near a line, or anywhere."""
-    near = [n for n in sides(f) if line is None or not n.line or abs(n.line - line) <= NEAR]
+    near = [n for n in known if line is None or not n.line or abs(n.line - line) <= NEAR]
     for figure, unit in (("val_bpb", "BPB"), ("val_loss", "nats")):
         seeds = per_seed(f, figure)
         if not seeds or len(set(seeds.values)) < 2:
@@ -236,7 +238,7 @@ def tests_of(f: Folder, line: int | None) -> Iterator[Made]:
 
 def listed_scores(text: str) -> Iterator[list[float]]:
     """Scores that stand together in brackets."""
-    for match in list(SCORES_IN_BRACKETS.finditer(text))[:MAX_CLAIMS]:
+    for match in itertools.islice(SCORES_IN_BRACKETS.finditer(text), MAX_CLAIMS):
         found = [float(score) for score in SCORE.findall(match[1])]
         if len(set(found)) > 1:
             yield found
@@ -244,8 +246,9 @@ def listed_scores(text: str) -> Iterator[list[float]]:
 
 def wrong_tests(f: Folder) -> Iterator[Finding]:
     """t and p that the two sides do not give."""
-    for claim in list(test_claims(f))[:MAX_CLAIMS]:
-        fitting = fitting_test(claim, tests_of(f, claim.line))
+    known = sides(f)
+    for claim in itertools.islice(test_claims(f), MAX_CLAIMS):
+        fitting = fitting_test(claim, tests_of(f, known, claim.line))
         if fitting:
             said = f"t {claim.t:g}; {fitting.words} gives {fitting.t:.5g}"
             yield Finding(FINE, claim.where, said)
