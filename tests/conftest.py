@@ -1,5 +1,6 @@
 """Shared ground of the tests: a tiny configuration, small real-text data, several ranks."""
 
+import gc
 import math
 import os
 import sys
@@ -23,6 +24,10 @@ import train_gpt
 
 THREADS = int(os.environ["OMP_NUM_THREADS"])
 torch.set_num_threads(THREADS)
+
+# Nine pairs of repeats for the cost of each toggle would be a fifth of a tiny run
+PAIRS_OF_A_RUN = train_gpt.COST_PAIRS
+train_gpt.COST_PAIRS = 1
 
 # Which kernels compute: the same in every process of a test. (Another choice is another rounding.)
 KERNELS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -146,18 +151,20 @@ def data(tmp_path_factory, worker_id) -> Path:
 
 LONGEST = [
     "hosts",
-    "pipeline",
-    "faults",
-    "readme",
     "ablate",
+    "faults",
+    "pipeline",
     "slurm",
-    "pins",
-    "resume",
     "export",
+    "readme",
+    "resume",
+    "pins",
     "submission",
     "hostile",
+    "strangers",
     "golden",
-    "gpu",
+    "run_page",
+    "page",
     "pack",
     "report",
     "prepare_data",
@@ -165,8 +172,16 @@ LONGEST = [
     "bench",
     "average",
     "peers",
+    "config",
+    "data",
+    "needs",
+    "launch",
     "views",
+    "gpu",
     "dependencies",
+    "progress",
+    "figures",
+    "ledger",
 ]
 
 
@@ -174,6 +189,11 @@ def pytest_collection_modifyitems(items: list) -> None:
     """Files that take long begin first, so that no worker is left alone with one at the end."""
     rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: no search for garbage looks at it again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import PAIRS_OF_A_RUN, TINY
 from test_pipeline import SMALL, folder
 
 import train_gpt
@@ -567,6 +567,7 @@ def made(data, tmp_path_factory) -> SimpleNamespace:
             clock.lasts(owner, name, lambda *_, seconds=seconds: seconds)
         patch.setattr(GPT, "forward", forward)
         patch.setattr(train_gpt, "collect_averages", collect)
+        patch.setattr(train_gpt, "COST_PAIRS", PAIRS_OF_A_RUN)
         patch.setattr(train_gpt, "COST_SECONDS", math.inf)
         report = main(cfg)
     return SimpleNamespace(cfg=cfg, report=report, trained=kept[0], averages=averages)

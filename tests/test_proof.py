@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import TINY
+from conftest import PAIRS_OF_A_RUN, TINY
 from test_optimiser import make_trainer, on_ranks
 from test_pipeline import folder
 
@@ -26,6 +26,12 @@ from train_gpt import Activity, Probe, Run, Trained, in_words, main, measure_cos
 
 # With these the probe is all of the validation text, in the fixed windows of the scores
 WHOLE = dict(val_max_tokens=1472, eval_stride=0)
+
+
+@pytest.fixture(autouse=True)
+def pairs_of_a_run(monkeypatch) -> None:
+    """Costs are measured as often as in a run that is no test."""
+    monkeypatch.setattr(train_gpt, "COST_PAIRS", PAIRS_OF_A_RUN)
 
 
 # ── In words ──────────────────────────────────────────────────────────────────────────────────────
@@ -610,6 +616,7 @@ def test_two_ranks_share_the_probe_and_find_the_same(data, tmp_path):
 
 def cost_on_a_rank(rank: int, world: int, cfg) -> tuple:
     """The last rank alone runs out of memory in the fourth call; then a toggle that all measure."""
+    train_gpt.COST_PAIRS = PAIRS_OF_A_RUN
     run = Run(cfg)
     run.activity = {"A": Activity(), "B": Activity()}
     calls = []

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pages
 import pytest
 import torch
-from conftest import make_data
+from conftest import PAIRS_OF_A_RUN, make_data
 from demo_picture import demo_picture
 from fault_table import fault_tests
 from launch import Forked, script
@@ -246,7 +246,7 @@ def test_the_columns_of_the_toggles_stand_on_their_page():
         f"taken {train_gpt.COMPILE_SECONDS:g} s",
     ):
         assert figure in page
-    assert (train_gpt.PROBE_STEPS, train_gpt.COST_PAIRS) == (8, 9)  # eight batches, nine pairs
+    assert (train_gpt.PROBE_STEPS, PAIRS_OF_A_RUN) == (8, 9)  # eight batches, nine pairs
 
 
 def test_the_printed_figures_of_ans_can_be_made(capsys):
