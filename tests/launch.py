@@ -178,6 +178,9 @@ def script_child(argv: list[str], env: dict, cwd: Path, output: int, kept: list[
         exec(argv[1], {"__name__": "__main__"})
     else:
         sys.argv = argv
+        if Path(argv[0]).read_bytes() == train_gpt.SOURCE:
+            # imported already
+            sys.exit(train_gpt.command_line(argv[1:]))
         runpy.run_path(argv[0], run_name="__main__")
 
 
@@ -205,9 +208,9 @@ class Forked:
         return self.process.exitcode
 
 
-def script(*argv) -> tuple[int, str]:
+def script(*argv, **variables: str) -> tuple[int, str]:
     """(exit code, what it printed) of a script of this repository."""
-    env = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    env = {name: os.environ[name] for name in INHERITED if name in os.environ} | variables
     with tempfile.TemporaryFile("w+") as output:
         code = Forked([sys.executable, *argv], env, output).wait()
         output.seek(0)

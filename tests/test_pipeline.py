@@ -12,15 +12,14 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANG, INHERITED, ROOT, TIMED, TINY, environment
-from launch import launch
+from conftest import ROOT, TIMED, TINY, environment
+from launch import launch, script
 from test_score import short_documents, two_ranks
 
 import train_gpt
@@ -90,11 +89,30 @@ TOGGLES = {
     "TTT_MODE": dict(ttt_mode="sgd", ttt_chunk_tokens=128, ttt_epochs=1, ttt_freeze_blocks=1),
 }
 REFUSED = [("SWA", "EMA"), ("SWA", "SQWA")]
-COMBINATIONS = [
-    names
-    for names in [(), *itertools.combinations(TOGGLES, 1), *itertools.combinations(TOGGLES, 2)]
-    if names not in REFUSED
-]
+PAIRS = [names for names in itertools.combinations(TOGGLES, 2) if names not in REFUSED]
+ALONE = [(), *itertools.combinations(TOGGLES, 1)]
+
+
+def pairs_in(names: tuple) -> set[tuple]:
+    return {*itertools.combinations([name for name in TOGGLES if name in names], 2)}
+
+
+def fours() -> list[tuple]:
+    """Runs of four toggles each, in which every pair that is not refused meets."""
+    left = PAIRS
+    found = []
+    while left:
+        names = left[0]
+        while len(names) < 4:
+            more = [(*names, name) for name in TOGGLES if name not in names]
+            allowed = [each for each in more if not pairs_in(each) & {*REFUSED}]
+            names = max(allowed, key=lambda each: len(pairs_in(each) & {*left}))
+        found.append(names)
+        left = [pair for pair in left if pair not in pairs_in(names)]
+    return found
+
+
+FOURS = fours()
 
 
 def combination(names: tuple, data: Path, logs: Path) -> Config:
@@ -106,11 +124,6 @@ def combination(names: tuple, data: Path, logs: Path) -> Config:
     return Config(**TINY | SMALL | settings | paths, run_id="-".join(names) or "none")
 
 
-def time_once(patch: pytest.MonkeyPatch) -> None:
-    """One pair of repeats: nine of each toggle are most of these small runs."""
-    patch.setattr(train_gpt, "COST_PAIRS", 1)
-
-
 def assert_all_acted(report: dict, names: tuple) -> None:
     assert (
         report["exit_code"] == 0 and report["inactive"] == [] and math.isfinite(report["val_bpb"])
@@ -120,13 +133,22 @@ def assert_all_acted(report: dict, names: tuple) -> None:
     }
 
 
-@pytest.mark.parametrize("names", [names for names in COMBINATIONS if len(names) < 2], ids="-".join)
-def test_each_toggle_trains_exports_reloads_scores_and_acts(
-    documents, tmp_path, monkeypatch, names
-):
-    time_once(monkeypatch)
-    cfg = combination(names, documents, tmp_path)
-    report = main(cfg)
+@pytest.fixture(scope="module")
+def alone(documents, tmp_path_factory):
+    """alone(names) -> (cfg, report) of these toggles on one rank, trained once."""
+    logs = tmp_path_factory.mktemp("alone")
+
+    @functools.cache
+    def train(names: tuple) -> tuple[Config, dict]:
+        cfg = combination(names, documents, logs)
+        return cfg, main(cfg)
+
+    return train
+
+
+@pytest.mark.parametrize("names", ALONE, ids="-".join)
+def test_each_toggle_trains_exports_reloads_scores_and_acts(alone, names):
+    cfg, report = alone(names)
     assert_all_acted(report, names)
     assert read_artifact(folder(cfg) / "artifact.bin")[0] == cfg.knobs("model", "eval")
 
@@ -139,27 +161,29 @@ def test_an_ambiguous_pair_is_refused(documents, tmp_path, names):
 
 def run_combinations(data: Path, logs: Path) -> dict:
     """names -> report, of every combination, in the one process group of this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        time_once(patch)
-        return {names: main(combination(names, data, logs)) for names in COMBINATIONS}
+    return {names: main(combination(names, data, logs)) for names in (*ALONE, *FOURS)}
+
+
+def test_every_pair_of_toggles_meets_in_a_run_of_four():
+    assert set().union(*map(pairs_in, FOURS)) == {*PAIRS}
+    assert {len(names) for names in FOURS} == {4} and len(PAIRS) == 76
 
 
 def test_each_toggle_and_each_pair_trains_exports_scores_and_acts_on_two_ranks(
-    documents, tmp_path, monkeypatch
+    documents, tmp_path, alone
 ):
     """Pairs run here alone: one rank does what two do, and nothing else."""
     first, second = two_ranks(run_combinations, documents, tmp_path / "two", folder=tmp_path)
-    time_once(monkeypatch)
-    for names in COMBINATIONS:
+    for names in (*ALONE, *FOURS):
         assert_all_acted(first[names], names)
         assert (
             first[names]["world_size"] == 2
             and first[names]["scores"].keys() == second[names]["scores"].keys()
         )
         assert first[names]["val_bpb"] == second[names]["val_bpb"]
-        if len(names) < 2:
-            alone = main(combination(names, documents, tmp_path / "one"))
-            assert first[names]["val_bpb"] == pytest.approx(alone["val_bpb"], rel=1e-3), names
+        if names in ALONE:
+            _, one = alone(names)
+            assert first[names]["val_bpb"] == pytest.approx(one["val_bpb"], rel=1e-3), names
 
 
 @pytest.mark.parametrize("names", [("SWA",), ("EMA",), ("SQWA",), ("EMA", "SQWA")], ids="-".join)
@@ -197,11 +221,16 @@ NEVER = [
 
 @pytest.mark.parametrize("name, knobs", NEVER, ids=str)
 def test_a_toggle_that_never_acts_is_named_and_exits_4(tiny, name, knobs):
-    strict, lenient = tiny(**knobs), tiny(**knobs, strict=False)
-    for cfg, code in ((strict, 4), (lenient, 0)):
-        report = main(cfg)
-        assert (report["exit_code"], report["inactive"]) == (code, [name])
-        assert f"INACTIVE: {name}" in (folder(cfg) / "train.log").read_text()
+    cfg = tiny(smear_gate=False, **knobs)
+    report = main(cfg)
+    assert (report["exit_code"], report["inactive"]) == (4, [name])
+    assert f"INACTIVE: {name}" in (folder(cfg) / "train.log").read_text()
+
+
+def test_a_run_that_is_not_strict_names_it_too_and_exits_0(tiny):
+    name, knobs = NEVER[0]
+    report = main(tiny(**knobs, strict=False))
+    assert (report["exit_code"], report["inactive"]) == (0, [name])
 
 
 @pytest.mark.parametrize("toggle", ["qat_enabled", "qna_enabled"])
@@ -301,9 +330,6 @@ def test_a_good_run_exits_0_with_nothing_on_stderr(tiny, command):
     assert command(tiny()) == (0, [])
 
 
-SCRIPT = [sys.executable, str(ROOT / "train_gpt.py")]
-
-
 def as_on_a_terminal() -> None:
     """In a child: Control-C is what it is for a program in the foreground."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -358,18 +384,15 @@ def test_eval_only_in_a_fresh_process_scores_identically_from_validation_tokens_
     trained, shards = main(cfg), tmp_path / "validation alone"
     shards.mkdir()
     (shards / "fineweb_val_000000.bin").symlink_to(documents / "fineweb_val_000000.bin")
-    env = {name: os.environ[name] for name in INHERITED if name in os.environ} | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "EVAL_ONLY": str(folder(cfg) / "artifact.bin"),
-        "DATA_PATH": str(shards),
-        "TOKENIZER_PATH": cfg.tokenizer_path,
-        "LOGS_DIR": str(tmp_path / "fresh"),
-        "RUN_ID": "a",
-    }
-    done = subprocess.run(
-        SCRIPT, env=env, text=True, capture_output=True, timeout=HANG, check=False
+    code, printed = script(
+        str(ROOT / "train_gpt.py"),
+        EVAL_ONLY=str(folder(cfg) / "artifact.bin"),
+        DATA_PATH=str(shards),
+        TOKENIZER_PATH=cfg.tokenizer_path,
+        LOGS_DIR=str(tmp_path / "fresh"),
+        RUN_ID="a",
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert code == 0 and printed.splitlines()[-1].startswith("RESULT val_bpb"), printed
     scored = json.loads((tmp_path / "fresh/a/result.json").read_text())
     assert scored["val_bpb"] == trained["val_bpb"]
     assert list(scored["scores"]) == ["quantised", "sliding", "documents", "ttt"]
@@ -516,12 +539,10 @@ def keep_and_export_again(names: list[str], data: Path, logs: Path) -> dict:
     the two artifacts) on this process's ranks.
     """
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        time_once(patch)
-        for name in names:
-            cfg = kept(name, data, logs)
-            reports = main(cfg), main(again(cfg))
-            found[name] = (*reports, *map(artifact, reports))
+    for name in names:
+        cfg = kept(name, data, logs)
+        reports = main(cfg), main(again(cfg))
+        found[name] = (*reports, *map(artifact, reports))
     return found
 
 
@@ -694,13 +715,23 @@ DAMAGE = {
 } | {"with a tail": lambda data: data + b"!"}
 
 
-@pytest.fixture
-def checkpoint(tiny) -> tuple[dict, Path]:
-    """(the settings of a training, the file that it left)."""
-    settings = TOGGLES["SWA"] | TOGGLES["EMA"] | dict(average="ema", strict=False)
-    cfg = tiny(**settings)
+AVERAGED = TOGGLES["SWA"] | TOGGLES["EMA"] | dict(average="ema", strict=False)
+
+
+@pytest.fixture(scope="module")
+def averaged(data, tmp_path_factory) -> Path:
+    """The folder of a training with the settings AVERAGED."""
+    paths = dict(data_path=str(data), tokenizer_path=str(data / "tokenizer.model"))
+    logs = tmp_path_factory.mktemp("averaged")
+    cfg = Config(**TINY | AVERAGED | paths, logs_dir=str(logs), run_id="averaged")
     main(cfg)
-    return settings, folder(cfg) / "checkpoint.bin"
+    return folder(cfg)
+
+
+@pytest.fixture
+def checkpoint(averaged, tmp_path) -> tuple[dict, Path]:
+    """(the settings of a training, a copy of the file that it left beside the others)."""
+    return AVERAGED, Path(shutil.copytree(averaged, tmp_path / "averaged")) / "checkpoint.bin"
 
 
 def refusal(found: tuple[int, list[str]]) -> str:
