@@ -1,7 +1,7 @@
 """The script of a leaderboard folder: what it imports, and what it makes of its own results.
 
-Its imports are read as lines of text. It is run only by ask_script, in a process of its own with
-next to nothing of our environment: that is no sandbox.
+Its imports are read as lines of text. It is run only by ask_script and import_script, in a process
+of its own with next to nothing of our environment: that is no sandbox.
 """
 
 import contextlib
@@ -278,13 +278,12 @@ def import_script(folder: Path, name: str, requirements: str) -> Finding:
 
     requirements: the text of requirements.txt.
     """
-    home = folder.parent / f"home of {name}"
-    home.mkdir()
     remedy = "let it be imported without a GPU, or say what it needs"
+    command = [sys.executable, "-c", IMPORT_SCRIPT, name]
     try:
-        code, printed, complaint = run_bare(
-            [sys.executable, "-c", IMPORT_SCRIPT, name], folder, home
-        )
+        # a home beside the copy: whatever lies in that, it does not clash
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+            code, printed, complaint = run_bare(command, folder, Path(home))
     except Answer as problem:
         return Finding(WARNING, name, f"{problem} on a bare CPU", remedy)
     if not code and printed.endswith("\0\n"):

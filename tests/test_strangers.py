@@ -166,6 +166,17 @@ def test_a_script_of_somebody_else_is_imported_only_when_that_is_asked_for(
     assert said.weight == weight and run in str(said)
 
 
+def test_a_script_is_imported_whatever_lies_beside_it(folder):
+    for name in ("sub", "home of train_gpt.py"):
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").touch()
+    (folder / "train_gpt.py").unlink()
+    script = "import os\n\nassert os.listdir(os.environ['HOME']) == []\n"
+    (folder / "sub" / "train_gpt.py").write_text(script)
+    found = check_submission(folder, run_script=True)
+    assert (FINE, "imports on a bare CPU") in [(one.weight, one.value) for one in found]
+
+
 # ── Exit codes ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -262,6 +273,7 @@ def grown(f: Path) -> None:
 
 
 WELCH = "Welch's test of (`1.0801`, `1.0809`, `1.0795`) and ours"
+ALIKE = ("val_bpb_max", "bpb_max", "val_loss_mean", "loss_mean")
 SHA = hashlib.sha256(SCRIPT.encode()).hexdigest()
 SHA1 = hashlib.sha1(SCRIPT.encode()).hexdigest()
 HASHES = f"""sha256 of the script: `{SHA}`
@@ -456,6 +468,37 @@ SAID = {  # what is done to a good folder -> weight, words of one line
         (WARNING, "submission.json.val_loss_std", "it is divided by n"),
         (WARNING, "submission.json.train_steps_mean: 4870, but the 3 seeds that the logs", "4867"),
         (UNCHECKED, "submission.json.loops_mean: 3: no such figure of two seeds"),
+    ),
+    "seeds with two names like that of a figure": (  # the very name counts
+        both(
+            *[put(f"seed_results.{seed}.bpb", BPB[seed] + 0.01) for seed in BPB],
+            *[put(f"seed_results.{seed}.loss", LOSS[seed] + 1) for seed in BPB],
+            put("val_bpb_max", BPB[7]),
+            put("bpb_max", BPB[7] + 0.01),
+            put("val_loss_mean", round(statistics.fmean(LOSS.values()), 8)),
+            put("loss_mean", round(statistics.fmean(LOSS.values()) + 1, 8)),
+        ),
+        *[(FINE, f"submission.json.{key}: ", "of 3 seeds") for key in ALIKE],
+    ),
+    "seeds with an artifact alone and with the code": (
+        both(
+            *[put(f"seed_results.{seed}.artifact_bytes", MODEL[seed]) for seed in BPB],
+            put("bytes_total_max", MODEL[1337] + CODE),  # of the logs
+            put("artifact_bytes_max", MODEL[1337]),
+        ),
+        (FINE, "submission.json.bytes_total_max: ", "of 3 seeds"),
+        (FINE, "submission.json.artifact_bytes_max: ", "of 3 seeds"),
+    ),
+    "seeds with a total, and an artifact of the logs": (
+        both(
+            *[put(f"seed_results.{seed}", {"bytes_total": MODEL[seed] + CODE}) for seed in BPB],
+            put("artifact_bytes_min", MODEL[7]),
+            put("artifact_bytes_max", MODEL[1337] + CODE),
+            put("artifact_bytes_mean", 1),
+        ),
+        (FINE, "submission.json.artifact_bytes_min: ", "of 3 seeds"),
+        (FINE, "submission.json.artifact_bytes_max: ", "of 3 seeds"),
+        (WARNING, "submission.json.artifact_bytes_mean: 1, but the 3 seeds that the logs have"),
     ),
     "differences": (
         both(
