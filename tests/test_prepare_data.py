@@ -4,6 +4,7 @@ No network: the hub is a server on this machine. Real data comes from $GOLF_DATA
 """
 
 import bz2
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -18,11 +19,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.progress
 import sentencepiece as spm
 import zstandard
 from filelock import FileLock
@@ -625,14 +626,32 @@ def test_a_document_that_the_probes_did_not_foresee_is_refused_with_its_number(
 # ---- Progress
 
 
-def lines_of(capsys, what: str, enough: int) -> list[str]:
-    """So many lines that were printed beside us, however slow this machine is."""
-    out = ""
-    ends = time.monotonic() + 60
-    while out.count(what) < enough:
-        assert time.monotonic() < ends, out
-        out += capsys.readouterr().out
-    return out.splitlines()
+class Clock:
+    """A clock that goes on when it is told to, in place of the module `time`."""
+
+    seconds = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    monkeypatch.setattr(prepare_data, "time", Clock())
+    return prepare_data.time
+
+
+@pytest.fixture
+def repetitions(monkeypatch) -> list:
+    """What progress asks to be repeated, as (function, seconds), to be called by the test."""
+    asked = []
+
+    def repeated(show, seconds):
+        asked.append((show, seconds))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(prepare_data, "repeated", repeated)
+    return asked
 
 
 def test_no_silence_of_ten_seconds_without_a_terminal():
@@ -640,44 +659,81 @@ def test_no_silence_of_ten_seconds_without_a_terminal():
 
 
 def test_progress_without_a_terminal_is_a_line_from_time_to_time_even_when_nothing_is_done(
-    monkeypatch, capsys
+    clock, repetitions, capsys
 ):
-    monkeypatch.setattr(prepare_data, "PROGRESS_SECONDS", 0.01)
     with prepare_data.progress("encoding", "documents", 3_000) as state:
-        state.began -= 20
+        ((show, seconds),) = repetitions
+        assert seconds == prepare_data.PROGRESS_SECONDS
+        clock.seconds += 20
         state.done = 2_000
-        first, second = lines_of(capsys, "encoding", 2)[:2]
-    assert first == second
-    assert first == "encoding: 2,000 of 3,000 documents, 20 s so far, about 10 s left"
-    *_, last = capsys.readouterr().out.splitlines()
-    assert last == "encoding: 2,000 of 3,000 documents in 20 s"
+        show()
+        show()
+        line = "encoding: 2,000 of 3,000 documents, 20 s so far, about 10 s left\n"
+        assert capsys.readouterr().out == 2 * line
+    assert capsys.readouterr().out == "encoding: 2,000 of 3,000 documents in 20 s\n"
 
 
-def test_progress_of_one_piece_of_work_counts_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data, "PROGRESS_SECONDS", 0.01)
-    with prepare_data.progress("training a tokenizer") as state:
-        state.began -= 30 * 60
-        assert lines_of(capsys, "tokenizer", 1)[0] == "training a tokenizer: 30 min so far"
-    assert capsys.readouterr().out.endswith("training a tokenizer: done in 30 min\n")
+def test_progress_of_one_piece_of_work_counts_nothing(clock, repetitions, capsys):
+    with prepare_data.progress("training a tokenizer"):
+        clock.seconds += 30 * 60
+        repetitions[0][0]()
+    assert capsys.readouterr().out.splitlines() == [
+        "training a tokenizer: 30 min so far",
+        "training a tokenizer: done in 30 min",
+    ]
 
 
-def test_progress_on_a_terminal_is_a_live_line_below_what_is_printed(monkeypatch, capsys):
+def test_progress_on_a_terminal_is_a_live_line_below_what_is_printed(
+    clock, repetitions, monkeypatch, capsys
+):
+    bars = []
+    bar = rich.progress.Progress
+
+    def drawn_by_the_test(*columns, console):
+        bars.append(bar(*columns, console=console, auto_refresh=False))
+        return bars[0]
+
+    monkeypatch.setattr(rich.progress, "Progress", drawn_by_the_test)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(prepare_data, "REFRESH_SECONDS", 0.01)
     with prepare_data.progress("encoding", "documents", 3) as state:
-        state.began -= 20
+        ((show, seconds),) = repetitions
+        assert seconds == prepare_data.REFRESH_SECONDS
+        clock.seconds += 20
         state.advance()
         state.advance()
-        shown = lines_of(capsys, "about 10 s left", 1)
-        print("wrote a shard")
-    shown += capsys.readouterr().out.splitlines()
-    text = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in shown]
-    assert any("━ encoding: 2 of 3 documents, 20 s so far, about 10 s left" in one for one in text)
-    assert "wrote a shard" in text
-    last = [line for line in text if line.strip()][-1]
-    assert last.rstrip().endswith("━ encoding: 2 of 3 documents in 20 s")
+        show()
+        bars[0].refresh()
+        print("wrote a shard")  # the live line is drawn anew below it
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).splitlines()
+    shown = [line.strip() for line in text if line.strip()]
+    below = shown[shown.index("wrote a shard") + 1]
+    assert below.endswith("━ encoding: 2 of 3 documents, 20 s so far, about 10 s left")
+    assert shown[-1].endswith("━ encoding: 2 of 3 documents in 20 s")
+
+
+def test_a_repeated_call_goes_on_beside_a_block_until_that_ends_however_it_does():
+    called = threading.Semaphore(0)
+    callers = set()
+
+    def show():
+        callers.add(threading.current_thread())
+        called.release()
+
+    with pytest.raises(KeyError), prepare_data.repeated(show, 1e-3):
+        for _ in range(3):
+            assert called.acquire(timeout=60)
+        raise KeyError
+    (caller,) = callers
+    assert caller is not threading.current_thread() and not caller.is_alive()
+
+
+def test_a_block_does_not_wait_for_the_next_call():
+    before = set(threading.enumerate())
+    with prepare_data.repeated(print, 3_600):
+        (thread,) = set(threading.enumerate()) - before
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
@@ -705,6 +761,23 @@ def test_the_share_that_is_encoded_goes_by_the_limit_that_comes_first(tmp_path):
         writers = {"train": writer}
         state.share = functools.partial(prepare_data.share_encoded, state, recipe, writers, source)
         assert state.fraction() == share
+
+
+def test_writing_the_splits_shows_which_share_of_the_documents_is_encoded(monkeypatch):
+    state = prepare_data.Progress("encoding", "documents", None)
+    monkeypatch.setattr(prepare_data, "progress", lambda *what: contextlib.nullcontext(state))
+    source = prepare_data.DemoDocuments(["one"] * 4)
+    splitter = prepare_data.Splitter(prepare_data.Recipe())
+    splitter.keys["train"].add(b"key")  # each is a repetition, so that nothing is written
+    shares = []
+
+    def encoded():
+        for _ in source():
+            shares.append(state.fraction())
+            yield prepare_data.Encoded(b"key", np.zeros(1, np.uint16), 3, 3, False)
+
+    prepare_data.write_splits(encoded(), splitter, {}, None, source)
+    assert [*shares, state.fraction()] == [0, 1 / 4, 1 / 2, 3 / 4, 1]
 
 
 def test_a_long_step_of_each_command_says_that_it_goes_on(tmp_path, capsys, monkeypatch):
