@@ -48,6 +48,8 @@ MACHINE = (
 # Ends of a process that was told to stop
 INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 GO_ON = "interrupted; the same command goes on where this one stopped"
+# In a job: what is beyond its memory ends so, and more memory is asked for from outside
+KILLED = "killed from outside; if for its memory, give more with --slurm memory=..."
 
 # Seconds that a run takes besides its phases, and that one takes of which nothing is known
 START_SECONDS = 5
@@ -99,6 +101,16 @@ def told_reason(lines: list[str], code: int) -> tuple[int, str]:
     return code or 1, told[-1]
 
 
+def killed(lines: list[str], code: int) -> bool:
+    """Whether a run, or of several ranks one, ended by SIGKILL: from outside, as for its memory.
+
+    lines: the last that it printed; torchrun names there the end of each rank that failed first.
+    """
+    ranks = any(re.search(rf"^ *exitcode +: -{signal.SIGKILL:d} ", line) for line in lines)
+    own = any(line.startswith("error: ") for line in lines)
+    return code == -signal.SIGKILL or (ranks and not own)
+
+
 # ── The ledger ────────────────────────────────────────────────────────────────────────────────────
 class Ledger:
     """ledger.jsonl of a matrix: one line when a trial starts and one when it ends, however.
@@ -126,19 +138,27 @@ class Ledger:
                 file.write("\n")
             file.write(line)
 
+    def last(self, trials: list[Trial], *events: str) -> dict[str, dict]:
+        """Trial -> its last line with these settings, of those of these events (none: of any)."""
+        lines = {}
+        for line in read_lines(self.path):
+            if not events or line.get("event") in events:
+                lines[str(line.get("trial")), str(line.get("config_sha256"))] = line
+        return {trial.id: lines.get((trial.id, trial.cfg.digest()), {}) for trial in trials}
+
     def failures(self, trials: list[Trial]) -> dict[str, str]:
         """Trial -> reason, where the last attempt with these settings ended badly."""
-        last = {}
-        for line in read_lines(self.path):
-            last[str(line.get("trial")), str(line.get("config_sha256"))] = line
-
         found = {}
-        for trial in trials:
-            line = last.get((trial.id, trial.cfg.digest()), {})
+        for name, line in self.last(trials).items():
             code = line.get("exit_code")
             if line.get("event") == "end" and code != 0:
-                found[trial.id] = f"FAILED (exit {code}): {line.get('reason')}"
+                found[name] = f"FAILED (exit {code}): {line.get('reason')}"
         return found
+
+    def jobs(self, trials: list[Trial]) -> dict[str, int]:
+        """Trial -> number of the job that was submitted last to run it with these settings."""
+        found = {name: line.get("job") for name, line in self.last(trials, "queue").items()}
+        return {name: job for name, job in found.items() if isinstance(job, int)}
 
 
 # ── The runner ────────────────────────────────────────────────────────────────────────────────────
@@ -307,6 +327,8 @@ class Runner:
         lock_path.unlink(missing_ok=True)
         if self.stopping or code in INTERRUPTED:
             raise Refusal(f"{trial.id}: {GO_ON}", 130)
+        if "SLURM_JOB_ID" in os.environ and killed(lines, code):
+            raise Refusal(f"{trial.id}: {KILLED}", 137)
 
         try:
             code, reason = self.outcome(trial, code, lines)

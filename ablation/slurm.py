@@ -4,11 +4,12 @@ In: a Runner and options for sbatch. Out: what the jobs leave, as if they had ru
 folder per trial and lines of ledger.jsonl.
 
 A job is a call of `ablate.py run --only` on a node. It has the name of its training, and the
-folder of the matrix is where it starts. By these two squeue finds it again: nothing else is
-remembered, and whoever gives the same command watches what is queued and submits the rest.
+folder of the matrix is where it starts. By these two squeue finds it again, and the ledger says
+which trials it runs: whoever gives the same command watches what is queued and submits the rest.
 """
 
 import contextlib
+import fcntl
 import math
 import os
 import re
@@ -35,8 +36,12 @@ OURS = (
     "ntasks",
     "output",
     "parsable",
+    "test-only",
+    "wait",
     "wrap",
 )
+# What has to be known by its whole name
+WHOLE = ("dependency", "partition")
 SHORT = {"cpus": "cpus-per-task", "memory": "mem"}
 # sbatch ends with it when it does not understand an option, whatever the job
 NOT_UNDERSTOOD = 255
@@ -120,17 +125,36 @@ def queue(folder: str) -> dict[int, Job]:
     return found
 
 
+def number_of(told: str) -> int:
+    """The number of a job in what `sbatch --parsable` prints: NUMBER or NUMBER;CLUSTER.
+
+    A site's own sbatch may print more before it. Refusal where there is none.
+    """
+    numbers = re.findall(r"^(\d+)(?:;.*)?$", told, re.MULTILINE)
+    if not numbers:
+        words = " ".join(told.split())[-200:] or "nothing"
+        raise Refusal(f"sbatch gives no number of a job, but: {words}; see squeue for what it did")
+    return int(numbers[-1])
+
+
 # ── What a job asks for ───────────────────────────────────────────────────────────────────────────
 def sbatch_options(entries: list[str]) -> dict[str, str]:
-    """Name -> word for sbatch, of each KEY=VALUE of --slurm. Refusal on what is set here."""
+    """Name -> word for sbatch, of each KEY=VALUE of --slurm. Refusal on what is set here.
+
+    sbatch takes the beginning of a name for the name.
+    """
     words = {}
     for entry in entries:
         key, equals, value = entry.partition("=")
         key = SHORT.get(key, key)
         if not re.fullmatch("[a-z][a-z-]*", key):
             raise Refusal(f"--slurm {entry}: give an option of sbatch as KEY=VALUE")
-        if key in OURS:
-            raise Refusal(f"--slurm {entry}: is set by ablate.py itself; remove it")
+        for name in OURS:
+            if name.startswith(key):
+                raise Refusal(f"--slurm {entry}: ablate.py sets {name} itself; remove it")
+        for name in WHOLE:
+            if len(key) > 2 and name.startswith(key):
+                key = name
         words[key] = f"--{key}{equals}{value}"
     return words
 
@@ -195,25 +219,45 @@ class Jobs:
         """A job for each training of which something is missing, and which is not queued yet.
 
         arguments: of `ablate.py`, for the whole matrix. Refusal of options that sbatch does not
-        know; a job that it refuses is said, and the others go on.
+        know; a job that it refuses is said, and the others go on. Of two calls at once, the
+        second waits, and sees what the first has queued.
         """
-        (self.runner.matrix.folder / "jobs").mkdir(parents=True, exist_ok=True)
-        queued = {job.name: job for job in queue(self.folder).values() if not job.ended()}
-        for group in self.runner.matrix.groups():
-            trials = [trial for trial in group if trial in self.runner.todo]
-            name = group[0].id
-            if trials and name in queued:
-                self.watch(queued[name], trials)
-                self.tell(f"{trials[0].id}: {queued[name]}; it was submitted before")
-            elif trials:
-                self.submit_one(name, trials, arguments)
+        jobs = self.runner.matrix.folder / "jobs"
+        jobs.mkdir(parents=True, exist_ok=True)
+        with (jobs / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            queued = [job for job in queue(self.folder).values() if not job.ended()]
+            for group in self.runner.matrix.groups():
+                trials = [trial for trial in group if trial in self.runner.todo]
+                before = [job for job in queued if job.name == group[0].id]
+                missing = self.watch_queued(trials, before)
+                if missing:
+                    self.submit_one(group[0].id, missing, before, arguments)
 
-    def submit_one(self, name: str, trials: list[Trial], arguments: list[str]) -> None:
-        """Submits the job of one training."""
+    def watch_queued(self, trials: list[Trial], queued: list[Job]) -> list[Trial]:
+        """Watches those trials of a training that its queued jobs run. Returns the others."""
+        number = self.runner.ledger.jobs(trials)
+        for job in queued:
+            own = [trial for trial in trials if number.get(trial.id) == job.number]
+            if own:
+                self.watch(job, own)
+                self.tell(f"{own[0].id}: {job}; it was submitted before")
+        return [trial for trial in trials if number.get(trial.id) not in self.at_work]
+
+    def submit_one(
+        self, name: str, trials: list[Trial], before: list[Job], arguments: list[str]
+    ) -> None:
+        """Submits a job of one training. before: its other jobs, which must have ended first: the
+        checkpoint and the folders are theirs.
+        """
         only = ",".join(trial.id for trial in trials)
         call = [sys.executable, str(ROOT / "ablate.py"), *arguments, f"--only={only}"]
         minutes = math.ceil(3 * sum(map(self.runner.seconds, trials)) / 60) + 30
         words = {"time": f"--time={minutes}"} | self.options
+        if before:
+            after = ":".join(["afterany", *(str(job.number) for job in before)])
+            given = self.options.get("dependency")
+            words["dependency"] = f"{given},{after}" if given else f"--dependency={after}"
         try:
             told = ask(
                 "sbatch",
@@ -229,7 +273,7 @@ class Jobs:
                 raise
             self.tell(f"{trials[0].id}: refused by {refused}")
             return
-        job = Job(int(told.split(";")[0]), "PENDING", "submitted now", name)
+        job = Job(number_of(told), "PENDING", "submitted now", name)
         for trial in trials:
             self.runner.ledger.write(trial, "queue", job=job.number)
         self.watch(job, trials)
@@ -241,6 +285,7 @@ class Jobs:
 
     def follow(self) -> None:
         """Waits until all jobs have ended, with a line now and then where no table is shown."""
+        self.said = -math.inf  # the first look says at once why a job waits
         while self.at_work:
             time.sleep(POLL_SECONDS)
             self.poll()
@@ -326,9 +371,15 @@ class Jobs:
         ]
 
     def summary(self) -> str:
-        """What runs and what waits, in one line."""
+        """What runs, what waits and why, in one line."""
         running = self.running()
-        told = [f"{len(running)} running, {len(self.at_work) - len(running)} waiting"]
+        waiting = [self.seen[number] for number in self.at_work]
+        reasons = dict.fromkeys(job.why for job in waiting if job.state == "PENDING")
+        why = "; ".join(reason for reason in reasons if reason not in ("", "None"))
+        told = [
+            f"{len(running)} running, {len(self.at_work) - len(running)} waiting"
+            + (f" ({why})" if why else "")
+        ]
         for trial in running:
             step = latest_step(trial)[0]
             loss = str(step.get("loss", "-"))[:6]

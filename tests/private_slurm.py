@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-PROGRAMS = (*DAEMONS, "sbatch", "squeue", "scancel", "scontrol", "sinfo")
+PROGRAMS = (*DAEMONS, "setpriv", "sbatch", "squeue", "scancel", "scontrol", "sinfo")
 # Where daemons lie is in no user's PATH
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
 MISSING = [name for name in PROGRAMS if not shutil.which(name, path=PATH)]
@@ -95,10 +95,10 @@ class PrivateSlurm:
         return subprocess.run(words, env=env, capture_output=True, text=True, check=False).stdout
 
     def daemon(self, *words: str) -> None:
-        """Starts one; its output goes to a file."""
+        """Starts one; its output goes to a file. It ends with us, even where we are killed."""
         with (self.folder / f"{words[0]}.out").open("wb") as output:
             daemon = subprocess.Popen(
-                [shutil.which(words[0], path=PATH), *words[1:]],
+                ["setpriv", "--pdeathsig=KILL", shutil.which(words[0], path=PATH), *words[1:]],
                 env=os.environ | self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

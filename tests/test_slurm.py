@@ -6,31 +6,36 @@ that shows as a traceback of 100 lines and ends the others, states that only an 
 knows (all three of our own first launcher, on Debian's slurm-wlm).
 """
 
+import contextlib
+import fcntl
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from private_slurm import MISSING, private_slurm
 from test_ablate import tables, toml
 
 import ablate
+import train_gpt
 from ablation import slurm
 from ablation.runner import Runner, watch
-from ablation.slurm import Job, Jobs, Refused, has_gpus, resources, sbatch_options
-from ablation.study import Size, matrix, read_study
-from train_gpt import Refusal
+from ablation.slurm import Job, Jobs, Refused, has_gpus, number_of, resources, sbatch_options
+from ablation.study import Size, Trial, matrix, read_study
+from train_gpt import COMPARED, Refusal
 
 TRIALS = ["plain-s1", "five_bits-s1", "qat-s1"]
 
 
 @pytest.fixture
-def path(data, tmp_path) -> Path:
-    """The file of a study of two trainings, one of which two trials share."""
+def path(tmp_path) -> Path:
+    """The file of a study of two trainings, one of which two trials share. It has no data."""
     changes = {"": {"seeds": [1]}, "size__small": {"jobs": 1}}
-    found = tables(data, **changes)
+    found = tables(tmp_path, **changes)
     del found["arm.stride_8"]
     path = tmp_path / "tiny.toml"
     path.write_text(toml(found))
@@ -50,10 +55,36 @@ def test_options_go_to_sbatch_as_they_are_and_two_have_short_names():
     ]
 
 
-@pytest.mark.parametrize("entry", ["chdir=/", "job-name=x", "-p x", "=x", "Time=1", "nodes=2"])
+@pytest.mark.parametrize(
+    "entry",
+    ["chdir=/", "chd=/", "job=x", "-p x", "=x", "Time=1", "nodes=2", "test-only", "wait"],
+)
 def test_an_option_that_makes_a_job_one_of_a_study_is_refused(entry):
     with pytest.raises(Refusal, match=f"--slurm {entry}: "):
         sbatch_options([entry])
+
+
+def test_the_beginning_of_a_name_hides_nothing_from_us():
+    words = sbatch_options(["part=gpus", "depend=singleton", "wait-all-nodes=1"])
+    assert words["partition"] == "--partition=gpus"
+    assert words["dependency"] == "--dependency=singleton"
+    assert words["wait-all-nodes"] == "--wait-all-nodes=1"
+
+
+@pytest.mark.parametrize(
+    "told, number",
+    [("7\n", 7), ("7;cluster\n", 7), ("5 hours are left\n\n7\n", 7), ("3\n7;cluster\n", 7)],
+)
+def test_the_number_of_a_job_is_found_below_what_a_site_says(told, number):
+    assert number_of(told) == number
+
+
+@pytest.mark.parametrize(
+    "told, words", [("", "nothing"), ("no job\nof yours\n", "no job of yours")]
+)
+def test_what_has_no_number_of_a_job_is_quoted(told, words):
+    with pytest.raises(Refusal, match=f"^sbatch gives no number of a job, but: {words}; "):
+        number_of(told)
 
 
 @pytest.mark.parametrize(
@@ -182,11 +213,13 @@ def test_a_job_that_was_killed_fails_no_trial(jobs, state, told):
     runner.ledger.write(runner.todo[0], "end", exit_code=-9, reason="no output")
     jobs.poll()
     assert not runner.failed
-    jobs.queue = {7: Job(7, state)}
+    jobs.watch(Job(8, "RUNNING"), runner.todo[2:])
+    jobs.queue = {7: Job(7, state), 8: Job(8, "RUNNING")}
     jobs.poll()
     assert jobs.lines[1:] == [
         f"plain-s1, five_bits-s1: job 7: {told}; the same command runs it again"
     ]
+    assert list(jobs.at_work) == [8]
     assert not runner.failed
     assert not Runner(runner.matrix).failed
 
@@ -237,6 +270,26 @@ def test_the_table_and_the_line_show_the_step_of_what_runs(jobs):
     assert shown == ["plain-s1", "job 7 running", "3", "3.1415", "2 s"]
 
 
+def test_the_first_look_says_why_jobs_wait(jobs, monkeypatch):
+    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(slurm, "SILENT_SECONDS", 1e9)
+    reasons = ["Node is DOWN, DRAINED", "Priority", "Priority", "None"]
+    waiting = {number: Job(number, "PENDING", why) for number, why in enumerate(reasons, 7)}
+    for job in waiting.values():
+        jobs.watch(job, jobs.runner.todo)
+    looks = iter([waiting])
+    monkeypatch.setattr(slurm, "queue", lambda folder: next(looks))
+
+    def end(line):
+        jobs.lines.append(line)
+        jobs.at_work.clear()
+
+    jobs.say = end
+    jobs.follow()
+    assert len(jobs.lines) == 1
+    assert jobs.lines[0].startswith("0 running, 4 waiting (Node is DOWN, DRAINED; Priority); ")
+
+
 def test_where_no_terminal_shows_the_table_a_line_does(jobs, monkeypatch):
     monkeypatch.setattr(slurm, "SILENT_SECONDS", 0.0)
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.0)
@@ -251,6 +304,106 @@ def test_where_no_terminal_shows_the_table_a_line_does(jobs, monkeypatch):
     assert jobs.lines[1].startswith("1 running, 0 waiting")
 
 
+# ── What is submitted ─────────────────────────────────────────────────────────────────────────────
+def refuses_the_lock(jobs: Jobs) -> None:
+    """Fails where another command could begin to submit."""
+    lock = (jobs.runner.matrix.folder / "jobs/.lock").open()
+    with lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.fixture
+def submitting(jobs, monkeypatch):
+    """jobs that submit to a stand-in for sbatch, which puts them into jobs.queue.
+
+    jobs.called: the words of each call.
+    """
+
+    def ask(*words):
+        refuses_the_lock(jobs)
+        number = len(jobs.called) + 20
+        jobs.called.append(words)
+        name = next(word for word in words if word.startswith("--job-name=")).partition("=")[2]
+        jobs.queue[number] = Job(number, "PENDING", "Priority", name)
+        return f"{number}\n"
+
+    jobs.called = []
+    jobs.queue = {}
+    jobs.at_work = {}
+    monkeypatch.setattr(slurm, "ask", ask)
+    return jobs
+
+
+def only(words: tuple[str, ...]) -> list[str]:
+    """The trials that a job runs, and what it waits for."""
+    return re.findall(r"--only=([^ ]*)|--dependency=(.*)", "\n".join(words))
+
+
+def test_a_queued_job_is_watched_for_what_it_runs_and_the_rest_runs_after_it(submitting):
+    """Else its runner and another one would write, and remove, the same checkpoint at once."""
+    plain, five, qat = submitting.runner.todo
+    submitting.runner.todo = [plain]
+    submitting.submit([])
+    submitting.at_work = {}
+    submitting.runner.todo = [plain, five, qat]
+    submitting.options["dependency"] = "--dependency=singleton"
+    submitting.submit([])
+    assert submitting.at_work == {20: [plain], 21: [five], 22: [qat]}
+    assert [only(words) for words in submitting.called] == [
+        [("plain-s1", "")],
+        [("", "singleton,afterany:20"), ("five_bits-s1", "")],
+        [("", "singleton"), ("qat-s1", "")],
+    ]
+    assert submitting.lines[1] == ("plain-s1: job 20 (Priority) pending; it was submitted before")
+
+    submitting.at_work = {}
+    submitting.submit([])
+    assert submitting.at_work == {20: [plain], 21: [five], 22: [qat]}
+    assert len(submitting.called) == 3
+
+
+def test_nobody_submits_between_a_look_at_the_queue_and_what_follows_from_it(
+    submitting, monkeypatch
+):
+    """The stand-in for sbatch sees the lock, too."""
+
+    def locked(folder):
+        refuses_the_lock(submitting)
+        return {}
+
+    monkeypatch.setattr(slurm, "queue", locked)
+    submitting.submit([])
+    assert len(submitting.called) == 2
+
+
+# ── In a job ──────────────────────────────────────────────────────────────────────────────────────
+TORCHRUN_TOLD = "echo '  exitcode  : -9 (pid: 7)'; echo ======; exit 1"
+
+
+@pytest.mark.parametrize(
+    "script, job, failed",
+    [
+        ("kill -9 $$", True, False),
+        (TORCHRUN_TOLD, True, False),
+        ("echo 'error: x [exit 5: y]'; " + TORCHRUN_TOLD, True, True),
+        ("exit 1", True, True),
+        ("kill -9 $$", False, True),
+    ],
+)
+def test_what_is_killed_in_a_job_runs_again(jobs, monkeypatch, script, job, failed):
+    """Nobody may watch when Slurm kills a process for its memory."""
+    monkeypatch.setattr("ablation.runner.command", lambda size: ["sh", "-c", script])
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+    runner = jobs.runner
+    told = contextlib.nullcontext()
+    if not failed:
+        told = pytest.raises(Refusal, match=r"^plain-s1: killed from outside; .*memory=")
+    with told:
+        runner.run_trial(runner.todo[0])
+    assert list(Runner(runner.matrix).failed) == ["plain-s1"] * failed
+
+
 # ── A real one ────────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture(scope="module")
 def cluster():
@@ -261,17 +414,51 @@ def cluster():
         yield ours
 
 
+# In place of `python train_gpt.py`, with the environment of a trial: five_bits-s1 takes long
+TRIAL = """\
+#!/bin/sh
+run="$LOGS_DIR/$RUN_ID"
+mkdir -p "$run"
+echo weights > "${{CHECKPOINT:-$run/checkpoint.bin}}"
+while [ "$RUN_ID" = five_bits-s1 ] && [ -e {folder}/busy ]; do sleep 0.1; done
+cp "{folder}/$RUN_ID.json" "$run/result.json"
+"""
+
+
+def stand_in(folder: Path, trials: list[Trial]) -> None:
+    """In this folder TRIAL, the result of each trial, and what makes `ablate.py` start TRIAL where
+    the folder is in PYTHONPATH.
+    """
+    folder.mkdir()
+    program = folder / "trial"
+    program.write_text(TRIAL.format(folder=folder))
+    program.chmod(0o755)
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.executable = {str(program)!r}\n")
+    result = json.loads((ROOT / "logs/demo/result.json").read_text())
+    for trial in trials:
+        own = {"data_path": trial.cfg.data_path, "seed": trial.seed}
+        result |= {
+            "code_sha256": train_gpt.CODE_SHA256,
+            "config": result["config"] | trial.cfg.knobs(*COMPARED) | own,
+            "config_sha256": trial.cfg.digest(),
+            "world_size": 1,
+            "seed": trial.seed,
+        }
+        (folder / f"{trial.id}.json").write_text(json.dumps(result))
+
+
 @pytest.fixture
 def by_slurm(cluster, path, tmp_path, monkeypatch, capsys):
     """by_slurm(*options, nap=...) -> (exit code, lines) of `ablate.py run --launcher slurm`, with N
-    for each number of a job.
+    for each number of a job. In a job TRIAL takes the place of train_gpt.py.
 
     nap: called in place of each wait between two looks at the queue.
     """
     tools = tmp_path / "tools"
-    tools.mkdir()
+    stand_in(tools, matrix(read_study(path), "small", "steps", out=tmp_path / "runs").trials)
+    monkeypatch.setenv("PYTHONPATH", str(tools))
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    monkeypatch.setenv("PATH", f"{tools}:{cluster.env['PATH']}")
+    monkeypatch.setenv("PATH", cluster.env["PATH"])
 
     def run(*options, nap=lambda: None):
         def sleep(seconds):
@@ -295,45 +482,40 @@ def ledger(folder: Path, event: str) -> list[str]:
 
 
 def test_a_study_with_a_killed_job_goes_on_to_its_end(cluster, by_slurm, tmp_path):
-    """The job is killed between the training and the second trial that shares it: the trial waits
-    for an idle GPU, which the stand-in for nvidia-smi does not have until `busy` is gone.
+    """The job is killed while it runs the second of the two trials that share a training. The other
+    training has run before.
     """
     runs = tmp_path / "runs"
-    busy = tmp_path / "busy"
-    busy.touch()
-    tool = tmp_path / "tools/nvidia-smi"
-    trained = runs / "plain-s1/result.json"
-    tool.write_text(
-        '#!/bin/sh\nwhile [ "$SLURM_JOB_NAME" = plain-s1 ] && '
-        f"[ -e {busy} ] && [ -e {trained} ]; do sleep 0.1; done\necho 0, 30\n"
-    )
-    tool.chmod(0o755)
+    tools = tmp_path / "tools"
+    (tools / "busy").touch()
+    results = {name: runs / name / "result.json" for name in TRIALS}
+    results["qat-s1"].parent.mkdir(parents=True)
+    shutil.copy(tools / "qat-s1.json", results["qat-s1"])
 
     def kill():
-        if trained.exists():
+        if (runs / "five_bits-s1").exists():
             cluster.call("scancel", "--name=plain-s1")
 
-    code, lines = by_slurm("--max-busy=5", nap=kill)
-    assert code == 1
+    code, lines = by_slurm(nap=kill)
+    assert code == 1, lines
     assert [line for line in lines if "again" in line] == [
         "five_bits-s1: job N: cancelled; the same command runs it again"
     ]
     assert "plain-s1: job N running" in lines
-    results = {name: runs / name / "result.json" for name in TRIALS}
-    written = {name: at.stat().st_mtime_ns for name, at in results.items() if at.exists()}
-    assert sorted(written) == ["plain-s1", "qat-s1"]
+    assert [name for name in TRIALS if results[name].exists()] == ["plain-s1", "qat-s1"]
 
-    busy.unlink()
-    code, lines = by_slurm("--max-busy=5")
+    (tools / "busy").unlink()
+    code, lines = by_slurm()
     assert code == 0, lines
     assert lines[0] == "five_bits-s1: job N (submitted now) pending"
     assert [name for name in TRIALS if any(f"{name}: val bpb" in line for line in lines)] == [
         "five_bits-s1"
     ]
     assert all(at.exists() for at in results.values())
-    assert {name: results[name].stat().st_mtime_ns for name in written} == written
-    assert ledger(runs, "start") == sorted(TRIALS)
-    assert ledger(runs, "queue") == sorted([*TRIALS, "five_bits-s1"])
+    assert ledger(runs, "start") == ["five_bits-s1", "five_bits-s1", "plain-s1"]
+    assert ledger(runs, "queue") == ["five_bits-s1", "five_bits-s1", "plain-s1"]
+    assert (runs / "five_bits-s1.cut1").is_dir()
+    assert not (runs / "plain-s1/checkpoint.bin").exists()
     assert (runs / "report.html").exists()
 
 
