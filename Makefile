@@ -53,14 +53,15 @@ override SETTINGS = set -- $(foreach name,$(GIVEN),"$(name)=$$$(name)") $(patsub
   if [ -n "$$DATA_PATH" ] && [ -f "$$DATA_PATH/tokenizer.model" ]; then \
     set -- "$$@" "TOKENIZER_PATH?=$$DATA_PATH/tokenizer.model"; fi;
 
-# A good run ends with its page. Its folder has your name, or the time of day (RESUME goes on with a name of yours).
+# A run that comes to its end has its page, whatever its exit code says. Its folder has your name, or the time of day and a
+# number of the process (RESUME=1 goes on with a name of yours).
 train: .venv/installed $(DEMO_DATA)
 	@$(SETTINGS) run=$$RUN_ID; \
-	  if [ -z "$$run$$RESUME" ]; then run=$$(date +%Y%m%d-%H%M%S) && set -- "$$@" "RUN_ID?=$$run"; fi; \
 	  echo "torchrun --nproc_per_node=$(RANKS) train_gpt.py $$*"; \
-	  .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py "$$@" || exit; \
+	  case $$RESUME in 1|True) ;; *) if [ -z "$$run" ]; then run=$$(date +%Y%m%d-%H%M%S)-$$$$ && set -- "$$@" "RUN_ID?=$$run"; fi;; esac; \
+	  code=0; .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py "$$@" || code=$$?; \
 	  folder=$${LOGS_DIR:-logs}/$$run; \
-	  if [ -n "$$run" ] && [ -d "$$folder" ]; then .venv/bin/python ablate.py report "$$folder"; fi
+	  if [ -n "$$run" ] && [ -f "$$folder/result.json" ]; then .venv/bin/python ablate.py report "$$folder" || :; fi; exit $$code
 
 # Files are dealt out in the order of conftest.py, the longest first. One worker more than cores: some tests only wait.
 WORKERS = $(shell expr $(CORES) + 1)

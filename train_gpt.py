@@ -17,7 +17,7 @@ Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint
 Sections, in the order in which the data flow:
 
     1 Config       every knob once; refusals
-    2 Run          ranks, log, clock, phases, stop signals
+    2 Run          ranks, log, live line, clock, phases, stop signals
     3 Data         shards, batches, bytes per token
     4 Grid         the one definition of quantisation
     5 Model        its parts, the techniques, one forward pass
@@ -76,17 +76,21 @@ from typing import NamedTuple
 if __name__ == "__main__":
     # OpenMP reads this when torch is imported. Threads that spin while they wait for each other are
     # up to 35 times slower beside a busy process. What you set yourself stays.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     def tell_of_imports() -> None:
         """Says at once, then every 10 s, that imports are under way: a cold disk takes minutes."""
         began = time.monotonic()
-        with contextlib.suppress(OSError):
+        stream = sys.stderr if sys.argv[1:] == ["--help"] else sys.stdout
+        # nothing in the stream's buffer: what nobody reads would end the run when that is flushed
+        with contextlib.suppress(OSError, AttributeError):
             while "main" not in globals():
-                print(f"importing torch, {time.monotonic() - began:.0f} s", flush=True)
+                text = f"importing torch, {time.monotonic() - began:.0f} s\n"
+                os.write(stream.fileno(), text.encode())
                 time.sleep(10)
 
-    if os.environ.get("LOCAL_RANK", "0") == "0" and sys.argv[1:] != ["--help"]:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         threading.Thread(target=tell_of_imports, daemon=True).start()
 
 import numpy as np
@@ -97,8 +101,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from rich.box import MARKDOWN, Box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -295,7 +301,9 @@ class Config:
     dist_timeout: float = run_knob(300.0, "s", "a rank gives up after waiting for so long", lo=1)
     seed: int = knob(1337, "", "initial weights and noise", scope="seed", lo=0, hi=2**32 - 1)
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
-    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=BACKENDS)
+    attn_backend: str = run_knob(
+        "auto", "", "auto: the first within 3 % of the fastest", choices=BACKENDS
+    )
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
 
     @rule
@@ -802,7 +810,8 @@ def parse(name: str, text: str, kind: str):
 
 
 # ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────────
-# In: the launcher's variables (RANK, ...), a Config. Out: device, log, clock, phases, stop signals.
+# In: the launcher's variables (RANK, ...), a Config. Out: device, log, live line, clock, phases,
+# stop signals.
 # Promise: all ranks take the same decisions, and whatever ends a run is said. Knows nothing of
 # model and data.
 
@@ -865,8 +874,9 @@ def free_name(folder: Path, name: str) -> str:
     return next(free for free in names if not (folder / free).exists())
 
 
-# On a terminal the live line is renewed so often; elsewhere no silence is longer
+# So often the live line is renewed
 REFRESH_SECONDS = 0.5
+# Where there is no terminal, no silence is longer
 QUIET_SECONDS = 10.0
 
 
@@ -904,7 +914,7 @@ class Progress:
         console = Console(color_system=None, force_jupyter=False)
         if sys.stdout and sys.stdout.isatty() and console.is_interactive:
             self.live = Live(
-                get_renderable=self.line,
+                get_renderable=self.live_line,
                 console=console,
                 auto_refresh=False,
                 transient=True,
@@ -920,12 +930,16 @@ class Progress:
     def keep_showing(self) -> None:
         """The thread's work."""
         while not self.ended.wait(REFRESH_SECONDS):
-            with self.lock:
-                silent = time.monotonic() - self.last_said
-                if self.live:
-                    self.draw(self.live.refresh)
-                elif silent >= QUIET_SECONDS - REFRESH_SECONDS:
-                    self.say(f"... {self.line()}")
+            self.show()
+
+    def show(self) -> None:
+        """Renews the live line, or says a line where it is time."""
+        with self.lock:
+            silent = time.monotonic() - self.last_said
+            if self.live:
+                self.draw(self.live.refresh)
+            elif silent >= QUIET_SECONDS - REFRESH_SECONDS:
+                self.say(f"... {self.line()}")
 
     def draw(self, change: Callable[[], None]) -> None:
         """Does something to the terminal. The run goes on where that is gone."""
@@ -946,9 +960,16 @@ class Progress:
 
     def enter(self, phase: str, spent: float = 0.0) -> None:
         """Another phase is under way, in which `spent` seconds were spent before."""
-        self.phase = phase
-        self.began = time.monotonic() - spent
-        self.work = ""
+        with self.lock:
+            self.phase = phase
+            self.began = time.monotonic() - spent
+            self.work = ""
+
+    def live_line(self) -> Group:
+        """line(), and the cursor back at its start: there others write, and not behind it."""
+        line = self.line()
+        line.end = ""
+        return Group(line, Control(ControlType.CARRIAGE_RETURN))
 
     def line(self) -> Text:
         """Phase, its seconds so far, and what it is at work on."""
@@ -1671,10 +1692,12 @@ def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[Bat
 
 
 def next_batch(loader: Iterator[Batch]) -> Batch | Refusal:
-    """The rows of the next step, or why there are none."""
+    """The rows of the next step, or why there are none. Refusal where a signal stops the run."""
     try:
         return next(loader)
     except Refusal as refusal:
+        if refusal.code > 128:
+            raise
         return refusal
 
 
@@ -2294,7 +2317,7 @@ PACKAGES = {
     "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
 }
 # Kernels are as fast as the fastest up to this ratio: of them auto takes the first, so that noise
-# of the timing gives no two runs different kernels
+# of the timing seldom gives two runs different kernels
 AS_FAST = 1.03
 
 
@@ -2357,7 +2380,7 @@ def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...])
 
 
 def choose_attention(cfg: Config, run: Run) -> Attend:
-    """The attention of ATTN_BACKEND; auto on a GPU: the fastest of those that work here.
+    """The attention of ATTN_BACKEND; auto on a GPU: see AS_FAST.
 
     run.attention is its name. Refusal, with the remedy, where the one that was asked for does not
     work.
@@ -3802,11 +3825,10 @@ class Trainer:
     def report(self, now: StepPlan) -> None:
         """Whatever is due after this step. Host sync: only in what is due."""
         cfg, run, step = self.cfg, self.run, self.steps
-        log_due = (
-            step % cfg.train_log_every == 0
-            or self.elapsed - self.told >= QUIET_SECONDS
-            or self.done()
-        )
+        # whether the next step might end after Progress has spoken
+        silent = self.elapsed - self.told + self.step_seconds[-1]
+        waited = silent >= QUIET_SECONDS - 2 * REFRESH_SECONDS
+        log_due = step % cfg.train_log_every == 0 or waited or self.done()
         save_due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
 
         self.report_starts(now)
@@ -4255,7 +4277,7 @@ def container(
     payload = serialise(tensors, facts)
     size = sum(map(len, payload))
     how = COMPRESSORS[compressor]
-    if how.compress is not store:
+    if compressor != "none":
         payload = [how.compress(b"".join(payload), how.level if level < 0 else level)]
 
     digest = hashlib.sha256()
@@ -4723,7 +4745,7 @@ class ScoreSheet:
     Every score adds 1 to the target's count, padding to that of one extra slot at the end. total()
     sums the counts over all ranks and fails unless each is 1: nothing is missed or scored twice.
 
-    windows: how many there will be, of which those who watch are told.
+    windows: how many all calls of fill() score; the live line counts up to it.
     """
 
     PAD_TOKENS = 64
@@ -4734,7 +4756,7 @@ class ScoreSheet:
         self.val = val
         self.n = val.n
         self.windows = windows
-        self.filled = 0  # of these, as far as this rank can tell
+        self.filled = 0  # of these, on all ranks, where each has done as many batches as this one
         self.began = time.monotonic()
         self.both = torch.zeros(2, self.n + 1, device=run.device)
         self.nats, self.hits = self.both
@@ -4766,19 +4788,26 @@ class ScoreSheet:
         Windows of one shape go together; the batches are dealt to the ranks in turn. A compiled
         forward pass gets full batches only: windows with first = end, which score nothing, fill up.
         """
-        size = self.cfg.eval_batch_seqs
+        size, world, rank = self.cfg.eval_batch_seqs, self.run.world, self.run.rank
         shapes = self.shapes(rows)
         turn = 0
         for tokens, slots in np.unique(shapes, axis=0).tolist():
             alike = rows[(shapes == (tokens, slots)).all(axis=1)]
+            filled = self.filled + len(alike)
             if self.run.compile:
                 start_end_end = alike[:1, [0, 1, 1]]
                 idle = np.repeat(start_end_end, -len(alike) % size, axis=0)
                 alike = np.concatenate((alike, idle))
             for batch in torch.from_numpy(alike).to(self.run.device).split(size):
-                if turn % self.run.world == self.run.rank:
-                    yield batch, tokens, slots or None
+                # idle windows do not count
+                self.filled = min(self.filled + len(batch), filled)
+                if turn % world == rank:
+                    own = batch, tokens, slots or None
                 turn += 1
+                if turn % world == 0:
+                    yield own
+        if turn % world > rank:
+            yield own
 
     @torch.no_grad()
     def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
@@ -4802,8 +4831,6 @@ class ScoreSheet:
             self.run.tick()
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
-            # each rank does as many; the last batch of a shape may hold fewer, or idle ones
-            self.filled = min(self.filled + len(batch) * self.run.world, self.windows)
             left = (time.monotonic() - self.began) * (self.windows / self.filled - 1)
             self.run.at_work(f"{self.filled:,} of {self.windows:,} windows, {left:.0f} s left")
         return self
@@ -4950,9 +4977,9 @@ GPU_LIMITS = {
 }
 NVIDIA_SMI_SECONDS = 5.0
 
-# The contest's limit on the seconds of training, and on those of scoring; and the GPUs that it is
-# meant for.
+# The contest's limit on the seconds of training, and on those of scoring
 LIMIT_SECONDS = 600
+# The GPUs that it is meant for
 SCORE_GPUS = 8
 
 
@@ -5620,7 +5647,8 @@ def effect_text(row: dict) -> str | None:
     decimals = max(2 - math.floor(math.log10(largest)), 0) if largest else 0
     text = f"{row['effect']:+.{decimals}f} {row['unit']}"
     if interval:
-        low, high = (f"{end:+.{decimals}f}" for end in interval)
+        # + 0.0: no minus sign on a zero
+        low, high = (f"{round(end, decimals) + 0.0:+.{decimals}f}" for end in interval)
         text += f" ({low} to {high})"
     return text
 
@@ -5657,14 +5685,19 @@ def total_text(row: dict) -> str | None:
     if row["cost_per"] == "scoring":
         seconds = row["cost_seconds"]
         than = "more" if seconds > 0 else "less"
-        parts.append(f"{abs(seconds):.1f} s {than} than plain scoring")
+        parts.append(f"{seconds_text(abs(seconds))} {than} than plain scoring")
     elif row["cost_seconds"] is not None:
-        parts.append(f"{row['cost_seconds']:.1f} s")
+        parts.append(seconds_text(row["cost_seconds"]))
     if row["steps_lost"] is not None:
         parts.append(f"{row['steps_lost']:.1f} steps lost")
     if row["bytes_saved"] is not None:
         parts.append(f"{row['bytes_saved']:,} bytes saved")
     return ", ".join(parts) or None
+
+
+def seconds_text(seconds: float) -> str:
+    """2.5 s, 0.25 s"""
+    return f"{seconds:.{1 if abs(seconds) >= 1 else 2}f} s"
 
 
 def steps_text(row: dict) -> str | None:
@@ -5708,13 +5741,13 @@ def time_lines(r: dict) -> list[str]:
 
 
 def codes_line(compressor: str, weights: int, order0_bytes: int, stored_bytes: int) -> str:
-    """How close the compressor comes to the order-0 entropy of the codes."""
+    """How close the compressor, with the scales, comes to the order-0 entropy of the codes."""
     stored_bits = 8 * stored_bytes / weights
     entropy_bits = 8 * order0_bytes / weights
     return (
         f"{compressor} stores {weights:,} quantised weights, codes and scales, in "
-        f"{stored_bytes:,} bytes: {stored_bits:.3f} bits each; order-0 entropy of the codes: "
-        f"{entropy_bits:.3f} bits each; {stored_bytes / order0_bytes - 1:+.2%}"
+        f"{stored_bytes:,} bytes: {stored_bits:.3f} bits each; order-0 entropy of the codes alone, "
+        f"without scales: {entropy_bits:.3f} bits each; {stored_bytes / order0_bytes - 1:+.2%}"
     )
 
 
@@ -5751,8 +5784,12 @@ def next_launches(r: dict) -> str:
 
 def next_line(r: dict) -> str:
     """What can be done with the run."""
-    page = one_line(f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page")
-    return f"NEXT: {next_launches(r)}; {page}"
+    told = f"NEXT: {next_launches(r)}"
+    # this script may stand alone
+    if Path(__file__).resolve().with_name("ablate.py").exists():
+        page = f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page"
+        told += one_line(f"; {page}")
+    return told
 
 
 def result_line(r: dict) -> str:

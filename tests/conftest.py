@@ -44,6 +44,7 @@ hypothesis.settings.load_profile("suite")
 
 # ── Time. No test is about seconds: limits only end what hangs ────────────────────────────────────
 # On a slow machine a run would say more; who tests that gives it a limit
+QUIET_SECONDS_OF_A_RUN = train_gpt.QUIET_SECONDS
 train_gpt.QUIET_SECONDS = math.inf
 
 HANG = 600.0  # seconds for what takes a few: only a deadlock takes more (TCP gives up after 924)

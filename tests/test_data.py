@@ -329,6 +329,22 @@ def test_the_bytes_of_every_document_are_the_utf8_length_of_its_decoded_text(dat
     assert table.count(tokens).sum() == sum(table.count(d).sum() for d in documents)
 
 
+@pytest.mark.parametrize("code, ends", [(2, False), (130, True), (143, True)])
+def test_rows_that_are_refused_wait_for_the_other_ranks_and_a_stop_signal_does_not(code, ends):
+    """A rank that was stopped must not go into the all-reduce alone."""
+
+    def loader():
+        raise Refusal("no rows", code)
+        yield
+
+    if ends:
+        with pytest.raises(Refusal) as caught:
+            train_gpt.next_batch(loader())
+        assert caught.value.code == code
+    else:
+        assert train_gpt.next_batch(loader()).code == code
+
+
 def test_a_table_that_is_wrong_by_one_byte_is_refused_with_the_document(data):
     table, sp = table_of(data / "tokenizer.model")
     tokens = np.array(read_shard(data / "fineweb_val_000000.bin")).astype(np.int64)

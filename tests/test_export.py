@@ -24,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 import zstandard
+from conftest import HANG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -519,19 +520,27 @@ def test_a_tensor_of_exactly_the_limit_stays_fp16_and_bits_16_means_fp16(product
 
 # ── damaged files ─────────────────────────────────────────────────────────────────────────────────
 def assert_refused(path, tiny) -> str:
-    """The line with which scoring this file ends, within 20 s of CPU; anything else fails."""
+    """The line with which scoring this file ends, within 20 s of CPU and without a deadlock;
+    anything else fails.
+    """
 
-    def too_long(*_):
-        pytest.fail(f"{path} keeps the reader busy for 20 s")
+    def too_long(number, _):
+        pytest.fail(f"{path} keeps the reader busy: {signal.Signals(number).name}")
 
-    previous = signal.signal(signal.SIGPROF, too_long)
-    signal.setitimer(signal.ITIMER_PROF, 20)
+    limits = {
+        signal.SIGPROF: (signal.ITIMER_PROF, 20),
+        signal.SIGALRM: (signal.ITIMER_REAL, HANG),
+    }
+    previous = {number: signal.signal(number, too_long) for number in limits}
+    for timer, seconds in limits.values():
+        signal.setitimer(timer, seconds)
     try:
         with pytest.raises(Refusal) as caught:
             main(tiny(eval_only=str(path)))
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, previous)
+        for number, (timer, _) in limits.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, previous[number])
     assert caught.value.code == 2 and "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -351,7 +351,7 @@ def test_what_quantising_costs_is_apart_from_what_fitting_costs(bpb, gap, fit):
 def test_the_codes_are_told_in_bits_and_beside_their_entropy():
     assert train_gpt.codes_line("ans", weights=1000, order0_bytes=500, stored_bytes=625) == (
         "ans stores 1,000 quantised weights, codes and scales, in 625 bytes: 5.000 bits each; "
-        "order-0 entropy of the codes: 4.000 bits each; +25.00%"
+        "order-0 entropy of the codes alone, without scales: 4.000 bits each; +25.00%"
     )
 
 
@@ -368,7 +368,7 @@ def test_the_codes_are_told_in_bits_and_beside_their_entropy():
         ),
         (
             dict(effect=-1234.5, effect_interval=[-2468.75, -0.25]),
-            ["-1234 nats (-2469 to -0)", None, None],
+            ["-1234 nats (-2469 to +0)", None, None],
         ),
         (dict(effect=0.0, effect_interval=[0.0, 0.0]), ["+0 nats (+0 to +0)", None, None]),
         (dict(effect=0.25, unit="bpb"), ["+0.250 bpb", None, None]),
@@ -387,7 +387,7 @@ def test_the_codes_are_told_in_bits_and_beside_their_entropy():
         ),
         (
             dict(cost_per="export", cost_seconds=0.5, bytes_saved=1234),
-            [None, "not measured", "0.5 s, 1,234 bytes saved"],
+            [None, "not measured", "0.50 s, 1,234 bytes saved"],
         ),
         (
             dict(cost_per="scoring", cost_seconds=-1.0),
@@ -459,6 +459,11 @@ def test_the_end_names_every_file_and_what_to_do_next(clocked):
     again, page = following[6:].split("; ")
     assert shlex.split(again) == [f"EVAL_ONLY={artifact}", "scores", "it", "again"]
     assert shlex.split(page)[:4] == ["python", "ablate.py", "report", str(folder(clocked.cfg))]
+
+
+def test_a_script_that_stands_alone_names_no_page(clocked, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
+    assert "ablate.py" not in train_gpt.next_line(clocked.report)
 
 
 def test_the_end_of_a_run_over_the_cap_says_how_it_fits(clocked):

@@ -193,14 +193,15 @@ def test_variables_of_make_and_of_other_programs_are_no_arguments(make):
     assert all("?=" in argument for argument in arguments)
 
 
-# torchrun that leaves the folder of a run: of the RUN_ID that it is told, or of the environment's
+# torchrun that leaves the result of a run: of the RUN_ID that it is told, or of the environment's
 LAUNCHER = """#!/bin/sh
 for word; do case $word in RUN_ID=*) name=${word#*=};; RUN_ID\\?=*) default=${word#*=};; esac; done
-mkdir -p "$LOGS_DIR/${name:-${RUN_ID:-$default}}"
+folder="$LOGS_DIR/${name:-${RUN_ID:-$default}}"
+[ "$CODE" = 2 ] || { mkdir -p "$folder" && touch "$folder/result.json"; }
 echo "the run's own words"
 exit "$CODE"
 """
-REPORTER = '#!/bin/sh\nprintf \'page of: %s %s\\n\' "$1 $2" "$3"\n'
+REPORTER = '#!/bin/sh\nprintf \'page of: %s %s\\n\' "$1 $2" "$3"\nexit 1\n'
 
 
 def trained(make, tmp_path, *words: str, code: int = 0, **variables: str) -> tuple[int, list[str]]:
@@ -216,22 +217,30 @@ def trained(make, tmp_path, *words: str, code: int = 0, **variables: str) -> tup
 @pytest.mark.parametrize(
     "words, variables, name",
     [
-        ((), {}, r"\d{8}-\d{6}"),
+        ((), {}, r"\d{8}-\d{6}-\d+"),
         (("RUN_ID=it's mine",), {}, "it's mine"),
         ((), {"RUN_ID": "theirs"}, "theirs"),
         (("RUN_ID=old", "RESUME=1"), {}, "old"),
-        (("EVAL_ONLY=a.bin",), {}, r"\d{8}-\d{6}"),
+        (("EVAL_ONLY=a.bin",), {}, r"\d{8}-\d{6}-\d+"),
+        (("RESUME=0",), {}, r"\d{8}-\d{6}-\d+"),
     ],
 )
 def test_make_train_ends_with_the_page_of_its_run(make, tmp_path, words, variables, name):
+    """However the program ends that draws it."""
     code, (run, page) = trained(make, tmp_path, *words, **variables)
     assert (code, run) == (0, "the run's own words")
     assert re.fullmatch(rf"page of: ablate.py report {tmp_path}/my logs/{name}", page)
 
 
-def test_a_run_that_is_not_good_ends_with_its_own_words(make, tmp_path):
-    code, (run,) = trained(make, tmp_path, code=1)
-    assert code and run == "the run's own words"
+@pytest.mark.parametrize("code, pages", [(2, 0), (1, 1)], ids=["no result", "over a limit"])
+def test_a_run_that_is_not_good_has_a_page_where_it_has_a_result(make, tmp_path, code, pages):
+    ends, (run, *page) = trained(make, tmp_path, code=code)
+    assert ends and run == "the run's own words" and len(page) == pages
+
+
+def test_a_name_that_make_gave_is_not_in_the_command_that_it_shows(make):
+    assert "RUN_ID" not in make.ends("train").stdout.splitlines()[0]
+    assert "RUN_ID=mine" in make.ends("train", "RUN_ID=mine").stdout.splitlines()[0]
 
 
 def test_what_goes_on_has_no_name_of_makes(make):

@@ -7,17 +7,20 @@ a terminal; a terminal without a cursor after Ctrl-C; a run ended by a terminal 
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import HANG, ROOT, until
+from conftest import HANG, QUIET_SECONDS_OF_A_RUN, ROOT, until
 from test_launch import nobody_reads
 
 import train_gpt
@@ -60,8 +63,8 @@ class Terminal:
         return [line.rpartition("\x1b[2K")[2] for line in told.split("\r\n")]
 
     def live(self) -> list[str]:
-        """What stood there for a while."""
-        return re.findall(r"([^\r\n]*)\r\x1b\[2K", self.text)
+        """What stood there for a while, with the cursor at its start."""
+        return re.findall(r"([^\r\n]+)\r\r\x1b\[2K", self.text)
 
 
 @pytest.fixture
@@ -139,7 +142,7 @@ def test_a_terminal_that_is_closed_ends_no_run(on_terminal, monkeypatch):
     terminal = on_terminal()
     with Progress() as progress:
         progress.watch()
-        until(lambda: "start-up, 0 s" in terminal.text)
+        until(lambda: "start-up, " in terminal.text)
         monkeypatch.setattr(progress.live.console, "print", raises_hang_up)
         progress.say("nobody reads this")
         assert progress.live is None
@@ -176,7 +179,8 @@ def test_the_thread_ends_with_the_run_however_that_ends(tiny):
         patch.setattr(train_gpt, "load_inputs", stops)
         with pytest.raises(KeyboardInterrupt):
             main(tiny())
-    assert len(seen) == len(before) + 1 and threading.enumerate() == before
+    (thread,) = set(seen) - set(before)
+    assert not thread.is_alive()
 
 
 def test_signs_of_life_that_nobody_reads_end_nothing(monkeypatch):
@@ -188,6 +192,54 @@ def test_signs_of_life_that_nobody_reads_end_nothing(monkeypatch):
     with nobody_reads(), Progress() as progress:
         progress.watch()
         until(lambda: len(said) > 2)
+
+
+@pytest.mark.parametrize("step_seconds", [0.25, 1.75, 4.5, 30.0])
+def test_no_silence_is_longer_than_ten_seconds_and_lines_of_steps_come_first(
+    tiny, monkeypatch, step_seconds
+):
+    """Where a step takes less, its line alone is said. By a clock of our own."""
+    now = 1000.0
+    said = [now]
+    monkeypatch.setattr(train_gpt, "QUIET_SECONDS", QUIET_SECONDS_OF_A_RUN)
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(train_gpt, "say", lambda text, _: (said.append(now), lines.add(text[:4])))
+    lines = set()
+    progress = Progress()
+    trainer = Trainer.__new__(Trainer)
+    trainer.cfg = tiny(iterations=10**6, train_log_every=10**6)
+    trainer.steps, trainer.step_seconds = 1, [step_seconds]
+    trainer.told = trainer.saved = 0.0
+    for name in ("report_starts", "compare_ranks", "save"):
+        monkeypatch.setattr(trainer, name, lambda *_, **__: None)
+    trainer.run = None
+
+    def report_step(_) -> None:
+        trainer.told = trainer.elapsed
+        progress.say("step")
+
+    trainer.report_step = report_step
+    steps = [(n * step_seconds, trainer.report) for n in range(1, int(100 / step_seconds))]
+    looks = [(n * train_gpt.REFRESH_SECONDS, lambda _: progress.show()) for n in range(1, 200)]
+    for at, act in sorted(steps + looks, key=lambda event: event[0]):
+        now = 1000.0 + at
+        trainer.elapsed = at
+        act(None)
+    assert max(b - a for a, b in itertools.pairwise(said)) <= 10
+    assert lines == ({"step", "... "} if step_seconds > 10 else {"step"})
+
+
+def test_a_phase_is_entered_as_a_whole():
+    """No line is made of two phases: what it is made of is changed under the lock."""
+    changed = {}
+
+    class Watched(Progress):
+        def __setattr__(self, name: str, value) -> None:
+            super().__setattr__(name, value)
+            changed[name] = hasattr(self, "lock") and self.lock._is_owned()
+
+    Watched().enter("train")
+    assert changed["phase"] and changed["began"] and changed["work"]
 
 
 # ── The lines of training ─────────────────────────────────────────────────────────────────────────
@@ -220,36 +272,65 @@ def test_the_seconds_left_are_those_of_the_budget_or_of_the_steps(tiny, monkeypa
 @pytest.mark.parametrize(
     "name, argument, variables, says, spins",
     [
-        ("__main__", "SEED=1", {}, 2, "1000"),
-        ("__main__", "SEED=1", {"GOMP_SPINCOUNT": "7", "LOCAL_RANK": "0"}, 2, "7"),
-        ("__main__", "SEED=1", {"LOCAL_RANK": "1"}, 0, "1000"),
-        ("__main__", "--help", {}, 0, "1000"),
-        ("train_gpt", "SEED=1", {}, 0, None),
+        ("__main__", "SEED=1", {}, {"stdout": 2}, "1000"),
+        ("__main__", "SEED=1", {"GOMP_SPINCOUNT": "7", "LOCAL_RANK": "0"}, {"stdout": 2}, "7"),
+        ("__main__", "SEED=1", {"OMP_WAIT_POLICY": "active"}, {"stdout": 2}, None),
+        ("__main__", "SEED=1", {"LOCAL_RANK": "1"}, {}, "1000"),
+        ("__main__", "--help", {}, {"stderr": 2}, "1000"),
+        ("train_gpt", "SEED=1", {}, {}, None),
     ],
 )
 def test_before_torch_is_imported_the_script_speaks_and_keeps_threads_from_spinning(
-    monkeypatch, name, argument, variables, says, spins
+    monkeypatch, tmp_path, name, argument, variables, says, spins
 ):
     start, _, rest = (ROOT / "train_gpt.py").read_text().partition("import numpy as np\n")
     assert "import torch" not in start and "import torch\n" in rest
-    for variable in ("GOMP_SPINCOUNT", "LOCAL_RANK"):
+    for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "LOCAL_RANK"):
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", argument])
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
     script = {"__name__": name}
-    told = re.compile(r"^importing torch, \d+ s$", re.M)
+    slept = []
 
-    def sleep(_) -> None:
+    def sleep(seconds: float) -> None:
         """The imports end after ten seconds and more."""
-        if len(told.findall(sys.stdout.getvalue())) == 2:
+        slept.append(seconds)
+        if len(slept) == 2:
             script["main"] = main
 
     monkeypatch.setattr(time, "sleep", sleep)
-    before = threading.active_count()
-    exec(compile(start, "train_gpt.py", "exec"), script)
-    until(lambda: threading.active_count() == before)
-    assert len(told.findall(sys.stdout.getvalue())) == says
-    assert os.environ.get("GOMP_SPINCOUNT") == spins
+    before = set(threading.enumerate())
+    with contextlib.ExitStack() as stack:
+        for stream in ("stdout", "stderr"):
+            file = stack.enter_context((tmp_path / stream).open("w"))
+            monkeypatch.setattr(sys, stream, file)
+        exec(compile(start, "train_gpt.py", "exec"), script)
+        seen_spins = os.environ.get("GOMP_SPINCOUNT")
+        for thread in set(threading.enumerate()) - before:
+            thread.join(HANG)
+        monkeypatch.undo()
+    told = {}
+    for stream in ("stdout", "stderr"):
+        lines = re.findall(r"^importing torch, \d+ s$", (tmp_path / stream).read_text(), re.M)
+        if lines:
+            told[stream] = len(lines)
+    assert told == says and set(slept) == ({QUIET_SECONDS_OF_A_RUN} if says else set())
+    assert QUIET_SECONDS_OF_A_RUN <= 10
+    assert seen_spins == spins
+
+
+def test_a_stdout_that_is_closed_during_the_imports_keeps_the_exit_code():
+    """What nobody reads must not lie in stdout's buffer when that is flushed."""
+    start, _, _ = (ROOT / "train_gpt.py").read_text().partition("import numpy as np\n")
+    flush = "sys.stdout.reconfigure(errors='backslashreplace')"
+    after = f"main = 0\nwhile threading.active_count() > 1: time.sleep(0.01)\n{flush}\nsys.exit(2)"
+    start = start.replace("time.sleep(10)", "time.sleep(0.01)")
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{start}\n{after}"], stdout=writing, stderr=-1, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (2, b"")

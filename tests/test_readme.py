@@ -212,10 +212,12 @@ def test_the_commands_start(command):
 
 
 def test_the_files_of_a_run_stand_on_their_page():
-    """Those that train_gpt.py names, but for what prepare_data.py and a submission write."""
+    """Those that train_gpt.py names, but for what prepare_data.py and a submission write, and for
+    the script beside it.
+    """
     source = (ROOT / "train_gpt.py").read_text()
     names = set(re.findall(r"[\"/](\w[\w.]*\.(?:bin|jsonl?|log|py))\"", source))
-    names -= {"manifest.json", train_gpt.READABLE_NAME}
+    names -= {"manifest.json", train_gpt.READABLE_NAME, "ablate.py"}
     assert {"train.log", "artifact.bin", train_gpt.PACKED_NAME} <= names
     folder = PAGES["how_it_works.md"].partition("## The folder of a run")[2]
     assert [name for name in names if f"| `{name}` |" not in folder] == []

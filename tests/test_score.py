@@ -124,6 +124,26 @@ def lively_model(cfg, run):
     return model
 
 
+@pytest.mark.parametrize("world, told", [(1, [4, 8, 10, 14, 18, 20]), (2, [8, 10, 18, 20])])
+def test_the_live_line_counts_the_windows_of_all_ranks(tiny, monkeypatch, world, told):
+    """10 windows of one shape in 3 batches, twice: the numbers of batches of the ranks differ."""
+    cfg = tiny(eval_batch_seqs=4)
+    run = Run(cfg)
+    monkeypatch.setattr(run, "world", world)
+    said = []
+    monkeypatch.setattr(run, "at_work", said.append)
+    val = validation(cfg, run)
+    rows = windows(0, 20 * cfg.window, cfg.window, 0)
+    sheet = ScoreSheet(cfg, run, val, len(rows))
+
+    def forward(ids, targets, positions):
+        return torch.zeros(targets.shape)
+
+    sheet.fill(forward, rows[:10]).fill(forward, rows[10:])
+    assert [int(line.split()[0]) for line in said] == told
+    assert all(" of 20 windows, " in line for line in said)
+
+
 def rows_of(cfg, val, mode: str) -> np.ndarray:
     if mode == "documents":
         return document_windows(val, cfg.window, cfg.eval_stride)
