@@ -136,6 +136,11 @@ class Progress:
         return f"{self.what}: {' '.join(self.items() or ['done'])} in {seconds}"
 
 
+def say(text: str) -> None:
+    """Print a line in one piece: what another thread prints meanwhile stands on its own."""
+    print(text + "\n", end="", flush=True)
+
+
 @contextmanager
 def progress(what: str, unit: str = "", total: int | None = None) -> Iterator[Progress]:
     """Show how far a piece of work is; yields what counts its items.
@@ -146,9 +151,9 @@ def progress(what: str, unit: str = "", total: int | None = None) -> Iterator[Pr
     state = Progress(what, unit, total)
     console = rich.console.Console()
     if not console.is_terminal:
-        with repeated(lambda: print(state.line(), flush=True), PROGRESS_SECONDS):
+        with repeated(lambda: say(state.line()), PROGRESS_SECONDS):
             yield state
-        print(state.last_line(), flush=True)
+        say(state.last_line())
         return
     columns = (
         rich.progress.BarColumn(bar_width=20),
@@ -517,7 +522,7 @@ def read_parquet(path: Path, field: str, advance: Callable[[int], None]) -> Iter
             rows += len(texts)
             nulls += texts.count(None)
     if nulls:
-        print(f"{path}: left out {nulls:,} of {rows:,} rows, which have null in {field!r}")
+        say(f"{path}: left out {nulls:,} of {rows:,} rows, which have null in {field!r}")
 
 
 def as_text(value: str | bytes | None) -> str | None:
@@ -576,7 +581,7 @@ class TextDocuments:
                     self.documents_read += 1
                     yield text
             if self.documents_read == before:
-                print(f"WARNING: {path} holds no document with text")
+                say(f"WARNING: {path} holds no document with text")
 
     def advance(self, size: int) -> None:
         """Count bytes of a file that were read."""
@@ -1073,7 +1078,7 @@ class ShardWriter:
             file.write(header.tobytes())
             file.write(payload)
         self.shards.append(shard_entry(path, self.split, int(header[2])))
-        print(f"wrote {path.name}: {header[2]:,} tokens")
+        say(f"wrote {path.name}: {header[2]:,} tokens")
 
 
 Documents = TextDocuments | DemoDocuments
@@ -1438,7 +1443,7 @@ def fetch(repo: str, remote: str, staging: Path, local: Path, inspect_file: Call
     if path != local:
         local.parent.mkdir(parents=True, exist_ok=True)
         path.replace(local)
-        print(f"verified {local}")
+        say(f"verified {local}")
     return found
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -671,6 +672,14 @@ def test_progress_without_a_terminal_is_a_line_from_time_to_time_even_when_nothi
         line = "encoding: 2,000 of 3,000 documents, 20 s so far, about 10 s left\n"
         assert capsys.readouterr().out == 2 * line
     assert capsys.readouterr().out == "encoding: 2,000 of 3,000 documents in 20 s\n"
+
+
+def test_what_is_said_beside_another_thread_is_written_in_one_piece(monkeypatch):
+    pieces = []
+    written = SimpleNamespace(write=pieces.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", written)
+    prepare_data.say("wrote a shard")
+    assert [piece for piece in pieces if piece] == ["wrote a shard\n"]
 
 
 def test_progress_of_one_piece_of_work_counts_nothing(clock, repetitions, capsys):
