@@ -37,6 +37,7 @@ from typing import Annotated
 import typer
 
 import train_gpt
+from ablation.answers import compare_sides
 from ablation.check import check_submission
 from ablation.findings import counts, is_clean
 from ablation.records import (
@@ -198,11 +199,9 @@ class ReportOptions(StudyOptions):
     def refuse_all_but_the_folder(self) -> None:
         """Refusal on an option beside the folder of a run, which leaves nothing to choose."""
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if f.default is not dataclasses.MISSING and value != f.default:
+            if f.default is not dataclasses.MISSING and getattr(self, f.name) != f.default:
                 option = f.name.replace("_", "-")
-                words = f"is of a study; {self.study} is the folder of a run"
-                raise Refusal(f"--{option} {value}: {words}")
+                raise Refusal(f"--{option}: is of a study; {self.study} is the folder of a run")
 
 
 # ── Run and report ────────────────────────────────────────────────────────────────────────────────
@@ -298,7 +297,7 @@ def comparison_rows(left: list[dict], right: list[dict], metrics: str) -> list[l
         b = figures(right, name)
         if a and b:
             digits = heading_of(name)[2]
-            row = comparison_row(("a", "b"), name, a, b)
+            row = comparison_row(compare_sides(("a", "b"), (name, name), a, b))
             rows.append([*row, spell(a, digits), spell(b, digits)])
     if not rows:
         raise Refusal(

@@ -23,22 +23,24 @@ from ablation.page import (
     add_legend,
     label,
     row_figure,
+    side_by_side,
 )
 from ablation.statistics import (
+    LEVEL,
     Cells,
     Comparison,
     cell_array,
+    decimal_places,
     half_width,
+    look_of,
     paired,
     sample_sd,
+    welch,
 )
 from train_gpt import Refusal
 
 # Characters of a line beside a row of the forest plot
 LABEL_WIDTH = 34
-
-# What is said of a difference that Holm's p does not bear out
-FALLS = "; by Holm not distinguishable"
 
 
 class Scale(NamedTuple):
@@ -50,12 +52,65 @@ class Scale(NamedTuple):
     digits: int
 
 
+class Compared(NamedTuple):
+    """A comparison that a study makes: b - a.
+
+    names: of its sides; of a contrast of a factorial "" and its term.
+    figures: the metric of each side. a, b: by seed; of a contrast empty.
+    test: None where there is none, and then problem says why. loose: Welch's, of two sides.
+    asked: by the study's own metrics or pairs, so that it belongs to the family.
+    family, holm_p: how many comparisons were corrected together, and its p; 0, None: it was not.
+    """
+
+    names: tuple[str, str]
+    figures: tuple[str, str]
+    a: dict[int, float]
+    b: dict[int, float]
+    test: Comparison | None
+    problem: str = ""
+    loose: Comparison | None = None
+    asked: bool = True
+    family: int = 0
+    holm_p: float | None = None
+
+    @property
+    def contrast(self) -> bool:
+        """Whether it is a contrast of a factorial."""
+        return not self.names[0]
+
+    @property
+    def title(self) -> str:
+        """As a table names it."""
+        return self.names[1] if self.contrast else f"{self.names[1]} - {self.names[0]}"
+
+    @property
+    def falls(self) -> int:
+        """The family in which a difference by its own p is none by Holm's; 0: it does not fall."""
+        if self.test is None or self.holm_p is None:
+            return 0
+        return self.family if self.test.p < LEVEL <= self.holm_p else 0
+
+
+def compare_sides(
+    names: tuple[str, str],
+    figures: tuple[str, str],
+    a: dict[int, float],
+    b: dict[int, float],
+    asked: bool = True,
+) -> Compared:
+    """b - a over the seeds that both have."""
+    try:
+        return Compared(names, figures, a, b, paired(a, b), loose=welch(a, b), asked=asked)
+    except Refusal as refusal:
+        return Compared(names, figures, a, b, None, str(refusal), asked=asked)
+
+
 class Answer(NamedTuple):
-    """A comparison: b - a.
+    """A comparison as it is told: b - a.
 
     a, b: the two sides by what tells them apart; both: what they have in common, or "".
     differences: by seed. test: None where there is none, and then problem says why.
-    falls: by Holm's p, together with the other comparisons, there is no difference.
+    falls: as in Compared.
     """
 
     a: str
@@ -64,34 +119,34 @@ class Answer(NamedTuple):
     differences: dict[int, float]
     test: Comparison | None
     problem: str = ""
-    falls: bool = False
+    falls: int = 0
 
     @property
     def look(self) -> str:
         """The verdict, as a key of LOOKS."""
-        if self.test is None or self.test.low <= 0 <= self.test.high:
-            return "open"
-        return "lower" if self.test.mean < 0 else "higher"
+        return look_of(self.test) if self.test else "open"
+
+    @property
+    def same(self) -> bool:
+        """Whether both sides have the same figure for every seed."""
+        return self.test is not None and self.look == "open" and self.test.sd == 0
 
 
 def scale_of(heading: str, unit: str, digits: int) -> Scale:
-    """Differences in BPB are read in thousandths."""
+    """Differences in BPB are read in thousandths. heading: empty for several figures."""
     if unit == "BPB":
-        return Scale(f"{heading} BPB", "mBPB", 1000.0, 1)
+        return Scale(f"{heading} BPB".lstrip(), "mBPB", 1000.0, 1)
     return Scale(heading, unit, 1.0, digits)
 
 
 # ── Sentences ─────────────────────────────────────────────────────────────────────────────────────
-def answer(
-    sides: tuple[dict[str, str], dict[str, str]],
-    a: dict[int, float],
-    b: dict[int, float],
-    falls: bool = False,
-) -> Answer:
-    """b - a over the seeds that both have.
+def by_holm(family: int) -> str:
+    """What is said of a difference that falls in a family of this size; "" for 0: none does."""
+    return f"; by Holm (of {family}) not distinguishable" if family else ""
 
-    sides: of a and of b, what each is: factor -> words. falls: as in Answer.
-    """
+
+def answer(sides: tuple[dict[str, str], dict[str, str]], one: Compared) -> Answer:
+    """A comparison in words. sides: of a and of b, what each is: factor -> words."""
     left, right = sides
     both = [words for key, words in left.items() if right.get(key) == words]
     names = [
@@ -99,26 +154,19 @@ def answer(
         for side in sides
     ]
     shared = ", ".join(both) if names[0] != names[1] else ""
-    common = sorted(a.keys() & b.keys())
-    differences = {seed: b[seed] - a[seed] for seed in common}
+    common = sorted(one.a.keys() & one.b.keys())
+    differences = {seed: one.b[seed] - one.a[seed] for seed in common}
     differences = {seed: value for seed, value in differences.items() if math.isfinite(value)}
-    test = None
-    problem = ""
-    try:
-        test = paired(a, b)
-    except Refusal as refusal:
-        problem = str(refusal)
+    problem = one.problem
     if len(differences) < 2:
         problem = f"seeds in common: {len(differences)}, and a paired test needs 2"
-    return Answer(*names, shared, differences, test, problem, falls)
+    return Answer(*names, shared, differences, one.test, problem, one.falls)
 
 
-def interactions(
-    factors: dict[str, list[str]], contrasts: list[tuple[Comparison, bool]]
-) -> list[Answer]:
+def interactions(factors: dict[str, list[str]], contrasts: list[Compared]) -> list[Answer]:
     """Each two-factor interaction: how much an effect depends on a level of another factor.
 
-    contrasts: all of a full factorial, in its order, with whether Holm's p lets them fall.
+    contrasts: all of a full factorial, in its order.
     """
     sides = []
     for first, second in itertools.combinations(factors, 2):
@@ -132,16 +180,9 @@ def interactions(
     # the main effects stand before the interactions
     crossed = contrasts[-len(sides) :]
     found = []
-    for (a, b), (test, falls) in zip(sides, crossed, strict=True):
-        found.append(Answer(a, b, "interaction", {}, test, falls=falls))
+    for (a, b), one in zip(sides, crossed, strict=True):
+        found.append(Answer(a, b, "interaction", {}, one.test, falls=one.falls))
     return found
-
-
-def places(test: Comparison, scale: Scale) -> int:
-    """Decimals, so that a bound that is not 0 never reads 0.0."""
-    figures = [abs(x) * scale.factor for x in (test.mean, test.low, test.high) if x]
-    smallest = min(figures, default=1.0)
-    return min(max(scale.digits, math.ceil(-math.log10(smallest))), 9)
 
 
 def sentence(found: Answer, scale: Scale) -> Line:
@@ -151,13 +192,13 @@ def sentence(found: Answer, scale: Scale) -> Line:
     if test is None:
         return Line("open", f"{before} and {a} are", "not compared", f"({found.problem}).")
 
-    digits = places(test, scale)
+    digits = decimal_places(test, scale.digits, scale.factor)
     unit = f" {scale.unit}" if scale.unit else ""
 
     def size(x: float) -> str:
         return f"{abs(x) * scale.factor:,.{digits}f}"
 
-    if found.look == "open" and test.sd == 0:
+    if found.same:
         return Line("open", f"{before} is", "the same", f"as {a} in each of {test.n} seeds.")
     if found.look == "open":
         between = f"between {size(test.low)}{unit} lower and {size(test.high)} higher"
@@ -167,7 +208,7 @@ def sentence(found: Answer, scale: Scale) -> Line:
     interval = f"95 % interval {size(near)} to {size(far)} {found.look}, {test.n} seeds"
     if test.sd == 0:
         interval = f"no spread between {test.n} seeds"
-    after = f"than {a} ({interval}){FALLS * found.falls}."
+    after = f"than {a} ({interval}){by_holm(found.falls)}."
     return Line(found.look, f"{before} is", f"{size(test.mean)}{unit} {found.look}", after)
 
 
@@ -175,18 +216,21 @@ def tally(answers: list[Answer], scale: Scale) -> str:
     """How many comparisons have which verdict."""
     if not answers:
         return "Nothing can be compared yet."
-    looks = [found.look for found in answers if found.test]
+    looks = ["same" if found.same else found.look for found in answers if found.test]
     counts = {
         "lower": looks.count("lower"),
         "higher": looks.count("higher"),
         "not distinguishable": looks.count("open"),
+        "the same": looks.count("same"),
         "not compared": len(answers) - len(looks),
     }
     several = f"{len(answers)} comparison{'s' if len(answers) > 1 else ''}"
     verdicts = ", ".join(f"{n} {words}" for words, n in counts.items() if n)
     better = " (lower is better)" if scale.unit == "mBPB" else ""
-    fallen = sum(found.falls for found in answers)
-    holm = f"; by Holm {fallen} of these not distinguishable either" if fallen else ""
+    fallen = [found.falls for found in answers if found.falls]
+    holm = ""
+    if fallen:
+        holm = f"; by Holm (of {fallen[0]}) {len(fallen)} of these not distinguishable either"
     return f"{several} of {scale.heading}{better}: {verdicts}{holm}."
 
 
@@ -199,18 +243,17 @@ def interval_text(found: Answer, scale: Scale) -> str:
     """mean (low to high), at the end of a row."""
     if found.test is None:
         return "not compared"
-    digits = places(found.test, scale)
     test = found.test
+    digits = decimal_places(test, scale.digits, scale.factor)
     mean, low, high = (signed(x * scale.factor, digits) for x in (test.mean, test.low, test.high))
-    return f"{mean} ({low} to {high}){' *' * found.falls}"
+    return f"{mean} ({low} to {high}){' *' if found.falls else ''}"
 
 
 def draw_row(ax: Axes, y: int, found: Answer, scale: Scale) -> None:
     """The interval of one comparison, and faintly each seed."""
     look = LOOKS[found.look]
     values = [value * scale.factor for value in found.differences.values()]
-    gap = min(0.1, 0.5 / max(len(values), 1))
-    spots = [y + gap * (i - (len(values) - 1) / 2) for i in range(len(values))]
+    spots = side_by_side(y, len(values))
     ax.plot(values, spots, "o", color=look.colour, markersize=3.5, alpha=0.3, zorder=2)
     if found.test is None:
         return

@@ -8,7 +8,7 @@ import re
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ablation.records import quantised, split_trial
+from ablation.records import quantised, split_trial, training_of
 
 Table = tuple[list[str], list[list]]  # header, rows
 
@@ -39,8 +39,17 @@ HATCHES = ("", "///", "...", "xxx")
 
 MAX_ROWS = 40  # of phases or groups in a chart: ours have a dozen
 
-# keys of `scores`, in a run's order
-STAGES = ("live", "averaged", "unfitted", "quantised", "sliding", "documents", "ttt")
+# Key of `scores`, in a run's order -> what was scored, and how
+STAGE_WORDS = {
+    "live": "live weights",
+    "averaged": "averaged",
+    "unfitted": "quantised, before pruning to the cap",
+    "quantised": "quantised, read back",
+    "sliding": "the same, sliding windows",
+    "documents": "the same, each document by itself",
+    "ttt": "the same, test-time training",
+}
+STAGES = tuple(STAGE_WORDS)
 # those that say what quantisation does
 QUANTISED_STAGES = ("unfitted", "quantised")
 
@@ -197,6 +206,12 @@ def add_legend(figure: Figure, handles: list) -> None:
     figure.legend(handles=handles, frameon=False, fontsize=8, markerscale=0.7, **place)
 
 
+def side_by_side(y: float, n: int) -> list[float]:
+    """Where n dots of the row at y stand."""
+    gap = min(0.12, 0.5 / max(n, 1))
+    return [y + gap * (i - (n - 1) / 2) for i in range(n)]
+
+
 def row_figure(
     labels: list[str], unit: str, rows: Sequence[tuple[Arm, list]] = ()
 ) -> tuple[Figure, Axes]:
@@ -215,9 +230,7 @@ def row_figure(
 
     look = {"markersize": 5, "markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 3}
     for y, (arm, values) in enumerate(rows):
-        gap = min(0.14, 0.5 / len(values))
-        places = [y + gap * (i - (len(values) - 1) / 2) for i in range(len(values))]
-        ax.plot(values, places, "o", color=arm.colour, **look)
+        ax.plot(values, side_by_side(y, len(values)), "o", color=arm.colour, **look)
     return figure, ax
 
 
@@ -331,9 +344,8 @@ def with_sharers(drawn: list[Arm], arms: list[Arm]) -> list[Arm]:
     shared: dict[str, list[str]] = {}
     for arm in arms:
         for run in arm.runs:
-            path = run.get("checkpoint")
-            if isinstance(path, str) and path:
-                donor, _ = split_trial(PurePath(path).parent.name)
+            donor, _ = split_trial(training_of(run))
+            if donor != run["arm"]:
                 shared.setdefault(donor, []).append(run["arm"])
     named = []
     for arm in drawn:

@@ -19,7 +19,7 @@ import math
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import train_gpt
 from train_gpt import Refusal
@@ -302,6 +302,14 @@ def split_trial(trial: str) -> tuple[str, str]:
     return arm, seed
 
 
+def training_of(run: dict) -> str:
+    """The trial whose training a run of a study has its weights from: another's, or its own."""
+    path = run.get("checkpoint")
+    if isinstance(path, str) and path:
+        return PurePath(path).parent.name
+    return f"{run['arm']}-s{run.get('seed')}"
+
+
 def keep(folder: Path, runs: dict[str, dict]) -> None:
     """Writes trial -> run as results.jsonl and metrics.jsonl; load_lines gives them back."""
     results = []
@@ -435,16 +443,15 @@ def check_alike(runs: list[dict], across_code: bool = False) -> None:
     """Refusal for runs of other code, data or machine than the first.
 
     Kernels must agree among those that ask for the same ATTN_BACKEND. across_code: the code may
-    differ, and with it what it records.
+    differ, and what it records must agree among the runs that have it.
     """
-    first_of: dict[str, dict] = {}
+    first_of: dict[tuple[str, str], dict] = {}
     for run in runs:
         for key in FINGERPRINT:
-            first = runs[0]
-            if key == KERNEL:
-                first = first_of.setdefault(str(lookup(run["config"], BACKEND)), run)
-            if across_code and (key == CODE or known(first, key) != known(run, key)):
+            if across_code and (key == CODE or not known(run, key)):
                 continue
+            asked = str(lookup(run["config"], BACKEND)) if key == KERNEL else ""
+            first = first_of.setdefault((key, asked), run)
             check_agree(first, run, key, ASK if key == CODE else "")
 
 

@@ -5,13 +5,17 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import train_gpt
 from ablation.answers import (
-    FALLS,
     Answer,
+    Compared,
+    Scale,
     answer,
+    by_holm,
+    compare_sides,
     forest,
     interaction,
     interactions,
@@ -19,30 +23,31 @@ from ablation.answers import (
     sentence,
     tally,
 )
-from ablation.page import Lead, Table, html_page, styled
+from ablation.page import Lead, Line, Table, html_page, styled
 from ablation.records import (
     RunStore,
     check_alike,
     check_arm,
     code_difference,
+    lookup,
     metric,
     quantised,
+    split_trial,
+    training_of,
 )
 from ablation.runner import Ledger
 from ablation.statistics import (
-    LEVEL,
     RECORD_NATS,
     Cells,
-    Comparison,
+    decimal_places,
     detectable,
     factorial,
     holm,
+    look_of,
     one_arm,
-    paired,
     record_rule,
     summary,
     verdict,
-    welch,
 )
 from ablation.study import Matrix, Study, Trial, product_arms
 from train_gpt import Refusal
@@ -62,7 +67,19 @@ METRICS = {
 # What says nothing where nothing ships as codes
 QUANTISED = {"quantised_val_bpb", "quant_gap_bpb"}
 
-# With more rows than these, a table has Holm's p beside its own
+# What runs of one training have in common: nothing of it is a comparison
+OF_TRAINING = {
+    "live_val_bpb",
+    "scores.live.bpb",
+    "scores.live.loss",
+    "step_ms_median",
+    "steps",
+    "train_seconds",
+}
+# Of these, what they have in common if they ship the same average of its weights
+OF_AVERAGE = {"averaged_val_bpb", "float_val_bpb"}
+
+# A study of more comparisons than these has Holm's p beside their own
 FAMILY = 10
 
 # Interactions on the first screen of a page; where there are more, they stand in the table alone
@@ -104,6 +121,11 @@ class Finished:
     matrix: Matrix
     runs: dict[str, dict[int, dict]]
     failed: dict[str, str]
+
+    @cached_property
+    def tests(self) -> list[Compared]:
+        """Every comparison of the study, with Holm's p: pairs of arms, then contrasts."""
+        return corrected([*pairs(self), *contrasts(self)])
 
     def all(self) -> list[dict]:
         return [run for by_seed in self.runs.values() for run in by_seed.values()]
@@ -198,7 +220,7 @@ def run_count(found: Finished, arm: str) -> str:
     """How many runs an arm has, and why the others failed."""
     lost = []
     for trial, reason in found.failed.items():
-        name, _, seed = trial.rpartition("-s")
+        name, seed = split_trial(trial)
         if name == arm:
             lost.append(f"s{seed} {reason}")
     count = str(len(found.runs.get(arm, {})))
@@ -218,8 +240,8 @@ def published(facts: dict) -> str:
     return "; ".join(words)
 
 
-def pairs(found: Finished) -> Iterator[tuple[tuple[str, str], str, dict, dict]]:
-    """((name of a, name of b), metric, values of a, values of b) of every comparison.
+def pairs(found: Finished) -> Iterator[Compared]:
+    """Every comparison of two sides, without the figures of one training that they share.
 
     Each arm against the reference in every metric of the study, then the study's own comparisons,
     where `arm:metric` names a figure: of its arm, and of the other where that one names none.
@@ -239,12 +261,28 @@ def pairs(found: Finished) -> Iterator[tuple[tuple[str, str], str, dict, dict]]:
             continue
         own = own_a or own_b
         for name in found.metrics([own]) if own else dict.fromkeys(metrics):
-            values_a = found.values(a, name)
-            values_b = found.values(b, own_b or name)
+            figures = (name, own_b or name)
+            values_a = found.values(a, figures[0])
+            values_b = found.values(b, figures[1])
             # a name that nothing has is shown
             unknown = not any(found.values(arm, name) for arm in arms)
-            if (values_a and values_b) or unknown:
-                yield (left, right), name, values_a, values_b
+            if unknown or (values_a and values_b and not is_shared(found, (a, b), figures)):
+                asked = bool(own) or name in study.metrics
+                yield compare_sides((left, right), figures, values_a, values_b, asked)
+
+
+def is_shared(found: Finished, arms: tuple[str, str], figures: tuple[str, str]) -> bool:
+    """Whether both sides are one figure of one training, in every seed that both have."""
+    a, b = (found.runs[arm] for arm in arms)
+    both = [(a[seed], b[seed]) for seed in a.keys() & b.keys()]
+    if not both or figures[0] != figures[1]:
+        return False
+    if any(training_of(left) != training_of(right) for left, right in both):
+        return False
+    if figures[0] in OF_AVERAGE:
+        average = "config.average"
+        return all(lookup(left, average) == lookup(right, average) for left, right in both)
+    return figures[0] in OF_TRAINING
 
 
 COMPARISON_HEADER = [
@@ -260,83 +298,67 @@ COMPARISON_HEADER = [
 ]
 
 
-def comparison_row(
-    names: tuple[str, str], name: str, a: dict[int, float], b: dict[int, float]
-) -> list:
+def comparison_row(one: Compared) -> list:
     """b - a, in the columns of COMPARISON_HEADER."""
-    heading, unit, digits = heading_of(name)
-    difference = f"{names[1]} - {names[0]}"
-    try:
-        test = paired(a, b)
-        loose = welch(a, b)
-    except Refusal as refusal:
-        return [difference, heading, *["-"] * 6, f"not compared: {refusal}"]
+    heading, unit, digits = heading_of(one.figures[0])
+    test = one.test
+    if test is None:
+        return [one.title, heading, *["-"] * 6, f"not compared: {one.problem}"]
     least = detectable(test.sd, test.n)
+    digits = decimal_places(test, digits)
     return [
-        difference,
-        titled(name),
+        one.title,
+        titled(one.figures[0]),
         f"{test.mean:+.{digits}f}",
         f"{test.low:+.{digits}f} to {test.high:+.{digits}f}",
         f"{least:.{digits}f}",
         f"{test.t:.2f} ({test.df:.0f})",
         f"{test.p:.2g}",
-        f"{loose.p:.2g} (df {loose.df:.1f})",
-        verdict(test, names, unit),
+        f"{one.loose.p:.2g} (df {one.loose.df:.1f})",
+        verdict(test, one.names, unit) + by_holm(one.falls),
     ]
 
 
-def compared(found: Finished) -> list[tuple[tuple[str, str], str, dict, dict]]:
-    """As pairs, without the figures of one shared training: they are the same."""
-    return [pair for pair in pairs(found) if pair[2] != pair[3] or not pair[2]]
+def corrected(tests: list[Compared]) -> list[Compared]:
+    """The comparisons with Holm's p, where the study asks for more than FAMILY.
+
+    What it asks for is one family; what is not compared, and what equal time adds, is not in it.
+    """
+    members = [one for one in tests if one.asked and one.test]
+    if len(members) <= FAMILY:
+        return tests
+    adjusted = iter(holm([one.test.p for one in members]))
+    found = []
+    for one in tests:
+        member = one.asked and one.test
+        found.append(one._replace(family=len(members), holm_p=next(adjusted)) if member else one)
+    return found
+
+
+def with_holm(header: list[str], rows: list[list], tests: list[Compared]) -> Table:
+    """The table with Holm's p before its words, where there is one. tests: of each row."""
+    family = max((one.family for one in tests), default=0)
+    if not family:
+        return header, rows
+    wider = []
+    for row, one in zip(rows, tests, strict=True):
+        *cells, words = row
+        wider.append([*cells, "-" if one.holm_p is None else f"{one.holm_p:.2g}", words])
+    return [*header[:-1], f"Holm p of {family}", header[-1]], wider
+
+
+def differences_of(found: Finished) -> list[Compared]:
+    return [one for one in found.tests if not one.contrast]
+
+
+def contrasts_of(found: Finished) -> list[Compared]:
+    return [one for one in found.tests if one.contrast]
 
 
 def comparison_table(found: Finished) -> Table:
     """Same-seed differences, Welch's test beside them, and what can be said."""
-    rows = []
-    p_values = []
-    for names, name, a, b in compared(found):
-        rows.append(comparison_row(names, name, a, b))
-        p_values.append(paired_p(a, b))
-    return with_holm(COMPARISON_HEADER, rows, p_values)
-
-
-def paired_p(a: dict[int, float], b: dict[int, float]) -> float | None:
-    """The p of comparison_row; None where nothing is compared."""
-    try:
-        return paired(a, b).p
-    except Refusal:
-        return None
-
-
-def corrected(p_values: list[float | None]) -> list[float | None]:
-    """Holm's p of each; None of what is not compared, and of all where they are at most FAMILY."""
-    tested = [p for p in p_values if p is not None]
-    if len(tested) <= FAMILY:
-        return [None] * len(p_values)
-    adjusted = iter(holm(tested))
-    return [None if p is None else next(adjusted) for p in p_values]
-
-
-def falls(p: float | None, holm_p: float | None) -> bool:
-    """Whether a difference is one by its own p, and none by Holm's."""
-    return p is not None and holm_p is not None and p < LEVEL <= holm_p
-
-
-def with_holm(header: list[str], rows: list[list], p_values: list[float | None]) -> Table:
-    """The table with Holm's p before its words, where it makes more than FAMILY comparisons.
-
-    p_values: of each row; None: not compared. All rows of the table are one family.
-    """
-    adjusted = corrected(p_values)
-    tested = sum(p is not None for p in adjusted)
-    if not tested:
-        return header, rows
-    wider = []
-    for row, p, holm_p in zip(rows, p_values, adjusted, strict=True):
-        *cells, words = row
-        text = "-" if holm_p is None else f"{holm_p:.2g}"
-        wider.append([*cells, text, words + FALLS * falls(p, holm_p)])
-    return [*header[:-1], f"Holm p of {tested}", header[-1]], wider
+    tests = differences_of(found)
+    return with_holm(COMPARISON_HEADER, [comparison_row(one) for one in tests], tests)
 
 
 def levels_of(study: Study) -> dict[str, tuple[str, ...]]:
@@ -358,38 +380,43 @@ def cells_of(found: Finished, name: str) -> Cells:
 FACTORIAL_HEADER = ["effect", "metric", "mean", "95 % CI", "p", "in words"]
 
 
-def contrasts_of(found: Finished) -> list[tuple[str, Comparison | None, str]]:
-    """(metric, contrast of a factorial, "") in every metric; None and why, where there is none."""
+def contrasts(found: Finished) -> Iterator[Compared]:
+    """The main effects and interactions of a factorial, in every metric of the study."""
     study = found.matrix.study
     if not study.factors:
-        return []
-    contrasts = []
+        return
     for name in found.metrics(study.metrics):
+        figures = (name, name)
         try:
             for contrast in factorial(cells_of(found, name), study.factors):
-                contrasts.append((name, contrast, ""))
+                yield Compared(("", contrast.term), figures, {}, {}, contrast)
         except Refusal as refusal:
-            contrasts.append((name, None, str(refusal)))
-    return contrasts
+            yield Compared(("", "-"), figures, {}, {}, None, str(refusal))
+
+
+def factorial_row(one: Compared) -> list:
+    """A contrast, in the columns of FACTORIAL_HEADER."""
+    heading, _, digits = heading_of(one.figures[0])
+    test = one.test
+    if test is None:
+        return ["-", heading, "-", "-", "-", f"not computed: {one.problem}"]
+    digits = decimal_places(test, digits)
+    look = look_of(test)
+    words = "not distinguishable from 0" if look == "open" else look
+    return [
+        one.title,
+        titled(one.figures[0]),
+        f"{test.mean:+.{digits}f}",
+        f"{test.low:+.{digits}f} to {test.high:+.{digits}f}",
+        f"{test.p:.2g}",
+        words + by_holm(one.falls),
+    ]
 
 
 def factorial_table(found: Finished) -> Table:
     """Main effects and interactions of a factorial study."""
-    rows = []
-    p_values = []
-    for name, contrast, problem in contrasts_of(found):
-        heading, _, digits = heading_of(name)
-        if contrast is None:
-            rows.append(["-", heading, "-", "-", "-", f"not computed: {problem}"])
-            p_values.append(None)
-            continue
-        interval = f"{contrast.low:+.{digits}f} to {contrast.high:+.{digits}f}"
-        mean = f"{contrast.mean:+.{digits}f}"
-        words = in_words(contrast)
-        p = f"{contrast.p:.2g}"
-        rows.append([contrast.term, titled(name), mean, interval, p, words])
-        p_values.append(contrast.p)
-    return with_holm(FACTORIAL_HEADER, rows, p_values)
+    tests = contrasts_of(found)
+    return with_holm(FACTORIAL_HEADER, [factorial_row(one) for one in tests], tests)
 
 
 SHOWN_HEADER = ["arm", "figure", "n", "mean", "95 % CI"]
@@ -399,22 +426,16 @@ def shown_table(found: Finished) -> Table:
     """The figures that the study lists besides: each arm that has one, with its interval."""
     rows = []
     for name in dict.fromkeys(found.metrics(found.matrix.study.show)):
-        _, _, digits = heading_of(name)
         for arm in found.matrix.arms:
             values = found.values(arm, name)
             if len(values) > 1:
                 test = one_arm(values)
+                digits = decimal_places(test, heading_of(name)[2])
                 interval = f"{test.low:,.{digits}f} to {test.high:,.{digits}f}"
                 rows.append([arm, titled(name), test.n, f"{test.mean:,.{digits}f}", interval])
             elif values:
-                rows.append([arm, titled(name), 1, spell(values, digits), "-"])
+                rows.append([arm, titled(name), 1, spell(values, heading_of(name)[2]), "-"])
     return SHOWN_HEADER, rows
-
-
-def in_words(contrast: Comparison) -> str:
-    if contrast.low <= 0 <= contrast.high:
-        return "not distinguishable from 0"
-    return "lower" if contrast.mean < 0 else "higher"
 
 
 def record_lines(found: Finished) -> list[str]:
@@ -443,19 +464,19 @@ def record_lines(found: Finished) -> list[str]:
 
 
 def holm_lines(found: Finished) -> list[str]:
-    """The differences that Holm's p does not bear out, table by table."""
-    lines = []
-    for title, (_, rows) in {
-        "Differences": comparison_table(found),
-        "Factorial": factorial_table(found),
-    }.items():
-        fallen = [f"{row[0]} ({row[1].split(',')[0]})" for row in rows if row[-1].endswith(FALLS)]
-        if fallen:
-            lines.append(
-                f"Corrected for all rows of the table {title} (Holm), not distinguishable: "
-                f"{some(fallen)}."
-            )
-    return lines
+    """The family of the study, and the differences that Holm's p does not bear out."""
+    family = max((one.family for one in found.tests), default=0)
+    if not family:
+        return []
+    fallen = []
+    for one in found.tests:
+        if one.falls:
+            fallen.append(f"{one.title} ({heading_of(one.figures[0])[0]})")
+    stands = f"not distinguishable by it: {some(fallen)}" if fallen else "every difference stands"
+    return [
+        f"Holm's p is corrected for all {family} comparisons that the study asks for, differences "
+        f"and contrasts of all its metrics; {stands}."
+    ]
 
 
 def made_on(found: Finished) -> str:
@@ -509,8 +530,7 @@ def how_made(found: Finished) -> list[str]:
         lines.append(made_on(found))
         lines.append(
             "Differences are between runs of one seed, and not shown where arms share the figure "
-            "with their training; intervals are 95 % t-intervals, not corrected for their number. "
-            f"Holm's p is corrected, for all rows of a table of more than {FAMILY}."
+            "with their training; intervals are 95 % t-intervals, not corrected for their number."
         )
         lines += holm_lines(found)
 
@@ -554,22 +574,30 @@ def title_of(matrix: Matrix) -> str:
 
 def markdown_report(found: Finished) -> str:
     """The report as Markdown."""
-    parts = [f"# {title_of(found.matrix)}", *notes(found)]
+    summary, lines = told(found)
+    sentences = [f"- {line.before} **{line.verdict}** {line.after}" for line in lines]
+    parts = [f"# {title_of(found.matrix)}", summary, "\n".join(sentences), *notes(found)]
+    parts = [part for part in parts if part]
     for title, (header, rows) in tables(found).items():
         parts.append(f"## {title}\n\n{markdown_table(header, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
-def facets(study: Study, side: str) -> dict[str, str]:
-    """What one side of a comparison is: factor -> words, and the figure where it names one."""
-    arm, _, own = side.partition(":")
+def facets(study: Study, side: str, figure: str) -> dict[str, str]:
+    """What one side of a comparison is: factor -> words, and the figure unless it is ""."""
+    arm = side.partition(":")[0]
     levels = levels_of(study).get(arm)
     words = {"arm": arm}
     if levels:
         words = {name: f"{name} {level}" for name, level in zip(study.factors, levels, strict=True)}
-    if own:
-        words["figure"] = heading_of(own)[0].removesuffix(".bpb")
+    if figure:
+        words["figure"] = short(figure)
     return words
+
+
+def short(figure: str) -> str:
+    """A figure as a sentence names it."""
+    return heading_of(figure)[0].removesuffix(".bpb")
 
 
 def main_metric(found: Finished) -> str:
@@ -577,42 +605,72 @@ def main_metric(found: Finished) -> str:
     return next(iter(found.metrics(found.matrix.study.metrics)), "val_bpb")
 
 
-def answers_of(found: Finished) -> list[Answer]:
-    """Every comparison of the main metric, and of the figures that `compare` names in its unit.
-
-    Holm's verdict is that of the table Differences.
-    """
-    study = found.matrix.study
+def asked_first(found: Finished) -> list[Compared]:
+    """Every comparison of the main metric, and of the figures that `compare` names in its unit."""
     main = main_metric(found)
-    every = compared(found)
-    p_values = [paired_p(a, b) for _, _, a, b in every]
+    chosen = []
+    for one in differences_of(found):
+        named = any(":" in side for side in one.names)
+        if one.figures[0] == main or (
+            named and heading_of(one.figures[0])[1] == heading_of(main)[1]
+        ):
+            chosen.append(one)
+    return chosen
+
+
+def figures_of(found: Finished) -> list[str]:
+    """The figures of the first screen."""
+    chosen = [figure for one in asked_first(found) for figure in one.figures]
+    return list(dict.fromkeys(chosen)) or [main_metric(found)]
+
+
+def headings_of(found: Finished) -> list[str]:
+    """Their names: with one alone, a sentence leaves it out."""
+    return list(dict.fromkeys(map(short, figures_of(found))))
+
+
+def answers_of(found: Finished) -> list[Answer]:
+    """The comparisons of the first screen. Each names its figure where there are several."""
+    study = found.matrix.study
+    several = len(headings_of(found)) > 1
     answers = []
-    for (names, name, a, b), p, holm_p in zip(every, p_values, corrected(p_values), strict=True):
-        named = any(":" in side for side in names)
-        if name == main or (named and heading_of(name)[1] == heading_of(main)[1]):
-            sides = (facets(study, names[0]), facets(study, names[1]))
-            answers.append(answer(sides, a, b, falls(p, holm_p)))
+    for one in asked_first(found):
+        left, right = (
+            facets(study, side, figure if several else "")
+            for side, figure in zip(one.names, one.figures, strict=True)
+        )
+        answers.append(answer((left, right), one))
     return answers
 
 
-def crossed_of(found: Finished) -> list[Answer]:
-    """The interactions of a factorial in the main metric, where they are few.
+def scale_of_answers(found: Finished) -> Scale:
+    """How the figures of the first screen are written; with no name where they are several."""
+    _, unit, digits = heading_of(figures_of(found)[0])
+    names = headings_of(found)
+    return scale_of(names[0] if len(names) == 1 else "", unit, digits)
 
-    Holm's verdict is that of the table Factorial.
-    """
-    every = contrasts_of(found)
-    adjusted = corrected([contrast.p if contrast else None for _, contrast, _ in every])
-    contrasts = []
-    for (name, contrast, _), holm_p in zip(every, adjusted, strict=True):
-        if contrast and name == main_metric(found):
-            contrasts.append((contrast, falls(contrast.p, holm_p)))
-    crossed = interactions(found.matrix.study.factors, contrasts)
+
+def crossed_of(found: Finished) -> list[Answer]:
+    """The interactions of a factorial in the main metric, where they are few."""
+    main = main_metric(found)
+    chosen = [one for one in contrasts_of(found) if one.test and one.figures[0] == main]
+    crossed = interactions(found.matrix.study.factors, chosen)
+    if len(headings_of(found)) > 1:
+        crossed = [one._replace(both=f"{short(main)}, {one.both}") for one in crossed]
     return crossed if len(crossed) <= MAX_CROSSED else []
+
+
+def told(found: Finished) -> tuple[str, list[Line]]:
+    """The answers: how many have which verdict, and a sentence each."""
+    scale = scale_of_answers(found)
+    answers = answers_of(found)
+    return tally(answers, scale), [sentence(one, scale) for one in answers + crossed_of(found)]
 
 
 def margin_of(found: Finished, name: str) -> float:
     """What the record rule asks for, in BPB of this text; 0 for what is no score."""
-    if not name.endswith("val_bpb") and not name.startswith("scores."):
+    score = name.endswith("val_bpb") or name.startswith("scores.")
+    if not score or heading_of(name)[1] != "BPB":
         return 0.0
     run = found.all()[0]
     return RECORD_NATS / math.log(2) * run["val_tokens"] / run["val_bytes"]
@@ -621,19 +679,19 @@ def margin_of(found: Finished, name: str) -> float:
 def lead_of(found: Finished) -> Lead:
     """The first screen: the question, an answer per comparison, and their forest plot."""
     study = found.matrix.study
-    name = main_metric(found)
-    scale = scale_of(*heading_of(name))
-    answers = answers_of(found)
-    cells = cells_of(found, name)
+    main = main_metric(found)
+    heading = scale_of(*heading_of(main)).heading
     charts = []
     if found.all():
+        margin = min(margin_of(found, name) for name in figures_of(found))
         with styled():
-            charts.append(forest(answers, scale, margin_of(found, name)))
-            charts.append(interaction(cells, study.factors, scale.heading))
+            charts.append(forest(answers_of(found), scale_of_answers(found), margin))
+            charts.append(interaction(cells_of(found, main), study.factors, heading))
+    summary, lines = told(found)
     return Lead(
         study.question,
-        tally(answers, scale),
-        [sentence(one, scale) for one in answers + crossed_of(found)],
+        summary,
+        lines,
         remarks(found),
         [chart for chart in charts if chart],
     )
@@ -643,7 +701,7 @@ def study_page(found: Finished) -> str:
     """The report as a page."""
     lost = []
     for trial, reason in found.failed.items():
-        arm, _, seed = trial.rpartition("-s")
+        arm, seed = split_trial(trial)
         lost.append({"arm": arm, "seed": int(seed), "failed": reason})
     runs = found.all() + lost
     return html_page(title_of(found.matrix), how_made(found), tables(found), runs, lead_of(found))

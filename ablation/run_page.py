@@ -17,6 +17,7 @@ from ablation.page import (
     FIRST_WIDTH,
     LOOKS,
     MAX_ROWS,
+    STAGE_WORDS,
     WIDTH,
     Chart,
     Lead,
@@ -33,19 +34,9 @@ from ablation.page import (
     training,
     validation,
 )
-from ablation.records import METRICS, load, read_lines, read_log
+from ablation.records import METRICS, RESULTS, load, read_lines, read_log
 from train_gpt import Refusal
 
-# Key of `scores` -> what was scored, and how
-STAGE_WORDS = {
-    "live": "live weights",
-    "averaged": "averaged",
-    "unfitted": "quantised, before pruning to the cap",
-    "quantised": "quantised, read back",
-    "sliding": "the same, sliding windows",
-    "documents": "the same, each document by itself",
-    "ttt": "the same, test-time training",
-}
 LOSS = COLOURS[0]
 SCORE = COLOURS[1]
 MARK = "#666666"
@@ -79,6 +70,11 @@ def read_run(folder: Path) -> dict:
     """
     if (folder / "result.json").exists():
         return load(folder)
+    if (folder / RESULTS).exists():
+        raise Refusal(
+            f"{folder}: the runs of a study lie here ({RESULTS}); "
+            f"give its TOML file, and --out {folder}"
+        )
     told = read_lines(folder / METRICS)
     if not told and not read_log(folder / "train.log"):
         raise Refusal(
@@ -399,10 +395,13 @@ class Parts:
         """part(run, ...); None where that fails."""
         try:
             return part(self.run, *more)
-        except Exception as error:  # whatever a stranger wrote into a result
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             name = " ".join([part.__name__.replace("_", " "), *more])
             problem = f"{type(error).__name__}: {error}"
-            self.notes.append(f"Not shown: {name}. A figure is none that a run writes ({problem}).")
+            self.notes.append(
+                f"Not shown: {name} ({problem}). The result holds what no run writes, or "
+                "ablation/run_page.py has a mistake."
+            )
             return None
 
 

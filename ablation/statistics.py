@@ -3,7 +3,7 @@
 Scores are a dict seed -> figure per arm. A difference is taken seed by seed (paired), because
 the noise that a seed brings to both arms cancels; Welch's test stands beside it for arms that
 share no noise. Every interval and verdict is two-sided at 5 %, and none is corrected for the
-number of comparisons made; holm corrects the p of a whole table.
+number of comparisons made; holm corrects the p of a whole family.
 
 Sources: Student, Biometrika 6 (1908); Welch, Biometrika 34 (1947); Satterthwaite, Biometrics
 Bulletin 2 (1946); Holm, Scandinavian Journal of Statistics 6 (1979). scipy.stats has the
@@ -290,11 +290,22 @@ def detectable(sd: float, n: int, alpha: float = LEVEL) -> float:
 
 
 # ── Words ─────────────────────────────────────────────────────────────────────────────────────────
-def decimal_places(comparison: Comparison) -> int:
-    """4 to 9, so that a bound that is not 0 never reads 0.0000."""
-    figures = (comparison.mean, comparison.low, comparison.high)
-    smallest = min([abs(x) for x in figures if x], default=1.0)
-    return min(max(4, math.ceil(-math.log10(smallest))), 9)
+def decimal_places(comparison: Comparison, least: int = 4, factor: float = 1.0) -> int:
+    """`least` to 9, so that a bound that is not 0 never reads as 0.
+
+    The mean lies between the bounds, so that it needs no more. factor: figures are written times
+    this.
+    """
+    bounds = (comparison.low * factor, comparison.high * factor)
+    smallest = min([abs(x) for x in bounds if x], default=1.0)
+    return min(max(least, math.ceil(-math.log10(smallest))), 9)
+
+
+def look_of(comparison: Comparison) -> str:
+    """lower, higher, or open: the interval has 0 in it."""
+    if comparison.low <= 0 <= comparison.high:
+        return "open"
+    return "lower" if comparison.mean < 0 else "higher"
 
 
 def verdict(
@@ -311,7 +322,8 @@ def verdict(
     n = " and ".join(map(str, np.atleast_1d(comparison.n)))
     p = f"p = {comparison.p:.3g}" if comparison.p >= 1e-4 else "p < 0.0001"
 
-    if low <= 0 <= high:
+    look = look_of(comparison)
+    if look == "open":
         resolution = "the scores are the same"
         if comparison.sd:
             resolution = f"{n} seeds could show {(high - low) / 2:.{places}f}"
@@ -321,9 +333,8 @@ def verdict(
         )
 
     near, far = sorted((abs(low), abs(high)))
-    direction = "lower" if mean < 0 else "higher"
     alike = ", no spread between seeds" if comparison.sd == 0 else ""
     return (
-        f"{b} is {direction} than {a} by {abs(mean):.{places}f} {metric} "
+        f"{b} is {look} than {a} by {abs(mean):.{places}f} {metric} "
         f"(95 % CI {near:.{places}f} to {far:.{places}f}, {p}, n = {n}{alike})"
     )

@@ -57,6 +57,7 @@ with instrumented:
     import prepare_data
     import train_gpt
     from ablation import report
+    from ablation.answers import compare_sides
     from ablation.check import check_submission
     from ablation.page import html_page
     from ablation.records import check_alike, load, metric
@@ -875,7 +876,8 @@ def run_folder(run: Path, text: str, dice: Dice) -> None:
         {seed: v for seed, one in runs.items() if (v := metric(one, "val_bpb")) is not None}
         for _ in range(2)
     )
-    read(comparison_row, ("a", "b"), "val_bpb", left, right)
+    figures = ("val_bpb", "val_bpb")
+    read(lambda: comparison_row(compare_sides(("a", "b"), figures, left, right)))
     read(record_rule, left, right, r["val_tokens"] / r["val_bytes"])
     if m:
         found = Finished(m, {m.arms[0]: runs, m.arms[1]: runs}, {})

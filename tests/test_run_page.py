@@ -291,13 +291,32 @@ def test_a_figure_that_no_run_writes_costs_its_part_of_the_page_alone(change, lo
     assert "Settings other than" in text and f"{RESULT['total_bytes']:,}</td>" in text
 
 
+def test_a_mistake_of_the_page_itself_is_not_hidden():
+    def ledger(run):
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError):
+        run_page.Parts({}).make(ledger)
+
+
+def test_the_folder_of_the_runs_of_a_study_is_no_run(tmp_path):
+    for name in ("results.jsonl", "metrics.jsonl"):
+        (tmp_path / name).write_text('{"event": "step"}\n')
+    words = rf"{tmp_path}: the runs of a study lie here .*give its TOML file, and --out {tmp_path}"
+    with pytest.raises(Refusal, match=words):
+        write_run_page(tmp_path)
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_report_takes_the_folder_of_a_run_and_refuses_what_is_none(tmp_path, capsys):
     assert ablate.main(["report", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no run lies here" in line and not [*tmp_path.iterdir()]
     copied(tmp_path, **BARE)
     assert ablate.main(["report", str(tmp_path), "--size", "full"]) == 2
-    assert "--size full: is of a study" in capsys.readouterr().err
+    assert "--size: is of a study" in capsys.readouterr().err
+    assert ablate.main(["report", str(tmp_path), "--across-code", "--pair", "a,b"]) == 2
+    assert "--pair: is of a study" in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
     assert ablate.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"page: {tmp_path / 'page.html'}\n"

@@ -31,6 +31,7 @@ from ablation.records import (
 )
 from ablation.statistics import (
     Comparison,
+    decimal_places,
     detectable,
     factorial,
     holm,
@@ -482,6 +483,21 @@ def test_two_seeds_are_judged_by_their_wide_interval():
     )  # +1.25 thousandths, df 1
 
 
+@pytest.mark.parametrize(
+    "mean, low, high, factor, places",
+    [
+        (0.0, -0.5, 0.5, 1.0, 4),
+        (3e-8, -0.00745, 0.00746, 1000.0, 4),  # the mean between needs no more
+        (0.01, 0.000004, 0.02, 1.0, 6),
+        (0.01, 0.000004, 0.02, 1000.0, 4),
+        (0.01, 1e-20, 0.02, 1.0, 9),
+        (0.0, 0.0, 0.0, 1.0, 4),
+    ],
+)
+def test_decimals_are_those_of_the_bounds(mean, low, high, factor, places):
+    assert decimal_places(comparison(mean, low, high), factor=factor) == places
+
+
 def test_a_factorial_row_in_words():
     interaction = factorial(SWA_QAT, FACTORS)[-1]
     assert verdict(interaction, ("0", interaction.term)) == (
@@ -704,6 +720,15 @@ def test_across_code_lets_nothing_differ_but_the_code_and_what_it_records(two_co
         set_at(other, key, "changed")
         with pytest.raises(Refusal, match=f"{key} is .* but changed"):
             check_alike([old, other], across_code=True)
+
+
+def test_a_run_that_lacks_a_key_does_not_hide_that_two_others_differ(two_codes):
+    old, new = two_codes
+    del old["gpu"], old["attention"]
+    for key in ("gpu", "attention"):
+        other = copy.deepcopy(new) | {"name": "other", key: "changed"}
+        with pytest.raises(Refusal, match=f"{key} is .* but changed in other"):
+            check_alike([old, new, other], across_code=True)
 
 
 def test_the_difference_of_code_is_named(two_codes):

@@ -82,11 +82,12 @@ def test_a_table_of_more_than_ten_comparisons_has_holms_verdict_beside_the_plain
     assert "large is higher than plain" in words["large - plain"]
     assert "Holm" not in words["large - plain"]
     assert "slight is higher than plain" in words["slight - plain"]
-    assert words["slight - plain"].endswith("; by Holm not distinguishable")
+    assert words["slight - plain"].endswith("; by Holm (of 12) not distinguishable")
     assert "by Holm" not in words["a2 - plain"]  # not distinguishable by itself
     assert (
-        "Corrected for all rows of the table Differences (Holm), not distinguishable: "
-        "slight - plain (final)." in markdown_report(many)
+        "Holm's p is corrected for all 12 comparisons that the study asks for, differences and "
+        "contrasts of all its metrics; not distinguishable by it: slight - plain (final)."
+        in markdown_report(many)
     )
 
 
@@ -95,7 +96,7 @@ def test_ten_comparisons_have_no_holm(tmp_path):
     header, rows = comparison_table(few)
     assert len(rows) == 10
     assert not any("Holm" in str(cell) for row in [header, *rows] for cell in row)
-    assert "(Holm)" not in markdown_report(few)
+    assert "Holm" not in markdown_report(few)
 
 
 def test_what_was_not_compared_is_no_member_of_the_family(many):
@@ -104,7 +105,7 @@ def test_what_was_not_compared_is_no_member_of_the_family(many):
     assert (len(rows), header[-2]) == (12, "Holm p of 11")
     assert rows[0][-2] == "-" and rows[0][-1].startswith("not compared")
     del many.runs["a2"][2], many.runs["a2"][3]
-    header, rows = comparison_table(many)
+    header, rows = comparison_table(dataclasses.replace(many))
     assert (len(rows), header[-2]) == (12, "Welch p")
 
 
@@ -163,8 +164,8 @@ def test_a_table_of_the_page_says_which_code_its_runs_are_of(code, age):
     assert how_it_ran(made, [run]).endswith(f"; code `{code[:12]}`, {age}")
 
 
-def test_the_interactions_of_a_factorial_are_a_family_of_their_own(tmp_path):
-    """Of 2 x 7 levels: 7 main effects and 6 interactions of noise, and one large effect."""
+def test_differences_and_contrasts_of_a_study_are_one_family(tmp_path):
+    """Of 2 x 7 levels: 13 differences, 7 main effects and 6 interactions."""
     levels = [f"0.0{i}" for i in range(1, 8)]
     text = STUDY.replace("[arm.plain]", f"[factorial]\nqat = [0, 1]\nMATRIX_LR = {levels}")
     (tmp_path / "cells.toml").write_text(text)
@@ -174,8 +175,69 @@ def test_the_interactions_of_a_factorial_are_a_family_of_their_own(tmp_path):
         for seed in SEEDS:
             bpb = 1.3 + 0.2 * arm.startswith("qat-1") + NOISE[seed] * (i % 3) + 0.003 * (i % 2)
             run = RESULT | {"name": f"{arm}-s{seed}", "seed": seed, "val_bpb": bpb, "events": []}
-            runs.setdefault(arm, {})[seed] = run | {"codes": {}}  # no contrasts of the gap
-    header, rows = factorial_table(Finished(made, runs, {}))
-    assert (len(rows), header[-2]) == (13, "Holm p of 13")
-    smallest = min(rows, key=lambda row: float(row[-3]))
-    assert float(smallest[-2]) == pytest.approx(13 * float(smallest[-3]), rel=0.1)
+            runs.setdefault(arm, {})[seed] = run | {"codes": {}, "arm": arm}  # nothing of the gap
+    found = Finished(made, runs, {})
+    p_values = []
+    holm_p = []
+    for header, rows in (comparison_table(found), factorial_table(found)):
+        assert (len(rows), header[-2]) == (13, "Holm p of 26")
+        holm_p += [row[-2] for row in rows]
+    p_values = [one.test.p for one in found.tests]
+    assert holm_p == [f"{p:.2g}" for p in holm(p_values)]
+
+
+def test_what_equal_time_adds_is_compared_and_not_in_the_family(many):
+    timed = dataclasses.replace(many, matrix=dataclasses.replace(many.matrix, equal="time"))
+    for run in timed.all():
+        run |= {"step_ms_median": 40.0 + run["val_bpb"], "steps": 9}
+    header, rows = comparison_table(timed)
+    assert (len(rows), header[-2]) == (36, "Holm p of 12")
+    assert [row[-2] for row in rows if not row[1].startswith("final")] == ["-"] * 24
+
+
+# ── What is compared ──────────────────────────────────────────────────────────────────────────────
+def test_two_arms_with_the_same_scores_are_told_to_be_the_same(tmp_path):
+    """A toggle that did nothing, trained by itself or on a shared training."""
+    found = finished(tmp_path, {"a1": 0.0, "b1": 0.0}, quant_gap_bpb=0.1)
+    for seed in SEEDS:
+        found.runs["a1"][seed]["val_bpb"] = found.runs["plain"][seed]["val_bpb"]
+        shared = {"checkpoint": f"runs/plain-s{seed}/checkpoint.bin"}
+        found.runs["b1"][seed] |= shared | {"val_bpb": found.runs["plain"][seed]["val_bpb"]}
+    report = markdown_report(found)
+    assert "2 comparisons of final BPB (lower is better): 2 the same." in report
+    assert "- a1 is **the same** as plain in each of 3 seeds." in report
+    assert "- b1 is **the same** as plain in each of 3 seeds." in report
+
+
+@pytest.mark.parametrize(
+    ("metric_", "average", "shown"),
+    [
+        ("live_val_bpb", "ema", False),
+        ("step_ms_median", "ema", False),
+        ("float_val_bpb", "none", False),
+        ("float_val_bpb", "ema", True),
+        ("val_bpb", "none", True),
+    ],
+)
+def test_figures_of_one_shared_training_are_no_comparison(tmp_path, metric_, average, shown):
+    found = finished(tmp_path, {"a1": 0.0}, live_val_bpb=1.5, config={"average": "none"})
+    made = with_pairs(found.matrix, [f"plain:{metric_},a1"])
+    for seed, run in found.runs["a1"].items():
+        run |= {"checkpoint": f"runs/plain-s{seed}/checkpoint.bin", "config": {"average": average}}
+    titles = [row[0] for row in comparison_table(dataclasses.replace(found, matrix=made))[1]]
+    assert (f"a1 - plain:{metric_}" in titles) == shown
+    for run in found.runs["a1"].values():
+        run["checkpoint"] = None
+    titles = [row[0] for row in comparison_table(dataclasses.replace(found, matrix=made))[1]]
+    assert f"a1 - plain:{metric_}" in titles
+
+
+def test_a_bound_in_a_table_never_reads_as_0(tmp_path):
+    found = finished(tmp_path, {"a1": 0.0})
+    for seed in SEEDS:
+        run = found.runs["a1"][seed]
+        run["val_bpb"] = found.runs["plain"][seed]["val_bpb"] + 1e-7 * (seed - 2)
+        run["toggles"] = {"QNA": {"cost_ms": 1e-4 * (seed - 2), "cost_per": "step"}}
+    (row, *_) = comparison_table(found)[1]
+    assert row[3] == "-0.0000002 to +0.0000002"
+    assert shown_table(found)[1][0][-1] == "-0.0002 to 0.0002"
