@@ -551,12 +551,6 @@ def remarks(found: Finished) -> list[str]:
     return lines + record_lines(found)
 
 
-def notes(found: Finished) -> list[str]:
-    """What to know before the question, the question, and how the answers were made."""
-    question = found.matrix.study.question
-    return [*remarks(found), *([question] if question else []), *how_made(found)]
-
-
 def tables(found: Finished) -> dict[str, Table]:
     """The tables that have rows, by title."""
     made = {
@@ -576,7 +570,8 @@ def markdown_report(found: Finished) -> str:
     """The report as Markdown."""
     summary, lines = told(found)
     sentences = [f"- {line.before} **{line.verdict}** {line.after}" for line in lines]
-    parts = [f"# {title_of(found.matrix)}", summary, "\n".join(sentences), *notes(found)]
+    answers = [found.matrix.study.question, summary, "\n".join(sentences)]
+    parts = [f"# {title_of(found.matrix)}", *remarks(found), *answers, *how_made(found)]
     parts = [part for part in parts if part]
     for title, (header, rows) in tables(found).items():
         parts.append(f"## {title}\n\n{markdown_table(header, rows)}")

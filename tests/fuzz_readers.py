@@ -882,7 +882,7 @@ def run_folder(run: Path, text: str, dice: Dice) -> None:
     if m:
         found = Finished(m, {m.arms[0]: runs, m.arms[1]: runs}, {})
         markdown_report(found)
-        notes, tables = report.notes(found), report.tables(found)
+        notes, tables = report.how_made(found), report.tables(found)
         drawn = (
             list(runs.values())
             if hashlib.sha256(text.encode("utf-8", "replace")).digest()[0] < 8

@@ -16,7 +16,7 @@ from pages_studies import COMMITTED, STUDIES, adopt, study
 import train_gpt
 from ablation.page import html_page
 from ablation.records import RunStore, find_runs, keep, load_lines
-from ablation.report import load_matrix, markdown_report, notes, tables
+from ablation.report import how_made, load_matrix, markdown_report, tables
 from ablation.runner import Ledger, Runner
 from ablation.study import Matrix, matrix, read_study
 from train_gpt import Config, Refusal
@@ -71,7 +71,7 @@ def runs_of(made: Matrix) -> dict[str, dict]:
 def report_of(made: Matrix) -> tuple[str, str]:
     """The report as Markdown and as a page."""
     found = load_matrix(made)
-    page = html_page(made.study.title, notes(found), tables(found), found.all())
+    page = html_page(made.study.title, how_made(found), tables(found), found.all())
     return markdown_report(found), page
 
 
