@@ -80,9 +80,14 @@ if __name__ == "__main__":
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     def tell_of_imports() -> None:
-        """Says at once, then every 10 s, that imports are under way: a cold disk takes minutes."""
+        """Says every 10 s that imports are under way, at once if it is a run: a cold disk takes
+        minutes.
+        """
         began = time.monotonic()
-        stream = sys.stderr if sys.argv[1:] == ["--help"] else sys.stdout
+        stream = sys.stdout
+        if sys.argv[1:] == ["--help"]:
+            stream = sys.stderr
+            time.sleep(10)
         # nothing in the stream's buffer: what nobody reads would end the run when that is flushed
         with contextlib.suppress(OSError, AttributeError):
             while "main" not in globals():
@@ -301,9 +306,7 @@ class Config:
     dist_timeout: float = run_knob(300.0, "s", "a rank gives up after waiting for so long", lo=1)
     seed: int = knob(1337, "", "initial weights and noise", scope="seed", lo=0, hi=2**32 - 1)
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
-    attn_backend: str = run_knob(
-        "auto", "", "auto: the first within 3 % of the fastest", choices=BACKENDS
-    )
+    attn_backend: str = run_knob("auto", "", "auto: the fastest, within 3 %", choices=BACKENDS)
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
 
     @rule
@@ -5784,12 +5787,10 @@ def next_launches(r: dict) -> str:
 
 def next_line(r: dict) -> str:
     """What can be done with the run."""
-    told = f"NEXT: {next_launches(r)}"
-    # this script may stand alone
-    if Path(__file__).resolve().with_name("ablate.py").exists():
-        page = f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page"
-        told += one_line(f"; {page}")
-    return told
+    page = (
+        f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page (in the repository)"
+    )
+    return one_line(f"NEXT: {next_launches(r)}; {page}")
 
 
 def result_line(r: dict) -> str:

@@ -461,11 +461,6 @@ def test_the_end_names_every_file_and_what_to_do_next(clocked):
     assert shlex.split(page)[:4] == ["python", "ablate.py", "report", str(folder(clocked.cfg))]
 
 
-def test_a_script_that_stands_alone_names_no_page(clocked, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
-    assert "ablate.py" not in train_gpt.next_line(clocked.report)
-
-
 def test_the_end_of_a_run_over_the_cap_says_how_it_fits(clocked):
     over = clocked.report | dict(under_cap=False, folder="it's/a b")
     said = train_gpt.next_line(over).split("; ")[1]

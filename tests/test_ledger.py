@@ -226,15 +226,19 @@ def test_a_resumed_run_has_the_rows_of_all_launches(world, tiny):
 
 
 def test_a_checkpoint_is_of_the_end_of_its_step(world, tiny):
-    """A line of 0.5 s and a validation come before it: they belong to the launch that ended."""
-    cfg = tiny(**KNOBS | dict(checkpoint_every=2.5))
+    """A line of 0.5 s and a validation come before it: they belong to the launch that ended.
+
+    Lines are of steps 1, 10 and 20; that of the last one comes when the clock has stopped.
+    """
+    cfg = tiny(**KNOBS | dict(checkpoint_every=3.0))
     world.clock.lasts(Trainer, "report_step", lambda *_: 0.5)
     world.killed(cfg, Trainer, "report", lambda trainer, _: trainer.steps == 12)
     facts = saved(cfg)
-    assert facts["ledger"]["train"] == facts["progress"]["elapsed"] == 10 * STEP
+    assert facts["progress"]["steps"] == 10
+    assert facts["ledger"]["train"] == facts["progress"]["elapsed"] == 10 * STEP + 0.5
     report = world.launch(again(cfg))
     rows = report["seconds"]
-    assert rows["train"] == report["train_seconds"] == STEPS * STEP + 0.5 + SAVE
+    assert rows["train"] == report["train_seconds"] == STEPS * STEP + 2 * 0.5 + SAVE
     assert rows["lost"] == 0.5 + SAVE + 2 * STEP
     assert sum(rows.values()) == world.wall
 
