@@ -17,7 +17,7 @@ Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint
 Sections, in the order in which the data flow:
 
     1 Config       every knob once; refusals
-    2 Run          ranks, log, clock, phases, stop signals
+    2 Run          ranks, log, live line, clock, phases, stop signals
     3 Data         shards, batches, bytes per token
     4 Grid         the one definition of quantisation
     5 Model        its parts, the techniques, one forward pass
@@ -60,6 +60,7 @@ import shutil
 import signal
 import statistics
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -72,6 +73,31 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":
+    # OpenMP reads this when torch is imported. Threads that spin while they wait for each other are
+    # up to 35 times slower beside a busy process. What you set yourself stays.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+    def tell_of_imports() -> None:
+        """Says every 10 s that imports are under way, at once if it is a run: a cold disk takes
+        minutes.
+        """
+        began = time.monotonic()
+        stream = sys.stdout
+        if sys.argv[1:] == ["--help"]:
+            stream = sys.stderr
+            time.sleep(10)
+        # nothing in the stream's buffer: what nobody reads would end the run when that is flushed
+        with contextlib.suppress(OSError, AttributeError):
+            while "main" not in globals():
+                text = f"importing torch, {time.monotonic() - began:.0f} s\n"
+                os.write(stream.fileno(), text.encode())
+                time.sleep(10)
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        threading.Thread(target=tell_of_imports, daemon=True).start()
+
 import numpy as np
 import safetensors.torch
 import sentencepiece
@@ -80,7 +106,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import zstandard
 from rich.box import MARKDOWN, Box
-from rich.console import Console
+from rich.console import Console, Group
+from rich.control import Control
+from rich.live import Live
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -106,8 +135,8 @@ EXIT_CODES = {
     143: "terminated",
 }
 
-# What a rank alone may find, and says for itself
-RANKS_OWN_CODES = (6, 7, 8)
+# What a rank alone finds, and says for itself
+RANKS_OWN_CODES = (6, 8)
 
 
 class Refusal(Exception):
@@ -277,7 +306,7 @@ class Config:
     dist_timeout: float = run_knob(300.0, "s", "a rank gives up after waiting for so long", lo=1)
     seed: int = knob(1337, "", "initial weights and noise", scope="seed", lo=0, hi=2**32 - 1)
     strict: bool = run_knob(True, "", "exit 4 when a requested toggle did nothing")
-    attn_backend: str = run_knob("auto", "", "auto: the fastest, timed", choices=BACKENDS)
+    attn_backend: str = run_knob("auto", "", "auto: the fastest, within 3 %", choices=BACKENDS)
     compile: str = run_knob("auto", "", "torch.compile; auto: on GPUs", choices=("auto", "0", "1"))
 
     @rule
@@ -403,7 +432,7 @@ class Config:
     train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
     train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
     grad_accum_steps: int = knob(0, "", "micro-batches; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
-    train_log_every: int = knob(200, "steps", "a line in the log, a check that ranks agree", lo=1)
+    train_log_every: int = knob(200, "steps", "a line in the log (or 10 s), a check of ranks", lo=1)
     val_loss_every: int = knob(1000, "steps", "score live weights, clock paused; 0: never", lo=0)
 
     @rule
@@ -784,7 +813,8 @@ def parse(name: str, text: str, kind: str):
 
 
 # ── 2 Run ─────────────────────────────────────────────────────────────────────────────────────────
-# In: the launcher's variables (RANK, ...), a Config. Out: device, log, clock, phases, stop signals.
+# In: the launcher's variables (RANK, ...), a Config. Out: device, log, live line, clock, phases,
+# stop signals.
 # Promise: all ranks take the same decisions, and whatever ends a run is said. Knows nothing of
 # model and data.
 
@@ -847,19 +877,127 @@ def free_name(folder: Path, name: str) -> str:
     return next(free for free in names if not (folder / free).exists())
 
 
+# So often the live line is renewed
+REFRESH_SECONDS = 0.5
+# Where there is no terminal, no silence is longer
+QUIET_SECONDS = 10.0
+
+
+class Progress:
+    """What is under way, for those who watch. None of it is in train.log.
+
+    On a terminal it is one live line below the log. Elsewhere it is a line wherever nothing was
+    said for QUIET_SECONDS. A thread sees to both, from watch() until the `with` block ends.
+
+    start_up: seconds that this process took before.
+    """
+
+    def __init__(self, start_up: float = 0.0):
+        self.live: Live | None = None
+        self.thread: threading.Thread | None = None
+        self.ended = threading.Event()
+        # two threads print; a signal may end either in the middle
+        self.lock = threading.RLock()
+        # of time.monotonic(); the imports may have been silent for as long
+        self.last_said = time.monotonic() - min(start_up, QUIET_SECONDS)
+        self.enter("start-up", start_up)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        if self.thread:
+            self.thread.join(1)
+        if self.live:
+            self.draw(self.live.stop)
+
+    def watch(self) -> None:
+        """Shows from now on what is under way."""
+        console = Console(color_system=None, force_jupyter=False)
+        if sys.stdout and sys.stdout.isatty() and console.is_interactive:
+            self.live = Live(
+                get_renderable=self.live_line,
+                console=console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self.draw(self.live.start)
+            # a run that is killed cannot bring it back
+            self.draw(console.show_cursor)
+        self.thread = threading.Thread(target=self.keep_showing, daemon=True)
+        self.thread.start()
+
+    def keep_showing(self) -> None:
+        """The thread's work."""
+        while not self.ended.wait(REFRESH_SECONDS):
+            self.show()
+
+    def show(self) -> None:
+        """Renews the live line, or says a line where it is time."""
+        with self.lock:
+            silent = time.monotonic() - self.last_said
+            if self.live:
+                self.draw(self.live.refresh)
+            elif silent >= QUIET_SECONDS - REFRESH_SECONDS:
+                self.say(f"... {self.line()}")
+
+    def draw(self, change: Callable[[], None]) -> None:
+        """Does something to the terminal. The run goes on where that is gone."""
+        with self.lock:
+            try:
+                change()
+            except OSError:
+                self.live = None
+
+    def say(self, text: str) -> None:
+        """One line, as it is, however narrow the terminal."""
+        with self.lock:
+            self.last_said = time.monotonic()
+            if self.live:
+                self.draw(partial(self.live.console.print, Text(text), soft_wrap=True))
+            else:
+                say(text, sys.stdout)
+
+    def enter(self, phase: str, spent: float = 0.0) -> None:
+        """Another phase is under way, in which `spent` seconds were spent before."""
+        with self.lock:
+            self.phase = phase
+            self.began = time.monotonic() - spent
+            self.work = ""
+
+    def live_line(self) -> Group:
+        """line(), and the cursor back at its start: there others write, and not behind it."""
+        line = self.line()
+        line.end = ""
+        return Group(line, Control(ControlType.CARRIAGE_RETURN))
+
+    def line(self) -> Text:
+        """Phase, its seconds so far, and what it is at work on."""
+        told = f"{self.phase}, {time.monotonic() - self.began:.0f} s"
+        if self.work:
+            told += f": {self.work}"
+        return Text(told, no_wrap=True, overflow="crop")
+
+
 class Run:
     """This process among its ranks: device, log, clock, and what each toggle did.
 
     One clock books all seconds: each belongs to the phase under way, an inner one pauses the one
     around it. So the rows of the ledger are disjoint and add up to the wall time of all launches.
 
-    start_up: seconds that this process took before.
+    start_up: seconds that this process took before. progress: shows, on rank 0, what is under way.
     """
 
-    def __init__(self, cfg: Config, start_up: float = 0.0):
+    def __init__(self, cfg: Config, start_up: float = 0.0, progress: Progress | None = None):
         self.started = time.perf_counter()
         self.booked = self.started
         self.rank = int(os.environ.get("RANK", "0"))
+        self.progress = progress or Progress()
+        if progress and self.rank == 0:
+            progress.watch()
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
@@ -892,9 +1030,12 @@ class Run:
         self.activity = {}
         # the most bytes held until all was scored; what the proof holds is no need of the run
         self.peak_memory_bytes = 0
+        # the kernel that ATTN_BACKEND chose
+        self.attention = ""
         # what the log has warned of, for result.json
         self.warnings = []
         self.phase_name = "set-up and other"
+        self.progress.enter(self.phase_name)
         # number of the first stop signal
         self.stop = 0
         self.open_folder(cfg)
@@ -902,6 +1043,7 @@ class Run:
     def join(self, patience: float) -> None:
         """Makes the process group of the ranks; `patience` in seconds."""
         if self.world > 1 and not dist.is_initialized():
+            self.at_work(f"waiting for {self.world} ranks")
             backend = "cpu:gloo,cuda:nccl" if self.cuda else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience))
 
@@ -964,11 +1106,23 @@ class Run:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def first_refusal(self, own: Refusal | None) -> Refusal:
+        """That of the lowest rank with one, on all ranks; at least one has one."""
+        if self.world == 1:
+            return own
+        found = [None] * self.world
+        dist.all_gather_object(found, own and (own.problems, own.code))
+        return Refusal(*next(filter(None, found)))
+
     def log(self, text: str) -> None:
         """One line for people: terminal and train.log, flushed."""
         if self.rank == 0:
-            say(text, sys.stdout)
+            self.progress.say(text)
             self.text.write(text + "\n")
+
+    def at_work(self, work: str) -> None:
+        """Says, for those who watch alone, how far the phase is."""
+        self.progress.work = work
 
     def warn(self, text: str) -> None:
         """A line of the log that result.json and the end of the log repeat."""
@@ -1029,8 +1183,10 @@ class Run:
         """From now on another phase is under way; the GPU's work until now is the old one's."""
         self.wait()
         self.last_sign = -math.inf  # another one is due
+        spent = self.earlier.get(name, 0.0) + self.seconds.get(name, 0.0)
         self.tick()
         self.phase_name = name
+        self.progress.enter(name, spent)
 
     def tick(self) -> float:
         """Books the time until now on the phase under way.
@@ -1215,9 +1371,12 @@ def in_words(effect: float | None, interval: list[float] | None) -> str | None:
 # A table's lines for rich: nothing but a rule of dashes below the header
 HEADER_RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
+# What ends below its likes in a table: 15.9 s, -0.13 s, 2.168706, 1,234
+FIGURE = re.compile(r"[-+]?\d[\d,.]*( \w+)?")
+
 
 def column_cells(values: list) -> tuple[list[str], bool]:
-    """A column as text, and whether it holds numbers only.
+    """A column as text, and whether it holds figures only: numbers, or FIGURE.
 
     Numbers get thousands separators, or all six decimals as soon as one of them is a float; None
     is a dash.
@@ -1234,7 +1393,8 @@ def column_cells(values: list) -> tuple[list[str], bool]:
             cells.append(format(value, number_format))
         else:
             cells.append(str(value))
-    return cells, numeric
+    figures = numeric or all(FIGURE.fullmatch(str(value)) for value in known)
+    return cells, figures
 
 
 def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
@@ -1368,10 +1528,11 @@ class Split:
         path = self.paths[shard]
         part = read_numbers(path, "<u2", SHARD_HEADER_BYTES + 2 * place, n).astype(np.int64)
         refuse(len(part) < n, f"{path}: has been cut since the run began; {AGAIN}")
-        largest = part.max()
+        worst = int(part.argmax())
         refuse(
-            largest >= self.vocab_size,
-            f"{path}: token id {largest}, but VOCAB_SIZE={self.vocab_size}; {AGAIN}",
+            part[worst] >= self.vocab_size,
+            f"{path}: token id {part[worst]} at {place + worst:,}, but "
+            f"VOCAB_SIZE={self.vocab_size}; {AGAIN}",
         )
         return part
 
@@ -1496,28 +1657,31 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     return found
 
 
-def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """From step `first` on (ids, targets), each (rows of this rank, TRAIN_SEQ_LEN) int64.
+# ids and targets, each (rows of this rank, TRAIN_SEQ_LEN) int64
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[Batch]:
+    """The rows of this rank from step `first` on.
 
     The rows of a step are evenly spaced in the stream, so that they are not of one document. Each
     goes on where it ended in the step before. Once the rows have crossed the distance between
     them, every token has been seen (those at the seams twice), and each follows in the track of
     the next one. Two steps are read ahead.
 
-    Care: every rank reads and checks the tokens of the whole step: all refuse, or none.
+    Care: a rank reads and checks its own rows alone, so it may be the only one that is refused:
+    Trainer.step tells the others.
     """
     length = cfg.train_seq_len
     rows = cfg.train_batch_tokens // length
     starts = [split.tokens * row // rows for row in range(rows)]
+    own = np.array_split(starts, run.world)[run.rank].tolist()
 
     def load(step: int) -> list[Tensor]:
-        taken = [split.take(start + step * length, length + 1) for start in starts]
+        taken = [split.take(start + step * length, length + 1) for start in own]
         tokens = torch.from_numpy(np.stack(taken))
-        pair = []
-        for side in (tokens[:, :-1], tokens[:, 1:]):
-            own = side.tensor_split(run.world)[run.rank].contiguous()
-            pair.append(own.pin_memory() if run.cuda else own)
-        return pair
+        pair = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()]
+        return [side.pin_memory() if run.cuda else side for side in pair]
 
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load, first), reader.submit(load, first + 1)]
@@ -1528,6 +1692,16 @@ def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[tup
                 ids.to(run.device, non_blocking=True),
                 targets.to(run.device, non_blocking=True),
             )
+
+
+def next_batch(loader: Iterator[Batch]) -> Batch | Refusal:
+    """The rows of the next step, or why there are none. Refusal where a signal stops the run."""
+    try:
+        return next(loader)
+    except Refusal as refusal:
+        if refusal.code > 128:
+            raise
+        return refusal
 
 
 def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -2145,6 +2319,9 @@ PACKAGES = {
     ),
     "fa2": ("flash_attn", "pip install flash-attn --no-build-isolation"),
 }
+# Kernels are as fast as the fastest up to this ratio: of them auto takes the first, so that noise
+# of the timing seldom gives two runs different kernels
+AS_FAST = 1.03
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
@@ -2206,9 +2383,10 @@ def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...])
 
 
 def choose_attention(cfg: Config, run: Run) -> Attend:
-    """The attention of ATTN_BACKEND; auto on a GPU: the fastest of those that work here.
+    """The attention of ATTN_BACKEND; auto on a GPU: see AS_FAST.
 
-    Refusal, with the remedy, where the one that was asked for does not work.
+    run.attention is its name. Refusal, with the remedy, where the one that was asked for does not
+    work.
     """
     names = attention_candidates(cfg, run)
     # Several are timed at the run's shape; a single one is only tried
@@ -2228,13 +2406,14 @@ def choose_attention(cfg: Config, run: Run) -> Attend:
             refuse(len(names) == 1, problem)
             run.log(problem)
 
-    best = run.broadcast(min(cost, key=cost.get))
+    fast = [name for name, ms in cost.items() if ms <= AS_FAST * min(cost.values())]
+    run.attention = run.broadcast(fast[0])
     timed = ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items())
     run.log(
-        f"attention: {best} (ATTN_BACKEND={cfg.attn_backend}; "
+        f"attention: {run.attention} (ATTN_BACKEND={cfg.attn_backend}; "
         f"ms for {rows} rows of {length}: {timed})"
     )
-    return found[best]
+    return found[run.attention]
 
 
 class Attention(nn.Module):
@@ -2670,15 +2849,24 @@ class Bank(NamedTuple):
     shape: tuple[int, int]
 
 
+class Reduced(NamedTuple):
+    """What all ranks know of a step before its update."""
+
+    loss: float  # nats per token
+    norm: float  # of the gradients, before the clip
+    stopping: float  # share of the ranks that were told to stop
+    refused: float  # share of the ranks that have no rows
+
+
 class FlatParameters:
     """Weights in one fp32 buffer, gradients in another: one all-reduce, one norm, no copies.
 
     Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
 
         weights    | embed | bank | bank | ... | scalar |
-        gradients  | embed | bank | bank | ... | scalar | loss | stop |
+        gradients  | embed | bank | bank | ... | scalar | loss | stop | refused |
 
-    The step's loss and a stop flag travel with the gradients. A group is one slice, so that AdamW
+    The step's loss and two flags travel with the gradients. A group is one slice, so that AdamW
     sees one tensor. A bank is filled up with zeros to an equal share per rank, here 5 matrices on
     3 ranks; each rank updates its share (Optimiser):
 
@@ -2698,10 +2886,11 @@ class FlatParameters:
         size = self.lay_out(params)
 
         self.weights = torch.zeros(size, device=run.device)
-        self.gradients = torch.zeros(size + 2, device=run.device)
+        self.gradients = torch.zeros(size + 3, device=run.device)
         self.proper_gradients = self.gradients[:size]
         self.loss = self.gradients[size]  # of the step
         self.stop = self.gradients[size + 1]  # 1: this rank was told to stop
+        self.refused = self.gradients[size + 2]  # 1: this rank has no rows for the step
 
         gradients = self.views(self.gradients)
         for name, weights in self.views(self.weights).items():
@@ -2778,20 +2967,19 @@ class FlatParameters:
         for work in works:
             work.wait()
 
-    def reduce(self, clip: float) -> tuple[float, float, float]:
+    def reduce(self, clip: float) -> Reduced:
         """The mean over the ranks, THEN the clip: each rank's own clip would bend the mean (#975).
 
-        Returns (mean loss, gradient norm before the clip, share of the ranks told to stop).
         The only host sync of a step.
         """
         if self.world > 1:
             dist.all_reduce(self.gradients)
             self.gradients /= self.world
         norm = self.proper_gradients.norm()
-        loss, stopping, norm = torch.stack((self.loss, self.stop, norm)).tolist()
-        if 0 < clip < norm + 1e-6:
-            self.proper_gradients *= clip / (norm + 1e-6)
-        return loss, norm, stopping
+        mean = Reduced(*torch.stack((self.loss, norm, self.stop, self.refused)).tolist())
+        if 0 < clip < mean.norm + 1e-6:
+            self.proper_gradients *= clip / (mean.norm + 1e-6)
+        return mean
 
     def checksums(self) -> list[int]:
         """The sum of the bits of every rank's weights: unlike where ranks have drifted apart.
@@ -3216,15 +3404,18 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict) -> l
 
     Returns the names of the tensors that are not finite. With any of them nothing is written, as
     no reader would take the file.
+
+    Care: steps go on meanwhile. Numpy, hashlib and files let go of the interpreter for as long as
+    they are at work on a tensor, and take no thread from torch.
     """
-    bad = [name for name, w in tensors.items() if not w.isfinite().all()]
+    bad = [name for name, w in tensors.items() if not np.isfinite(w.float().numpy()).all()]
     if bad:
         return bad
     newest, previous = (folder / name for name in CHECKPOINTS)
-    blob = encode_container(tensors, facts, "none")
+    pieces = container(tensors, facts, "none")
     if newest.exists():
         newest.replace(previous)
-    write_atomic(newest, blob)
+    write_atomic(newest, *pieces)
     return []
 
 
@@ -3326,11 +3517,12 @@ class Trainer:
             warmdown = Activity(
                 scope="learning rates",
                 unit="lr scale",
-                compared="the last step, against no warmdown",
+                compared="last step against no warmdown",
             )
             run.activity["WARMDOWN"] = warmdown
 
         self.loss = math.nan  # of the last step, nats per token
+        self.val_bpb = math.nan  # of the last validation
         self.steps = 0
         self.skipped: list[int] = []  # steps that were left out, as they were not finite
         self.resumed: list[int] = []  # steps done when the run went on
@@ -3339,6 +3531,7 @@ class Trainer:
         self.warmed: list[float] = []  # seconds of the warm-up's steps, but the first
         self.recompiles = 0
         self.saved = 0.0  # `elapsed` of the last checkpoint
+        self.told = -math.inf  # `elapsed` of the last line about a step
         self.code_sha256 = CODE_SHA256
 
     def done(self) -> bool:
@@ -3401,11 +3594,12 @@ class Trainer:
         if self.run.rank != 0:
             return []
 
-        facts = self.facts()
-        tensors = {name: w.to("cpu", copy=True) for name, w in self.tensors().items()}
-        bad = self.writing.result() if self.writing else []  # or its error
+        # before the copy, so that there is never more than one; or its error
+        bad = self.writing.result() if self.writing else []
         if bad:
             self.run.warn(f"no checkpoint: {bad[0]} is not finite")
+        facts = self.facts()
+        tensors = {name: w.to("cpu", copy=True) for name, w in self.tensors().items()}
         self.writing = self.writer.submit(write_checkpoint, self.run.dir, tensors, facts)
         return self.writing.result() if wait else []
 
@@ -3414,6 +3608,8 @@ class Trainer:
         try:
             self.restore_progress(facts["progress"])
             self.saved = self.elapsed
+            if self.steps:
+                self.told = self.elapsed  # the line of the first step is in the log
             self.schedule.fired = set(facts["fired"])
             count = int(facts["snapshots"])
             if self.averages.snapshots:
@@ -3450,27 +3646,34 @@ class Trainer:
 
     # One step
 
-    def step(self, batch: tuple[Tensor, Tensor], now: StepPlan) -> None:
-        """One optimiser step on (ids, targets) of this rank; `now`: what the schedule says of it.
+    def step(self, batch: Batch | Refusal, now: StepPlan) -> None:
+        """One optimiser step on the rows of this rank; `now`: what the schedule says of it.
 
+        Refusal of all ranks, before anything is updated, where one of them has no rows.
         Host sync: one, in FlatParameters.reduce.
         """
-        latent = self.views.enter(now, self.steps)
-        self.backward(batch)
-        self.views.leave(latent)
+        refusal = batch if isinstance(batch, Refusal) else None
+        self.flat.gradients.zero_()
+        if refusal:
+            self.flat.refused.fill_(1)
+        else:
+            latent = self.views.enter(now, self.steps)
+            self.backward(batch)
+            self.views.leave(latent)
         if self.run.stop:
             self.flat.stop.fill_(1)
-        self.loss, norm, self.stopping = self.flat.reduce(self.cfg.grad_clip_norm)
+        self.loss, norm, self.stopping, refused = self.flat.reduce(self.cfg.grad_clip_norm)
+        if refused:
+            raise self.run.first_refusal(refusal)
         if math.isfinite(self.loss + norm):
             self.update(now)
         else:
             self.leave_out(norm)
         self.steps += 1
 
-    def backward(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Fills the gradients and the loss behind them, both as this rank's part of the mean."""
+    def backward(self, batch: Batch) -> None:
+        """Adds to the gradients and the loss behind them, both as this rank's part of the mean."""
         share = self.run.world / self.cfg.train_batch_tokens
-        self.flat.gradients.zero_()
         ids, targets = (part.tensor_split(self.accumulate) for part in batch)
         for micro_ids, micro_targets in zip(ids, targets, strict=True):
             loss = self.forward(micro_ids, micro_targets).sum() * share
@@ -3512,16 +3715,18 @@ class Trainer:
 
         Returns the seconds of each step. The first ones are those that compile.
         """
+        run = self.run
         weights = self.flat.weights.clone()
         variants = [view.at_full_strength() for view in self.views.techniques.values()]
         variants.append(StepPlan(1.0, self.cfg.muon_momentum))
         snapshot = self.averages.snapshots is not None
         seconds = []
-        loader = batches(self.cfg, self.run, self.split)
+        loader = batches(self.cfg, run, self.split)
         for n in range(self.cfg.warmup_steps):
             began = time.perf_counter()
+            run.at_work(f"step {n + 1} of {self.cfg.warmup_steps}")
             now = variants[n % len(variants)]
-            self.step(next(loader), now._replace(snapshot=snapshot and n % 2 == 0))
+            self.step(next_batch(loader), now._replace(snapshot=snapshot and n % 2 == 0))
             seconds.append(time.perf_counter() - began)
         loader.close()
 
@@ -3578,10 +3783,11 @@ class Trainer:
         while True:
             typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
             now = self.schedule.at(self.steps, self.elapsed, typical)
-            self.step(next(loader), now)
+            self.step(next_batch(loader), now)
             before = self.elapsed
             self.elapsed = run.broadcast(run.tick())
             self.step_seconds.append(self.elapsed - before)
+            run.at_work(self.standing())
             if self.done():
                 break
             self.report(now)
@@ -3604,13 +3810,11 @@ class Trainer:
         refuse(self.stopping, f"stopped by {signal.Signals(number).name}", 128 + number)
 
     def save_what_is_left(self, stop: Refusal) -> None:
-        """A checkpoint before the run ends early: no step is half done.
+        """A checkpoint before the run ends early: no step is half done, and all ranks are here.
 
-        None where the weights of the ranks differ (6), or where a rank may not be here: data can
-        be unreadable (2, 7) for one of several alone.
+        None where the weights of the ranks differ (6).
         """
-        unsafe = (2, 6, 7) if self.run.world > 1 else (6,)
-        if stop.code in unsafe:
+        if stop.code == 6:
             return
         bad = self.save()
         what = f"not saved, as {bad[0]} is not finite," if bad else "saved"
@@ -3624,11 +3828,14 @@ class Trainer:
     def report(self, now: StepPlan) -> None:
         """Whatever is due after this step. Host sync: only in what is due."""
         cfg, run, step = self.cfg, self.run, self.steps
-        log_due = step % cfg.train_log_every == 0
+        # whether the next step might end after Progress has spoken
+        silent = self.elapsed - self.told + self.step_seconds[-1]
+        waited = silent >= QUIET_SECONDS - 2 * REFRESH_SECONDS
+        log_due = step % cfg.train_log_every == 0 or waited or self.done()
         save_due = 0 < cfg.checkpoint_every <= self.elapsed - self.saved
 
         self.report_starts(now)
-        if log_due or save_due or self.done():
+        if log_due or save_due:
             self.compare_ranks()
         if log_due:
             self.report_step(now)
@@ -3664,15 +3871,30 @@ class Trainer:
             6,
         )
 
+    def speed(self) -> tuple[float, str]:
+        """Seconds of a step, the median of the last ones, and tokens per second as text."""
+        seconds = statistics.median(self.step_seconds[-20:])
+        return seconds, f"{self.cfg.train_batch_tokens / seconds:,.0f} tok/s"
+
+    def standing(self) -> str:
+        """Where training stands, for those who watch."""
+        cfg = self.cfg
+        seconds, speed = self.speed()
+        left = (cfg.iterations - self.steps) * seconds
+        if cfg.max_wallclock_seconds:
+            left = min(left, cfg.max_wallclock_seconds - self.elapsed)
+        val = f"val bpb {self.val_bpb:.4f}, " if math.isfinite(self.val_bpb) else ""
+        return f"step {self.steps:,}, loss {self.loss:.4f}, {val}{speed}, {left:.0f} s left"
+
     def report_step(self, now: StepPlan) -> None:
         """The line of the log, and its event."""
-        seconds = statistics.median(self.step_seconds[-20:])
-        speed = self.cfg.train_batch_tokens / seconds
+        self.told = self.elapsed
+        seconds, speed = self.speed()
         train_bpb = self.loss / math.log(2) / self.bytes_per_token
         self.run.log(
             f"step {self.steps:5d}  {self.elapsed:6.1f} s  loss {self.loss:.4f}  "
             f"train bpb ~{train_bpb:.4f}  lr x{now.lr_scale:.3f}  {seconds * 1e3:.1f} ms  "
-            f"{speed:,.0f} tok/s"
+            f"{speed}"
         )
         self.run.event(
             "step",
@@ -3692,6 +3914,7 @@ class Trainer:
                 weights = dict(self.model.named_parameters())
                 artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
                 size = len(shipped_code(self.cfg)) + len(artifact)
+        self.val_bpb = live.bpb
         self.run.log(
             f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
             f"size ~{size:,} bytes (fast compression)"
@@ -3718,7 +3941,7 @@ class Trainer:
 
 MAGIC = b"GOLFGPT\n"
 FORMAT_VERSION = 3
-HEADER = struct.Struct("<8sHHQ32s")  # its fields: see encode_container
+HEADER = struct.Struct("<8sHHQ32s")  # its fields: see container
 MAX_FILE_BYTES = 1 << 33
 MAX_RAW_BYTES = 1 << 28  # of a compressed file, once decompressed
 LZMA_MEMORY = 1 << 27
@@ -3776,7 +3999,7 @@ COMPRESSORS = {
 
 
 class NotOurs(Exception):
-    """What a file holds that encode_container would not have written."""
+    """What a file holds that `container` would not have made."""
 
 
 def demand(fine, problem: str) -> None:
@@ -3991,12 +4214,40 @@ def ans_model(parts: dict[str, Tensor], lanes: int) -> tuple[np.ndarray, np.ndar
     return frequency.numpy().astype(int), words.astype(int)
 
 
-def serialise(tensors: dict[str, Tensor], facts: dict, compressor: str) -> bytes:
-    """safetensors, with the facts as JSON in its metadata."""
-    if compressor == "ans":
-        tensors = ans_encode(tensors)
-    plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    return safetensors.torch.save(plain, {"facts": json.dumps(facts)})
+# Bytes, or uint8 (n,)
+Piece = bytes | np.ndarray
+
+# The types of tensors in a file, in the order in which safetensors lays them out
+FILE_TYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+}
+
+
+def serialise(tensors: dict[str, Tensor], facts: dict) -> list[Piece]:
+    """safetensors with the facts as JSON in its metadata, in pieces: the header, then each tensor.
+
+    Byte for byte what safetensors.torch.save makes. That copies all tensors, and other threads wait
+    for it; here those in the host's memory are not copied.
+    """
+    order = list(FILE_TYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    header = {"__metadata__": {"facts": json.dumps(facts)}}
+    pieces = []
+    end = 0
+    for name in names:
+        t = tensors[name].detach().contiguous().cpu()
+        start = end
+        end += t.nbytes
+        offsets = [start, end]
+        header[name] = {"dtype": FILE_TYPES[t.dtype], "shape": [*t.shape], "data_offsets": offsets}
+        pieces.append(t.view(-1).view(torch.uint8).numpy())
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *pieces]
 
 
 def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
@@ -4011,10 +4262,10 @@ def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
     return dict(json.loads(header["__metadata__"]["facts"])), tensors
 
 
-def encode_container(
+def container(
     tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1
-) -> bytes:
-    """The file format of artifacts and checkpoints. level -1: the compressor's usual one.
+) -> list[Piece]:
+    """The file format of artifacts and checkpoints, in pieces. level -1: the compressor's usual.
 
     HEADER, little-endian, then the payload:
         byte  0   8 bytes   MAGIC
@@ -4024,16 +4275,30 @@ def encode_container(
         byte 20  32 bytes   sha256 of the rest of the file
         byte 52             the compressed payload: safetensors, with the facts as JSON
     """
-    raw = serialise(tensors, facts, compressor)
+    if compressor == "ans":
+        tensors = ans_encode(tensors)
+    payload = serialise(tensors, facts)
+    size = sum(map(len, payload))
     how = COMPRESSORS[compressor]
-    blob = how.compress(raw, how.level if level < 0 else level)
+    if compressor != "none":
+        payload = [how.compress(b"".join(payload), how.level if level < 0 else level)]
+
+    digest = hashlib.sha256()
+    for piece in payload:
+        digest.update(piece)
     number = list(COMPRESSORS).index(compressor)
-    digest = hashlib.sha256(blob).digest()
-    return HEADER.pack(MAGIC, FORMAT_VERSION, number, len(raw), digest) + blob
+    return [HEADER.pack(MAGIC, FORMAT_VERSION, number, size, digest.digest()), *payload]
+
+
+def encode_container(
+    tensors: dict[str, Tensor], facts: dict, compressor: str, level: int = -1
+) -> bytes:
+    """The container in one piece."""
+    return b"".join(container(tensors, facts, compressor, level))
 
 
 def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(facts, tensors). Refusal on anything that encode_container would not have written."""
+    """(facts, tensors). Refusal on anything that `container` would not have made."""
     try:
         header, blob = read_plain_file(path)
         return deserialise(decompress_checked(header, blob))
@@ -4087,12 +4352,13 @@ def decompress_checked(header: bytes, blob: bytes) -> bytes:
     return raw
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, *pieces: Piece) -> None:
     """All of the file or none of it, also when the machine stops in between."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(data)
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -4355,6 +4621,7 @@ def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: flo
     """One try with this share pruned. Rank 0 does the work and tells the others the size."""
     blob = b""
     total = 0
+    run.at_work(f"{cfg.compressor}, {fraction:.1%} pruned")
     if run.rank == 0:
         blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
         total = len(blob) + len(shipped_code(cfg))
@@ -4480,15 +4747,20 @@ class ScoreSheet:
 
     Every score adds 1 to the target's count, padding to that of one extra slot at the end. total()
     sums the counts over all ranks and fails unless each is 1: nothing is missed or scored twice.
+
+    windows: how many all calls of fill() score; the live line counts up to it.
     """
 
     PAD_TOKENS = 64
 
-    def __init__(self, cfg: Config, run: Run, val: Validation):
+    def __init__(self, cfg: Config, run: Run, val: Validation, windows: int):
         self.cfg = cfg
         self.run = run
         self.val = val
         self.n = val.n
+        self.windows = windows
+        self.filled = 0  # of these, on all ranks, where each has done as many batches as this one
+        self.began = time.monotonic()
         self.both = torch.zeros(2, self.n + 1, device=run.device)
         self.nats, self.hits = self.both
 
@@ -4519,19 +4791,26 @@ class ScoreSheet:
         Windows of one shape go together; the batches are dealt to the ranks in turn. A compiled
         forward pass gets full batches only: windows with first = end, which score nothing, fill up.
         """
-        size = self.cfg.eval_batch_seqs
+        size, world, rank = self.cfg.eval_batch_seqs, self.run.world, self.run.rank
         shapes = self.shapes(rows)
         turn = 0
         for tokens, slots in np.unique(shapes, axis=0).tolist():
             alike = rows[(shapes == (tokens, slots)).all(axis=1)]
+            filled = self.filled + len(alike)
             if self.run.compile:
                 start_end_end = alike[:1, [0, 1, 1]]
                 idle = np.repeat(start_end_end, -len(alike) % size, axis=0)
                 alike = np.concatenate((alike, idle))
             for batch in torch.from_numpy(alike).to(self.run.device).split(size):
-                if turn % self.run.world == self.run.rank:
-                    yield batch, tokens, slots or None
+                # idle windows do not count
+                self.filled = min(self.filled + len(batch), filled)
+                if turn % world == rank:
+                    own = batch, tokens, slots or None
                 turn += 1
+                if turn % world == 0:
+                    yield own
+        if turn % world > rank:
+            yield own
 
     @torch.no_grad()
     def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
@@ -4555,6 +4834,8 @@ class ScoreSheet:
             self.run.tick()
             self.nats[slot] = nats
             self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
+            left = (time.monotonic() - self.began) * (self.windows / self.filled - 1)
+            self.run.at_work(f"{self.filled:,} of {self.windows:,} windows, {left:.0f} s left")
         return self
 
     def total(self) -> Score:
@@ -4575,7 +4856,7 @@ def score(
     """The score over these windows; without rows: fixed windows over all targets."""
     if rows is None:
         rows = windows(0, val.n, cfg.window, 0)
-    return ScoreSheet(cfg, run, val).fill(forward, rows).total()
+    return ScoreSheet(cfg, run, val, len(rows)).fill(forward, rows).total()
 
 
 class ScoringWay(NamedTuple):
@@ -4638,7 +4919,7 @@ def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
     adapted = {name: p for name, p in model.named_parameters() if p not in frozen}
     flat = FlatParameters(adapted, run)
     optimiser = torch.optim.SGD(adapted.values(), lr=cfg.ttt_lr, momentum=0.9)
-    sheet = ScoreSheet(cfg, run, val)
+    sheet = ScoreSheet(cfg, run, val, len(rows))
 
     chunk_of = rows[:, 2] // cfg.ttt_chunk_tokens  # by a window's first target
     last = int(chunk_of[-1])
@@ -4690,9 +4971,18 @@ TRAINING_FIGURES = (
 # The environment variables that change the speed of a run.
 SPEED_VARIABLES = ("NCCL_", "OMP_", "GOMP_", "TORCH_")
 
-# The contest's limit on the seconds of training, and on those of scoring; and the GPUs that it is
-# meant for.
+# What result.json says of a GPU -> the field of nvidia-smi, and the most seconds it may take.
+GPU_LIMITS = {
+    "driver": "driver_version",
+    "power_limit_w": "power.limit",
+    "max_sm_mhz": "clocks.max.sm",
+    "max_memory_mhz": "clocks.max.memory",
+}
+NVIDIA_SMI_SECONDS = 5.0
+
+# The contest's limit on the seconds of training, and on those of scoring
 LIMIT_SECONDS = 600
+# The GPUs that it is meant for
 SCORE_GPUS = 8
 
 
@@ -4747,6 +5037,15 @@ class Probe:
         place = torch.arange(math.prod(shape), device=run.device).view(shape) % val.n
         self.micro_batch = val.tokens[place].long(), val.tokens[place + 1].long()
         self.base = self.nats(trained.trainer.model, trained.live)
+
+        # how many are measured in all, and how many have begun
+        self.toggles = 0
+        self.begun = 0
+
+    def begin(self, name: str) -> None:
+        """Tells those who watch which toggle is measured now."""
+        self.begun += 1
+        self.run.at_work(f"{name}, {self.begun} of {self.toggles}")
 
     @torch.no_grad()
     def nats(self, model: GPT, state: State | None = None) -> tuple[float, ...]:
@@ -4840,6 +5139,9 @@ def prove_toggles(
     probe = Probe(cfg, run, trained, val)
     tokens = probe.targets.numel()
     run.log(f"toggles are measured on {tokens:,} tokens of validation text")
+    parts = [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]
+    probe.toggles = len(trained.trainer.views.techniques) + len(trained.averages)
+    probe.toggles += len(parts) + bool(trained.exported.pruned)
     prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
     # room for a second model: nothing reads the copies any more
@@ -4868,6 +5170,7 @@ def tells_apart(interval: list[float] | None) -> bool:
 
 def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
     """Pruning: the shipped weights against what would have been shipped without it."""
+    probe.begin("PRUNE_PCT")
     trainer = trained.trainer
     made = trained.exported
     pruned = prune(cfg, trained.final, made.pruned)
@@ -4882,7 +5185,7 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
         cost_per="export",
     )
     nats = [probe.nats(trainer.model, state) for state in (on, off)]
-    probe.measure(activity, "shipped weights, against unpruned ones", *nats)
+    probe.measure(activity, "pruned against unpruned", *nats)
     measure_cost(run, "PRUNE_PCT", partial(prune, cfg, trained.final, made.pruned))
     saved = 0
     if run.rank == 0:
@@ -4895,6 +5198,7 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
     trainer = trained.trainer
     views = trainer.views
     for name, view in views.techniques.items():
+        probe.begin(name)
         activity = run.activity[name]
         enter = partial(views.enter, view.at_full_strength(), 0)
         # a cost that failed half-way may have left what the view before showed
@@ -4906,7 +5210,7 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
         latent = enter()
         seen = probe.nats(trainer.model)
         views.leave(latent)
-        probe.measure(activity, "weights as seen, against latent ones", seen, probe.base)
+        probe.measure(activity, "as seen against latent", seen, probe.base)
         activity.cost_per = "step"
         measure_cost(run, name, there_and_back)
         compare_steps(activity, trainer.step_seconds)
@@ -4916,10 +5220,11 @@ def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
     """Averages: the loss with the average against the live weights."""
     trainer = trained.trainer
     for name, state in trained.averages.items():
+        probe.begin(name.upper())
         activity = run.activity[name.upper()]
         average = trainer.averages.on[name]
         averaged = probe.nats(trainer.model, state)
-        probe.measure(activity, "the average, against live weights", averaged, probe.base)
+        probe.measure(activity, "average against live", averaged, probe.base)
         activity.cost_per = "step" if average.every_step else "snapshot"
         # this changes the run's own average; what is exported and probed was copied before
         measure_cost(run, name.upper(), average.update)
@@ -4950,6 +5255,7 @@ def prove_model_toggles(
         knob_name = name.lower()
         if not getattr(cfg, knob_name):
             continue
+        probe.begin(name)
         without = build_model(dataclasses.replace(cfg, **{knob_name: 0}), run, attend)
         kept = without.state_dict()
         extra = [p.numel() for key, p in model.named_parameters() if key not in kept]
@@ -4961,7 +5267,7 @@ def prove_model_toggles(
             cost_per="step",
         )
         nats = probe.nats(without, trained.live)
-        probe.measure(activity, "the model, against itself without", probe.base, nats)
+        probe.measure(activity, "model against itself without", probe.base, nats)
 
         if run.compile:
             # a launch that only exports has not compiled what trains, and needs not
@@ -4975,8 +5281,11 @@ def prove_model_toggles(
 
 def environment(run: Run) -> dict:
     """The hardware, versions and variables that figures depend on."""
+    # rank 0 alone writes them down, and nvidia-smi is slow where eight ask at once
+    asked = run.cuda and run.rank == 0
     return dict(
         device=device_name(run),
+        gpu=gpu_limits(str(torch.cuda.get_device_properties().uuid)) if asked else None,
         threads_per_rank=torch.get_num_threads(),
         dtype=str(run.dtype),
         compile=run.compile,
@@ -5001,6 +5310,27 @@ def device_name(run: Run) -> str:
     return f"CPU {name}, {os.cpu_count()} cores"
 
 
+@cache
+def gpu_limits(uuid: str) -> dict[str, str] | None:
+    """What a GPU's speed depends on beside its name: driver, power limit, highest clocks.
+
+    None where nvidia-smi does not tell them.
+    """
+    command = [
+        "nvidia-smi",
+        f"--id=GPU-{uuid.removeprefix('GPU-')}",
+        f"--query-gpu={','.join(GPU_LIMITS.values())}",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        told = subprocess.check_output(
+            command, text=True, stderr=subprocess.DEVNULL, timeout=NVIDIA_SMI_SECONDS
+        )
+        return dict(zip(GPU_LIMITS, map(str.strip, told.split(",")), strict=True))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
 def peak_memory(run: Run) -> int:
     """The most bytes that this rank has held: of the GPU's memory, or of the process on a CPU."""
     if run.cuda:
@@ -5020,7 +5350,7 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
             scope=f"scoring, against {against}",
             unit="bpb",
             steps=[steps],
-            compared=f"this score, against {against}",
+            compared=f"scored so against {against}",
             cost_per="scoring",
             cost_seconds=score.seconds - plain.seconds,
         )
@@ -5090,7 +5420,8 @@ def gap_figures(bpb: dict[str, float]) -> dict:
     return dict(quant_gap_bpb=quant_gap, fit_cost_bpb=fit_cost)
 
 
-GAP_FIGURES = ("quant_gap_bpb", "fit_cost_bpb")
+# Key of result.json -> what it is
+GAP_FIGURES = {"quant_gap_bpb": "quantising costs", "fit_cost_bpb": "pruning to the cap costs"}
 
 
 def size_figures(cfg: Config, run: Run, path: Path) -> dict:
@@ -5135,6 +5466,7 @@ def build_result(
         schema=SCHEMA_VERSION,
         date=time.strftime("%Y-%m-%d"),
         exit_code=verdict(cfg, sizes["under_cap"], late, inactive),
+        folder=str(run.dir),
         val_bpb=final.bpb,
         val_loss=final.loss,
         val_tokens=final.targets,
@@ -5201,6 +5533,7 @@ def provenance(cfg: Config, run: Run) -> dict:
         seed=cfg.seed,
         world_size=run.world,
         peak_memory_bytes=run.peak_memory_bytes,
+        attention=run.attention,
         checkpoint=cfg.checkpoint or None,
         config=cfg.knobs(),
         **environment(run),
@@ -5213,23 +5546,16 @@ def provenance(cfg: Config, run: Run) -> dict:
 
 def final_table(r: dict) -> str:
     """The end of the log, from result.json alone."""
-    tables = {
-        "weights": r["scores"],
-        "size": size_rows(r),
-        "time ledger": ledger_rows(r),
-        "toggle": toggle_rows(r),
-    }
     parts = [""]
-    for title, rows in tables.items():
+    for title, rows_of in END_TABLES.items():
+        rows = rows_of(r)
         if rows:
-            columns = next(iter(rows.values()))
-            lines = [(name, *row.values()) for name, row in rows.items()]
-            parts.append(text_table([(title, *columns), *lines]))
+            parts.append(text_table(titled(title, rows)))
     if r.get("codes"):
         parts.append(codes_line(**r["codes"]))
-    for name in GAP_FIGURES:
+    for name, words in GAP_FIGURES.items():
         if r.get(name) is not None:
-            parts.append(f"{name}: {r[name]:+.6f}")
+            parts.append(f"{words}: {r[name]:+.6f} BPB")
     parts += time_lines(r)
     for name in r["inactive"]:
         did = "did nothing"
@@ -5238,8 +5564,31 @@ def final_table(r: dict) -> str:
         parts.append(f"INACTIVE: {name} was requested and {did}")
     for text in r.get("warnings", []):
         parts.append(f"WARNING: {text}")
-    parts.append(result_line(r))
+    parts.append(text_table(titled("where", file_rows(r))))
+    parts += [next_line(r), result_line(r)]
     return "\n\n".join(parts)
+
+
+def titled(title: str, rows: dict[str, dict]) -> list[tuple]:
+    """Rows by name as a table, the header first, without columns that no row fills."""
+    filled = {key for row in rows.values() for key, cell in row.items() if cell is not None}
+    columns = [key for key in next(iter(rows.values())) if key in filled]
+    lines = [(name, *(row[key] for key in columns)) for name, row in rows.items()]
+    return [(title, *columns), *lines]
+
+
+def score_rows(r: dict) -> dict[str, dict]:
+    """Of all weights and ways of scoring, in the order in which they were scored."""
+    rows = {}
+    for name, score in r["scores"].items():
+        rows[name] = {
+            "BPB (lower is better)": f"{score['bpb']:.6f}",
+            "nats per token": f"{score['loss']:.6f}",
+            "tokens scored": score["targets"],
+            "text bytes": score["bytes"],
+            "took": f"{score['seconds']:.1f} s",
+        }
+    return rows
 
 
 def size_rows(r: dict) -> dict[str, dict]:
@@ -5259,11 +5608,11 @@ def ledger_rows(r: dict) -> dict[str, dict]:
     """Seconds of every phase, a limit beside those that have one; the sum is the wall time."""
 
     def row(seconds: float, held: dict | None = None) -> dict:
-        cells = {"spent": f"{seconds:.1f} s", "limit": None, "slack": None}
+        cells = {"spent": f"{seconds:,.1f} s", "limit": None, "left": None}
         if held:
             # as many decimals as it takes to see who is over
             cells["limit"] = f"{held['limit']:g} s"
-            cells["slack"] = f"{held['slack']:+.3f} s"
+            cells["left"] = f"{held['slack']:+.3f} s"
         return cells
 
     rows = {name: row(seconds, r["limits"].get(name)) for name, seconds in r["seconds"].items()}
@@ -5275,7 +5624,7 @@ def ledger_rows(r: dict) -> dict[str, dict]:
 
 
 def toggle_rows(r: dict) -> dict[str, dict]:
-    """What each toggle did, and what it cost, in words; the numbers are in result.json."""
+    """What each toggle did; the numbers are in result.json."""
     rows = {}
     for name, row in r["toggles"].items():
         steps = "never"
@@ -5283,24 +5632,42 @@ def toggle_rows(r: dict) -> dict[str, dict]:
             steps = f"{row['first_step']} to {row['last_step']}"
         rows[name] = {
             "steps": steps,
-            "compared": row["compared"] or None,
-            "effect (95 %)": effect_text(row),
+            "on minus off (95 %)": effect_text(row),
             "in words": row["verdict"],
-            "cost (95 %)": cost_text(row),
-            "in all": total_text(row),
-            "steps without, with": steps_text(row),
+            "compared": row["compared"] or None,
         }
     return rows
 
 
 def effect_text(row: dict) -> str | None:
-    """-0.0155 nats (-0.0172 to -0.0138)"""
+    """-0.0155 nats (-0.0172 to -0.0138): all with as many decimals as the largest needs for three
+    digits.
+    """
     if row["effect"] is None:
         return None
-    text = f"{row['effect']:+.3g} {row['unit']}"
-    if row["effect_interval"]:
-        text += " ({:+.3g} to {:+.3g})".format(*row["effect_interval"])
+    interval = row["effect_interval"] or []
+    largest = max(map(abs, [row["effect"], *interval]))
+    decimals = max(2 - math.floor(math.log10(largest)), 0) if largest else 0
+    text = f"{row['effect']:+.{decimals}f} {row['unit']}"
+    if interval:
+        # + 0.0: no minus sign on a zero
+        low, high = (f"{round(end, decimals) + 0.0:+.{decimals}f}" for end in interval)
+        text += f" ({low} to {high})"
     return text
+
+
+def cost_rows(r: dict) -> dict[str, dict]:
+    """What each toggle took, of those of which that is known; the numbers are in result.json."""
+    rows = {}
+    for name, row in r["toggles"].items():
+        cells = {
+            "each time (95 %)": cost_text(row),
+            "in all": total_text(row),
+            "steps without, with": steps_text(row),
+        }
+        if any(cells.values()):
+            rows[name] = cells
+    return rows
 
 
 def cost_text(row: dict) -> str | None:
@@ -5321,9 +5688,9 @@ def total_text(row: dict) -> str | None:
     if row["cost_per"] == "scoring":
         seconds = row["cost_seconds"]
         than = "more" if seconds > 0 else "less"
-        parts.append(f"{abs(seconds):.2f} s {than} than plain scoring (once, compiling included)")
+        parts.append(f"{seconds_text(abs(seconds))} {than} than plain scoring")
     elif row["cost_seconds"] is not None:
-        parts.append(f"{row['cost_seconds']:.2f} s")
+        parts.append(seconds_text(row["cost_seconds"]))
     if row["steps_lost"] is not None:
         parts.append(f"{row['steps_lost']:.1f} steps lost")
     if row["bytes_saved"] is not None:
@@ -5331,11 +5698,26 @@ def total_text(row: dict) -> str | None:
     return ", ".join(parts) or None
 
 
+def seconds_text(seconds: float) -> str:
+    """2.5 s, 0.25 s"""
+    return f"{seconds:.{1 if abs(seconds) >= 1 else 2}f} s"
+
+
 def steps_text(row: dict) -> str | None:
     """128.1 ms, 131.9 ms"""
     if row["step_ms_with"] is None:
         return None
     return f"{row['step_ms_without']:.1f} ms, {row['step_ms_with']:.1f} ms"
+
+
+# Of the end of the log: the heading of the first column -> the rows by name
+END_TABLES: dict[str, Callable[[dict], dict[str, dict]]] = {
+    "scores": score_rows,
+    "size": size_rows,
+    "time": ledger_rows,
+    "toggle": toggle_rows,
+    "toggle's cost": cost_rows,
+}
 
 
 def time_lines(r: dict) -> list[str]:
@@ -5362,22 +5744,61 @@ def time_lines(r: dict) -> list[str]:
 
 
 def codes_line(compressor: str, weights: int, order0_bytes: int, stored_bytes: int) -> str:
-    """How close the compressor comes to the order-0 entropy of the codes."""
+    """How close the compressor, with the scales, comes to the order-0 entropy of the codes."""
     stored_bits = 8 * stored_bytes / weights
     entropy_bits = 8 * order0_bytes / weights
     return (
-        f"{compressor}: {weights:,} codes and their scales: {stored_bytes:,} bytes, "
-        f"{stored_bits:.3f} bits each; order-0 entropy of the codes {order0_bytes:,} bytes, "
-        f"{entropy_bits:.3f} bits each; {stored_bytes / order0_bytes - 1:+.2%}"
+        f"{compressor} stores {weights:,} quantised weights, codes and scales, in "
+        f"{stored_bytes:,} bytes: {stored_bits:.3f} bits each; order-0 entropy of the codes alone, "
+        f"without scales: {entropy_bits:.3f} bits each; {stored_bytes / order0_bytes - 1:+.2%}"
     )
+
+
+def checkpoint_of(r: dict) -> str | None:
+    """The file with the weights before the export; None where only an artifact was scored."""
+    if r["steps"] is None:
+        return None
+    return r["checkpoint"] or str(Path(r["folder"]) / CHECKPOINTS[0])
+
+
+def file_rows(r: dict) -> dict[str, dict]:
+    """Where everything lies that the run has left."""
+    folder = Path(r["folder"])
+    packed = r["config"]["pack_code"] != "none"
+    files = {
+        f"artifact, {r['artifact_bytes']:,} bytes": r["artifact_path"],
+        f"code, {r['code_bytes']:,} bytes": folder / (PACKED_NAME if packed else "train_gpt.py"),
+        "checkpoint": checkpoint_of(r),
+        "every figure": folder / "result.json",
+        "every step": folder / "metrics.jsonl",
+        "this log": folder / "train.log",
+    }
+    return {name: {"file": one_line(str(path))} for name, path in files.items() if path}
+
+
+def next_launches(r: dict) -> str:
+    """What can be done with the artifact."""
+    ways = [f"{setting('eval_only', r['artifact_path'])} scores it again"]
+    checkpoint = checkpoint_of(r)
+    if not r["under_cap"] and checkpoint:
+        ways.append(f"{setting('checkpoint', checkpoint)} FIT_TO_CAP=1 prunes it to the cap")
+    return one_line("; ".join(ways))
+
+
+def next_line(r: dict) -> str:
+    """What can be done with the run."""
+    page = (
+        f"python ablate.py report {shlex.quote(r['folder'])} draws it as a page (in the repository)"
+    )
+    return one_line(f"NEXT: {next_launches(r)}; {page}")
 
 
 def result_line(r: dict) -> str:
     """The last line of the log."""
     code = r["exit_code"]
     return (
-        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} targets, "
-        f"{r['val_bytes']:,} bytes), {r['total_bytes']:,} bytes in all, "
+        f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} tokens, "
+        f"{r['val_bytes']:,} text bytes), {r['total_bytes']:,} bytes in all, "
         f"exit code {code}: {EXIT_CODES[code]}"
     )
 
@@ -5918,7 +6339,7 @@ def meant(name: str, argument: bool = False) -> str | None:
         return known[letters]
 
     word, *rest = re.sub("^(USE|ENABLE)_", "", name.upper().strip("-_")).split("_")
-    kin = [other for other in known if known[other].startswith(f"{word}_")]
+    kin = [other for other in known if f"{known[other]}_".startswith(f"{word}_")]
     ours = [other for other in known if known[other] not in ABSENT]
     if word in TECHNIQUES.split():
         kin = [other for other in kin if other in ours] or kin
@@ -6022,21 +6443,22 @@ class Inputs(NamedTuple):
 
 def main(cfg: Config, start_up: float = 0.0) -> dict:
     """One run, from its settings to result.json, which it returns."""
-    run = Run(cfg, start_up)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, run.signalled)
-    try:
-        finished = finished_result(cfg, run)
-        return finished or train_and_score(cfg, run)
-    except BaseException as error:
-        refusal = explain(run, error)
-        # torchrun stops this rank where another one was refused first
-        stopped = run.stop and not run.has_begun
-        if stopped or (isinstance(error, Refusal) and error.code == 2):
-            run.take_back_folder()
-        if refusal is None:
-            raise
-        raise refusal from error
+    with Progress(start_up) as progress:
+        run = Run(cfg, start_up, progress)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, run.signalled)
+        try:
+            finished = finished_result(cfg, run)
+            return finished or train_and_score(cfg, run)
+        except BaseException as error:
+            refusal = explain(run, error)
+            # torchrun stops this rank where another one was refused first
+            stopped = run.stop and not run.has_begun
+            if stopped or (isinstance(error, Refusal) and error.code == 2):
+                run.take_back_folder()
+            if refusal is None:
+                raise
+            raise refusal from error
 
 
 def train_and_score(cfg: Config, run: Run) -> dict:
@@ -6325,6 +6747,7 @@ def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     sizes = None
     if run.rank == 0:
         write_atomic(run.dir / "artifact.bin", made.blob)
+        run.at_work("bytes by kind of tensor")
         kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
         pruned = prune(cfg, trained.final, made.pruned)
         sizes = kinds, code_size(made.cfg, pruned, plan, len(made.blob))
