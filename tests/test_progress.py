@@ -192,6 +192,7 @@ def test_signs_of_life_that_nobody_reads_end_nothing(monkeypatch):
     with nobody_reads(), Progress() as progress:
         progress.watch()
         until(lambda: len(said) > 2)
+        assert progress.thread.is_alive()
 
 
 @pytest.mark.parametrize("step_seconds", [0.25, 1.75, 4.5, 30.0])
