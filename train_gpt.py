@@ -2226,7 +2226,7 @@ class ValueEmbedding(nn.Module):
 
 
 @technique("XSA_LAST_N")
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+def exclude_self(y: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """XSA, exclusive self-attention: take a position's own value out of what it has gathered.
 
     What:   y - (y . u) u, with u the unit vector of the own value; per head.
@@ -2234,7 +2234,8 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     Source: pull request #975; toggle XSA_LAST_N.
     Care:   a query head uses the value of its own group: head h that of h // group size.
 
-    y (batch, time, heads, head_dim), v (batch, time, kv heads, head_dim) -> as y.
+    y (batch, time, heads, head_dim), v (batch, time, kv heads, head_dim), x the input of the
+    attention, which this one does not read -> as y.
     """
     # (batch, time, kv heads, heads of a group, head_dim)
     grouped = y.unflatten(2, (v.shape[2], -1))
@@ -2416,6 +2417,15 @@ def choose_attention(cfg: Config, run: Run) -> Attend:
     return found[run.attention]
 
 
+class Context(NamedTuple):
+    """What every block reads beside the stream."""
+
+    x0: Tensor  # (batch, time, model_dim): what entered the first block
+    cos: Tensor  # of the rotary angles, (longest row, 1, pairs)
+    sin: Tensor
+    value_bias: dict[int, Tensor]  # block -> (batch, time, kv_dim), added to its V
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
@@ -2434,28 +2444,29 @@ class Attention(nn.Module):
         self.c_v = Linear(dim, kv_dim, ATTN_ROLE, init)
         self.proj = Linear(dim, dim, ATTN_ROLE)
         self.q_gain = parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init), CONTROL)
+        self.layer = layer
         self.attend = attend
 
-        # What is done to what attention has gathered: (y, v) -> y
+        # What is done to what attention has gathered: (y, v, x) -> y
         self.finish = []
         if layer >= cfg.num_layers - cfg.xsa_last_n:
             self.finish.append(exclude_self)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, value_bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, seen: Context) -> Tensor:
         v = self.c_v(x)
-        if value_bias is not None:
-            v = v + value_bias
+        if self.layer in seen.value_bias:
+            v = v + seen.value_bias[self.layer]
 
         # (batch, time, heads, head_dim): the layout of FlashAttention
         q = self.c_q(x).unflatten(2, (-1, self.head_dim))
         k = self.c_k(x).unflatten(2, (-1, self.head_dim))
         v = v.unflatten(2, (-1, self.head_dim))
 
-        q = apply_rotary(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
-        k = apply_rotary(rms_norm(k), cos, sin)
+        q = apply_rotary(rms_norm(q), seen.cos, seen.sin) * self.q_gain.to(x.dtype)[:, None]
+        k = apply_rotary(rms_norm(k), seen.cos, seen.sin)
         y = self.attend(q, k, v)
         for part in self.finish:
-            y = part(y, v)
+            y = part(y, v, x)
         return self.proj(y.flatten(2))
 
 
@@ -2496,7 +2507,7 @@ class Block(nn.Module):
     """Mix the input embedding back in, then attention and MLP.
 
     Each of the two reads the normed stream and adds to it through a gain per dimension.
-    x, x0 (batch, time, model_dim) -> the same shape; x0 is what entered the first block.
+    x (batch, time, model_dim) -> the same shape.
     """
 
     def __init__(self, cfg: Config, layer: int, attend: Attend):
@@ -2513,12 +2524,10 @@ class Block(nn.Module):
         self.attn_scale = parameter(ones, CONTROL)
         self.mlp_scale = parameter(ones.clone(), CONTROL)
 
-    def forward(
-        self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, value_bias: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, seen: Context) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(self.norm(x), cos, sin, value_bias)
+        x = mix[0] * x + mix[1] * seen.x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(self.norm(x), seen)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
 
 
@@ -2572,14 +2581,14 @@ class GPT(nn.Module):
         for part in self.value_biases:
             value_bias.update(part(ids, self.dtype))
 
-        x0 = x
+        seen = Context(x, self.cos, self.sin, value_bias)
         skips = []
         skip_weights = self.skip_weights.to(self.dtype)
         for layer, block in enumerate(self.blocks):
             decoder = layer - self.encoders
             if decoder >= 0 and skips:
                 x = x + skip_weights[decoder] * skips.pop()
-            x = block(x, x0, self.cos, self.sin, value_bias.get(layer))
+            x = block(x, seen)
             if decoder < 0:
                 skips.append(x)
         return rms_norm(x)

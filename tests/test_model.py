@@ -352,7 +352,7 @@ def spec_xsa(cfg, i, y, own_v):
 
 def test_xsa_leaves_nothing_along_the_own_value():
     y, v = torch.randn(2, 5, 8, 16), torch.randn(2, 5, 2, 16)
-    out = train_gpt.exclude_self(y, v)
+    out = train_gpt.exclude_self(y, v, y)
     own = v.repeat_interleave(4, dim=2)  # head h -> kv head h // 4
     assert (F.cosine_similarity(out, own, dim=-1).abs() < 1e-5).all()
     removed = y - out
