@@ -2636,6 +2636,9 @@ class StepPlan(NamedTuple):
     qat: bool = False
     qna: float = 0.0  # width of the noise, in quantisation steps; 0: none
     snapshot: bool = False  # of the weights, after the step
+    wd_scale: float = 1.0  # times MUON_WD
+    loops: int = 0  # extra passes of the looped layers
+    length: int = 0  # tokens of a row; 0: TRAIN_SEQ_LEN
 
 
 # Phase (its toggle: NAME_ENABLED) -> the field of StepPlan by which it acts
@@ -2649,7 +2652,7 @@ def plan_step(cfg: Config, step: int, lr_scale: float, fired: set[str]) -> StepP
     if cfg.qna_enabled and not qat and lr_scale >= cfg.qna_stop_scale:
         qna = cfg.qna_magnitude * lr_scale
     snapshot = "swa" in fired and (step + 1) % cfg.swa_every == 0
-    return StepPlan(lr_scale, momentum_at(cfg, step), qat, qna, snapshot)
+    return StepPlan(lr_scale, momentum_at(cfg, step), qat, qna, snapshot, length=cfg.train_seq_len)
 
 
 def phases_wanted(cfg: Config) -> list[str]:
