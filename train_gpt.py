@@ -1657,51 +1657,113 @@ def check_data(cfg: Config, splits: dict[str, Split]) -> dict:
     return found
 
 
-# ids and targets, each (rows of this rank, TRAIN_SEQ_LEN) int64
+class StepShape(NamedTuple):
+    """How the tokens of a step lie."""
+
+    step_rows: int  # of all ranks
+    micro_batches: int  # of one rank
+    rows: int  # of this rank's largest micro-batch
+    length: int  # tokens of a row
+
+
+def step_shape(cfg: Config, run: Run, length: int) -> StepShape:
+    """The shape of a step whose rows have `length` tokens. Refusal: more ranks than rows."""
+    step_rows = cfg.train_batch_tokens // length
+    refuse(
+        step_rows < run.world,
+        f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks",
+    )
+    wanted = cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1)
+    micro_batches = min(wanted, step_rows // run.world)
+    own = rows_of_rank(step_rows, run)
+    return StepShape(step_rows, micro_batches, -(-len(own) // micro_batches), length)
+
+
+def rows_of_rank(step_rows: int, run: Run) -> range:
+    """Which rows of a step are this rank's; the first ranks get what does not divide evenly."""
+    each, more = divmod(step_rows, run.world)
+    first = run.rank * each + min(run.rank, more)
+    return range(first, first + each + (run.rank < more))
+
+
+class EvenRows:
+    """Where the rows of each step begin in the stream: evenly spaced, so that they are not of one
+    document.
+
+    Each goes on where it ended in the step before. Once the rows have crossed the distance between
+    them, every token has been seen (those at the seams twice), and each follows in the track of
+    the next one.
+    """
+
+    def __init__(self, split: Split, shape: StepShape, own: range):
+        self.length = shape.length
+        self.first = [split.tokens * row // shape.step_rows for row in own]
+
+    def starts(self, step: int) -> list[int]:
+        return [first + step * self.length for first in self.first]
+
+
+# ids and targets, each (rows of this rank, tokens of a row) int64
 Batch = tuple[Tensor, Tensor]
 
 
-def batches(cfg: Config, run: Run, split: Split, first: int = 0) -> Iterator[Batch]:
-    """The rows of this rank from step `first` on.
+class Loader:
+    """The rows of this rank, step after step; two steps are read ahead.
 
-    The rows of a step are evenly spaced in the stream, so that they are not of one document. Each
-    goes on where it ended in the step before. Once the rows have crossed the distance between
-    them, every token has been seen (those at the seams twice), and each follows in the track of
-    the next one. Two steps are read ahead.
+    lengths: tokens of a row in each step that is done, so that a run goes on exactly.
 
     Care: a rank reads and checks its own rows alone, so it may be the only one that is refused:
     Trainer.step tells the others.
     """
-    length = cfg.train_seq_len
-    rows = cfg.train_batch_tokens // length
-    starts = [split.tokens * row // rows for row in range(rows)]
-    own = np.array_split(starts, run.world)[run.rank].tolist()
 
-    def load(step: int) -> list[Tensor]:
-        taken = [split.take(start + step * length, length + 1) for start in own]
+    def __init__(self, cfg: Config, run: Run, split: Split, lengths: Sequence[int] = ()):
+        self.cfg = cfg
+        self.run = run
+        self.split = split
+        self.step = len(lengths)
+        self.shape: StepShape | None = None
+        self.reader = concurrent.futures.ThreadPoolExecutor(1)
+        self.ahead: list[concurrent.futures.Future] = []
+
+    def next(self, length: int) -> Batch | Refusal:
+        """The next step, in rows of `length` tokens, or why there is none.
+
+        A new length drops what was read ahead. Refusal where a signal stops the run.
+        """
+        shape = step_shape(self.cfg, self.run, length)
+        if shape != self.shape:
+            self.change(shape)
+        while len(self.ahead) < 3:
+            step = self.step + len(self.ahead)
+            self.ahead.append(self.reader.submit(self.load, self.order, shape.length, step))
+        try:
+            batch = self.ahead.pop(0).result()
+        except Refusal as refusal:
+            if refusal.code > 128:
+                raise
+            return refusal
+        self.step += 1
+        ids, targets = (side.to(self.run.device, non_blocking=True) for side in batch)
+        return ids, targets
+
+    def change(self, shape: StepShape) -> None:
+        """From now on, steps of this shape."""
+        for unread in self.ahead:
+            unread.cancel()
+        self.ahead = []
+        self.shape = shape
+        self.order = EvenRows(self.split, shape, rows_of_rank(shape.step_rows, self.run))
+
+    def load(self, order: EvenRows, length: int, step: int) -> list[Tensor]:
+        """ids and targets of one step, on the CPU."""
+        taken = [self.split.take(start, length + 1) for start in order.starts(step)]
         tokens = torch.from_numpy(np.stack(taken))
         pair = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()]
-        return [side.pin_memory() if run.cuda else side for side in pair]
+        return [side.pin_memory() if self.run.cuda else side for side in pair]
 
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(load, first), reader.submit(load, first + 1)]
-        for step in itertools.count(first + 2):
-            ahead.append(reader.submit(load, step))
-            ids, targets = ahead.pop(0).result()
-            yield (
-                ids.to(run.device, non_blocking=True),
-                targets.to(run.device, non_blocking=True),
-            )
-
-
-def next_batch(loader: Iterator[Batch]) -> Batch | Refusal:
-    """The rows of the next step, or why there are none. Refusal where a signal stops the run."""
-    try:
-        return next(loader)
-    except Refusal as refusal:
-        if refusal.code > 128:
-            raise
-        return refusal
+    def close(self) -> None:
+        """Waits for what is being read ahead."""
+        self.reader.shutdown()
 
 
 def load_tokenizer(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -3480,6 +3542,7 @@ class Trainer:
     PROGRESS = (
         "data",
         "steps",
+        "lengths",
         "skipped",
         "resumed",
         "elapsed",
@@ -3502,13 +3565,7 @@ class Trainer:
         # Where the steps find their rows: another set would be another run
         self.data = [*(path.name for path in split.paths), split.tokens, val.n]
 
-        rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world
-        refuse(
-            rows == 0,
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks",
-        )
-        micro_batches = max(8 // run.world, 1) if run.cuda else 1
-        self.accumulate = min(cfg.grad_accum_steps or micro_batches, rows)
+        self.accumulate = step_shape(cfg, run, cfg.train_seq_len).micro_batches
 
         self.forward = run.compiled(model)
         self.flat = FlatParameters(dict(model.named_parameters()), run)
@@ -3536,6 +3593,7 @@ class Trainer:
         self.loss = math.nan  # of the last step, nats per token
         self.val_bpb = math.nan  # of the last validation
         self.steps = 0
+        self.lengths: list[int] = []  # tokens of a row in each of them
         self.skipped: list[int] = []  # steps that were left out, as they were not finite
         self.resumed: list[int] = []  # steps done when the run went on
         self.elapsed = 0.0  # seconds of training
@@ -3641,6 +3699,8 @@ class Trainer:
         for name, value in kept.items():
             if type(value) is not type(getattr(self, name)):
                 raise TypeError("odd progress")
+        if any(type(length) is not int or length < 1 for length in kept["lengths"]):
+            raise TypeError("odd lengths of rows")
         refuse(
             kept["data"] != self.data and not self.cfg.checkpoint,
             f"DATA_PATH={self.cfg.data_path}: not the run's data",
@@ -3682,6 +3742,7 @@ class Trainer:
         else:
             self.leave_out(norm)
         self.steps += 1
+        self.lengths.append(batch[0].shape[1])
 
     def backward(self, batch: Batch) -> None:
         """Adds to the gradients and the loss behind them, both as this rank's part of the mean."""
@@ -3733,12 +3794,13 @@ class Trainer:
         variants.append(StepPlan(1.0, self.cfg.muon_momentum))
         snapshot = self.averages.snapshots is not None
         seconds = []
-        loader = batches(self.cfg, run, self.split)
+        loader = Loader(self.cfg, run, self.split)
         for n in range(self.cfg.warmup_steps):
             began = time.perf_counter()
             run.at_work(f"step {n + 1} of {self.cfg.warmup_steps}")
             now = variants[n % len(variants)]
-            self.step(next_batch(loader), now._replace(snapshot=snapshot and n % 2 == 0))
+            now = now._replace(snapshot=snapshot and n % 2 == 0)
+            self.step(loader.next(self.cfg.train_seq_len), now)
             seconds.append(time.perf_counter() - began)
         loader.close()
 
@@ -3764,7 +3826,7 @@ class Trainer:
 
         compiled = torch._dynamo.utils.counters["stats"]
         graphs = compiled["unique_graphs"]
-        loader = batches(self.cfg, run, self.split, self.steps)
+        loader = Loader(self.cfg, run, self.split, self.lengths)
         try:
             with run.phase("train"):
                 last = self.loop(loader)
@@ -3786,7 +3848,7 @@ class Trainer:
             for text in averaging_warnings(self.cfg, forecast(self.cfg, step_seconds)):
                 self.run.warn(text)
 
-    def loop(self, loader: Iterator) -> StepPlan:
+    def loop(self, loader: Loader) -> StepPlan:
         """Step after step; returns what the last one did.
 
         Refusal of all ranks, after the same step, when one was told to stop.
@@ -3795,7 +3857,7 @@ class Trainer:
         while True:
             typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
             now = self.schedule.at(self.steps, self.elapsed, typical)
-            self.step(next_batch(loader), now)
+            self.step(loader.next(self.cfg.train_seq_len), now)
             before = self.elapsed
             self.elapsed = run.broadcast(run.tick())
             self.step_seconds.append(self.elapsed - before)
@@ -5042,10 +5104,8 @@ class Probe:
         self.targets = val.tokens[place + 1].long()
 
         # What the forward pass of training sees at a time: compiled already, and known to fit
-        own_rows = cfg.train_batch_tokens // cfg.train_seq_len
-        own_rows = own_rows // run.world + (run.rank < own_rows % run.world)
-        self.at_once = -(-own_rows // self.trainer.accumulate)
-        shape = (self.at_once, cfg.train_seq_len)
+        _, _, self.at_once, row = step_shape(cfg, run, cfg.train_seq_len)
+        shape = (self.at_once, row)
         place = torch.arange(math.prod(shape), device=run.device).view(shape) % val.n
         self.micro_batch = val.tokens[place].long(), val.tokens[place + 1].long()
         self.base = self.nats(trained.trainer.model, trained.live)

@@ -77,11 +77,11 @@ def checkpoint_line(trainer: Trainer) -> str:
 def reading_line(cfg: Config, run: Run, split: Split) -> str:
     """Timed: the CPU of one of RANKS ranks for the rows of a step."""
     rank = SimpleNamespace(world=RANKS, rank=0, cuda=False, device=run.device)
-    loader = train_gpt.batches(cfg, rank, split)
-    next(loader)
+    loader = train_gpt.Loader(cfg, rank, split)
+    loader.next(cfg.train_seq_len)
     began = time.process_time()
     for _ in range(STEPS_READ):
-        next(loader)
+        loader.next(cfg.train_seq_len)
     milliseconds = 1e3 * (time.process_time() - began) / STEPS_READ
     loader.close()
     return f"rows of a step for one of {RANKS} ranks: {milliseconds:.2f} ms of CPU"

@@ -160,12 +160,12 @@ def time_steps(b: Bench, trainer: Trainer) -> tuple[np.ndarray, Batch]:
         qat=cfg.qat_enabled,
         qna=cfg.qna_magnitude if qna else 0.0,
     )
-    fast = train_gpt.batches(cfg, b.run, trainer.split)
+    fast = train_gpt.Loader(cfg, b.run, trainer.split)
     plain = plain_batches(cfg, b.run, trainer.split)
     fetched = []
 
     def wait() -> None:
-        fetched.append(next(fast))
+        fetched.append(fast.next(cfg.train_seq_len))
 
     def step() -> None:
         trainer.step(fetched.pop(), now)
@@ -174,7 +174,7 @@ def time_steps(b: Bench, trainer: Trainer) -> tuple[np.ndarray, Batch]:
         next(plain)
 
     seconds = b.time(wait, step, read, most=30, limit=4, block=False)
-    batch = next(fast)
+    batch = fast.next(cfg.train_seq_len)
     fast.close()
     return seconds, batch
 

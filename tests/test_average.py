@@ -151,11 +151,12 @@ def test_latent_weights_are_averaged_while_qat_is_on(tiny, kind):
     trainer = make_trainer(
         tiny(**ALL, **KINDS[kind], qat_enabled=True, quant_bits_mlp=3, quant_bits_attn=3)
     )
-    loader, latent = train_gpt.batches(trainer.cfg, trainer.run, trainer.split), []
+    loader, latent = train_gpt.Loader(trainer.cfg, trainer.run, trainer.split), []
     names, params = zip(*trainer.model.named_parameters(), strict=True)
     ema = [p.detach().clone() for p in params]
     for _step in range(4):
-        trainer.step(next(loader), StepPlan(1.0, 0.9, qat=True, snapshot=kind != "ema"))
+        batch = loader.next(trainer.cfg.train_seq_len)
+        trainer.step(batch, StepPlan(1.0, 0.9, qat=True, snapshot=kind != "ema"))
         live = [p.detach().clone() for p in params]
         torch._foreach_lerp_(ema, live, 1 - 0.6)
         source = dict(zip(names, [w.clone() for w in ema] if "ema" in kind else live, strict=True))

@@ -213,9 +213,9 @@ def test_batches_equal_synchronous_reads(tiny, rank, world):
         SimpleNamespace(rank=rank, world=world, cuda=False, device=torch.device("cpu")),
     )
     split = Split(cfg, "train")
-    fast, plain = train_gpt.batches(cfg, run, split), plain_batches(cfg, run, split)
+    fast, plain = train_gpt.Loader(cfg, run, split), plain_batches(cfg, run, split)
     for _ in range(5):
-        for a, b in zip(next(fast), next(plain), strict=True):
+        for a, b in zip(fast.next(cfg.train_seq_len), next(plain), strict=True):
             assert torch.equal(a, b) and a.shape[1] == cfg.train_seq_len
     fast.close()
 

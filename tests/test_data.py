@@ -33,10 +33,10 @@ from train_gpt import (
     BOS,
     ByteTable,
     Config,
+    Loader,
     Refusal,
     Split,
     Validation,
-    batches,
     check_data,
     command_line,
     count_tokens,
@@ -168,8 +168,8 @@ def test_shards_follow_each_other_in_the_order_of_their_names(tmp_path):
 # ── Batches ───────────────────────────────────────────────────────────────────────────────────────
 def steps(cfg: Config, split: Split, world: int, count: int) -> list[tuple[list, list]]:
     """(rows, targets) of all ranks together, per step."""
-    readers = [batches(cfg, rank_of(world, rank), split) for rank in range(world)]
-    taken = [[next(reader) for reader in readers] for _ in range(count)]
+    readers = [Loader(cfg, rank_of(world, rank), split) for rank in range(world)]
+    taken = [[reader.next(cfg.train_seq_len) for reader in readers] for _ in range(count)]
     for reader in readers:
         reader.close()
     together = []
@@ -207,8 +207,8 @@ def test_an_epoch_sees_every_token_once_as_input_and_once_as_target(tmp_path, ep
 
 
 def test_a_rank_reads_whole_rows_as_int64_on_its_device(stream):
-    reader = batches(stream[0], rank_of(4, 3), stream[1])
-    ids, targets = next(reader)
+    reader = Loader(stream[0], rank_of(4, 3), stream[1])
+    ids, targets = reader.next(16)
     assert ids.dtype == targets.dtype == torch.int64 and ids.shape == targets.shape == (2, 16)
     reader.close()
 
@@ -220,8 +220,8 @@ def test_a_rank_reads_its_own_rows_and_no_others(stream, world, monkeypatch):
     take = Split.take
     monkeypatch.setattr(Split, "take", lambda *place: starts.append(place[1]) or take(*place))
     for rank in range(world):
-        reader = batches(cfg, rank_of(world, rank), split)
-        ids, _ = next(reader)
+        reader = Loader(cfg, rank_of(world, rank), split)
+        ids, _ = reader.next(16)
         reader.close()
         read_ahead = np.add.outer([0, 16, 32], ids[:, 0].numpy()).ravel()
         assert starts == read_ahead.tolist()
@@ -233,10 +233,11 @@ def test_a_bad_token_stops_the_rank_that_reads_it_and_no_other(tmp_path):
     # In the second half of the first step
     shards_in(tmp_path, [*range(110), 1024, *range(89)], split="train")
     cfg = Config(data_path=str(tmp_path), train_seq_len=16, train_batch_tokens=128, eval_stride=16)
-    good, bad = (batches(cfg, rank_of(2, rank), Split(cfg, "train")) for rank in (0, 1))
-    next(good)
+    good, bad = (Loader(cfg, rank_of(2, rank), Split(cfg, "train")) for rank in (0, 1))
+    assert len(good.next(16)) == 2
+    assert "fineweb_train_000000.bin: token id 1024 at 110, but" in str(bad.next(16))
     good.close()
-    assert "fineweb_train_000000.bin: token id 1024 at 110, but" in refused(next, bad)
+    bad.close()
 
 
 # ── Bytes ─────────────────────────────────────────────────────────────────────────────────────────
@@ -330,19 +331,23 @@ def test_the_bytes_of_every_document_are_the_utf8_length_of_its_decoded_text(dat
 
 
 @pytest.mark.parametrize("code, ends", [(2, False), (130, True), (143, True)])
-def test_rows_that_are_refused_wait_for_the_other_ranks_and_a_stop_signal_does_not(code, ends):
+def test_rows_that_are_refused_wait_for_the_other_ranks_and_a_stop_signal_does_not(
+    stream, code, ends, monkeypatch
+):
     """A rank that was stopped must not go into the all-reduce alone."""
 
-    def loader():
+    def refuse(*_):
         raise Refusal("no rows", code)
-        yield
 
+    monkeypatch.setattr(Split, "take", refuse)
+    loader = Loader(stream[0], rank_of(1), stream[1])
     if ends:
         with pytest.raises(Refusal) as caught:
-            train_gpt.next_batch(loader())
+            loader.next(16)
         assert caught.value.code == code
     else:
-        assert train_gpt.next_batch(loader()).code == code
+        assert loader.next(16).code == code
+    loader.close()
 
 
 def test_a_table_that_is_wrong_by_one_byte_is_refused_with_the_document(data):

@@ -598,8 +598,8 @@ def test_the_warm_up_leaves_nothing_behind(tmp_path, monkeypatch, name):
         trainer = golden_trainer(name, logs, warmup_steps=3, val_loss_every=0)
         if warmed:
             tokens = draw_tokens("tokens.warmup", 8 * 49, 96, (0, 20)).view(8, 49)
-            rows = itertools.repeat((tokens[:, :-1], tokens[:, 1:]))
-            monkeypatch.setattr(train_gpt, "batches", lambda *_, rows=rows: (row for row in rows))
+            rows = tokens[:, :-1], tokens[:, 1:]
+            monkeypatch.setattr(train_gpt.Loader, "next", lambda *_, rows=rows: rows)
             trainer.warm_up()
         golden_step(trainer, 0)
         weights[warmed] = trainer.flat.weights.clone()

@@ -32,12 +32,12 @@ from train_gpt import (
     Config,
     FlatParameters,
     Grid,
+    Loader,
     Optimiser,
     Run,
     Split,
     Validation,
     attention_function,
-    batches,
     build_model,
     document_windows,
     encode_artifact,
@@ -436,11 +436,12 @@ def test_batches_come_from_pinned_memory_and_equal_those_of_a_cpu(tiny, device, 
     cfg = tiny()
     split = Split(cfg, "train")
     there, here = (
-        batches(cfg, run_on(cfg, device), split),
-        batches(cfg, run_on(tiny(), "cpu"), split),
+        Loader(cfg, run_on(cfg, device), split),
+        Loader(cfg, run_on(tiny(), "cpu"), split),
     )
     for _ in range(5):
-        for a, b in zip(next(there), next(here), strict=True):
+        pairs = zip(*(loader.next(cfg.train_seq_len) for loader in (there, here)), strict=True)
+        for a, b in pairs:
             assert a.device.type == device and torch.equal(a.cpu(), b)
     there.close(), here.close()
     assert len(pinned) >= 10 and all(pinned) if device == "cuda" else not pinned

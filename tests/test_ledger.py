@@ -6,7 +6,6 @@ run that shows its last launch alone, seconds before a kill that nobody counts, 
 scoring over its limit that ends in "good".
 """
 
-import contextlib
 import signal
 from types import SimpleNamespace
 
@@ -485,16 +484,7 @@ def test_a_disk_that_takes_no_sign_of_life_ends_nothing(world, tiny, monkeypatch
 
 def test_what_is_said_and_closed_between_steps_is_not_training(world, tiny, monkeypatch):
     """The schedule at step 50 looks at every step to come; a reader may wait for its disk."""
-    read = train_gpt.batches
-
-    def slow_to_close(*given):
-        with contextlib.closing(read(*given)) as reader:
-            try:
-                yield from reader
-            finally:
-                world.clock.now += 512.0
-
-    monkeypatch.setattr(train_gpt, "batches", slow_to_close)
+    world.clock.lasts(train_gpt.Loader, "close", lambda *_: 512.0)
     world.clock.lasts(train_gpt, "timeline", lambda *_: 2.0)
     cfg = tiny(**KNOBS | dict(iterations=60, val_loss_every=0, checkpoint_every=0.0))
     report = world.launch(cfg)

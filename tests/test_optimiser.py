@@ -270,9 +270,9 @@ def test_every_parameter_learns_within_two_steps(tiny, init):
         tiny(**ALL, init=init, muon_wd=0.0, adam_wd=0.0)
     )  # weight decay alone shall not count
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    loader = train_gpt.batches(trainer.cfg, trainer.run, trainer.split)
+    loader = train_gpt.Loader(trainer.cfg, trainer.run, trainer.split)
     for _ in range(2):
-        trainer.step(next(loader), StepPlan(1.0, 0.9))
+        trainer.step(loader.next(trainer.cfg.train_seq_len), StepPlan(1.0, 0.9))
     loader.close()
     assert [
         name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])
@@ -285,7 +285,8 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
     trainer = make_trainer(tiny(**ALL, grad_accum_steps=grad_accum_steps, grad_clip_norm=0.0))
     optimiser, params = trainer.optimiser, list(trainer.model.parameters())
     optimiser.step, places = lambda k: None, {id(p): p.grad.data_ptr() for p in params}
-    batch = next(loader := train_gpt.batches(trainer.cfg, trainer.run, trainer.split))
+    loader = train_gpt.Loader(trainer.cfg, trainer.run, trainer.split)
+    batch = loader.next(trainer.cfg.train_seq_len)
     loader.close()
     for _ in range(2):  # the second step must start from zero
         trainer.step(batch, StepPlan(1.0, 0.9))
@@ -461,9 +462,9 @@ def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
     momentum = [Schedule(cfg).at(step, 0.0).momentum for step in (0, 1, 5, 10, 39)]
     assert momentum == pytest.approx([0.8, 0.81, 0.85, 0.9, 0.9])
     trainer, buffers = make_trainer(cfg), []
-    loader = train_gpt.batches(cfg, trainer.run, trainer.split)
+    loader = train_gpt.Loader(cfg, trainer.run, trainer.split)
     for step in range(2):
-        trainer.step(next(loader), Schedule(cfg).at(step, 0.0))
+        trainer.step(loader.next(cfg.train_seq_len), Schedule(cfg).at(step, 0.0))
         buffers.append(trainer.optimiser.shares[0].momenta.clone())
     loader.close()
     gradients = trainer.optimiser.shares[0].gradients

@@ -17,13 +17,13 @@ import train_gpt
 from train_gpt import (
     FlatParameters,
     Grid,
+    Loader,
     Run,
     Split,
     StepPlan,
     Trainer,
     Validation,
     WeightViews,
-    batches,
     build_model,
     encode_artifact,
     export_plan,
@@ -112,8 +112,8 @@ def trainer(tiny):
         cfg = tiny(**knobs)
         run, split = Run(cfg), Split(cfg, "train")
         model = build_model(cfg, run, sdpa)
-        loader = batches(cfg, run, split)
-        batch = next(loader)
+        loader = Loader(cfg, run, split)
+        batch = loader.next(cfg.train_seq_len)
         loader.close()
         return Trainer(
             cfg, run, model, export_plan(cfg, model), split, Validation(cfg, run, Split(cfg, "val"))
