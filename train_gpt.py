@@ -274,6 +274,19 @@ CLIPS = tuple(CLIP_QUANTILES)
 # at a choice of its own it leaves QUANT_CLIP nothing to say
 clip_knob = partial(grid_knob, choices=("auto", *CLIPS), off=CLIPS)
 
+# MUON_COEFFS -> (a, b, c) of each iteration that orthogonalises; one alone is that of all
+COEFFICIENTS = {
+    "quintic": ((3.4445, -4.775, 2.0315),),
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
+POLYNOMIALS = tuple(COEFFICIENTS)
+
 # Functions of knobs, which they name as parameters: each refuses what does not go together
 RULES: list[Callable[..., None]] = []
 
@@ -416,12 +429,21 @@ class Config:
     muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0)
     muon_momentum_warmup_start: float = ramp_knob(0.92, "", "at step 0", lo=0, hi=1)
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
+    muon_coeffs: str = knob("quintic", "", "their coefficients (a, b, c)", choices=POLYNOMIALS)
+    muon_row_normalize: bool = knob(False, "", "MuonEq-R: first every row to length 1")
     muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0)
     beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
     beta2: float = knob(0.95, "", "AdamW", lo=0, hi=0.9999)
     adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
     adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0)
+    embed_wd: float = knob(-1.0, "", "the same of embedding tables; below 0: ADAM_WD", lo=-1)
     grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0)
+
+    @rule
+    def each_iteration_has_coefficients(muon_coeffs, muon_backend_steps):
+        known = len(COEFFICIENTS[muon_coeffs])
+        remedy = f"MUON_COEFFS={muon_coeffs} has coefficients for {known}"
+        refuse(1 < known < muon_backend_steps, f"MUON_BACKEND_STEPS={muon_backend_steps}: {remedy}")
 
     # Budget, batch and schedule
     iterations: int = knob(20000, "steps", "upper bound of steps", lo=1)
@@ -2120,12 +2142,22 @@ class Grid(NamedTuple):
 class Role(NamedTuple):
     """A parameter's policy, given where it is created: its optimiser, and its bits at export."""
 
-    optimiser: str  # "muon", or a group of ADAMW_RATES
+    optimiser: str  # "muon", or one of ADAMW_GROUPS
     bits: str | None = None  # the knob with its bits; None: a float of CONTROL_DTYPE
 
 
-# Group -> the knobs with the learning rate and beta2 of its AdamW; a beta2 of 0 is BETA2
-ADAMW_RATES = {"embed": ("tied_embed_lr", "beta2"), "scalar": ("scalar_lr", "beta2")}
+class AdamwKnobs(NamedTuple):
+    """The knobs of a group of AdamW."""
+
+    lr: str
+    beta2: str = "beta2"  # at 0: BETA2
+    wd: str = "adam_wd"  # below 0: ADAM_WD
+
+
+ADAMW_GROUPS = {
+    "embed": AdamwKnobs("tied_embed_lr", wd="embed_wd"),
+    "scalar": AdamwKnobs("scalar_lr"),
+}
 
 CONTROL = Role("scalar")
 ATTN_ROLE = Role("muon", "quant_bits_attn")
@@ -2220,7 +2252,7 @@ class SmearGate(nn.Module):
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
 
 
-ADAMW_RATES["smear"] = ("scalar_lr", "smear_beta2")
+ADAMW_GROUPS["smear"] = AdamwKnobs("scalar_lr", beta2="smear_beta2")
 
 
 @technique("BIGRAM_VOCAB_SIZE")
@@ -3066,21 +3098,39 @@ class FlatParameters:
         return sums.flatten().tolist()
 
 
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
+def row_sizes(g: Tensor) -> Tensor:
+    """MuonEq-R: what to divide each row of matrices (n, rows, columns) by; (n, rows, 1).
+
+    What:   u_row / |u_row|, then the whole by its norm, before the iterations.
+    Why:    they begin with rows, the outputs of a layer, that all count alike: singular values
+            lie nearer to each other, and five steps bring them nearer to 1.
+    Source: #1217, #1285, #1855; toggle MUON_ROW_NORMALIZE.
+    Care:   rows of the weight, (out, in), in tall matrices too. A row of zeros stays one. The norm
+            of the whole follows from those of the rows: g is read no more often than without it.
+    """
+    rows = g.norm(dim=-1, keepdim=True)
+    divisors = rows.clamp(min=1e-7)
+    whole = (rows / divisors).norm(dim=-2, keepdim=True)
+    return divisors * (whole + 1e-7)
+
+
+def newton_schulz(g: Tensor, triples: Sequence[tuple], row_normalise: bool = False) -> Tensor:
     """Newton-Schulz: matrices (n, rows, columns) -> nearly semi-orthogonal ones, all at once.
 
-    What:   x = g / |g|, then `steps` times x <- a x + (b A + c A^2) x with A = x x^T.
+    What:   x = g / |g|, then for each (a, b, c) x <- a x + (b A + c A^2) x with A = x x^T.
     Why:    it pulls every singular value towards 1 by matrix products alone, without an SVD.
-    Source: Muon (K. Jordan 2024), with its a, b and c.
+    Source: Muon (K. Jordan 2024) with quintic; polar_express (Amsel 2025): #1787, #1855.
+            MUON_COEFFS, MUON_BACKEND_STEPS.
     Care:   singular values end between 0.7 and 1.2, not at 1: a, b, c trade that for few steps.
+            The triples of polar_express are each right for their place alone. A 2026-04-06 script's
+            POLAR_EXPRESS leaves a margin of 1 % above the norm, so that its triples differ by that.
             A is built on the short side. On a CPU it runs in fp32, as bf16 is slow there.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    sizes = row_sizes(g) if row_normalise else g.norm(dim=(-2, -1), keepdim=True) + 1e-7
+    x = (g / sizes).to(torch.bfloat16 if g.is_cuda else torch.float32)
     tall = g.shape[-2] > g.shape[-1]
-    x = g.mT if tall else g
-    x = x.to(torch.bfloat16 if g.is_cuda else torch.float32)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    x = x.mT if tall else x
+    for a, b, c in triples:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.mT if tall else x
@@ -3096,7 +3146,7 @@ class MuonShare(NamedTuple):
     bank: Tensor  # the weights of all ranks, (ranks, entries)
 
 
-def muon_update(share: MuonShare, lr: float, momentum: float, cfg: Config, orthogonalise) -> None:
+def muon_update(share: MuonShare, now: StepPlan, cfg: Config, orthogonalise: Callable) -> None:
     """Muon: one step of a stack of matrices along the orthogonalised momentum, in place.
 
     What:   m <- momentum m + g;  u = Newton-Schulz(g + momentum m)
@@ -3106,12 +3156,14 @@ def muon_update(share: MuonShare, lr: float, momentum: float, cfg: Config, ortho
     Care:   for matrices inside the model only: tables, vectors and scalars go to AdamW.
             The decay is decoupled, and must reach Muon (#989's did not).
     """
-    share.momenta.mul_(momentum).add_(share.gradients)
-    nesterov = torch.add(share.gradients, share.momenta, alpha=momentum)
-    update = orthogonalise(nesterov, cfg.muon_backend_steps)
+    lr = cfg.matrix_lr * now.lr_scale
+    wd = cfg.muon_wd * now.wd_scale
+    share.momenta.mul_(now.momentum).add_(share.gradients)
+    nesterov = torch.add(share.gradients, share.momenta, alpha=now.momentum)
+    update = orthogonalise(nesterov)
     rows, columns = update.shape[-2:]
     scale = lr * math.sqrt(max(1, rows / columns))
-    share.weights.mul_(1 - lr * cfg.muon_wd).add_(update, alpha=-scale)
+    share.weights.mul_(1 - lr * wd).add_(update, alpha=-scale)
 
 
 class Optimiser:
@@ -3126,9 +3178,13 @@ class Optimiser:
         self.cfg = cfg
         self.first_moments = torch.zeros_like(flat.weights)  # momenta of Muon too
         self.second_moments = torch.zeros_like(flat.weights)  # of AdamW alone
-        self.orthogonalise = newton_schulz
-        if run.compile:
-            self.orthogonalise = torch.compile(newton_schulz, dynamic=False)
+        iterate = torch.compile(newton_schulz, dynamic=False) if run.compile else newton_schulz
+        triples = itertools.cycle(COEFFICIENTS[cfg.muon_coeffs])
+        self.orthogonalise = partial(
+            iterate,
+            triples=tuple(itertools.islice(triples, cfg.muon_backend_steps)),
+            row_normalise=cfg.muon_row_normalize,
+        )
 
         banks = flat.shares(flat.weights)
         stacks = [flat.matrices(b) for b in (flat.weights, flat.gradients, self.first_moments)]
@@ -3146,18 +3202,25 @@ class Optimiser:
         for name, place in flat.groups.items():
             if name == "muon":
                 continue
-            lr_knob, beta2_knob = ADAMW_RATES[name]
-            lr = getattr(cfg, lr_knob)
-            betas = (cfg.beta1, getattr(cfg, beta2_knob) or cfg.beta2)
+            knobs = ADAMW_GROUPS[name]
+            lr = getattr(cfg, knobs.lr)
+            wd = getattr(cfg, knobs.wd)
             weights = nn.Parameter(flat.weights[place])
             weights.grad = flat.gradients[place]
-            groups.append({"params": [weights], "lr": lr, "base_lr": lr, "betas": betas})
+            group = {
+                "params": [weights],
+                "lr": lr,
+                "base_lr": lr,
+                "betas": (cfg.beta1, getattr(cfg, knobs.beta2) or cfg.beta2),
+                "weight_decay": cfg.adam_wd if wd < 0 else wd,
+            }
+            groups.append(group)
             states[weights] = {
                 "step": torch.zeros((), device=weights.device),
                 "exp_avg": self.first_moments[place],
                 "exp_avg_sq": self.second_moments[place],
             }
-        adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, weight_decay=cfg.adam_wd, fused=True)
+        adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, fused=True)
         adamw.state.update(states)
         return adamw
 
@@ -3166,12 +3229,12 @@ class Optimiser:
         for group in self.adamw.param_groups:
             group["lr"] = group["base_lr"] * now.lr_scale
         self.adamw.step()
-        self.flat.gather(self.muon(self.cfg.matrix_lr * now.lr_scale, now.momentum))
+        self.flat.gather(self.muon(now))
 
-    def muon(self, lr: float, momentum: float) -> Iterator[Tensor]:
+    def muon(self, now: StepPlan) -> Iterator[Tensor]:
         """Updates this rank's share of each bank; yields each bank, (ranks, entries)."""
         for share in self.shares:
-            muon_update(share, lr, momentum, self.cfg, self.orthogonalise)
+            muon_update(share, now, self.cfg, self.orthogonalise)
             yield share.bank
 
 
@@ -6050,6 +6113,8 @@ ALIASES: dict[str, Meaning] = {
     "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
     "WEIGHT_DECAY": renamed("ADAM_WD"),
     "ADAM_WEIGHT_DECAY": renamed("ADAM_WD"),
+    "SCALAR_WD": renamed("ADAM_WD"),
+    "POLAR_EXPRESS": switch("MUON_COEFFS", off="quintic", on="polar_express"),
     "WARMDOWN_STEPS": renamed("WARMDOWN_ITERS"),
     "WARMDOWN_FRACTION": renamed("WARMDOWN_FRAC"),
     # Export
@@ -6085,7 +6150,7 @@ ABSENT_AT = {
         SPARSE_ATTN_GATE_ENABLED TRIGRAM NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA
         AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA NUM_LOOPS LORA_RANK
         TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL PARALLEL_START_LAYER
-        MUON_ROW_NORMALIZE POLAR_EXPRESS MUON_HUBER_WD BLOCK_LARS_TRUST MIN_LR SEQ_LEN_START
+        MUON_HUBER_WD BLOCK_LARS_TRUST MIN_LR SEQ_LEN_START
         BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED FORCE_STOP_STEP
         QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA GPTQ_ENABLED USE_GPTQ
         GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS LQER_ENABLED LQER_RANK AWQ_LITE_ENABLED CASEOPS_ENABLED
@@ -6121,7 +6186,7 @@ ABSENT_AT = {
     NEVER: """
         EMBEDDING_DIM NEGATIVE_SLOPE BITNET_GROUP_SIZE USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR
         SMEAR_GATE_WIDTH BIGRAM_BUCKETS ROPE_TRAIN_SEQ_LEN NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH
-        DEPTH_LORA_RANK MATRIX_LR_EARLY MATRIX_LR_LATE BANK_SPLIT EMBED_WD QAT_INT6 USE_INT6
+        DEPTH_LORA_RANK MATRIX_LR_EARLY MATRIX_LR_LATE BANK_SPLIT QAT_INT6 USE_INT6
         QUANT_CLIP_RANGE TARGET_MB MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS
         EMBED_CLIP_SIGMAS TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY
         TTT_LOCAL_LR_MULT TTT_GRAD_STEPS TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TTT_EVAL_SEQ_LEN
@@ -6176,7 +6241,6 @@ INSTEAD_OF = {
     "BIGRAM_BUCKETS": "set BIGRAM_VOCAB_SIZE={text}",
     "ROPE_TRAIN_SEQ_LEN": "set ROPE_NTK_LEN={text}",
     "MATRIX_LR_EARLY MATRIX_LR_LATE": "set MATRIX_LR for all layers",
-    "EMBED_WD": "set ADAM_WD, which vectors have too",
     "TRAIN_SEQ_SCHEDULE": "set TRAIN_SEQ_LEN",
     "FORCE_STOP_STEP": "set ITERATIONS={text}",
     "QAT_INT6": "set QUANT_BITS, which QAT follows",
@@ -6800,7 +6864,7 @@ def refuse_what_no_artifact_holds(cfg: Config, model: GPT, state: State, plan: d
     name, bad = next(iter(lost.items()))
     others = f", and those of {len(lost) - 1} other tensors" if len(lost) > 1 else ""
     optimiser = model.get_parameter(name).role.optimiser
-    rate = "matrix_lr" if optimiser == "muon" else ADAMW_RATES[optimiser][0]
+    rate = "matrix_lr" if optimiser == "muon" else ADAMW_GROUPS[optimiser].lr
     raise Refusal(
         f"{name}: {bad:,} of {state[name].numel():,} weights, up to "
         f"{state[name].abs().max().item():.3g}, are beyond what fp16 holds (65,504, for a weight "

@@ -39,6 +39,7 @@ from train_gpt import (
     GPT,
     Averages,
     Batch,
+    Optimiser,
     Run,
     Split,
     StepPlan,
@@ -257,6 +258,7 @@ def optimisation(b: Bench, trainer: Trainer) -> None:
     trainer.flat.gradients.normal_()
     gradient_norm(b, trainer)
     muon(b, trainer)
+    muon_with_rows_normalised(b, trainer)
     adamw(b, trainer)
 
 
@@ -305,15 +307,14 @@ def muon(b: Bench, trainer: Trainer) -> None:
     copies = [live[name].clone() for name in shapes]
     their_gradients = [gradients[name].clone() for name in shapes]
     momenta = [torch.zeros_like(live[name]) for name in shapes]
-    lr = cfg.matrix_lr
-    momentum = cfg.muon_momentum
+    now = StepPlan(1.0, cfg.muon_momentum)
 
     @torch.no_grad()
     def fast() -> None:
-        flat.gather(trainer.optimiser.muon(lr, momentum))
+        flat.gather(trainer.optimiser.muon(now))
 
     def plain() -> None:
-        plain_muon(copies, their_gradients, momenta, lr, momentum, cfg)
+        plain_muon(copies, their_gradients, momenta, cfg.matrix_lr, now.momentum, cfg)
 
     seconds = b.time(fast, plain)
     flops = muon_flops(shapes.values(), cfg.muon_backend_steps)
@@ -321,6 +322,22 @@ def muon(b: Bench, trainer: Trainer) -> None:
     twin = "one matrix at a time"
     note = f"{len(shapes)} matrices, {numel:,} weights"
     b.add(Measured("training", "optimiser: Muon", seconds, floor=floor, twin=twin, note=note))
+
+
+def muon_with_rows_normalised(b: Bench, trainer: Trainer) -> None:
+    """Timed: Muon's step with MUON_ROW_NORMALIZE. Twin: without it, in turn."""
+    flat = trainer.flat
+    now = StepPlan(1.0, b.cfg.muon_momentum)
+
+    def step_of(row_normalise: bool) -> Callable[[], None]:
+        cfg = dataclasses.replace(b.cfg, muon_row_normalize=row_normalise)
+        optimiser = Optimiser(flat, cfg, b.run)
+        return torch.no_grad()(lambda: flat.gather(optimiser.muon(now)))
+
+    seconds = b.time(step_of(True), step_of(False))
+    name = "optimiser: Muon, rows normalised"
+    twin = "rows as they are"
+    b.add(Measured("training", name, seconds, twin=twin))
 
 
 def adamw(b: Bench, trainer: Trainer) -> None:

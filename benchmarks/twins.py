@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train_gpt
-from train_gpt import GPT, Config, Grid, Run, Split, Validation
+from train_gpt import COEFFICIENTS, GPT, Config, Grid, Run, Split, Validation
 
 
 @torch.no_grad()
@@ -28,15 +28,19 @@ def plain_muon(
     cfg: Config,
 ) -> None:
     """One Muon step on each (rows, columns) matrix by itself, in place: K. Jordan 2024."""
+    triples = COEFFICIENTS[cfg.muon_coeffs]
     for w, g, m in zip(weights, gradients, momenta, strict=True):
         m.mul_(momentum).add_(g)
         x = (g + momentum * m).to(torch.bfloat16 if w.is_cuda else torch.float32)
+        if cfg.muon_row_normalize:
+            x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-7)
         if w.shape[0] > w.shape[1]:
             x = x.T
         x = x / (x.norm() + 1e-7)
-        for _ in range(cfg.muon_backend_steps):
+        for step in range(cfg.muon_backend_steps):
+            one, two, three = triples[step % len(triples)]
             a = x @ x.T
-            x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+            x = one * x + two * a @ x + three * a @ a @ x
         if w.shape[0] > w.shape[1]:
             x = x.T
         scale = max(1, w.shape[0] / w.shape[1]) ** 0.5

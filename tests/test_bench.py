@@ -82,6 +82,7 @@ ROWS = TWINS | {
     "step, whole",
     "forward",
     "backward",
+    "optimiser: Muon, rows normalised",
     "optimiser: AdamW",
     "checkpoint: copy, on the clock",
     "checkpoint: write, beside the steps",
@@ -117,8 +118,11 @@ def trainer(tiny):
 
 
 # ── twins ──
-def test_muon_equals_one_matrix_at_a_time(trainer):
-    t = trainer(muon_wd=0.1)
+@pytest.mark.parametrize(
+    "knobs", [{}, {"muon_coeffs": "polar_express", "muon_row_normalize": True}], ids=str
+)
+def test_muon_equals_one_matrix_at_a_time(trainer, knobs):
+    t = trainer(matrix_lr=0.05, muon_wd=0.1, **knobs)
     live, gradients = (t.flat.views(buffer) for buffer in (t.flat.weights, t.flat.gradients))
     names = list(muon_matrices(t.model))
     plain, momenta = [live[n].clone() for n in names], [torch.zeros_like(live[n]) for n in names]
@@ -127,7 +131,7 @@ def test_muon_equals_one_matrix_at_a_time(trainer):
         for i, name in enumerate(names):
             gradients[name].copy_(normal(*live[name].shape, seed=100 * step + i))
         with torch.no_grad():
-            t.flat.gather(t.optimiser.muon(0.05, 0.9))
+            t.flat.gather(t.optimiser.muon(train_gpt.StepPlan(1.0, 0.9)))
         plain_muon(plain, [gradients[n] for n in names], momenta, 0.05, 0.9, t.cfg)
     assert len(names) == 6 * 3 + 1
     for name, w, old in zip(names, plain, before, strict=True):

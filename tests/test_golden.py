@@ -50,7 +50,10 @@ from train_gpt import (
     windows,
 )
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "seeds.json").read_text())
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "seeds.json").read_text())
+# What #1855's optimiser gives
+FRONTIER = json.loads((FOLDER / "optimiser.json").read_text())
 ALONE = SimpleNamespace(world=1, rank=0, device="cpu", compile=False, activity={})
 # What a seed's script takes for RMSNorm's epsilon: that of float32, in every precision
 EPSILON = torch.finfo(torch.float32).eps
@@ -195,6 +198,24 @@ def exact(monkeypatch):
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=["float64", "float32"])
+def tolerance(request) -> float:
+    """Of a weight, in each precision."""
+    if request.param == "float32":
+        return FRONTIER["tolerance"]["weights_abs_fp32"]
+    request.getfixturevalue("exact")
+    return FRONTIER["tolerance"]["weights_abs_fp64"]
+
+
+def check_summary(tensor: torch.Tensor, golden: dict, tolerance: float) -> None:
+    """Against a summary of optimiser.json: entries, and sums of all."""
+    flat = tensor.detach().flatten()
+    found = {place: flat[int(place)].item() for place in golden["entries"]}
+    assert found == pytest.approx(golden["entries"], rel=0, abs=tolerance)
+    sums = [golden[name] for name in ("sum", "sum_sq", "cos_checksum")]
+    assert checksums(tensor) == pytest.approx(sums, rel=0, abs=tolerance * len(flat) ** 0.5)
 
 
 def golden_config(settings: dict, **knobs) -> Config:
@@ -658,6 +679,118 @@ def test_muon_alone_is_that_of_the_seed(exact, golden):
             assert checksums(p) == pytest.approx(expected["checksums"], rel=1e-11, abs=1e-10)
             found = [p.flatten()[int(place)].item() for place in expected["entries"]]
             assert found == pytest.approx(list(expected["entries"].values()), abs=1e-12)
+
+
+# ── The optimiser of #1855 ────────────────────────────────────────────────────────────────────────
+COEFFS = {"stock": "quintic", "polar_express": "polar_express"}
+
+
+def frontier_optimiser(matrix: torch.Tensor, **knobs) -> Optimiser:
+    """Of one matrix "w", and of what AdamW needs to have something to do."""
+    p = parameter(matrix, Role("muon"))
+    vector = parameter(torch.zeros(1), Role("scalar"))
+    flat = FlatParameters({"w": p, "vector": vector}, ALONE)
+    return Optimiser(flat, Config(**knobs), ALONE)
+
+
+@pytest.mark.parametrize(
+    "golden", FRONTIER["muon"], ids=lambda case: f"{case['name']} {case['shape']}"
+)
+def test_muon_alone_is_that_of_1855(tolerance, golden):
+    name, shape, settings = golden["matrix"], golden["shape"], golden["settings"]
+    optimiser = frontier_optimiser(
+        draw(f"muon.weight.{name}", shape, 0.05),
+        matrix_lr=settings["lr"],
+        muon_wd=settings["weight_decay"],
+        muon_coeffs=COEFFS[settings["coefficients"]],
+        muon_row_normalize=settings["row_normalise"],
+    )
+    weights, gradients = (
+        optimiser.flat.views(buffer)["w"]
+        for buffer in (optimiser.flat.weights, optimiser.flat.gradients)
+    )
+    row_scale = np.exp(draw32(f"muon.gradient.{name}.rowscale", (shape[0], 1), 0.5))
+    for step, momentum in enumerate(settings["momentum"], 1):
+        gradient = draw32(f"muon.gradient.{name}.step{step - 1}", shape, 0.01) * row_scale
+        gradients.copy_(torch.tensor(gradient))
+        optimiser.step(StepPlan(1.0, momentum))
+        if f"after_step{step}" in golden:
+            check_summary(weights, golden[f"after_step{step}"], tolerance)
+
+
+@pytest.mark.parametrize(
+    "golden", FRONTIER["orthogonalise"], ids=lambda case: f"{case['matrix']} {case['coefficients']}"
+)
+def test_the_iterations_are_those_of_1855(exact, golden):
+    g = draw(f"orthogonalise.{golden['matrix']}", golden["shape"])
+    optimiser = frontier_optimiser(g.clone(), muon_coeffs=COEFFS[golden["coefficients"]])
+    x = optimiser.orthogonalise(g[None])[0]
+    check_summary(x, golden["result"], 1e-12)
+    values = torch.linalg.svdvals(x)
+    found = {"min": values.min().item(), "max": values.max().item(), "mean": values.mean().item()}
+    assert found == pytest.approx(golden["singular_values"], abs=1e-10)
+
+
+def test_fewer_iterations_take_the_first_triples_and_more_than_five_are_refused(exact):
+    """There 7 are 5, in silence."""
+    g = draw("orthogonalise.square", (64, 64))
+    golden = FRONTIER["orthogonalise_step_count_square"]
+    for steps in (1, 3, 5):
+        knobs = {"muon_coeffs": "polar_express", "muon_backend_steps": steps}
+        x = frontier_optimiser(g.clone(), **knobs).orthogonalise(g[None])[0]
+        check_summary(x, golden[str(steps)], 1e-12)
+    assert golden["7"] == golden["5"]
+    with pytest.raises(train_gpt.Refusal, match="MUON_BACKEND_STEPS=7"):
+        Config(muon_coeffs="polar_express", muon_backend_steps=7)
+
+
+@pytest.mark.parametrize("group", ["scalar", "embed"])
+@pytest.mark.parametrize("golden", FRONTIER["adamw"], ids=lambda case: f"lr {case['lr']}")
+def test_adamw_is_that_of_1855(tolerance, golden, group):
+    """Each group by the knobs with its own rate and decay."""
+    knobs = {
+        "scalar": {"scalar_lr": golden["lr"], "adam_wd": golden["weight_decay"]},
+        "embed": {"tied_embed_lr": golden["lr"], "embed_wd": golden["weight_decay"]},
+    }[group]
+    beta1, beta2 = golden["betas"]
+    p = parameter(draw("adamw.weight", (5, 7)), Role(group))
+    flat = FlatParameters({"p": p}, ALONE)
+    optimiser = Optimiser(
+        flat, Config(beta1=beta1, beta2=beta2, adam_eps=golden["eps"], **knobs), ALONE
+    )
+    for step in range(3):
+        p.grad.copy_(draw(f"adamw.gradient.step{step}", (5, 7), 0.02))
+        optimiser.step(StepPlan(1.0, 0.9))
+    check_summary(p, golden["after_step3"], tolerance)
+
+
+@pytest.mark.parametrize("golden", FRONTIER["clip"], ids=lambda case: f"{case['max_norm']:g}")
+def test_the_clip_is_that_of_1855(tolerance, golden):
+    gradients = {
+        "a": draw("clip.gradient.a", (4, 5)),
+        "b": draw("clip.gradient.b", (7,), 0.1),
+    }
+    params = {name: parameter(torch.zeros_like(g), Role("scalar")) for name, g in gradients.items()}
+    flat = FlatParameters(params, ALONE)
+    for name, p in params.items():
+        p.grad.copy_(gradients[name])
+    norm = flat.reduce(golden["max_norm"]).norm
+    assert norm == pytest.approx(golden["total_norm"], abs=10 * tolerance)
+    for name, p in params.items():
+        check_summary(p.grad, golden[name], tolerance)
+
+
+@pytest.mark.parametrize("golden", FRONTIER["ema"], ids=lambda case: f"{case['decay']:g}")
+def test_ema_is_that_of_1855(tolerance, golden):
+    p = parameter(draw("ema.value0", golden["shape"]), Role("scalar"))
+    flat = FlatParameters({"p": p}, ALONE)
+    cfg = Config(ema_enabled=True, ema_decay=golden["decay"])
+    average = train_gpt.Ema(cfg, None, SimpleNamespace(flat=flat))
+    for step in range(1, 6):
+        p.data.copy_(draw(f"ema.value{step}", golden["shape"]))
+        average.update()
+    found = average.result()["p"].flatten().tolist()
+    assert found == pytest.approx(golden["result"], rel=0, abs=tolerance)
 
 
 # ── Schedules and triggers ────────────────────────────────────────────────────────────────────────

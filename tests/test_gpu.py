@@ -350,12 +350,12 @@ def test_muon_agrees_with_fp64(device, monkeypatch):
     gradients = [
         [normal(*shape, seed=100 * step + i) for i, shape in enumerate(shapes)] for step in range(3)
     ]
-    optimiser = Optimiser(flat, Config(muon_wd=0.1), run)
+    optimiser = Optimiser(flat, Config(matrix_lr=0.05, muon_wd=0.1), run)
     for step in gradients:
         for p, g in zip(params.values(), step, strict=True):
             p.grad.copy_(g)
         with torch.no_grad():
-            flat.gather(optimiser.muon(0.05, 0.9))
+            flat.gather(optimiser.muon(train_gpt.StepPlan(1.0, 0.9)))
     reference = muon_reference(before, gradients, 0.05, 0.9, 0.1)
     for p, w, exact in zip(params.values(), before, reference, strict=True):
         assert p.device.type == device and p.dtype == torch.float32

@@ -104,12 +104,12 @@ def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
     """Three Muon steps on gradients that are the same on every rank."""
     run = SimpleNamespace(world=world, rank=rank, device="cpu", compile=False)
     flat = FlatParameters((params := matrices(*SHAPES)) | other_parameter(), run)
-    optimiser = Optimiser(flat, train_gpt.Config(muon_wd=0.1), run)
+    optimiser = Optimiser(flat, train_gpt.Config(matrix_lr=0.05, muon_wd=0.1), run)
     for step in range(3):
         for i, p in enumerate(params.values()):
             p.grad.copy_(normal(*p.shape, seed=100 * step + i))
         with torch.no_grad():
-            flat.gather(optimiser.muon(0.05, 0.9))
+            flat.gather(optimiser.muon(StepPlan(1.0, 0.9)))
     return [p.detach() for p in params.values()]
 
 
@@ -212,9 +212,12 @@ BLOCK_MATRICES = {
 TABLES = {"tok_emb", "bigram.embed", "value_embed.embed"}
 
 
-@pytest.mark.parametrize("bigram_proj_opt", ("muon", "adam"))
-def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_proj_opt):
-    cfg = tiny(**ALL, bigram_proj_opt=bigram_proj_opt, adam_wd=0.01)
+@pytest.mark.parametrize(
+    "bigram_proj_opt, embed_wd",
+    [("muon", {}), ("adam", {"embed_wd": 0.0}), ("muon", {"embed_wd": 0.1})],
+)
+def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_proj_opt, embed_wd):
+    cfg = tiny(**ALL, bigram_proj_opt=bigram_proj_opt, adam_wd=0.01, **embed_wd)
     model = build_model(cfg, Run(cfg), sdpa)
     flat, names = (
         FlatParameters(dict(model.named_parameters()), ALONE),
@@ -245,7 +248,7 @@ def test_every_parameter_is_in_exactly_the_group_it_should_be_in(tiny, bigram_pr
     assert set(embed) == TABLES and set(smear) == {"smear.gate"}
     settings = [(g["lr"], g["betas"], g["weight_decay"]) for g in optimiser.adamw.param_groups]
     assert settings == [
-        (0.03, (0.9, 0.95), 0.01),
+        (0.03, (0.9, 0.95), embed_wd.get("embed_wd", 0.01)),
         (0.02, (0.9, 0.95), 0.01),
         (0.02, (0.9, 0.99), 0.01),
     ]
@@ -374,6 +377,9 @@ def test_the_flat_buffers_hold_every_tensor_once_aligned_and_in_equal_chunks(tin
 
 
 # ── Muon ──
+FIVE = train_gpt.COEFFICIENTS["quintic"] * 5
+
+
 def spec_orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """One matrix, fp64."""
     x = g.double() / (g.double().norm() + 1e-7)
@@ -386,13 +392,14 @@ def spec_orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
     """Decay first and decoupled, then the scaled update, at the step's rate and momentum."""
-    cfg = tiny(**ALL, muon_wd=0.5, matrix_lr=0.1)
+    cfg = tiny(**ALL, muon_wd=0.25, matrix_lr=0.1)
     model = build_model(cfg, Run(cfg), sdpa)
     optimiser = Optimiser(flat := FlatParameters(dict(model.named_parameters()), ALONE), cfg, ALONE)
     matrices = {name: p for name, p in model.named_parameters() if p.role.optimiser == "muon"}
     expected = {name: p.detach().double() for name, p in matrices.items()}
     buffers = dict.fromkeys(matrices, 0.0)
-    for step, k in enumerate([StepPlan(1.0, 0.5), StepPlan(0.7, 0.8), StepPlan(0.4, 0.95)]):
+    plans = [StepPlan(1.0, 0.5), StepPlan(0.7, 0.8), StepPlan(0.4, 0.95)]
+    for step, k in enumerate(plan._replace(wd_scale=2.0) for plan in plans):
         flat.gradients.copy_(normal(len(flat.gradients), seed=step))
         for name, p in matrices.items():
             g, lr = p.grad.double(), 0.1 * k.lr_scale
@@ -408,21 +415,27 @@ def test_muon_is_the_reference_of_every_matrix_of_the_model(tiny):
         torch.testing.assert_close(p.double(), expected[name], rtol=0, atol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize("coeffs, steps", [("quintic", 5), ("quintic", 3), ("polar_express", 1)])
 @pytest.mark.parametrize("shape", ((32, 32), (96, 32), (16, 64)), ids=str)
-def test_muon_agrees_with_torch(shape):
-    """torch.optim.Muon works in bf16: 3 digits, five matrix steps; 2 % of the update."""
+def test_muon_agrees_with_torch(shape, coeffs, steps):
+    """torch.optim.Muon works in bf16: 3 digits, five matrix steps; 2 % of the update.
+
+    It has one triple for all steps.
+    """
     (ours,), theirs = matrices(shape).values(), torch.nn.Parameter(normal(*shape))
     optimiser = Optimiser(
         flat := FlatParameters({"w": ours} | other_parameter(), ALONE),
-        train_gpt.Config(muon_wd=0.1),
+        train_gpt.Config(matrix_lr=0.05, muon_wd=0.1, muon_coeffs=coeffs, muon_backend_steps=steps),
         ALONE,
     )
-    other = torch.optim.Muon([theirs], lr=0.05, momentum=0.9, weight_decay=0.1)
+    triple = train_gpt.COEFFICIENTS[coeffs][0]
+    settings = dict(lr=0.05, momentum=0.9, weight_decay=0.1)
+    other = torch.optim.Muon([theirs], ns_coefficients=triple, ns_steps=steps, **settings)
     for step in range(4):
         ours.grad.copy_(normal(*shape, seed=step + 1))
         theirs.grad = ours.grad.clone()
         with torch.no_grad():
-            flat.gather(optimiser.muon(0.05, 0.9))
+            flat.gather(optimiser.muon(StepPlan(1.0, 0.9)))
         other.step()
     moved = (theirs - normal(*shape)).norm()
     assert (ours - theirs).norm() < 0.02 * moved
@@ -431,9 +444,11 @@ def test_muon_agrees_with_torch(shape):
 def test_a_batch_of_matrices_is_orthogonalised_one_by_one():
     stack = normal(7, 12, 20) * torch.logspace(-6, 3, 7)[:, None, None]
     for g in (stack, stack.mT):
-        together = newton_schulz(g, 5)
+        together = newton_schulz(g, FIVE)
         for one, matrix in zip(together, g, strict=True):
-            torch.testing.assert_close(one, newton_schulz(matrix[None], 5)[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                one, newton_schulz(matrix[None], FIVE)[0], rtol=1e-5, atol=1e-5
+            )
             torch.testing.assert_close(
                 one.double(), spec_orthogonalise(matrix), rtol=1e-3, atol=1e-3
             )
@@ -443,13 +458,46 @@ def test_a_batch_of_matrices_is_orthogonalised_one_by_one():
 def test_orthogonalise_brings_every_singular_value_near_one_and_keeps_the_directions(shape):
     u, _, v = torch.linalg.svd(normal(*shape), full_matrices=False)
     values = torch.logspace(0, -1.5, len(v))
-    turned = u.T @ newton_schulz((u * values @ v)[None], 5)[0] @ v.T
+    turned = u.T @ newton_schulz((u * values @ v)[None], FIVE)[0] @ v.T
     assert turned.diagonal().min() > 0.65 and turned.diagonal().max() < 1.25
     assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
 
 
-def test_a_zero_gradient_moves_nothing():
-    assert not newton_schulz(torch.zeros(2, 4, 6), 5).any()
+@pytest.mark.parametrize("row_normalise", (False, True))
+def test_a_zero_gradient_moves_nothing(row_normalise):
+    assert not newton_schulz(torch.zeros(2, 4, 6), FIVE, row_normalise).any()
+
+
+@pytest.mark.parametrize("shape", ((24, 24), (8, 40), (40, 8)), ids=str)
+def test_with_rows_normalised_the_scale_of_a_row_of_the_gradient_changes_nothing(shape):
+    """Rows of the weight, in tall matrices too; a row of zeros is 0 / 1e-7, not 0 / 0."""
+    g = normal(2, *shape)
+    scaled = g * torch.logspace(-3, 2, shape[0])[:, None]
+    g[:, 3] = scaled[:, 3] = 0.0
+    once, again = (newton_schulz(x, FIVE, row_normalise=True) for x in (g, scaled))
+    torch.testing.assert_close(again, once, rtol=1e-4, atol=1e-5)
+    assert once.isfinite().all() and not once[:, 3].any()
+    plain, plain_scaled = (newton_schulz(x, FIVE) for x in (g, scaled))
+    assert (plain - plain_scaled).norm() > 0.3 * plain.norm()
+
+
+def test_five_polar_express_steps_come_nearer_to_orthogonal_than_five_quintic_ones():
+    values = torch.logspace(0, -2, 24).diag()[None]
+    far = {}
+    for name in train_gpt.COEFFICIENTS:
+        cfg = train_gpt.Config(muon_coeffs=name)
+        flat = FlatParameters(matrices((24, 24)) | other_parameter(), ALONE)
+        x = Optimiser(flat, cfg, ALONE).orthogonalise(values)
+        far[name] = (torch.linalg.svdvals(x) - 1).abs().max().item()
+    assert far["polar_express"] < 0.15 < far["quintic"]
+
+
+def test_polar_express_has_coefficients_for_five_steps():
+    train_gpt.Config(muon_coeffs="polar_express", muon_backend_steps=5)
+    train_gpt.Config(muon_coeffs="quintic", muon_backend_steps=6)
+    message = "MUON_BACKEND_STEPS=6: MUON_COEFFS=polar_express has coefficients for 5"
+    with pytest.raises(train_gpt.Refusal, match=message):
+        train_gpt.Config(muon_coeffs="polar_express", muon_backend_steps=6)
 
 
 def test_the_momentum_warms_up_linearly_and_reaches_the_buffer(tiny):
