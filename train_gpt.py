@@ -2417,6 +2417,8 @@ PACKAGES = {
 # Kernels are as fast as the fastest up to this ratio: of them auto takes the first, so that noise
 # of the timing seldom gives two runs different kernels
 AS_FAST = 1.03
+# Calls that are timed together: their work on the GPU hides what it takes to launch them
+ATTENTION_CALLS = 5
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
@@ -2470,11 +2472,12 @@ def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...])
         attend = run.compiled(attend)
 
     def both_ways() -> None:
-        attend(*inputs).sum().backward()
+        for _ in range(ATTENTION_CALLS):
+            attend(*inputs).sum().backward()
 
     both_ways()  # whatever a first call sets up is no part of the others
     # the fastest: others only slow it down
-    return min(run.milliseconds(both_ways) for _ in range(3))
+    return min(run.milliseconds(both_ways) for _ in range(3)) / ATTENTION_CALLS
 
 
 def choose_attention(cfg: Config, run: Run) -> Attend:
@@ -2484,8 +2487,10 @@ def choose_attention(cfg: Config, run: Run) -> Attend:
     work.
     """
     names = attention_candidates(cfg, run)
-    # Several are timed at the run's shape; a single one is only tried
-    rows, length = (8, cfg.train_seq_len) if len(names) > 1 else (1, 16)
+    # Several are timed at the shape of a micro-batch; a single one is only tried
+    rows, length = 1, 16
+    if len(names) > 1:
+        _, _, rows, length = step_shape(cfg, run, cfg.train_seq_len)
     inputs = attention_inputs(cfg, run, rows, length)
 
     found: dict[str, Attend] = {}

@@ -22,6 +22,7 @@ from conftest import TINY
 from test_optimiser import matrices, normal
 from test_views import ALL, Bench
 from torch._dynamo.utils import counters
+from torch.utils._triton import has_triton
 
 import train_gpt
 from train_gpt import (
@@ -49,6 +50,9 @@ from train_gpt import (
 )
 
 GPU = torch.cuda.is_available()  # conftest.py hides it unless GOLF_GPU=1
+# Whether code can be generated for the GPU is asked once in a process, and must not be asked while
+# a test of the CPU hides the GPU
+has_triton()
 NEEDS_GPU = pytest.mark.skipif(not GPU, reason="needs a CUDA GPU and GOLF_GPU=1 in the environment")
 EACH_DEVICE = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 

@@ -548,6 +548,8 @@ def machine(cuda: bool = False):
     log = []
     run = SimpleNamespace(
         cuda=cuda,
+        world=1,
+        rank=0,
         compile=False,
         device=torch.device("cpu"),
         dtype=torch.float32,
@@ -591,19 +593,34 @@ def test_a_flash_attention_package_is_used_as_sdpa(monkeypatch, extra):
 
 def test_auto_on_a_gpu_times_all_that_work_and_takes_the_fastest(monkeypatch):
     def slow(q, k, v, causal):
-        time.sleep(0.2)
+        time.sleep(0.02)
         return sdpa(q, k, v)
 
     install(monkeypatch, "flash_attn", slow)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
     run, log = machine(cuda=True)
-    chosen = choose_attention(config(), run)
+    chosen = choose_attention(config(train_batch_tokens=16 * 24), run)
     assert torch.equal(chosen(*heads()), sdpa(*heads()))
     failed, last = "\n".join(log[:-1]), log[-1]
     assert "ATTN_BACKEND=fa3" in failed and "ATTN_BACKEND=cudnn" in failed and "fa2" not in failed
     assert all(f" {name} " in last for name in ("sdpa", "flash", "fa2")) and not last.startswith(
         "attention: fa2"
     )
+    assert "ms for 2 rows of 24" in last  # of 16 rows in 8 micro-batches
+
+
+def test_the_time_of_an_attention_kernel_is_that_of_one_call():
+    calls = []
+    run = SimpleNamespace(cuda=False, milliseconds=lambda work: (work(), 100.0)[1])
+    q = torch.ones(1, requires_grad=True)
+
+    def attend(*inputs):
+        calls.append(inputs)
+        return sum(inputs)
+
+    per_call = train_gpt.attention_milliseconds(run, attend, (q, q, q))
+    assert per_call == 100 / train_gpt.ATTENTION_CALLS and train_gpt.ATTENTION_CALLS > 1
+    assert len(calls) == 4 * train_gpt.ATTENTION_CALLS  # the first are not timed
 
 
 @pytest.mark.parametrize(
