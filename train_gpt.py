@@ -704,13 +704,14 @@ class Config:
             base = read_base((defaults | everything).get("BASE", ""))
 
         # what the environment says of a knob that has an argument is not looked at
-        said = in_todays_names(arguments, base, everything)
-        around = in_todays_names(env, base, everything)
+        beside = base.settings | everything
+        said = in_todays_names(arguments, base, beside)
+        around = in_todays_names(env, base, beside)
         told = around | said
         texts = {name: agreed(told[name], problems) for name in BY_NAME if name in told}
         problems += strangers(around)
-        problems += strangers(said | in_todays_names(defaults, base, everything), arguments=True)
-        others, refused = settings_of_others(everything, base.off)
+        problems += strangers(said | in_todays_names(defaults, base, beside), arguments=True)
+        others, refused = settings_of_others(everything, base)
         problems += refused
         heard = itertools.chain(*told.values())
         problems += ambiguous({said.name: said.value for said in heard}, base)
@@ -5960,6 +5961,7 @@ class Base:
     fixed: VARIABLE -> what that script means by another value than this; we have none such.
     means: a variable of that script -> today's variables.
     off: a variable that we lack -> a value at which it does nothing in that script alone.
+    lacks: what that script has by itself and this one has not.
     """
 
     name: str = ""
@@ -5967,6 +5969,7 @@ class Base:
     fixed: dict[str, str] = field(default_factory=dict)
     means: dict[str, list[str]] = field(default_factory=dict)
     off: dict[str, str] = field(default_factory=dict)
+    lacks: list[str] = field(default_factory=list)
 
     def with_changes(self, name: str, table: dict) -> Base:
         """The base `name` whose table states what it changes in this one."""
@@ -5975,14 +5978,13 @@ class Base:
         fixed = table.get("fixed", {})
         means = table.get("means", {})
         off = table.get("off", {})
-        rest = table.keys() - own.keys() - {"base", "fixed", "means", "off"}
+        lacks = table.get("lacks", self.lacks)
+        rest = table.keys() - own.keys() - {"base", "fixed", "means", "off", "lacks"}
         refuse(rest, f"{where}: {', '.join(sorted(rest))}: no such key; take it out")
         shaped = isinstance(fixed, dict) and isinstance(means, dict) and isinstance(off, dict)
-        shaped = shaped and all(isinstance(names, list) for names in means.values())
-        refuse(
-            not shaped,
-            f"{where}: fixed needs NAME = 'why', means NAME = ['NAME'], off NAME = 'value'",
-        )
+        shaped = shaped and all(isinstance(names, list) for names in [lacks, *means.values()])
+        shape = "fixed needs NAME = 'why', means NAME = ['NAME'], off NAME = 'value', lacks a list"
+        refuse(not shaped, f"{where}: {shape}")
         for key in off:
             refuse(key not in ABSENT, f"{where}: off.{key}: no such setting of others; correct it")
 
@@ -5993,11 +5995,16 @@ class Base:
         for key in fixed:
             refuse(key not in settings, f"{where}: fixed.{key}: at which value? Set {key} too")
         off = self.off | {key: str(value) for key, value in off.items()}
-        return Base(name, settings, self.fixed | fixed, self.means | means, off)
+        lacks = [str(technique) for technique in lacks]
+        return Base(name, settings, self.fixed | fixed, self.means | means, off, lacks)
 
     def old_names(self) -> dict[str, Meaning]:
         """ALIASES as the script of this base reads them."""
         return ALIASES | {old: renamed(*names) for old, names in self.means.items()}
+
+    def absent(self) -> set[str]:
+        """The names in ABSENT that mean nothing of ours in the script of this base."""
+        return ABSENT.keys() - self.means.keys()
 
     def other_than_its_script(self, values: dict) -> list[str]:
         """A problem for each value that means something else in the script of this base."""
@@ -6093,6 +6100,28 @@ def sized(name: str, other: str, size: str) -> Meaning:
     return meaning
 
 
+def data_dir(text: str, env: dict) -> dict[str, str | None]:
+    """An old variable of a folder that holds shards and tokenizers; what names those wins."""
+    vocabulary = env.get("VOCAB_SIZE", Config.vocab_size)
+    parts = {
+        "DATA_PATH": f"{text}/datasets/fineweb10B_sp{vocabulary}",
+        "TOKENIZER_PATH": f"{text}/tokenizers/fineweb_{vocabulary}_bpe.model",
+    }
+    return {name: path for name, path in parts.items() if name not in env}
+
+
+def mlp_hidden(text: str, env: dict) -> dict[str, str | None]:
+    """An old variable of the MLP's hidden width, our multiple of MODEL_DIM; 0: as MLP_MULT says."""
+    try:
+        hidden, width = int(text), int(env.get("MODEL_DIM", Config.model_dim))
+        multiple = hidden / width
+    except (ValueError, ZeroDivisionError):
+        return {"MLP_MULT": text}
+    if int(multiple * width) < hidden:
+        multiple = math.nextafter(multiple, math.inf)
+    return {"MLP_MULT": str(multiple)} if hidden else {}
+
+
 def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
     """An old variable that also says what starts QAT."""
     return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
@@ -6100,7 +6129,11 @@ def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
 
 # Spellings of the seeds and of records for our knobs
 ALIASES: dict[str, Meaning] = {
+    # The run
+    "DATA_DIR": data_dir,
+    "DATASETS_DIR": renamed("DATA_PATH"),
     # The model
+    "MLP_HIDDEN": mlp_hidden,
     "ACTIVATION": renamed("MLP_ACT"),
     "SMEAR_GATE_BOS_FIX": renamed("SMEAR_MASK_BOS"),
     "BIGRAM_HASH": sized("BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_BUCKETS", "4096"),
@@ -6148,7 +6181,7 @@ ANY, NEVER = "any value", "no value"
 # lost without them. What later becomes a technique here leaves the table.
 ABSENT_AT = {
     "0": """
-        EMBED_DIM MLP_HIDDEN UNTIE_AT_FRACTION MLP_GROUPS FP_STORAGE DISABLE_LAYER0_ATTN REFINER
+        EMBED_DIM UNTIE_AT_FRACTION MLP_GROUPS FP_STORAGE DISABLE_LAYER0_ATTN REFINER
         TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS ASYM_LOGIT_RESCALE TEMP_SCALING DIFF_ATTN
         SKIP_GATES_ENABLED OPTROT_ENABLED GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS
         GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT GATE_MLP_OUT
@@ -6163,17 +6196,20 @@ ABSENT_AT = {
         TTT_SHORT_LORA_ENABLED TTT_SHORT_SCORE_FIRST_ENABLED TTT_WARM_START_MEAN_ENABLED
         TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN
         PHASED_TTT_ENABLED PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY
-        TTT_ONLY_EVAL SKIP_POST_TRAIN_EVAL""",
+        TTT_ONLY_EVAL SKIP_POST_TRAIN_EVAL ASYMMETRIC_LOGIT GATED_ATTN CAUTIOUS_WD
+        USE_POLAR_EXPRESS PARALLEL_FREEZE_LANE0 PARALLEL_MLP_READ_MIX HASH_EMBED_ENABLED
+        ETLB_ENABLED TTT_ADAMW_WD""",
     "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
     "none": "REPEAT_UNTIE_MLP",
     "": """
         CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE RECUR_LAYERS TRAIN_SEQ_SCHEDULE MIDRUN_CAP_SCHEDULE
         INT4_LAYERS CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS TTT_MASK
         TTT_EVAL_BATCHES ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR EVAL_ONLY_PATH
-        EVAL_ONLY_QUANTIZED_PATH""",
+        EVAL_ONLY_QUANTIZED_PATH INT5_LAYERS""",
     "1": """
         TIE_EMBEDDINGS WD_TAPER_FINAL_MULT CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE
-        CLIP_MULT_LOOP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_CLIP""",
+        CLIP_MULT_LOOP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_CLIP
+        PARALLEL_IDENTITY_INIT PARALLEL_SKIP_LANE0_ONLY""",
     "0.9": "TTT_MOMENTUM",
     "standard": "ATTN_PROJ_TYPE LOGIT_HEAD_TYPE",
     "tanh": "SOFTCAP_TYPE",
@@ -6183,19 +6219,20 @@ ABSENT_AT = {
     "default": "COMPILE_MODE",
     # read and never used, or for speed, memory and messages
     ANY: """
-        EMBED_LR HEAD_LR MUON_BETA2 VAL_BATCH_SIZE VAL_BATCH_TOKENS LOGIT_CHUNK_TOKENS
-        FUSED_CE_ENABLED MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL PERGROUP_ROUNDTRIP_CHECK
+        EMBED_LR HEAD_LR MUON_BETA2 ROPE_TRAIN_SEQ_LEN VAL_BATCH_SIZE VAL_BATCH_TOKENS
+        LOGIT_CHUNK_TOKENS FUSED_CE_ENABLED MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL
+        PERGROUP_ROUNDTRIP_CHECK
         COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES
         MIDRUN_CAP_LOG_UPDATES DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT
-        CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS""",
+        CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS RECUR_WARMUP_STEPS SAVE_QUANT_STATE""",
     NEVER: """
         EMBEDDING_DIM NEGATIVE_SLOPE BITNET_GROUP_SIZE USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR
-        SMEAR_GATE_WIDTH BIGRAM_BUCKETS ROPE_TRAIN_SEQ_LEN NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH
+        SMEAR_GATE_WIDTH BIGRAM_BUCKETS NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH
         DEPTH_LORA_RANK MATRIX_LR_EARLY MATRIX_LR_LATE BANK_SPLIT QAT_INT6 USE_INT6
         QUANT_CLIP_RANGE TARGET_MB MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS
         EMBED_CLIP_SIGMAS TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY
         TTT_LOCAL_LR_MULT TTT_GRAD_STEPS TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TTT_EVAL_SEQ_LEN
-        DATA_DIR DATASETS_DIR TRAIN_FILES VAL_FILES CORR_WEIGHT_LR TVERSKY_MEMBERSHIP
+        TRAIN_FILES VAL_FILES CORR_WEIGHT_LR TVERSKY_MEMBERSHIP
         GATED_ATTN_INIT_STD ATTN_OUT_GATE_SRC GATE_ATTN_SRC GATE_WIDTH SPARSE_ATTN_GATE_INIT_STD
         SPARSE_ATTN_GATE_SCALE GATE_WINDOW REFINER_KERNEL NGRAM_HINT_PRECOMPUTE_OUTSIDE
         TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU WORD_BOOST WORD_NORMALIZE WORD_ORDER
@@ -6216,18 +6253,13 @@ ABSENT_AT = {
         GLOBAL_TTT_CHUNK_TOKENS GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP
         GLOBAL_TTT_LR GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS
         GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS
-        GLOBAL_TTT_WARMUP_START_LR""",
+        GLOBAL_TTT_WARMUP_START_LR ETLB_CLIP ETLB_LR ETLB_STEPS HASH_EMBED_SIZE GPTQ_DAMP
+        GPTQ_CALIBRATION_MODE NGRAM_AGREE_BONUS NGRAM_BASE_BETA NGRAM_OPEN_TABLE_BITS
+        NGRAM_ORDER_STRIDE NGRAM_WITHIN_THRESHOLD NGRAM_WORD_THRESHOLD""",
 }
 
 # Name -> the value at which nothing is lost without it
 ABSENT = {name: value for value, names in ABSENT_AT.items() for name in names.split()}
-
-
-def mlp_hidden(text: str, env: dict) -> str:
-    """The hidden width as our multiple of MODEL_DIM."""
-    with contextlib.suppress(ValueError, ArithmeticError):
-        return f"set MLP_MULT={int(text) / int(env.get('MODEL_DIM', Config.model_dim)):.10g}"
-    return "set MLP_MULT"
 
 
 def qat_fraction(text: str, env: dict) -> str:
@@ -6240,11 +6272,9 @@ def qat_fraction(text: str, env: dict) -> str:
 # What to set instead, where we have something like it; {text}: the value
 INSTEAD_OF = {
     "EMBEDDING_DIM": "set MODEL_DIM={text}",
-    "MLP_HIDDEN": mlp_hidden,
     "NEGATIVE_SLOPE": "set MLP_ACT=leaky_relu2, whose slope is 0.5",
     "USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR": "set SMEAR_GATE={text}",
     "BIGRAM_BUCKETS": "set BIGRAM_VOCAB_SIZE={text}",
-    "ROPE_TRAIN_SEQ_LEN": "set ROPE_NTK_LEN={text}",
     "MATRIX_LR_EARLY MATRIX_LR_LATE": "set MATRIX_LR for all layers",
     "TRAIN_SEQ_SCHEDULE": "set TRAIN_SEQ_LEN",
     "FORCE_STOP_STEP": "set ITERATIONS={text}",
@@ -6259,8 +6289,6 @@ INSTEAD_OF = {
     "VAL_DOC_FRACTION": "set VAL_MAX_TOKENS",
     "TTT_GRAD_STEPS": "see TTT_EPOCHS",
     "TTT_EVAL_SEQ_LEN": "set EVAL_SEQ_LEN={text}",
-    "DATA_DIR": "set DATA_PATH to its folder of shards, and TOKENIZER_PATH",
-    "DATASETS_DIR": "set DATA_PATH={text}",
     "TRAIN_FILES VAL_FILES": "set DATA_PATH to their folder",
     "ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR": "set LOGS_DIR={text}",
     "EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH": "see EVAL_ONLY, CHECKPOINT",
@@ -6271,17 +6299,14 @@ INSTEAD_OF = {
 INSTEAD = {name: remedy for names, remedy in INSTEAD_OF.items() for name in names.split()}
 
 
-def settings_of_others(env: dict, also_off: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """(name -> why it can do nothing, a problem for each of the rest) of names in ABSENT.
-
-    also_off: name -> another value at which it does nothing.
-    """
+def settings_of_others(env: dict, base: Base) -> tuple[dict[str, str], list[str]]:
+    """(name -> why it can do nothing, a problem for each of the rest) of names in ABSENT."""
     idle = {}
     problems = []
-    for name in sorted(ABSENT.keys() & env.keys()):
+    for name in sorted(base.absent() & env.keys()):
         text = env[name]
         why = without_loss(name, text)
-        if name in also_off and same_value(text, also_off[name]):
+        if name in base.off and same_value(text, base.off[name]):
             why = "off, as here"
         if why:
             idle[name] = why
@@ -6324,17 +6349,18 @@ class Said(NamedTuple):
         return f"{self.name}={self.value}"
 
 
-def in_todays_names(settings, base: Base, everything: dict) -> dict[str, list[Said]]:
+def in_todays_names(settings, base: Base, beside: dict) -> dict[str, list[Said]]:
     """Knob, or a name that is none -> what these settings say of it, without those in ABSENT.
 
-    everything: all of the launch, for an old name that means something only beside another.
+    beside: all of base and launch, for an old name that means something only beside another.
     """
     found = {}
     old_names = base.old_names()
+    names = settings.keys() - base.absent()
     # today's names before the old ones
-    for name in sorted(settings.keys() - ABSENT.keys(), key=lambda name: (name in old_names, name)):
+    for name in sorted(names, key=lambda name: (name in old_names, name)):
         value = settings[name]
-        for today, text in old_names.get(name, renamed(name))(value, everything).items():
+        for today, text in old_names.get(name, renamed(name))(value, beside).items():
             said = Said(name, value, text)
             if name in old_names:
                 said = checked_spelling(said, today)
@@ -6757,6 +6783,9 @@ def log_start(cfg: Config, run: Run) -> None:
     where = environment(run)
     if cfg.base and "base" not in cfg.idle():
         run.log(f"base: {cfg.base}, whose values are among the settings")
+        lacks = read_base(cfg.base).lacks
+        if lacks:
+            run.log(f"base: {cfg.base} has what this script has not: {', '.join(lacks)}")
     run.log(f"settings: {settings_line(cfg) or 'all defaults'}")
     idle = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
     if idle:

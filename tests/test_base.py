@@ -8,6 +8,7 @@ of #194 are two configurations.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from train_gpt import (
     read_base,
 )
 
+RECORDS = ROOT / "tests" / "golden" / "record_defaults.json"
 FILES = sorted(set((ROOT / "studies").glob("*.toml")) - {ROOT / BASES})
 STUDIES = [read_study(path) for path in FILES]
 # (study, arm, variables of a published command)
@@ -186,7 +188,9 @@ def test_a_base_is_what_its_script_does_when_it_is_told_nothing(base):
 
 
 def test_every_base_has_its_defaults_here_and_states_only_what_it_changes():
-    assert set(base_tables()) == set(DEFAULTS) == set(PARAMETERS)
+    # the others are in test_record_bases.py
+    others = set(json.loads(RECORDS.read_text(encoding="utf-8"))["records"])
+    assert set(base_tables()) - others == set(DEFAULTS) == set(PARAMETERS)
     for name, table in base_tables().items():
         over = read_base(table.get("base", "")).settings
         own = read_base(name).settings
@@ -380,6 +384,7 @@ def test_without_the_studies_a_base_is_refused_and_all_else_works(elsewhere):
         ("[base.x]\nfixed = { SMEAR_GATE = 'why' }\n", "at which value?"),
         ("[base.x]\nfixed = 3\n", "fixed needs"),
         ("[base.x]\noff = 3\n", "off"),
+        ("[base.x]\nlacks = 'GPTQ'\n", "lacks a list"),
         ("[base.x]\noff = { SEED = 1 }\n", "off.SEED: no such setting of others"),
         ("[base.x]\nmeans = { OLD = 'SEED' }\n", "fixed needs"),
         ("[base.x]\nmodel = 'y'\n", "model: no such key"),
@@ -423,6 +428,13 @@ def test_studies_of_ones_own_are_run_and_change_no_base(elsewhere):
     mine.write_text("[base.pr989]\nNO_SUCH = [\n", encoding="utf-8")
     assert Config.from_env({"BASE": "pr989"}).num_layers == 10
     assert "BASE takes upstream" in help_text()
+
+
+def test_a_name_that_we_lack_may_be_one_of_ours_under_a_base(elsewhere):
+    elsewhere("[base.x]\nmeans = { PARALLEL_RESIDUAL_START = ['NUM_LAYERS'] }\n")
+    told = {"PARALLEL_RESIDUAL_START": "7"}
+    assert Config.from_env(told | {"BASE": "x"}).num_layers == 7
+    assert "a setting of other scripts" in refused(told)
 
 
 def test_what_a_script_means_otherwise_its_successors_mean_too(elsewhere):
@@ -474,6 +486,20 @@ def test_a_base_is_named_in_the_log_and_in_the_result(tiny):
     settings = next(line for line in log.splitlines() if line.startswith("settings: "))
     assert "BASE" not in settings and "ITERATIONS=2" in settings
     assert "QUANT_BITS_MLP=5" in settings and "QUANT_CLIP=amax" in settings
+
+
+def test_what_a_base_lacks_is_said_in_the_log(tiny, run, elsewhere):
+    def said(base: str) -> list[str]:
+        lines = []
+        run.rank, run.log = 1, lines.append
+        train_gpt.log_start(tiny(base=base), run)
+        return [line for line in lines if "has not" in line]
+
+    lacking = "[base.x]\nlacks = ['GPTQ', 'brotli']\n[base.y]\nbase = 'x'\n"
+    elsewhere(lacking + "[base.z]\nbase = 'y'\nlacks = []\n")
+    assert said("x") == ["base: x has what this script has not: GPTQ, brotli"]
+    assert said("y") == ["base: y has what this script has not: GPTQ, brotli"]
+    assert said("z") == []
 
 
 def test_spellings_of_other_scripts_without_their_base_are_named_in_the_log(tiny, run):
