@@ -71,7 +71,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     # OpenMP reads this when torch is imported. Threads that spin while they wait for each other are
@@ -218,7 +218,7 @@ SUM_TYPES = ("fp32", "native", "bf16")
 FLOATS = ("fp16", "fp32")
 MATRIX = ("muon", "adam")
 ACTIVATIONS = ("relu2", "leaky_relu2")
-BACKENDS = ("auto", "sdpa", "cudnn", "flash", "fa3", "fa2")
+BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
 
 # What knobs need that is too long for their line
@@ -386,6 +386,10 @@ class Config:
     def xsa_blocks_exist(xsa_last_n, num_layers):
         remedy = f"the model has {num_layers} blocks"
         refuse(xsa_last_n > num_layers, f"XSA_LAST_N={xsa_last_n}: {remedy}")
+
+    # Document masks
+    doc_mask: bool = model_knob(False, "", "no token attends to another document")
+    doc_max_len: int = model_knob(0, "tokens", "cut documents here; 0: no", lo=0, needs="doc_mask")
 
     # Norm scale
     ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)")
@@ -2403,10 +2407,207 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
-# Attention kernels: causal, (q, k, v) -> y, all (batch, time, heads, head_dim); k and v may have
-# fewer heads. By the names of ATTN_BACKEND: what torch contains, and what packages add to it
-# (module, remedy where it is missing).
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+class Documents(NamedTuple):
+    """The pieces of each row, of one document each, that attention keeps apart."""
+
+    first: Tensor  # (batch, time): the first token of the row that this one attends to
+    longest: int  # the most tokens that a piece can have
+
+
+@technique("DOC_MASK")
+def pieces(ids: Tensor, longest: int) -> Documents:
+    """Document masks: attention stays inside a document.
+
+    What:   a token attends to those before it back to its document's BOS, or to the row's start;
+            a document is cut after every `longest` tokens, counted from there. 0: only at the rows.
+    Why:    what stands before a document says nothing about it, and kernels need not look there.
+    Source: #1530, #1855; toggles DOC_MASK, DOC_MAX_LEN.
+    Care:   made of the ids alone, so that training, scoring and test-time training cannot differ.
+            Positions are those of the row. In sliding windows a document of at most
+            window - EVAL_STRIDE + 1 tokens is scored as DOC_ISOLATED_EVAL scores it, a longer one
+            in other windows, as they lie elsewhere in it. SmearGate and BigramHash still see
+            the token before a BOS.
+
+    ids (batch, time). No host sync; the shapes depend on those of the ids alone.
+    """
+    time = ids.shape[1]
+    index = torch.arange(time, device=ids.device)
+    first = torch.where(ids == BOS, index, 0).cummax(1).values
+    if not 0 < longest < time:
+        return Documents(first, time)
+    return Documents(index - (index - first) % longest, longest)
+
+
+@dataclass(frozen=True)
+class Attend:
+    """Causal attention: (q, k, v, documents) -> y.
+
+    q, y (batch, time, heads, head_dim); k and v may have fewer heads. documents: what `prepare`,
+    called once for all blocks, has made of Documents for this kernel; None: a token attends to all
+    before it in its row.
+    """
+
+    kernel: Callable[..., Tensor]
+    prepare: Callable[[Documents, torch.dtype], Any]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: Any = None) -> Tensor:
+        return self.kernel(q, k, v, documents)
+
+
+def block_mask(documents: Documents, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 where a token attends, -inf elsewhere.
+
+    (batch, 1, time, time). Of rows that are long beside the pieces only the band that may hold a 0:
+    (batch * chunks, 1, chunk, 2 * chunk), the keys being those of in_chunks.
+    """
+    first, longest = documents
+    time = first.shape[1]
+    chunk = reach = time
+    if time > 2 * longest and time % longest == 0:
+        chunk, reach = longest, 2 * longest
+    # (chunks, chunk, 1) and (chunks, 1, reach)
+    query = torch.arange(time, device=first.device).view(-1, chunk, 1)
+    key = query[:, -1:] + torch.arange(1 - reach, 1, device=first.device)
+    seen = (key <= query) & (key >= first.unflatten(1, (-1, chunk))[..., None])
+    mask = torch.zeros((), dtype=dtype, device=first.device).where(seen, -math.inf)
+    return mask.flatten(0, 1)[:, None]
+
+
+def in_chunks(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """Rows as chunks: q (batch * chunks, chunk, ...), k and v with the chunk before each."""
+
+    def with_the_one_before(z: Tensor) -> Tensor:
+        z = z.unflatten(1, (-1, chunk))
+        before = F.pad(z, (0, 0, 0, 0, 0, 0, 1, -1))
+        return torch.cat((before, z), dim=2).flatten(0, 1)
+
+    q = q.unflatten(1, (-1, chunk)).flatten(0, 1)
+    return q, with_the_one_before(k), with_the_one_before(v)
+
+
+def torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: SDPBackend | None = None
+) -> Tensor:
+    """torch's scaled_dot_product_attention with this backend; None: with torch's own choice."""
+    shape = q.shape
+    if mask is not None and mask.shape[2] < q.shape[1]:
+        q, k, v = in_chunks(q, k, v, mask.shape[2])
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    causal = mask is None
+    grouped = q.shape[1] != k.shape[1]
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    return y.transpose(1, 2).reshape(shape)
+
+
+sdpa = Attend(torch_attention, block_mask)
+
+
+class Packed(NamedTuple):
+    """Pieces as FlashAttention wants them: all rows as one, and where each piece begins in it."""
+
+    bounds: Tensor  # (slots + 1,) int32, "cu_seqlens"; what is over holds the number of tokens
+    longest: int
+    overflow: Tensor  # () bool: there are more pieces than slots
+
+
+# Slots for pieces in a batch: so many, or one for every so many tokens. (Text of FineWeb has one
+# document in a thousand tokens, 77 in 65,536 at most.) An empty slot costs a kernel time.
+LEAST_SLOTS = 256
+TOKENS_OF_A_SLOT = 128
+
+
+def pack(documents: Documents, dtype: torch.dtype) -> Packed:
+    """The bounds of all pieces of a batch."""
+    first, longest = documents
+    rows, time = first.shape
+    tokens = first.numel()
+    slots = max(LEAST_SLOTS, tokens // TOKENS_OF_A_SLOT) + rows + tokens // longest
+    index = torch.arange(time, device=first.device)
+    # how many pieces have begun; the first token where that is j is the start of piece j
+    begun = (first == index).flatten().cumsum(0)
+    piece = torch.arange(1, min(slots, tokens) + 2, device=first.device)
+    bounds = torch.searchsorted(begun, piece).int()
+    return Packed(bounds, longest, bounds[-1] < tokens)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, plain: Callable, varlen: Callable
+) -> Tensor:
+    """FlashAttention by its two functions: for rows, and for the pieces of all rows.
+
+    Care: NaN where there are more pieces than slots, never attention between documents.
+    """
+    if packed is None:
+        y = plain(q, k, v)
+    else:
+        bounds, longest, overflow = packed
+        heads = (q.masked_fill(overflow, math.nan), k, v)
+        heads = (z.flatten(0, 1) for z in heads)
+        y = varlen(*heads, bounds, bounds, longest, longest)
+    # some versions return the log-sum-exp as well
+    y = y[0] if isinstance(y, tuple) else y
+    return y.view(q.shape)
+
+
+def torch_varlen() -> Callable:
+    """torch's causal varlen_attn (from 2.10 on), which no two releases spell alike."""
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    if "enable_gqa" in known:
+        return partial(varlen_attn, **causal, enable_gqa=True)
+
+    def with_as_many_keys(q: Tensor, k: Tensor, v: Tensor, *bounds) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
+        return varlen_attn(q, k, v, *bounds, **causal)
+
+    return with_as_many_keys
+
+
+def flex_attention() -> Attend:
+    """torch's flex_attention: it has no slots, and skips the blocks of 128 x 128 that are masked.
+
+    Care: fast only where it is compiled; no gradients on a CPU.
+    """
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    size = 128
+
+    def prepare(documents: Documents, dtype: torch.dtype) -> Any:
+        first = documents.first
+        time = first.shape[1]
+
+        def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (key >= first[row, query])
+
+        # `first` never falls: a block of queries needs the blocks from its first token's on
+        block = torch.arange(-(-time // size), device=first.device)
+        low = first[:, None, ::size] // size  # (batch, 1, blocks)
+        number = block - low + 1
+        blocks = (low[..., None] + block) % len(block)
+        return flex.BlockMask.from_kv_blocks(
+            number.int(), blocks.int(), BLOCK_SIZE=size, mask_mod=attends, seq_lengths=(time, time)
+        )
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, blocks: Any) -> Tensor:
+        if blocks is None:
+            whole_rows = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
+            blocks = prepare(Documents(whole_rows, q.shape[1]), q.dtype)
+        q = q.transpose(1, 2)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
+        y = flex.flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2)
+
+    return Attend(kernel, prepare)
+
+
+# By the names of ATTN_BACKEND: what torch contains, and what packages add to it (module, remedy
+# where it is missing)
 KERNELS = {"sdpa": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 PACKAGES = {
     "fa3": (
@@ -2420,61 +2621,64 @@ PACKAGES = {
 AS_FAST = 1.03
 # Calls that are timed together: their work on the GPU hides what it takes to launch them
 ATTENTION_CALLS = 5
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend | None = None) -> Tensor:
-    """torch's scaled_dot_product_attention with this kernel; None: with torch's own choice."""
-    q = q.transpose(1, 2)
-    k = k.transpose(1, 2)
-    v = v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return y.transpose(1, 2)
+# They are timed on documents of this length, about the mean of FineWeb
+TOKENS_OF_A_DOCUMENT = 1000
 
 
 def attention_function(name: str) -> Attend:
     """The kernel of this name; ImportError, or RuntimeError when called, where it fails."""
-    if name in KERNELS:
-        return partial(sdpa, kernel=KERNELS[name])
-    module, _ = PACKAGES[name]
-    flash_attention = importlib.import_module(module).flash_attn_func
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = flash_attention(q, k, v, causal=True)
-        # Some versions return the log-sum-exp as well
-        return y[0] if isinstance(y, tuple) else y
-
-    return attend
+    if name == "flex":
+        return flex_attention()
+    if name in PACKAGES:
+        package = importlib.import_module(PACKAGES[name][0])
+        plain = partial(package.flash_attn_func, causal=True)
+        varlen = partial(package.flash_attn_varlen_func, causal=True)
+        return Attend(partial(flash_attention, plain=plain, varlen=varlen), pack)
+    if name == "flash":
+        plain = partial(torch_attention, mask=None, backend=KERNELS[name])
+        return Attend(partial(flash_attention, plain=plain, varlen=torch_varlen()), pack)
+    return Attend(partial(torch_attention, backend=KERNELS[name]), block_mask)
 
 
 def attention_candidates(cfg: Config, run: Run) -> list[str]:
-    """The kernels to try: the one that was asked for; auto: all of them on a GPU."""
+    """The kernels to try: the one that was asked for; auto: all of them on a GPU.
+
+    flex only with DOC_MASK: it is slower where there is nothing to skip, and compiles for long.
+    """
     if cfg.attn_backend != "auto":
         return [cfg.attn_backend]
-    if run.cuda:
-        return [*KERNELS, *PACKAGES]
-    return ["sdpa"]
+    if not run.cuda:
+        return ["sdpa"]
+    if cfg.doc_mask:
+        return [*KERNELS, "flex", *PACKAGES]
+    return [*KERNELS, *PACKAGES]
 
 
-def attention_inputs(cfg: Config, run: Run, rows: int, length: int) -> tuple[Tensor, ...]:
-    """Random q, k, v of the model's shape."""
+def attention_inputs(cfg: Config, run: Run, rows: int, length: int) -> tuple:
+    """Random q, k, v of the model's shape; with DOC_MASK the Documents of such a batch, or None."""
     make = partial(torch.randn, device=run.device, dtype=run.dtype, requires_grad=True)
     head_dim = cfg.model_dim // cfg.num_heads
     q = make(rows, length, cfg.num_heads, head_dim)
     k = make(rows, length, cfg.num_kv_heads, head_dim)
     v = make(rows, length, cfg.num_kv_heads, head_dim)
-    return q, k, v
+    documents = None
+    if cfg.doc_mask:
+        ids = torch.arange(rows * length, device=run.device) % TOKENS_OF_A_DOCUMENT + BOS
+        documents = pieces(ids.view(rows, length), cfg.doc_max_len)
+    return q, k, v, documents
 
 
-def attention_milliseconds(run: Run, attend: Attend, inputs: tuple[Tensor, ...]) -> float:
+def attention_milliseconds(run: Run, attend: Attend, inputs: tuple) -> float:
     """Time of one call, forward and backward, compiled where the run will compile it."""
+    q, k, v, documents = inputs
+    if documents is not None:
+        documents = attend.prepare(documents, run.dtype)
     if run.cuda:
         attend = run.compiled(attend)
 
     def both_ways() -> None:
         for _ in range(ATTENTION_CALLS):
-            attend(*inputs).sum().backward()
+            attend(q, k, v, documents).sum().backward()
 
     both_ways()  # whatever a first call sets up is no part of the others
     # the fastest: others only slow it down
@@ -2524,6 +2728,7 @@ class Context(NamedTuple):
     cos: Tensor  # of the rotary angles, (longest row, 1, pairs)
     sin: Tensor
     value_bias: dict[int, Tensor]  # block -> (batch, time, kv_dim), added to its V
+    documents: Any = None  # what the attention kernel reads of them; None: no masks
 
 
 class Attention(nn.Module):
@@ -2564,7 +2769,7 @@ class Attention(nn.Module):
 
         q = apply_rotary(rms_norm(q), seen.cos, seen.sin) * self.q_gain.to(x.dtype)[:, None]
         k = apply_rotary(rms_norm(k), seen.cos, seen.sin)
-        y = self.attend(q, k, v)
+        y = self.attend(q, k, v, seen.documents)
         for part in self.finish:
             y = part(y, v, x)
         return self.proj(y.flatten(2))
@@ -2668,6 +2873,12 @@ class GPT(nn.Module):
             self.value_embed = ValueEmbedding(cfg)
             self.value_biases.append(self.value_embed)
 
+        # Which tokens attention keeps apart: made of the ids, for the kernel
+        self.longest_piece = cfg.doc_max_len
+        self.prepare_documents = None
+        if cfg.doc_mask:
+            self.prepare_documents = attend.prepare
+
         cos, sin = rotary_tables(cfg, dtype)
         self.cos = nn.Buffer(cos, persistent=False)
         self.sin = nn.Buffer(sin, persistent=False)
@@ -2681,7 +2892,11 @@ class GPT(nn.Module):
         for part in self.value_biases:
             value_bias.update(part(ids, self.dtype))
 
-        seen = Context(x, self.cos, self.sin, value_bias)
+        documents = None
+        if self.prepare_documents:
+            documents = self.prepare_documents(pieces(ids, self.longest_piece), self.dtype)
+
+        seen = Context(x, self.cos, self.sin, value_bias, documents)
         skips = []
         skip_weights = self.skip_weights.to(self.dtype)
         for layer, block in enumerate(self.blocks):
@@ -4959,15 +5174,16 @@ class ScoreSheet:
     def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
         """Scores these windows: forward(ids, targets, positions) -> nats, as in GPT.forward.
 
-        What lies behind a window's end repeats its last token. Attention is causal, so that changes
-        nothing before it, and what is computed there goes to the extra slot.
+        Behind a window's end stands one token again and again, which is no BOS: that would be a
+        document each time. Attention is causal, so that changes nothing before it, and what is
+        computed there goes to the extra slot.
         """
         val = self.val.tokens
         device = self.run.device
         for batch, tokens, slots in self.batches(rows):
             start, end, first = batch.split(1, dim=1)  # (batch, 1) each
             read = start + torch.arange(tokens, device=device)  # (batch, tokens)
-            ids = val[read.minimum(end - 1)].long()
+            ids = val[read.minimum(end - 1)].long().where(read < end, BOS - 1)
             target = first + torch.arange(slots or tokens, device=device)  # (batch, slots)
             inside = target.minimum(end - 1)
             positions = inside - start if slots else None

@@ -74,7 +74,7 @@ class BandedAttention:
     band = 0
     kept = 0
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, documents: None = None) -> Tensor:
         n = q.shape[1]
         if self.band == 0 or n <= self.band:
             return train_gpt.sdpa(q, k, v)

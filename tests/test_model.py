@@ -53,6 +53,7 @@ TECHNIQUES = {
 }
 # Where: the specifications of what acts there, each a function that does nothing where it is off
 SPEC = {"before_norm": [], "after_norm": [], "values": [], "gathered": [], "norms": [], "base": []}
+SPEC["hidden"] = []  # of each pair (token, key): whether the token attends to the key
 
 
 def acts(place: str):
@@ -115,6 +116,8 @@ def spec_attention(w, cfg, i, x, ids):
     for technique in SPEC["values"]:
         v = technique(w, cfg, i, ids, v)
     later = ~torch.ones(len(x), len(x), dtype=bool).tril()
+    for technique in SPEC["hidden"]:
+        later = later | technique(cfg, ids)
     heads = []
     for head in range(cfg.num_heads):
         own = slice(head * head_dim, (head + 1) * head_dim)
@@ -359,6 +362,23 @@ def test_xsa_leaves_nothing_along_the_own_value():
     assert (F.cosine_similarity(removed, own, dim=-1).abs() > 1 - 1e-4).all()
 
 
+# ── document masks ──
+TECHNIQUES["doc_mask"] = (dict(doc_mask=True, doc_max_len=6), set())
+
+
+@acts("hidden")
+def spec_doc_mask(cfg, ids):
+    other = torch.zeros(len(ids), len(ids), dtype=bool)
+    if not cfg.doc_mask:
+        return other
+    begin = 0
+    for t, token in enumerate(ids.tolist()):
+        if token == BOS or t - begin == cfg.doc_max_len:
+            begin = t
+        other[t, :begin] = True
+    return other
+
+
 # ── LN scale ──
 TECHNIQUES["ln_scale"] = (dict(ln_scale=True), set())
 
@@ -563,7 +583,8 @@ def machine(cuda: bool = False):
 
 
 def install(monkeypatch, module: str, function) -> None:
-    monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=function))
+    functions = SimpleNamespace(flash_attn_func=function, flash_attn_varlen_func=function)
+    monkeypatch.setitem(sys.modules, module, functions)
 
 
 @pytest.mark.parametrize(
@@ -614,11 +635,11 @@ def test_the_time_of_an_attention_kernel_is_that_of_one_call():
     run = SimpleNamespace(cuda=False, milliseconds=lambda work: (work(), 100.0)[1])
     q = torch.ones(1, requires_grad=True)
 
-    def attend(*inputs):
-        calls.append(inputs)
-        return sum(inputs)
+    def attend(q, k, v, documents):
+        calls.append(documents)
+        return q + k + v
 
-    per_call = train_gpt.attention_milliseconds(run, attend, (q, q, q))
+    per_call = train_gpt.attention_milliseconds(run, attend, (q, q, q, None))
     assert per_call == 100 / train_gpt.ATTENTION_CALLS and train_gpt.ATTENTION_CALLS > 1
     assert len(calls) == 4 * train_gpt.ATTENTION_CALLS  # the first are not timed
 

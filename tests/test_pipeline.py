@@ -78,6 +78,7 @@ TOGGLES = {
     "BIGRAM_VOCAB_SIZE": dict(bigram_vocab_size=64, bigram_dim=16),
     "VE_ENABLED": dict(ve_enabled=True, ve_dim=16, ve_layers="0,1"),
     "XSA_LAST_N": dict(xsa_last_n=1),
+    "DOC_MASK": dict(doc_mask=True, doc_max_len=40),
     "LN_SCALE": dict(ln_scale=True),
     "QAT": dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
     "QNA": dict(qna_enabled=True),
