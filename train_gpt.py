@@ -716,6 +716,7 @@ class Config:
         problems += strangers(around)
         problems += strangers(said | in_todays_names(defaults, base, beside), arguments=True)
         others, refused = settings_of_others(everything, base)
+        others |= without_say(everything, base)
         problems += refused
         heard = itertools.chain(*told.values())
         problems += ambiguous({said.name: said.value for said in heard}, base)
@@ -6175,7 +6176,7 @@ class Base:
 
     settings: today's VARIABLE -> text.
     fixed: VARIABLE -> what that script means by another value than this; we have none such.
-    means: a variable of that script -> today's variables.
+    means: a variable of that script -> today's variables; none: it does nothing there.
     off: a variable that we lack -> a value at which it does nothing in that script alone.
     lacks: what that script has by itself and this one has not.
     """
@@ -6534,6 +6535,14 @@ def settings_of_others(env: dict, base: Base) -> tuple[dict[str, str], list[str]
         told = f"{name}={text}: a setting of other scripts; this one has none such: unset it"
         problems.append(f"{told}, or {remedy}" if remedy else told)
     return idle, problems
+
+
+def without_say(env: dict, base: Base) -> dict[str, str]:
+    """Name -> why it can do nothing, of old names that stand for nothing beside the others."""
+    beside = base.settings | env
+    given = [(name, means) for name, means in base.old_names().items() if name in env]
+    mute = [name for name, means in given if not means(env[name], beside)]
+    return dict.fromkeys(mute, "has no say here")
 
 
 def without_loss(name: str, text: str) -> str:

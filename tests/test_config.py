@@ -274,7 +274,8 @@ def test_the_hidden_width_of_other_scripts_is_met_exactly(width):
 
 def test_no_hidden_width_leaves_the_multiple():
     assert Config.from_env({"MLP_HIDDEN": "0", "MLP_MULT": "2"}).mlp_mult == 2
-    assert Config.from_env({"BASE": "upstream", "MLP_HIDDEN": "0"}).mlp_mult == 2
+    cfg = Config.from_env({"BASE": "upstream", "MLP_HIDDEN": "0"})
+    assert cfg.mlp_mult == 2 and cfg.without_effect() == {"MLP_HIDDEN": "has no say here"}
 
 
 @pytest.mark.parametrize("old", sorted(OLD_SPELLINGS.keys() - {"DATA_DIR"}))
