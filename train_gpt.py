@@ -220,6 +220,7 @@ MATRIX = ("muon", "adam")
 ACTIVATIONS = ("relu2", "leaky_relu2")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
+LOADERS = ("rows", "documents", "shuffled", "coprime")
 
 # What knobs need that is too long for their line
 SNAPSHOTS = "swa_enabled or sqwa_enabled"
@@ -458,12 +459,19 @@ class Config:
     train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
     train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
     grad_accum_steps: int = knob(0, "", "micro-batches; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
+    loader: str = knob("rows", "", "how a step takes its rows from the shards", choices=LOADERS)
     train_log_every: int = knob(200, "steps", "a line in the log (or 10 s), a check of ranks", lo=1)
     val_loss_every: int = knob(1000, "steps", "score live weights, clock paused; 0: never", lo=0)
 
     @rule
-    def rows_fill_a_batch(train_batch_tokens, train_seq_len, eval_only):
-        broken = not eval_only and train_batch_tokens % train_seq_len
+    def documents_are_kept_apart(loader, doc_mask):
+        broken = loader == "documents" and not doc_mask
+        refuse(broken, "LOADER=documents: puts many documents in a row; set DOC_MASK=1")
+
+    @rule
+    def rows_fill_a_batch(train_batch_tokens, train_seq_len, loader, eval_only):
+        in_rows = not eval_only and loader != "documents"
+        broken = in_rows and train_batch_tokens % train_seq_len
         remedy = f"is no multiple of TRAIN_SEQ_LEN={train_seq_len}"
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
 
@@ -1452,8 +1460,9 @@ def text_table(rows: Iterable[Iterable], markdown: bool = False) -> str:
 # ── 3 Data ────────────────────────────────────────────────────────────────────────────────────────
 # In: shards of tokens and their tokenizer. Out: the rows of each step, and the validation
 # targets with the bytes that they stand for.
-# Promise: a step holds the same rows on any number of ranks; every token is checked as it is
-# read; bytes are counted by the challenge's rule and compared with the decoded text.
+# Promise: a step holds the same rows on any number of ranks (LOADER=documents: of micro-batches
+# in all); every token is checked as it is read; bytes are counted by the challenge's rule and
+# compared with the decoded text.
 
 # A shard: a header of little-endian int32 (magic, version, tokens, zeros), then uint16 tokens
 SHARD_MAGIC = 20240520
@@ -1550,6 +1559,18 @@ class Split:
             start += wanted
             n -= wanted
         return np.concatenate(parts)
+
+    def first_document(self, shard: int) -> int:
+        """The place of the first BOS in a shard. Refusal where it has none."""
+        tokens = self.edges[shard + 1] - self.edges[shard]
+        place = 0
+        while place < tokens:
+            part = self.read(shard, place, min(4096, tokens - place))
+            if BOS in part:
+                return place + int((part == BOS).argmax())
+            place += len(part)
+        no_start = f"{self.paths[shard]}: no document begins (token {BOS}) among {tokens:,} tokens"
+        raise Refusal(f"{no_start}; {AGAIN}, or take LOADER=rows")
 
     def read(self, shard: int, place: int, n: int) -> np.ndarray:
         """`n` tokens of one shard. Refusal where it is too short, or an id is too large."""
@@ -1695,41 +1716,290 @@ class StepShape(NamedTuple):
 
 
 def step_shape(cfg: Config, run: Run, length: int) -> StepShape:
-    """The shape of a step whose rows have `length` tokens. Refusal: more ranks than rows."""
-    step_rows = cfg.train_batch_tokens // length
-    refuse(
-        step_rows < run.world,
-        f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: fewer rows than {run.world} ranks",
-    )
+    """The shape of a step whose rows have `length` tokens. Refusal: more ranks than rows.
+
+    With LOADER=documents a micro-batch is one row, and `length` says nothing.
+    """
     wanted = cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1)
+    tokens = cfg.train_batch_tokens
+    if cfg.loader == "documents":
+        step_rows = run.world * wanted
+        remedy = f"must be a multiple of its {run.world} ranks x {wanted} micro-batches"
+        refuse(tokens % step_rows, f"LOADER=documents: TRAIN_BATCH_TOKENS={tokens} {remedy}")
+        return StepShape(step_rows, wanted, 1, tokens // step_rows)
+
+    step_rows = tokens // length
+    too_few = f"TRAIN_BATCH_TOKENS={tokens}: fewer rows than {run.world} ranks"
+    refuse(step_rows < run.world, too_few)
     micro_batches = min(wanted, step_rows // run.world)
-    own = rows_of_rank(step_rows, run)
+    own = dealt(step_rows, run.world, run.rank)
     return StepShape(step_rows, micro_batches, -(-len(own) // micro_batches), length)
 
 
-def rows_of_rank(step_rows: int, run: Run) -> range:
-    """Which rows of a step are this rank's; the first ranks get what does not divide evenly."""
-    each, more = divmod(step_rows, run.world)
-    first = run.rank * each + min(run.rank, more)
-    return range(first, first + each + (run.rank < more))
+def longest_row(cfg: Config, run: Run) -> int:
+    """Tokens of the longest row that training and scoring give the model."""
+    longest = max(cfg.train_seq_len, cfg.window)
+    if cfg.loader == "documents" and not cfg.eval_only:
+        longest = max(longest, step_shape(cfg, run, cfg.train_seq_len).length)
+    return longest
+
+
+def dealt(rows: int, hands: int, hand: int) -> range:
+    """Which of the rows this hand gets: neighbours, and one more for the first hands if need be."""
+    each, more = divmod(rows, hands)
+    first = hand * each + min(hand, more)
+    return range(first, first + each + (hand < more))
 
 
 class EvenRows:
-    """Where the rows of each step begin in the stream: evenly spaced, so that they are not of one
-    document.
+    """Evenly spaced rows.
 
-    Each goes on where it ended in the step before. Once the rows have crossed the distance between
-    them, every token has been seen (those at the seams twice), and each follows in the track of
-    the next one.
+    What:   row i of r begins at i / r of the stream, and goes on where it ended in the step before.
+    Why:    the rows of a step are not of one document, and nothing has to be drawn.
+    Source: ours; toggle LOADER=rows.
+    Care:   once the rows have crossed the distance between them, every token has been seen (those
+            at the seams twice), and each row follows in the track of the next one.
     """
 
-    def __init__(self, split: Split, shape: StepShape, own: range):
+    def __init__(self, split: Split, shape: StepShape, own: range, first: int):
         self.length = shape.length
-        self.first = [split.tokens * row // shape.step_rows for row in own]
+        self.begins = [split.tokens * row // shape.step_rows for row in own]
 
     def starts(self, step: int) -> list[int]:
-        return [first + step * self.length for first in self.first]
+        return [begin + step * self.length for begin in self.begins]
 
+
+class PackedDocuments:
+    """Documents in the order of the text, with no row's end but that of a micro-batch.
+
+    What:   a step is one span of a shard: a row of inputs and a target more for each micro-batch.
+            The spans begin at the shard's first BOS; the next one begins where the last one ended.
+    Why:    documents keep their length, and DOC_MASK tells them apart: none is cut by a row's end
+            but the first and last of a micro-batch.
+    Source: #1530, #1855; toggle LOADER=documents.
+    Care:   what is left of a shard when no span fits is dropped. Theirs deals micro-batches, so 1
+            rank x 8 micro-batches ends a shard elsewhere than 8 ranks do; here a step is of one
+            shard, as on their 8 GPUs. Equal products of ranks and micro-batches read alike, bit for
+            bit. On CPU a rank has one micro-batch unless GRAD_ACCUM_STEPS says more: 2 ranks cut
+            the text where 1 rank does not.
+    """
+
+    def __init__(self, split: Split, shape: StepShape, own: range, first: int):
+        self.span = shape.length + 1
+        self.step_span = self.span * shape.step_rows
+        self.own = own
+        self.shards = []
+        steps = []
+        for shard, edge in enumerate(split.edges[:-1]):
+            begin = split.first_document(shard)
+            self.shards.append(edge + begin)
+            steps.append((split.edges[shard + 1] - edge - begin) // self.step_span)
+        # the step of an epoch with which each shard begins, and at last how many there are
+        self.edges = np.cumsum([0, *steps]).tolist()
+        refuse(
+            self.edges[-1] == 0,
+            f"LOADER=documents: none of {len(steps)} training shards holds the {self.step_span} "
+            "tokens of a step behind its first BOS; lower TRAIN_BATCH_TOKENS, or take LOADER=rows",
+        )
+
+    def starts(self, step: int) -> list[int]:
+        step %= self.edges[-1]
+        shard = bisect.bisect(self.edges, step) - 1
+        begin = self.shards[shard] + (step - self.edges[shard]) * self.step_span
+        return [begin + row * self.span for row in self.own]
+
+
+class DrawnRows:
+    """Rows that are drawn, step after step: whoever goes on at a step draws those before it again.
+
+    Rows of another length begin anew, with other draws. Refusal where a shard is shorter than one.
+    """
+
+    def __init__(self, split: Split, shape: StepShape, own: range, first: int):
+        self.split = split
+        self.shape = shape
+        self.own = own
+        self.drawn = first
+        self.last: list[int] = []
+        for path, tokens in zip(split.paths, np.diff(split.edges).tolist(), strict=True):
+            remedy = f"shorter than a row of {shape.length} and its last target"
+            refuse(tokens <= shape.length, f"{path}: {tokens} tokens, {remedy}; take LOADER=rows")
+
+    def starts(self, step: int) -> list[int]:
+        while self.drawn <= step:
+            self.last = self.draw()
+            self.drawn += 1
+        return self.last
+
+    def draw(self) -> list[int]:
+        raise NotImplementedError
+
+
+def windows_of(random: np.random.Generator, split: Split, shard: int, length: int) -> range:
+    """Where the rows of one shard begin: end to end, from a random place below `length` on."""
+    begin, end = split.edges[shard : shard + 2]
+    most = min(length - 1, end - begin - length - 1)
+    if most:
+        begin += int(random.integers(most + 1))
+    return range(begin, end - length, length)
+
+
+class Shuffler:
+    """One reader of ShuffledRows, with shards and a generator of its own."""
+
+    def __init__(self, split: Split, shards: Sequence[int], length: int, seed: list[int]):
+        self.split = split
+        self.shards = shards
+        self.length = length
+        self.random = np.random.Generator(np.random.PCG64(seed))
+        self.shuffle()
+
+    def shuffle(self) -> None:
+        """Begins an epoch."""
+        self.rows = []  # of each shard, those to come from the end
+        for shard in self.shards:
+            windows = windows_of(self.random, self.split, shard, self.length)
+            self.rows.append(windows.start + windows.step * self.random.permutation(len(windows)))
+        self.left = np.array([len(rows) for rows in self.rows], float)
+
+    def draw(self, count: int) -> list[int]:
+        drawn = []
+        for _ in range(count):
+            if not self.left.any():
+                self.shuffle()
+            # numpy's own choice(len, p=left / sum), without its checks
+            share = np.cumsum(self.left / self.left.sum())
+            chosen = int(np.searchsorted(share / share[-1], self.random.random(), "right"))
+            self.left[chosen] -= 1
+            drawn.append(int(self.rows[chosen][int(self.left[chosen])]))
+        return drawn
+
+
+class ShuffledRows(DrawnRows):
+    """Rows in random order.
+
+    What:   eight readers share the shards, r, r + 8, ... being reader r's. A reader cuts each of
+            its shards in rows from a random place on and permutes them; for each row it draws a
+            shard, in proportion to the rows that are left there. When none is left it begins anew.
+    Why:    the rows of a step and of neighbouring steps have nothing to do with each other.
+    Source: #1394, #1855; toggle LOADER=shuffled.
+    Care:   there each rank is a reader. Here there are as many as on 8 GPUs, however many ranks
+            there are, so that all read alike; fewer where there are fewer shards or rows.
+    """
+
+    READERS = 8
+
+    def __init__(self, split: Split, shape: StepShape, own: range, first: int):
+        super().__init__(split, shape, own, first)
+        shards = range(len(split.paths))
+        readers = min(self.READERS, len(shards), shape.step_rows)
+        # a reader, how many rows it gives to a step, and which of them are this rank's
+        self.readers = []
+        for reader in range(readers):
+            given = dealt(shape.step_rows, readers, reader)
+            mine = slice(max(own.start - given.start, 0), max(own.stop - given.start, 0))
+            if given[mine]:
+                shuffler = Shuffler(split, shards[reader::readers], shape.length, [reader, first])
+                self.readers.append((shuffler, len(given), mine))
+
+    def draw(self) -> list[int]:
+        drawn = [reader.draw(count)[mine] for reader, count, mine in self.readers]
+        return [*itertools.chain(*drawn)]
+
+
+class CoprimeWalk:
+    """The rows of one shard, each once, in steps of a stride that is coprime with their number."""
+
+    def __init__(self, random: np.random.Generator, split: Split, shard: int, length: int):
+        self.rows = windows_of(random, split, shard, length)
+        self.done = 0
+        count = len(self.rows)
+        self.place = 0
+        self.stride = 1
+        if count > 1:
+            self.place = int(random.integers(count))
+            self.stride = int(random.integers(1, count))
+            while math.gcd(self.stride, count) > 1:
+                self.stride = int(random.integers(1, count))
+
+    @property
+    def left(self) -> int:
+        return len(self.rows) - self.done
+
+    def next(self) -> int:
+        row = self.rows[(self.place + self.done * self.stride) % len(self.rows)]
+        self.done += 1
+        return row
+
+
+class CoprimeRows(DrawnRows):
+    """Rows of many shards, each shard walked with a coprime stride.
+
+    What:   a step draws shards, 8 at first and 64 after 1,800 steps, in proportion to the rows left
+            there to the power .9 falling to .5; gives each one row and draws the others among them;
+            and mixes the rows, a shard at a time in turn.
+    Why:    every step sees many shards, and an order of a whole shard is two numbers.
+    Source: #726, #1060; toggle LOADER=coprime.
+    Care:   the draws depend on the names of the shards; there on their folder, too. The numbers of
+            shards are those of 8 GPUs, however many ranks there are, so that all read alike.
+    """
+
+    GROWS = 1800  # steps
+
+    def __init__(self, split: Split, shape: StepShape, own: range, first: int):
+        super().__init__(split, shape, own, first)
+        seed = 0
+        for byte in "".join(path.name for path in split.paths).encode():
+            seed = (seed ^ byte) * 1099511628211 % 2**64  # FNV
+        self.random = np.random.Generator(np.random.PCG64([seed, first]))
+        self.left = (np.diff(split.edges) - 1) // shape.length * 1.0
+        self.walks: dict[int, CoprimeWalk] = {}
+
+    def draw(self) -> list[int]:
+        parts = []
+        for shard, count in self.choose():
+            rows = [self.next_row(shard) for _ in range(count)]
+            if count > 1:
+                rows = [rows[i] for i in self.random.permutation(count)]
+            self.left[shard] = max(self.walks[shard].left, 1)
+            parts.append(rows)
+
+        mixed = []
+        while parts:
+            parts = [parts[i] for i in self.random.permutation(len(parts))]
+            mixed += [rows.pop() for rows in parts]
+            parts = [rows for rows in parts if rows]
+        return mixed[self.own.start : self.own.stop]
+
+    def choose(self) -> list[tuple[int, int]]:
+        """The shards of this step, and how many rows each gives."""
+        grown = min(self.drawn / self.GROWS, 1.0)
+        weights = self.left ** (0.9 - 0.4 * grown)
+        share = weights / weights.sum()
+        low, high = (min(n, len(share), self.shape.step_rows) for n in (8, 64))
+        mixed = round(low + grown * (high - low))
+        shards = self.random.choice(len(share), mixed, replace=False, p=share)
+        among = share[shards] / share[shards].sum()
+        counts = 1 + self.random.multinomial(self.shape.step_rows - mixed, among)
+        order = self.random.permutation(mixed)
+        return [*zip(shards[order].tolist(), counts[order].tolist(), strict=True)]
+
+    def next_row(self, shard: int) -> int:
+        walk = self.walks.get(shard)
+        if walk is None or not walk.left:
+            walk = CoprimeWalk(self.random, self.split, shard, self.shape.length)
+            self.walks[shard] = walk
+        return walk.next()
+
+
+# LOADER -> where its rows begin. Each: (split, shape, own rows of each step, the step that is asked
+# for first); starts(step), asked for in the order of the steps: a place in the stream for each row
+ORDERS = {
+    "rows": EvenRows,
+    "documents": PackedDocuments,
+    "shuffled": ShuffledRows,
+    "coprime": CoprimeRows,
+}
 
 # ids and targets, each (rows of this rank, tokens of a row) int64
 Batch = tuple[Tensor, Tensor]
@@ -1750,8 +2020,16 @@ class Loader:
         self.split = split
         self.step = len(lengths)
         self.shape: StepShape | None = None
+        # one thread, in which the order of the rows is drawn, too
         self.reader = concurrent.futures.ThreadPoolExecutor(1)
         self.ahead: list[concurrent.futures.Future] = []
+        if lengths:
+            first = self.step
+            while first and lengths[first - 1] == lengths[-1]:
+                first -= 1
+            self.begin(step_shape(cfg, run, lengths[-1]), first)
+            self.read_ahead()
+            concurrent.futures.wait(self.ahead[:1])  # before the clock starts
 
     def next(self, length: int) -> Batch | Refusal:
         """The next step, in rows of `length` tokens, or why there is none.
@@ -1760,10 +2038,8 @@ class Loader:
         """
         shape = step_shape(self.cfg, self.run, length)
         if shape != self.shape:
-            self.change(shape)
-        while len(self.ahead) < 3:
-            step = self.step + len(self.ahead)
-            self.ahead.append(self.reader.submit(self.load, self.order, shape.length, step))
+            self.begin(shape, self.step)
+        self.read_ahead()
         try:
             batch = self.ahead.pop(0).result()
         except Refusal as refusal:
@@ -1774,17 +2050,26 @@ class Loader:
         ids, targets = (side.to(self.run.device, non_blocking=True) for side in batch)
         return ids, targets
 
-    def change(self, shape: StepShape) -> None:
-        """From now on, steps of this shape."""
+    def begin(self, shape: StepShape, first: int) -> None:
+        """From step `first` on, steps of this shape."""
         for unread in self.ahead:
             unread.cancel()
         self.ahead = []
         self.shape = shape
-        self.order = EvenRows(self.split, shape, rows_of_rank(shape.step_rows, self.run))
+        own = dealt(shape.step_rows, self.run.world, self.run.rank)
+        make = ORDERS[self.cfg.loader]
+        self.order = self.reader.submit(make, self.split, shape, own, first)
 
-    def load(self, order: EvenRows, length: int, step: int) -> list[Tensor]:
+    def read_ahead(self) -> None:
+        """Orders the next step and the two after it."""
+        while len(self.ahead) < 3:
+            step = self.step + len(self.ahead)
+            self.ahead.append(self.reader.submit(self.load, self.order, self.shape.length, step))
+
+    def load(self, order: concurrent.futures.Future, length: int, step: int) -> list[Tensor]:
         """ids and targets of one step, on the CPU."""
-        taken = [self.split.take(start, length + 1) for start in order.starts(step)]
+        starts = order.result().starts(step)
+        taken = [self.split.take(start, length + 1) for start in starts]
         tokens = torch.from_numpy(np.stack(taken))
         pair = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()]
         return [side.pin_memory() if self.run.cuda else side for side in pair]
@@ -2376,7 +2661,7 @@ def stretched_base(cfg: Config, dims: int) -> float:
     return cfg.rope_base * stretch
 
 
-def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(cfg: Config, dtype: torch.dtype, longest: int = 0) -> tuple[Tensor, Tensor]:
     """Partial RoPE: cos and sin of every angle, each (longest row, 1, pairs).
 
     What:   angle = position * base ** (-2 k / dims) for pair k of the ROPE_DIMS first dimensions
@@ -2390,7 +2675,7 @@ def rotary_tables(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if cfg.rope_ntk_len:
         base = stretched_base(cfg, dims)
     frequency = base ** (-torch.arange(0, dims, 2) / dims)
-    position = torch.arange(max(cfg.train_seq_len, cfg.window))
+    position = torch.arange(max(cfg.train_seq_len, cfg.window, longest))
     angle = torch.outer(position, frequency)[:, None]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -2842,9 +3127,16 @@ class GPT(nn.Module):
 
     The first half of the blocks are encoders: each keeps its output, and the decoders take these
     back, the last one first, with a gain per dimension. Parameters are fp32, activations `dtype`.
+    longest: tokens of a row, where some are longer than TRAIN_SEQ_LEN and the window.
     """
 
-    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32, attend: Attend = sdpa):
+    def __init__(
+        self,
+        cfg: Config,
+        dtype: torch.dtype = torch.float32,
+        attend: Attend = sdpa,
+        longest: int = 0,
+    ):
         super().__init__()
         self.dtype = dtype
         self.softcap = cfg.logit_softcap
@@ -2880,7 +3172,7 @@ class GPT(nn.Module):
         if cfg.doc_mask:
             self.prepare_documents = attend.prepare
 
-        cos, sin = rotary_tables(cfg, dtype)
+        cos, sin = rotary_tables(cfg, dtype, longest)
         self.cos = nn.Buffer(cos, persistent=False)
         self.sin = nn.Buffer(sin, persistent=False)
 
@@ -2927,7 +3219,7 @@ class GPT(nn.Module):
 def build_model(cfg: Config, run: Run, attend: Attend) -> GPT:
     """The initial model: of one SEED the same weights on every rank and device."""
     torch.manual_seed(cfg.seed)
-    return GPT(cfg, run.dtype, attend).to(run.device)
+    return GPT(cfg, run.dtype, attend, longest_row(cfg, run)).to(run.device)
 
 
 # ── 6 Schedule ────────────────────────────────────────────────────────────────────────────────────
@@ -3895,6 +4187,15 @@ class Trainer:
         coming = careful_step(self.step_seconds) if self.step_seconds else 0.0
         return budget_spent(self.cfg, self.steps, self.elapsed, coming)
 
+    @property
+    def tokens_seen(self) -> int:
+        return self.steps * self.cfg.train_batch_tokens
+
+    @property
+    def epochs(self) -> float:
+        """Tokens seen, as a multiple of those that there are."""
+        return self.tokens_seen / self.split.tokens
+
     # Checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
@@ -4142,7 +4443,7 @@ class Trainer:
         while True:
             typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
             now = self.schedule.at(self.steps, self.elapsed, typical)
-            self.step(loader.next(self.cfg.train_seq_len), now)
+            self.step(loader.next(now.length), now)
             before = self.elapsed
             self.elapsed = run.broadcast(run.tick())
             self.step_seconds.append(self.elapsed - before)
@@ -4161,6 +4462,7 @@ class Trainer:
             f"trained {self.steps} steps in {self.elapsed:.1f} s; "
             f"recompiles after the clock started: {self.recompiles}"
         )
+        self.run.log(f"read {self.tokens_seen:,} training tokens: {self.epochs:.3g} epochs")
         self.save()
 
     def obey(self) -> None:
@@ -5320,6 +5622,7 @@ SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train)
 TRAINING_FIGURES = (
     "steps",
     "tokens_seen",
+    "epochs",
     "train_seconds",
     "step_ms_median",
     "params",
@@ -5381,6 +5684,7 @@ class Probe:
         self.run = run
         self.trainer = trained.trainer
         length = min(val.n, cfg.train_seq_len)
+        shape = step_shape(cfg, run, cfg.train_seq_len)
         there = val.n // length
         wanted = min(PROBE_STEPS * cfg.train_batch_tokens, PROBE_TOKENS) // length
         rows = max(min(there, wanted), 1)
@@ -5390,9 +5694,9 @@ class Probe:
         self.targets = val.tokens[place + 1].long()
 
         # What the forward pass of training sees at a time: compiled already, and known to fit
-        _, _, self.at_once, row = step_shape(cfg, run, cfg.train_seq_len)
-        shape = (self.at_once, row)
-        place = torch.arange(math.prod(shape), device=run.device).view(shape) % val.n
+        self.at_once = max(shape.rows * shape.length // cfg.train_seq_len, 1)
+        place = torch.arange(shape.rows * shape.length, device=run.device) % val.n
+        place = place.view(shape.rows, shape.length)
         self.micro_batch = val.tokens[place].long(), val.tokens[place + 1].long()
         self.base = self.nats(trained.trainer.model, trained.live)
 
@@ -5756,7 +6060,8 @@ def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]
         resumed=trainer.resumed,
         skipped=trainer.skipped,
         steps=trainer.steps,
-        tokens_seen=trainer.steps * cfg.train_batch_tokens,
+        tokens_seen=trainer.tokens_seen,
+        epochs=trainer.epochs,
         params=sum(w.numel() for w in trained.live.values()),
         train_seconds=trainer.elapsed,
         step_ms_median=statistics.median(trainer.step_seconds or [0.0]) * 1e3,

@@ -75,7 +75,7 @@ def checkpoint_line(trainer: Trainer) -> str:
 
 
 def reading_line(cfg: Config, run: Run, split: Split) -> str:
-    """Timed: the CPU of one of RANKS ranks for the rows of a step."""
+    """Timed: the CPU of one of RANKS ranks for the rows of a step, as LOADER takes them."""
     rank = SimpleNamespace(world=RANKS, rank=0, cuda=False, device=run.device)
     loader = train_gpt.Loader(cfg, rank, split)
     loader.next(cfg.train_seq_len)
@@ -84,7 +84,7 @@ def reading_line(cfg: Config, run: Run, split: Split) -> str:
         loader.next(cfg.train_seq_len)
     milliseconds = 1e3 * (time.process_time() - began) / STEPS_READ
     loader.close()
-    return f"rows of a step for one of {RANKS} ranks: {milliseconds:.2f} ms of CPU"
+    return f"LOADER={cfg.loader}: {milliseconds:.2f} ms of CPU a step for one of {RANKS} ranks"
 
 
 def main() -> int:
@@ -94,7 +94,8 @@ def main() -> int:
         write_tokens(cfg)
         run = Run(cfg)
         split = Split(cfg, "train")
-        print(reading_line(cfg, run, split))
+        for loader in train_gpt.LOADERS:
+            print(reading_line(dataclasses.replace(cfg, loader=loader), run, split))
 
         model = train_gpt.build_model(cfg, run, train_gpt.sdpa)
         plan = train_gpt.export_plan(cfg, model)
