@@ -17,6 +17,7 @@ from benchmarks.machine import Bench, forward_flops
 from benchmarks.report import origin
 from benchmarks.training import (
     checkpointing,
+    model_techniques,
     optimisation,
     start_up,
     techniques,
@@ -25,7 +26,14 @@ from benchmarks.training import (
 from train_gpt import GPT, Config, Run, Trainer
 
 GROUPS = ("machine", "start-up", "training", "scoring", "export", "data")
-ON_ALL_RANKS = (training_step, optimisation, checkpointing, techniques, scoring)
+ON_ALL_RANKS = (
+    training_step,
+    optimisation,
+    checkpointing,
+    model_techniques,
+    techniques,
+    scoring,
+)
 # What one process does while the others wait.
 ON_RANK_0 = (exporting, preparation)
 

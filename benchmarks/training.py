@@ -377,6 +377,37 @@ def checkpointing(b: Bench, trainer: Trainer) -> None:
         b.add(Measured("training", name, written[None], rate=rate))
 
 
+# Techniques of the model: row -> the knobs that switch it on, and those of the model without it
+MODEL_TECHNIQUES = {
+    "document masks": (dict(doc_mask=True), dict(doc_mask=False)),
+}
+
+
+def model_techniques(b: Bench, trainer: Trainer) -> None:
+    """Timed: forward and backward of a micro-batch with the technique. Twin: without, in turn."""
+    cfg = b.cfg
+    _, _, rows, length = train_gpt.step_shape(cfg, b.run, cfg.train_seq_len)
+    place = torch.arange(rows * length, device=b.run.device).view(rows, length) % trainer.val.n
+    ids = trainer.val.tokens[place].long()
+    targets = trainer.val.tokens[place + 1].long()
+    attend = trainer.model.blocks[0].attn.attend
+
+    def both_ways(knobs: dict) -> Callable[[], None]:
+        model = train_gpt.build_model(dataclasses.replace(cfg, **knobs), b.run, attend)
+        forward = b.run.compiled(model)
+        parameters = [*model.parameters()]
+
+        def work() -> None:
+            loss = forward(ids, targets).mean()
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        return work
+
+    for name, (on, off) in MODEL_TECHNIQUES.items():
+        seconds = b.time(both_ways(on), both_ways(off))
+        b.add(Measured("training", f"model: {name}", seconds, twin="the model without"))
+
+
 def techniques(b: Bench, trainer: Trainer) -> None:
     """QAT, QNA and the averages while they act, whatever the configuration has switched on."""
     both = dataclasses.replace(

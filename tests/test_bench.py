@@ -84,6 +84,7 @@ ROWS = TWINS | {
     "backward",
     "optimiser: Muon, rows normalised",
     "optimiser: AdamW",
+    "model: document masks",
     "checkpoint: copy, on the clock",
     "checkpoint: write, beside the steps",
     "QNA: enter and leave",

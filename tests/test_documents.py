@@ -7,7 +7,9 @@ start, a graph for every number of documents.
 
 import itertools
 import math
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import train_gpt
 from train_gpt import (
     BOS,
+    GPT,
     LEAST_SLOTS,
     Attend,
     Run,
@@ -123,6 +126,40 @@ def test_a_long_row_of_short_pieces_costs_a_band_of_two_chunks():
     assert sdpa.prepare(pieces(ids, 0), torch.float32).shape == (1, 1, 96, 96)
 
 
+@pytest.mark.parametrize(
+    "spelling, given, repeated",
+    [
+        ("is_causal=False, return_aux=None", dict(is_causal=True), True),  # torch 2.10
+        ("*, window_size=(-1, -1)", dict(window_size=(-1, 0)), True),
+        (
+            "*, window_size=(-1, -1), enable_gqa=False",
+            dict(window_size=(-1, 0), enable_gqa=True),
+            False,
+        ),
+    ],
+    ids=("2.10", "2.11", "2.12"),
+)
+def test_each_spelling_of_the_flash_kernel_of_torch_is_understood(
+    monkeypatch, spelling, given, repeated
+):
+    seen = {}
+    there = dict(piece_by_piece=piece_by_piece, seen=seen)
+    exec(  # a function of exactly these parameters
+        f"def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, {spelling}):\n"
+        "    seen.update(locals())\n"
+        "    return piece_by_piece(q, k, v, cu_q, cu_k, max_q, max_k)",
+        there,
+    )
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(**there))
+    attend = train_gpt.attention_function("flash")
+    ids = random_ids(2, 30)
+    tensors = heads(2, 30)
+    found = attend(*tensors, attend.prepare(pieces(ids, 0), torch.float64))
+    torch.testing.assert_close(found, by_itself(ids, 0, *tensors))
+    assert {name: seen[name] for name in given} == given
+    assert seen["k"].shape[1] == (4 if repeated else 2)
+
+
 # ── slots ──
 @pytest.mark.parametrize("more", (0, 1))
 def test_more_documents_than_slots_give_nan_and_never_attention_between_them(more):
@@ -146,11 +183,8 @@ def test_more_documents_than_slots_give_nan_and_never_attention_between_them(mor
 @pytest.mark.parametrize("attend", (sdpa, packed(all_at_once)), ids=("mask", "packed"))
 def test_documents_of_a_row_are_predicted_as_by_themselves(attend, longest):
     cfg = config(doc_mask=True, doc_max_len=longest, smear_gate=False, xsa_last_n=1)
-    model = make(cfg)
-    for part in model.modules():
-        if hasattr(part, "attend"):
-            part.attend = attend
-    model.prepare_documents = attend.prepare
+    model = GPT(cfg, attend=attend)
+    model.load_state_dict(make(cfg).state_dict())
     ids, targets = rows(cfg)
     nats = model(ids, targets)
     for i, row in enumerate(ids.tolist()):
@@ -161,7 +195,7 @@ def test_documents_of_a_row_are_predicted_as_by_themselves(attend, longest):
 
 @pytest.mark.parametrize("attend", (sdpa, packed(all_at_once)), ids=("mask", "packed"))
 def test_one_graph_serves_any_documents(attend):
-    model = train_gpt.GPT(config(doc_mask=True, num_layers=1), attend=attend)
+    model = GPT(config(doc_mask=True, num_layers=1), attend=attend)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
