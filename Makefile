@@ -6,7 +6,8 @@ CORES  := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 help:
 	@echo "make train    train, average, quantise, compress, read back, score. FineWeb if it is here, else a demo on text"
-	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 3 minutes on 2 cores)"
+	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 3 minutes on 2 cores;"
+	@echo "              SIZE=reference: the reference architecture, as small)"
 	@echo "make test     the test suite, on the CPU"
 	@echo "make bench    time every stage beside its floor and its simple twin: logs/bench/NAME.json (NAME=mine; settings as for train)"
 	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"
@@ -15,29 +16,34 @@ help:
 	@echo "make pages    regenerate the tables of README.md and docs/, and the picture, from the code and the logs"
 	@echo "make lock     renew requirements.lock and requirements-cuda.lock from requirements.txt;  make audit: their known holes"
 
-# Without a GPU: the reference architecture scaled down for 2 CPU cores. Defaults: anything that you set yourself wins, and so
-# does a file that holds its own settings (CHECKPOINT, EVAL_ONLY, RESUME).
+# Without a GPU: a model for 2 CPU cores, the demo's or (SIZE=reference) the reference architecture scaled down. Defaults:
+# anything that you set yourself wins, and so does a file that holds its own settings (CHECKPOINT, EVAL_ONLY, RESUME).
 ifeq ($(GPUS),0)
 RANKS := $(if $(filter 1,$(CORES)),1,2)
-DEFAULTS := MODEL_DIM?=96 NUM_HEADS?=4 NUM_KV_HEADS?=2 TRAIN_SEQ_LEN?=256 TRAIN_BATCH_TOKENS?=1024 KEEP_FLOAT_MAX_NUMEL?=4096 \
-  MUON_MOMENTUM?=0.95 MUON_MOMENTUM_WARMUP_STEPS?=100 WARMDOWN_FRAC?=0.5 QAT_ENABLED?=1 EMA_ENABLED?=1 EMA_DECAY?=0.97 \
+SIZE = demo
+SIZE_reference := NUM_LAYERS?=11 MODEL_DIM?=96 NUM_HEADS?=4 NUM_KV_HEADS?=2 TRAIN_SEQ_LEN?=256 TRAIN_BATCH_TOKENS?=1024 \
+  KEEP_FLOAT_MAX_NUMEL?=4096 MUON_MOMENTUM?=0.95 MUON_MOMENTUM_WARMUP_STEPS?=100 WARMDOWN_FRAC?=0.5 QAT_ENABLED?=1 \
+  EMA_ENABLED?=1 EMA_DECAY?=0.97
+SIZE_demo := $(SIZE_reference)
+DEFAULTS := $(or $(SIZE_$(SIZE)),$(error SIZE=$(SIZE): choose demo or reference)) \
   MAX_WALLCLOCK_SECONDS?=90 WARMUP_STEPS?=3 TRAIN_LOG_EVERY?=50 VAL_LOSS_EVERY?=100 VAL_MAX_TOKENS?=32768
 # What torchrun sets too, but with a warning of five lines
 export OMP_NUM_THREADS ?= 1
 else
 RANKS := gpu
+DEMO_BUDGET := MAX_WALLCLOCK_SECONDS?=90 WARMDOWN_FRAC?=0.5
 endif
 
 # Without FineWeb, and unless you name other data: the demo text.
 FINEWEB := data/datasets/fineweb10B_sp1024
 ifeq ($(DATA_PATH)$(wildcard $(FINEWEB)/fineweb_train_*.bin),)
 DEMO_DATA := data/demo/manifest.json
-DEFAULTS += DATA_PATH?=data/demo TOKENIZER_PATH?=data/demo/tokenizer.model MAX_WALLCLOCK_SECONDS?=90 WARMDOWN_FRAC?=0.5
+DEFAULTS += DATA_PATH?=data/demo TOKENIZER_PATH?=data/demo/tokenizer.model $(DEMO_BUDGET)
 endif
 
 # What stands on make's command line and is neither this file's nor another program's is a setting. Its value goes through the
 # environment, where make puts it, so that spaces and quotes survive.
-override NO_SETTINGS := PYTHON% GPUS CORES RANKS NAME FORCE WORKERS GOLF_% SEED194 RECORD1855 PEERS PATH HOME TMPDIR SHELL \
+override NO_SETTINGS := PYTHON% GPUS CORES RANKS SIZE NAME FORCE WORKERS GOLF_% SEED194 RECORD1855 PEERS PATH HOME TMPDIR SHELL \
   LANG LC_% LD_% XDG_% PIP_% OMP_% GOMP_% MKL_% KMP_% CUDA_% CUBLAS_% NVIDIA_% NCCL_% GLOO_% UCX_% FI_% TORCH% PYTORCH_% \
   TRITON_% HF_% WANDB_% AWS_% SLURM_% %_proxy %_PROXY
 override GIVEN := $(strip $(foreach name,$(filter-out $(NO_SETTINGS),$(.VARIABLES)),\

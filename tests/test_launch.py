@@ -274,6 +274,15 @@ def test_the_defaults_of_make_contradict_no_file_and_no_variable(make):
     assert (cfg.model_dim, cfg.val_max_tokens, cfg.data_path) == (96, 5, "data/demo")
 
 
+def test_the_reference_architecture_stays_one_word_away(make):
+    cfg = Config.from_env({}, make("train", "SIZE=reference"))
+    shape = (cfg.num_layers, cfg.model_dim, cfg.train_seq_len, cfg.train_batch_tokens)
+    assert shape == (11, 96, 256, 1024) and cfg.max_wallclock_seconds == 90
+    assert make("bench", "SIZE=demo") == make("bench", SIZE="an environment's")
+    with pytest.raises(SystemExit, match="SIZE=large: choose demo or reference"):
+        make("train", "SIZE=large")
+
+
 def test_the_tokenizer_beside_your_own_data_is_the_default(make, tmp_path):
     place = tmp_path / "my data"
     place.mkdir()
