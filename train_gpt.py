@@ -241,6 +241,7 @@ bits_knob = partial(grid_knob, choices=BITS, off=(16,))
 code_knob = partial(grid_knob, needs=CODES)
 
 # The knobs of a technique
+doc_knob = partial(model_knob, needs="doc_mask")
 ve_knob = partial(model_knob, needs="ve_enabled")
 smear_knob = partial(model_knob, needs="smear_gate")
 bigram_knob = partial(model_knob, needs="bigram_vocab_size")
@@ -390,7 +391,7 @@ class Config:
 
     # Document masks
     doc_mask: bool = model_knob(False, "", "no token attends to another document")
-    doc_max_len: int = model_knob(0, "tokens", "cut documents here; 0: no", lo=0, needs="doc_mask")
+    doc_max_len: int = doc_knob(0, "tokens", "cuts documents; 0: training, at its row", lo=0)
 
     # Norm scale
     ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)")
@@ -612,6 +613,12 @@ class Config:
     def sources(self) -> list[str]:
         """What names weights that exist already."""
         return sources_of(self.checkpoint, self.eval_only, self.resume, self.run_id)
+
+    def longest_piece(self, length: int) -> int:
+        """Tokens after which a document is cut in steps of rows of `length`; 0: at their ends."""
+        if self.loader == "documents" and not self.doc_max_len:
+            return length
+        return self.doc_max_len
 
     def collected(self) -> list[str]:
         """The averages that are on."""
@@ -2950,7 +2957,7 @@ def attention_inputs(cfg: Config, run: Run, rows: int, length: int) -> tuple:
     documents = None
     if cfg.doc_mask:
         ids = torch.arange(rows * length, device=run.device) % TOKENS_OF_A_DOCUMENT + BOS
-        documents = pieces(ids.view(rows, length), cfg.doc_max_len)
+        documents = pieces(ids.view(rows, length), cfg.longest_piece(cfg.train_seq_len))
     return q, k, v, documents
 
 
@@ -3166,7 +3173,8 @@ class GPT(nn.Module):
             self.value_embed = ValueEmbedding(cfg)
             self.value_biases.append(self.value_embed)
 
-        # Which tokens attention keeps apart: made of the ids, for the kernel
+        # Which tokens attention keeps apart: made of the ids, for the kernel. Training sets its own
+        # longest piece for the time of a step
         self.longest_piece = cfg.doc_max_len
         self.prepare_documents = None
         if cfg.doc_mask:
@@ -3216,10 +3224,13 @@ class GPT(nn.Module):
         return nats.view(targets.shape)
 
 
-def build_model(cfg: Config, run: Run, attend: Attend) -> GPT:
-    """The initial model: of one SEED the same weights on every rank and device."""
+def build_model(cfg: Config, run: Run, attend: Attend, longest: int = 0) -> GPT:
+    """The initial model: of one SEED the same weights on every rank and device.
+
+    longest: tokens of a row; 0: those of the run.
+    """
     torch.manual_seed(cfg.seed)
-    return GPT(cfg, run.dtype, attend, longest_row(cfg, run)).to(run.device)
+    return GPT(cfg, run.dtype, attend, longest or longest_row(cfg, run)).to(run.device)
 
 
 # ── 6 Schedule ────────────────────────────────────────────────────────────────────────────────────
@@ -4316,7 +4327,9 @@ class Trainer:
             self.flat.refused.fill_(1)
         else:
             latent = self.views.enter(now, self.steps)
+            self.model.longest_piece = self.cfg.longest_piece(now.length or self.cfg.train_seq_len)
             self.backward(batch)
+            self.model.longest_piece = self.cfg.doc_max_len
             self.views.leave(latent)
         if self.run.stop:
             self.flat.stop.fill_(1)
@@ -5683,6 +5696,7 @@ class Probe:
     def __init__(self, cfg: Config, run: Run, trained: Trained, val: Validation):
         self.run = run
         self.trainer = trained.trainer
+        self.longest_piece = cfg.longest_piece(cfg.train_seq_len)
         length = min(val.n, cfg.train_seq_len)
         shape = step_shape(cfg, run, cfg.train_seq_len)
         there = val.n // length
@@ -5731,6 +5745,7 @@ class Probe:
     def both_ways(self, forward: Callable, model: GPT) -> Callable[[], None]:
         """What runs one micro-batch of training forward and backward."""
         parameters = [*model.parameters()]
+        model.longest_piece = self.longest_piece
 
         def run_once() -> None:
             loss = forward(*self.micro_batch).mean()
@@ -5918,7 +5933,9 @@ def prove_model_toggles(
         if not getattr(cfg, knob_name):
             continue
         probe.begin(name)
-        without = build_model(dataclasses.replace(cfg, **{knob_name: 0}), run, attend)
+        # the loader is nothing to a model, and LOADER=documents wants masks
+        plain = dataclasses.replace(cfg, **{knob_name: 0}, loader="rows")
+        without = build_model(plain, run, attend, longest_row(cfg, run))
         kept = without.state_dict()
         extra = [p.numel() for key, p in model.named_parameters() if key not in kept]
         activity = run.activity[name] = Activity(

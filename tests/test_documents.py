@@ -247,3 +247,35 @@ def test_what_fills_up_a_window_is_no_document(tiny):
 
     ScoreSheet(cfg, run, val, 1).fill(forward, np.array([[begin, begin + 1, begin]]))
     assert seen[0].shape == (1, 64) and (seen[0] == BOS).sum() == 1
+
+
+# ── training ──
+def test_packed_documents_train_in_pieces_of_a_row_and_are_scored_whole(tiny, monkeypatch):
+    """LOADER=documents: a step is one row of 512 tokens, and TRAIN_SEQ_LEN the longest piece."""
+    seen = []
+
+    def spy(ids, longest):
+        seen.append((ids.shape[1], longest))
+        return pieces(ids, longest)
+
+    monkeypatch.setattr(train_gpt, "pieces", spy)
+    cfg = tiny(loader="documents", doc_mask=True, val_loss_every=3)
+    report = train_gpt.main(cfg)
+    assert report["exit_code"] == 0 and report["inactive"] == []
+    assert report["toggles"]["DOC_MASK"]["effect"] != 0
+    # a kernel is tried; steps, also those whose cost is measured; fixed and sliding windows
+    assert {*seen} == {(16, 64), (512, 64), (64, 0)}
+
+
+@pytest.mark.parametrize(
+    "knobs, longest",
+    [
+        ({}, 0),
+        (dict(doc_max_len=24), 24),
+        (dict(loader="documents"), 32),
+        (dict(loader="documents", doc_max_len=24), 24),
+    ],
+    ids=str,
+)
+def test_a_step_cuts_documents_at_doc_max_len_or_at_its_own_length(knobs, longest):
+    assert config(doc_mask=True, **knobs).longest_piece(32) == longest
