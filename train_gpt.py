@@ -6661,6 +6661,11 @@ def mlp_hidden(text: str, env: dict) -> dict[str, str | None]:
     return {"MLP_MULT": str(multiple)} if hidden else {}
 
 
+def loader_mode(text: str, env: dict) -> dict[str, str | None]:
+    """An old variable with another word for one loader."""
+    return {"LOADER": "rows" if text == "sequential" else text}
+
+
 def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
     """An old variable that also says what starts QAT."""
     return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
@@ -6686,7 +6691,8 @@ ALIASES: dict[str, Meaning] = {
     "LATE_QAT_THRESHOLD": late_qat_threshold,
     "QAT_THRESHOLD": late_qat_threshold,
     "SWA": renamed("SWA_ENABLED"),
-    # Optimiser and schedule
+    # Data, optimiser and schedule
+    "LOADER_MODE": loader_mode,
     "MUON_WEIGHT_DECAY": renamed("MUON_WD"),
     "WEIGHT_DECAY": renamed("ADAM_WD"),
     "ADAM_WEIGHT_DECAY": renamed("ADAM_WD"),

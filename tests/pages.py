@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import pages_bench
 import pages_code
 import pages_demo
+import pages_frontier
 from demo_picture import demo_picture
 from fault_table import faults
 from pages_studies import STUDIES, adopt, published_rows, study_tables
@@ -41,6 +42,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "artifact": pages_bench.artifact,
     "banded": pages_bench.banded,
     "published-rows": published_rows,
+    "record-bases": pages_frontier.record_bases,
 }
 for _name in STUDIES:
     BLOCKS["-".join(_name)] = partial(study_tables, *_name)

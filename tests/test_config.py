@@ -195,6 +195,7 @@ OLD_SPELLINGS = {
     "WEIGHT_DECAY": ("0.5", {}, {"ADAM_WD": 0.5}),
     "ADAM_WEIGHT_DECAY": ("0.5", {}, {"ADAM_WD": 0.5}),
     "SCALAR_WD": ("0.5", {}, {"ADAM_WD": 0.5}),
+    "LOADER_MODE": ("coprime", {}, {"LOADER": "coprime"}),
     "USE_POLAR_EXPRESS": ("1", {}, {"MUON_COEFFS": "polar_express"}),
     "POLAR_EXPRESS_NS": ("1", {}, {"MUON_COEFFS": "polar_express"}),
     "POLAR_EXPRESS": ("1", {}, {"MUON_COEFFS": "polar_express"}),
@@ -270,6 +271,12 @@ def test_the_hidden_width_of_other_scripts_is_met_exactly(width):
     for hidden in range(20, 560, 3):
         cfg = Config.from_env({"MODEL_DIM": width, "MLP_HIDDEN": str(hidden)})
         assert int(cfg.mlp_mult * cfg.model_dim) == hidden
+
+
+def test_the_loaders_of_the_rascals_have_other_words():
+    told = {"LOADER_MODE": "sequential"}
+    assert Config.from_env(told | {"LOADER": "rows"}).loader == "rows"
+    assert "contradicts LOADER=shuffled" in refused(told | {"LOADER": "shuffled"})
 
 
 def test_no_hidden_width_leaves_the_multiple():

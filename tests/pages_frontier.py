@@ -1,0 +1,51 @@
+"""The table of records in docs/frontier.md, from studies/bases.toml and the records' commands."""
+
+import json
+from pathlib import Path
+
+from ablation.report import markdown_table
+from train_gpt import BY_NAME, Config, Refusal, base_tables, read_base, setting
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+RECORDS = json.loads((GOLDEN / "record_defaults.json").read_text(encoding="utf-8"))["records"]
+COMMANDS = json.loads((GOLDEN / "record_settings.json").read_text(encoding="utf-8"))["commands"]
+
+
+def command(name: str) -> dict[str, str]:
+    """What the run of a record sets: its published command, else what its logs say."""
+    record = RECORDS[name]
+    return COMMANDS[record["folder"]] if "folder" in record else record["told"]
+
+
+def refused(name: str) -> dict[str, str]:
+    """Variable -> the problem with it, of the command of a record under its own base."""
+    variables = command(name)
+    try:
+        Config.from_env({"BASE": name} | variables)
+    except Refusal as refusal:
+        return {problem.partition("=")[0]: problem for problem in refusal.problems}
+    return {}
+
+
+def record_bases() -> str:
+    """Every accepted record that is a base: what its table states, and how far its command goes."""
+    rows = []
+    for name in RECORDS.keys() & base_tables().keys():
+        record = RECORDS[name]
+        own = {key: value for key, value in base_tables()[name].items() if key in BY_NAME}
+        variables = command(name)
+        understood = len(variables) - len(refused(name))
+        rows.append(
+            [
+                f"#{name[2:]}",
+                f"{record['bpb']:.4f}",
+                f"{record['parameters']:,}",
+                base_tables()[name]["base"],
+                " ".join(f"`{setting(key, value)}`" for key, value in own.items()),
+                f"{understood} of {len(variables)}",
+                ", ".join(read_base(name).lacks),
+            ]
+        )
+    rows.sort(key=lambda row: int(row[0][1:]))
+    header = ["record", "BPB", "parameters", "from", "its table states", "command", "not here"]
+    return markdown_table(header, rows)
