@@ -319,10 +319,10 @@ def test_a_compiled_run_measures_what_it_compiled(tiny, monkeypatch, patience, m
         made.append(SimpleNamespace(model=model, calls=0, trained=0))
         here = made[-1]
 
-        def call(*inputs):
+        def call(*inputs, **named):
             here.calls += 1
             here.trained += torch.is_grad_enabled()
-            return model(*inputs)
+            return model(*inputs, **named)
 
         return call
 
