@@ -2669,7 +2669,7 @@ def stretched_base(cfg: Config, dims: int) -> float:
 
 
 def rotary_tables(cfg: Config, dtype: torch.dtype, longest: int = 0) -> tuple[Tensor, Tensor]:
-    """Partial RoPE: cos and sin of every angle, each (longest row, 1, pairs).
+    """Partial RoPE: cos and sin of every angle, each (longest row, 1, dims), for apply_rotary.
 
     What:   angle = position * base ** (-2 k / dims) for pair k of the ROPE_DIMS first dimensions
             of a head; the others are not rotated.
@@ -2684,20 +2684,24 @@ def rotary_tables(cfg: Config, dtype: torch.dtype, longest: int = 0) -> tuple[Te
     frequency = base ** (-torch.arange(0, dims, 2) / dims)
     position = torch.arange(max(cfg.train_seq_len, cfg.window, longest))
     angle = torch.outer(position, frequency)[:, None]
+    # of the first and of the second of each pair
+    angle = torch.cat((angle, -angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of the first 2 * pairs dimensions of each head.
+    """Rotary position embedding of the first `dims` dimensions of each head.
 
-    Pair k is dimensions (k, k + pairs): in halves, not interleaved.
+    Pair k is dimensions (k, k + dims / 2): in halves, not interleaved. cos, sin: rotary_tables.
     x (batch, time, heads, head_dim) -> the same shape.
     """
-    pairs = cos.shape[-1]
-    cos = cos[: x.shape[1]]
-    sin = sin[: x.shape[1]]
-    a, b, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+    dims = cos.shape[-1]
+    if dims < x.shape[-1]:
+        rotated, rest = x.split((dims, x.shape[-1] - dims), dim=-1)
+        return torch.cat((apply_rotary(rotated, cos, sin), rest), dim=-1)
+    length = x.shape[1]
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:length] + torch.cat((second, first), dim=-1) * sin[:length]
 
 
 class Documents(NamedTuple):
@@ -3123,8 +3127,8 @@ class Block(nn.Module):
         self.mlp_scale = parameter(ones.clone(), CONTROL)
 
     def forward(self, x: Tensor, seen: Context) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * seen.x0
+        current, origin = self.resid_mix.to(x.dtype).unbind()
+        x = current * x + origin * seen.x0
         x = x + self.attn_scale.to(x.dtype) * self.attn(self.norm(x), seen)
         return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
 

@@ -408,8 +408,9 @@ def spec_ntk(cfg, dims, base):
 def test_ntk_base_of_975():
     cfg = Config(rope_dims=16, rope_ntk_len=1024, train_seq_len=2048)
     cos, sin = rotary_tables(cfg, torch.float32)
-    angle = torch.atan2(sin[1, 0], cos[1, 0]).double()  # at position 1: base^(-2k / 16)
-    assert len(angle) == 8 and angle[0] == pytest.approx(1.0)
+    # at position 1, of the first of each pair: base^(-2k / 16)
+    angle = torch.atan2(sin[1, 0], cos[1, 0])[:8].double()
+    assert cos.shape[-1] == 16 and angle[0] == pytest.approx(1.0)
     assert angle[1].item() ** -8 == pytest.approx(22082, abs=1) == 10000 * 2 ** (16 / 14)
 
 
