@@ -3661,7 +3661,8 @@ def newton_schulz(g: Tensor, triples: Sequence[tuple], row_normalise: bool = Fal
     x = x.mT if tall else x
     for a, b, c in triples:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     x = x.mT if tall else x
     return x.to(g.dtype)
 
