@@ -321,6 +321,7 @@ RESULT = dict(  # what result.json has at least
     under_cap=bool,
     steps=int,
     tokens_seen=int,
+    epochs=float,
     step_ms_median=float,
     train_seconds=float,
     eval_seconds=float,
@@ -496,6 +497,7 @@ def test_the_figures_of_a_result_agree_with_each_other_and_with_the_files(folder
 def test_the_figures_of_training_agree_with_the_configuration(trained):
     r, events, _ = records(trained)
     assert r["tokens_seen"] == r["steps"] * r["config"]["train_batch_tokens"] == 6 * 512
+    assert r["epochs"] == r["tokens_seen"] / r["data"]["train_tokens"]
     assert r["quant_gap_bpb"] == pytest.approx(
         r["quantised_val_bpb"] - r["averaged_val_bpb"], abs=1e-12
     )

@@ -55,8 +55,11 @@ MODES = {  # what is on when the run is stopped
         swa_start_kind="always",
         swa_start_frac=0.0,
         swa_every=1,
+        loader="shuffled",
     ),
     "QNA, SQWA": dict(
+        loader="documents",
+        doc_mask=True,
         qna_enabled=True,
         sqwa_enabled=True,
         swa_start_kind="iter_frac",
@@ -71,6 +74,7 @@ MODES = {  # what is on when the run is stopped
         swa_every=3,
         grad_accum_steps=3,
         adam_wd=0.1,
+        loader="coprime",
     ),
 }
 TIMES = {"t", "seconds", "step_ms", "environment"}
