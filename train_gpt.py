@@ -3473,6 +3473,8 @@ def averaging_warnings(cfg: Config, seen: Forecast) -> list[str]:
 # Promise: weights and gradients lie in one buffer each, and every rank holds the same bits after
 # every step.
 ALIGNMENT = 16  # fp32 entries: 64 bytes, what vector loads want
+# Of one tensor into one; later torches call it so
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Bank(NamedTuple):
@@ -3485,7 +3487,7 @@ class Bank(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """What all ranks know of a step before its update."""
+    """What all ranks know of a step's gradients."""
 
     loss: float  # nats per token
     norm: float  # of the gradients, before the clip
@@ -3499,11 +3501,12 @@ class FlatParameters:
     Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
 
         weights    | embed | bank | bank | ... | scalar |
-        gradients  | embed | bank | bank | ... | scalar | loss | stop | refused |
+        gradients  | embed | bank | bank | ... | scalar | loss, stop, refused |
 
-    The step's loss and two flags travel with the gradients. A group is one slice, so that AdamW
-    sees one tensor. A bank is filled up with zeros to an equal share per rank, here 5 matrices on
-    3 ranks; each rank updates its share (Optimiser):
+    The step's loss and two flags travel with the gradients. The update does not wait for a host to
+    read them: `skip` tells it on the device whether to leave all as it is. A group is one slice, so
+    that AdamW sees one tensor. A bank is filled up with zeros to an equal share per rank, here
+    5 matrices on 3 ranks; each rank updates its share (Optimiser):
 
         | matrix 0  matrix 1 | matrix 2  matrix 3 | matrix 4  zeros |
           rank 0               rank 1               rank 2
@@ -3521,11 +3524,16 @@ class FlatParameters:
         size = self.lay_out(params)
 
         self.weights = torch.zeros(size, device=run.device)
-        self.gradients = torch.zeros(size + 3, device=run.device)
+        # a whole cache line behind the weights' places
+        self.gradients = torch.zeros(size + ALIGNMENT, device=run.device)
         self.proper_gradients = self.gradients[:size]
-        self.loss = self.gradients[size]  # of the step
-        self.stop = self.gradients[size + 1]  # 1: this rank was told to stop
-        self.refused = self.gradients[size + 2]  # 1: this rank has no rows for the step
+        self.told = self.gradients[size : size + 3]
+        self.loss, self.stop, self.refused = self.told.unbind()
+        # 1: the step is not finite, or refused. fp32 is what fused AdamW reads
+        self.skip = torch.zeros((), device=run.device, dtype=torch.float)
+        cuda = self.weights.is_cuda
+        self.seen = torch.zeros(4, pin_memory=cuda)  # what `outcome` reads
+        self.arrived = torch.cuda.Event() if cuda else None
 
         gradients = self.views(self.gradients)
         for name, weights in self.views(self.weights).items():
@@ -3598,23 +3606,36 @@ class FlatParameters:
         works = []
         for rows in stacks:
             if self.world > 1:
-                works.append(dist.all_gather(list(rows), rows[self.rank], async_op=True))
+                works.append(all_gather(rows.view(-1), rows[self.rank], async_op=True))
         for work in works:
             work.wait()
 
-    def reduce(self, clip: float) -> Reduced:
+    def reduce(self, clip: float) -> None:
         """The mean over the ranks, THEN the clip: each rank's own clip would bend the mean (#975).
 
-        The only host sync of a step.
+        Both in one pass over the gradients. No host sync.
         """
         if self.world > 1:
             dist.all_reduce(self.gradients)
-            self.gradients /= self.world
-        norm = self.proper_gradients.norm()
-        mean = Reduced(*torch.stack((self.loss, norm, self.stop, self.refused)).tolist())
-        if 0 < clip < mean.norm + 1e-6:
-            self.proper_gradients *= clip / (mean.norm + 1e-6)
-        return mean
+            self.told /= self.world
+        norm = self.proper_gradients.norm() / self.world
+        if clip or self.world > 1:
+            factor = (clip or math.inf) / (norm.double() + 1e-6)
+            # where, as the least of 1 and NaN is NaN, which would hide whose gradient is not finite
+            factor = torch.where(factor < 1, factor, 1.0) / self.world
+            self.proper_gradients *= factor.to(norm.dtype)
+
+        broken = ~(self.loss + norm).isfinite() | (self.refused > 0)
+        self.skip.copy_(broken)
+        self.seen.copy_(torch.stack((self.loss, norm, *self.told[1:])), non_blocking=True)
+        if self.arrived:
+            self.arrived.record()
+
+    def outcome(self) -> Reduced:
+        """Of the last `reduce`. Host sync: to its end, not to that of what was started since."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return Reduced(*self.seen.tolist())
 
     def checksums(self) -> list[int]:
         """The sum of the bits of every rank's weights: unlike where ranks have drifted apart.
@@ -3676,7 +3697,9 @@ class MuonShare(NamedTuple):
     bank: Tensor  # the weights of all ranks, (ranks, entries)
 
 
-def muon_update(share: MuonShare, now: StepPlan, cfg: Config, orthogonalise: Callable) -> None:
+def muon_update(
+    share: MuonShare, now: StepPlan, cfg: Config, orthogonalise: Callable, counts: Tensor
+) -> None:
     """Muon: one step of a stack of matrices along the orthogonalised momentum, in place.
 
     What:   m <- momentum m + g;  u = Newton-Schulz(g + momentum m)
@@ -3684,23 +3707,28 @@ def muon_update(share: MuonShare, now: StepPlan, cfg: Config, orthogonalise: Cal
     Why:    all directions of a matrix move alike, however unequal its gradient is.
     Source: K. Jordan 2024 (Nesterov form); MATRIX_LR, MUON_MOMENTUM, MUON_WD.
     Care:   for matrices inside the model only: tables, vectors and scalars go to AdamW.
-            The decay is decoupled, and must reach Muon (#989's did not).
+            The decay is decoupled, and must reach Muon (#989's did not). Where `counts`, a bool ()
+            on the device, is false, momenta and weights stay what they are.
     """
     lr = cfg.matrix_lr * now.lr_scale
     wd = cfg.muon_wd * now.wd_scale
-    share.momenta.mul_(now.momentum).add_(share.gradients)
-    nesterov = torch.add(share.gradients, share.momenta, alpha=now.momentum)
-    update = orthogonalise(nesterov)
+    # by its bits, as NaN * 0 is NaN
+    bits = share.gradients.view(torch.int32) & -counts.to(torch.int32)
+    gradients = bits.view(share.gradients.dtype)
+    share.momenta.mul_(torch.where(counts, now.momentum, 1.0)).add_(gradients)
+    nesterov = torch.add(gradients, share.momenta, alpha=now.momentum)
+    update = orthogonalise(nesterov).mul_(counts.to(nesterov.dtype))
     rows, columns = update.shape[-2:]
     scale = lr * math.sqrt(max(1, rows / columns))
-    share.weights.mul_(1 - lr * wd).add_(update, alpha=-scale)
+    share.weights.mul_(torch.where(counts, 1 - lr * wd, 1.0)).add_(update, alpha=-scale)
 
 
 class Optimiser:
     """Muon for the matrices inside the model, AdamW for the rest.
 
     Each rank updates its share of each Muon bank; AdamW does all of its work on every rank. The
-    moments lie in buffers like the weights. No host sync.
+    moments lie in buffers like the weights. Where flat.skip says so, weights and moments stay what
+    they are, bit for bit. No host sync.
     """
 
     def __init__(self, flat: FlatParameters, cfg: Config, run: Run):
@@ -3752,6 +3780,7 @@ class Optimiser:
             }
         adamw = torch.optim.AdamW(groups, eps=cfg.adam_eps, fused=True)
         adamw.state.update(states)
+        adamw.found_inf = flat.skip  # at 1 it does nothing
         return adamw
 
     def step(self, now: StepPlan) -> None:
@@ -3763,8 +3792,9 @@ class Optimiser:
 
     def muon(self, now: StepPlan) -> Iterator[Tensor]:
         """Updates this rank's share of each bank; yields each bank, (ranks, entries)."""
+        counts = self.flat.skip == 0
         for share in self.shares:
-            muon_update(share, now, self.cfg, self.orthogonalise)
+            muon_update(share, now, self.cfg, self.orthogonalise, counts)
             yield share.bank
 
 
@@ -4323,8 +4353,8 @@ class Trainer:
     def step(self, batch: Batch | Refusal, now: StepPlan) -> None:
         """One optimiser step on the rows of this rank; `now`: what the schedule says of it.
 
-        Refusal of all ranks, before anything is updated, where one of them has no rows.
-        Host sync: one, in FlatParameters.reduce.
+        Refusal of all ranks, and nothing is updated, where one of them has no rows.
+        Host sync: one, when the update is under way, so that a GPU always has work.
         """
         refusal = batch if isinstance(batch, Refusal) else None
         self.flat.gradients.zero_()
@@ -4338,11 +4368,13 @@ class Trainer:
             self.views.leave(latent)
         if self.run.stop:
             self.flat.stop.fill_(1)
-        self.loss, norm, self.stopping, refused = self.flat.reduce(self.cfg.grad_clip_norm)
+        self.flat.reduce(self.cfg.grad_clip_norm)
+        self.optimiser.step(now)
+        self.loss, norm, self.stopping, refused = self.flat.outcome()
         if refused:
             raise self.run.first_refusal(refusal)
         if math.isfinite(self.loss + norm):
-            self.update(now)
+            self.take_in(now)
         else:
             self.leave_out(norm)
         self.steps += 1
@@ -4357,9 +4389,8 @@ class Trainer:
             loss.backward()
             self.flat.loss += loss.detach()
 
-    def update(self, now: StepPlan) -> None:
-        """New weights and averages; notes which toggles have acted."""
-        self.optimiser.step(now)
+    def take_in(self, now: StepPlan) -> None:
+        """The new weights into the averages; notes which toggles have acted."""
         acting = self.views.acting(now) + self.averages.update(now.snapshot)
         if now.lr_scale < 1:
             acting.append("WARMDOWN")

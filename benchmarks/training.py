@@ -280,7 +280,7 @@ def gradient_norm(b: Bench, trainer: Trainer) -> None:
         p.grad = g.clone()
 
     seconds = b.time(
-        lambda: flat.reduce(clip),
+        lambda: (flat.reduce(clip), flat.outcome()),
         lambda: plain_reduce(copies, world, clip),
     )
     name = "gradient norm and clip"

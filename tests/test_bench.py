@@ -237,7 +237,8 @@ def reductions(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor, list,
     copies = [nn.Parameter(torch.zeros_like(p)) for p in params.values()]
     for copy, p in zip(copies, params.values(), strict=True):
         copy.grad = p.grad.clone()
-    norm = flat.reduce(0.3).norm
+    flat.reduce(0.3)
+    norm = flat.outcome().norm
     return (
         norm,
         plain_reduce(copies, world, 0.3),

@@ -6,6 +6,7 @@ drift apart.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import THREADS, TINY, until
 from launch import serve
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from train_gpt import (
@@ -115,19 +117,19 @@ def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
 
 def own_gradient(rank: int) -> torch.Tensor:
     """Nine numbers, padding, the loss, and whether the rank was told to stop (rank 1 was), and has
-    no rows (rank 2 has none).
+    no rows (rank 2 has none); then padding.
     """
+    numbers = torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank)))
     ends = torch.tensor([2.0 + rank, float(rank == 1), float(rank == 2)])
-    return torch.cat(
-        (torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank), torch.zeros(7), ends)
-    )
+    return torch.cat((numbers, torch.zeros(7), ends, torch.zeros(13)))
 
 
 def everything(rank: int, world: int, cfg) -> dict:
     """What the tests below compare between the ranks, and between worlds."""
     flat = FlatParameters(other_parameter(), SimpleNamespace(world=world, rank=rank, device="cpu"))
     flat.gradients.copy_(own_gradient(rank))
-    stats, losses = tuple(flat.reduce(clip=0.5)), []
+    flat.reduce(clip=0.5)
+    stats, losses = tuple(flat.outcome()), []
     trainer = make_trainer(dataclasses.replace(cfg, run_id=f"{world}-ranks"))
     trainer.report = lambda k: losses.append(trainer.loss)
     trainer.train()
@@ -167,12 +169,12 @@ def worlds(data, tmp_path_factory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_the_mean_gradient_is_clipped_not_each_ranks_own(worlds, world):
     mean = torch.stack([own_gradient(rank) for rank in range(world)]).mean(0)
-    expected = torch.cat((mean[:-3] * min(0.5 / mean[:-3].norm().item(), 1), mean[-3:]))
+    gradients, (loss, stopping, refused) = mean[:16], mean[16:19].tolist()
+    norm = gradients.norm().item()
+    expected = torch.cat((gradients * min(0.5 / norm, 1), mean[16:]))
     for result in worlds[world]:
         torch.testing.assert_close(result["flat"], expected, rtol=1e-5, atol=1e-6)
-        assert result["stats"] == pytest.approx(
-            (mean[-3].item(), mean[:-3].norm().item(), mean[-2].item(), mean[-1].item())
-        )
+        assert result["stats"] == pytest.approx((loss, norm, stopping, refused))
 
 
 @pytest.mark.parametrize("world", (2, 3))
@@ -300,12 +302,12 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
             p.grad.data_ptr() == places[id(p)]
             and p.grad.untyped_storage().data_ptr() == flat.data_ptr()
         )
-    assert flat[-3:].tolist() == pytest.approx([loss.item(), 0.0, 0.0], rel=1e-6)
-    assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 3
+    ends = [loss.item(), *[0.0] * 15]
+    assert flat[-16:].tolist() == pytest.approx(ends, rel=1e-6)
+    assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 16
     norms = torch.stack([p.grad.norm() for p in params])
-    assert flat[:-3].norm().item() == pytest.approx(
-        norms.norm().item(), rel=1e-5
-    )  # nothing else is in it
+    # nothing else is in it
+    assert flat[:-16].norm().item() == pytest.approx(norms.norm().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("clip", (0.0, 0.01, 0.3, 1e9))
@@ -321,9 +323,73 @@ def test_the_clip_is_that_of_torch(clip):
         p.grad.copy_(normal(*p.shape, seed=i))
         copy.grad = p.grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(copies, clip or math.inf)
-    assert flat.reduce(clip) == pytest.approx((7.0, norm.item(), 0.0, 1.0))
+    flat.reduce(clip)
+    assert flat.outcome() == pytest.approx((7.0, norm.item(), 0.0, 1.0))
     for p, copy in zip(params, copies, strict=True):
         torch.testing.assert_close(p.grad, copy.grad)
+
+
+class NoHostSync(TorchDispatchMode):
+    """Reading a number from a tensor is an error: on a GPU the host would wait for it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.ops.aten._local_scalar_dense.default,)
+        return function(*args, **kwargs or {})
+
+
+def filled_optimiser(cfg) -> Optimiser:
+    """Of matrices and a vector, after one step."""
+    flat = FlatParameters(matrices(*SHAPES) | other_parameter(), ALONE)
+    optimiser = Optimiser(flat, cfg, ALONE)
+    flat.proper_gradients.copy_(normal(len(flat.proper_gradients)))
+    flat.reduce(cfg.grad_clip_norm)
+    optimiser.step(StepPlan(1.0, 0.9))
+    return optimiser
+
+
+def everything_of(optimiser: Optimiser) -> list[torch.Tensor]:
+    """Copies of weights, moments and AdamW's steps."""
+    buffers = [optimiser.flat.weights, optimiser.first_moments, optimiser.second_moments]
+    steps = [state["step"] for state in optimiser.adamw.state.values()]
+    return [tensor.clone() for tensor in (*buffers, *steps)]
+
+
+@pytest.mark.parametrize("clip", (0.0, 0.3))
+@pytest.mark.parametrize("what", ("a matrix", "a vector", "the loss", "too large", "no rows"))
+def test_a_step_that_must_not_count_changes_no_bit_and_nobody_waits_to_know_it(what, clip):
+    optimiser = filled_optimiser(train_gpt.Config(grad_clip_norm=clip, adam_wd=0.1))
+    flat = optimiser.flat
+    before = everything_of(optimiser)
+    views = flat.views(flat.gradients)
+    {
+        "a matrix": lambda: views["w5"][1].fill_(math.nan),
+        "a vector": lambda: views["b"].fill_(math.inf),
+        "the loss": lambda: flat.loss.fill_(math.nan),
+        "too large": lambda: views["w0"].fill_(1e30),  # its square is infinite
+        "no rows": lambda: flat.refused.fill_(1),
+    }[what]()
+    with NoHostSync():
+        flat.reduce(clip)
+        optimiser.step(StepPlan(1.0, 0.9))
+    assert all(map(torch.equal, everything_of(optimiser), before))
+    # and the next one counts again
+    flat.gradients.zero_()
+    flat.reduce(clip)
+    optimiser.step(StepPlan(1.0, 0.9))
+    assert not any(map(torch.equal, everything_of(optimiser), before))
+
+
+def test_a_step_asks_for_its_outcome_when_the_update_is_under_way(tiny, monkeypatch):
+    trainer = make_trainer(tiny())
+    order = []
+    for owner, name in ((trainer.optimiser, "step"), (trainer.flat, "outcome")):
+        work = getattr(owner, name)
+        noted = functools.partial(lambda name, work, *a: order.append(name) or work(*a), name, work)
+        monkeypatch.setattr(owner, name, noted)
+    loader = train_gpt.Loader(trainer.cfg, trainer.run, trainer.split)
+    trainer.step(loader.next(trainer.cfg.train_seq_len), StepPlan(1.0, 0.9))
+    loader.close()
+    assert order == ["step", "outcome"]
 
 
 @pytest.mark.parametrize("world", (1, 2, 3, 8))
