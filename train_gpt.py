@@ -217,7 +217,7 @@ NOISES = ("export", "row")
 SUM_TYPES = ("fp32", "native", "bf16")
 FLOATS = ("fp16", "fp32")
 MATRIX = ("muon", "adam")
-ACTIVATIONS = ("relu2", "leaky_relu2")
+LANES = ("mean", "attn", "mlp")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
 LOADERS = ("rows", "documents", "shuffled", "coprime")
@@ -226,6 +226,8 @@ LOADERS = ("rows", "documents", "shuffled", "coprime")
 SNAPSHOTS = "swa_enabled or sqwa_enabled"
 TABLES = "bigram_vocab_size or ve_enabled"
 SHARED = "quant_clip_mlp or quant_clip_attn or quant_clip_bigram or quant_clip_embed"
+SMEARS = "smear_gate or smear_gate_enabled"
+GATES = "smear_gate_enabled or sparse_attn_gate_enabled or attn_out_gate_enabled"
 CODES = "quant_bits_mlp or quant_bits_attn or quant_bits_bigram or quant_bits_embed"
 
 run_knob = partial(knob, scope="run")
@@ -244,6 +246,10 @@ code_knob = partial(grid_knob, needs=CODES)
 doc_knob = partial(model_knob, needs="doc_mask")
 ve_knob = partial(model_knob, needs="ve_enabled")
 smear_knob = partial(model_knob, needs="smear_gate")
+sparse_knob = partial(model_knob, needs="sparse_attn_gate_enabled")
+dense_knob = partial(model_knob, needs="gated_attn_enabled")
+loops_knob = partial(model_knob, needs="num_loops")
+lane_knob = partial(model_knob, needs="parallel_start_layer")
 bigram_knob = partial(model_knob, needs="bigram_vocab_size")
 ramp_knob = partial(knob, needs="muon_momentum_warmup_steps")
 qat_knob = partial(knob, needs="qat_enabled")
@@ -345,7 +351,6 @@ class Config:
     num_heads: int = model_knob(8, "", "query heads", lo=1)
     num_kv_heads: int = model_knob(4, "", "key / value heads, shared by query heads", lo=1)
     mlp_mult: float = model_knob(3.0, "x dim", "hidden width of the MLP", lo=0.01)
-    mlp_act: str = model_knob("relu2", "", "square of ReLU or LeakyReLU(0.5)", choices=ACTIVATIONS)
     init: str = model_knob("ortho", "", "initial matrices", choices=("default", "ortho"))
     tied_embed_init_std: float = model_knob(0.005, "", "of the initial token embedding", lo=0)
     qk_gain_init: float = model_knob(1.5, "", "initial gain of the queries, one per head", lo=0)
@@ -365,6 +370,9 @@ class Config:
     def mlp_has_hidden_units(mlp_mult, model_dim):
         remedy = f"leaves no hidden unit at MODEL_DIM={model_dim}"
         refuse(mlp_mult * model_dim < 1, f"MLP_MULT={mlp_mult}: {remedy}")
+
+    # MLP slope
+    negative_slope: float = model_knob(0.0, "", "LeakyReLU^2 in the MLP; 0: ReLU^2", lo=0, hi=1)
 
     # Rotary positions: all or some dimensions of a head, NTK scaling
     rope_base: float = model_knob(10000.0, "", "rotary base", lo=1)
@@ -413,8 +421,79 @@ class Config:
     # SmearGate
     smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding")
     smear_pos: str = smear_knob("pre_norm", "", "input norm", choices=("pre_norm", "post_norm"))
-    smear_mask_bos: bool = smear_knob(False, "", "SmearGate never looks across a document start")
     smear_beta2: float = knob(0.99, "", "in AdamW; 0: BETA2", lo=0, hi=0.9999, needs="smear_gate")
+
+    # Gated SmearGate, another technique than SMEAR_GATE; the mask is for both
+    smear_gate_enabled: bool = model_knob(False, "", "gated SmearGate: one learned gate per token")
+    smear_mask_bos: bool = model_knob(False, "", "none over a document start", needs=SMEARS)
+
+    @rule
+    def previous_token_is_blended_in_once(smear_gate, smear_gate_enabled):
+        remedy = "SMEAR_GATE=1 (the default) blends in the previous token too: set SMEAR_GATE=0"
+        refuse(smear_gate and smear_gate_enabled, f"SMEAR_GATE_ENABLED=1: {remedy}")
+
+    # Gates of what attention heads have gathered: sparse, dense, output
+    sparse_attn_gate_enabled: bool = model_knob(False, "", "head gates that read GATE_WINDOW dims")
+    sparse_attn_gate_scale: float = sparse_knob(1.0, "", "of what the sigmoid reads", lo=0)
+    sparse_attn_gate_init_std: float = sparse_knob(0.0, "", "of the initial gate weights", lo=0)
+    gated_attn_enabled: bool = model_knob(False, "", "head gates that read all dims")
+    gated_attn_init_std: float = dense_knob(0.01, "", "of the initial gate weights", lo=0)
+    attn_out_gate_enabled: bool = model_knob(False, "", "head gates of 0 to 2, 1 at the start")
+    gate_window: int = model_knob(12, "dims", "first ones, which gates read", lo=1, needs=GATES)
+
+    @rule
+    def heads_are_gated_once(sparse_attn_gate_enabled, gated_attn_enabled, attn_out_gate_enabled):
+        gates = {
+            "SPARSE_ATTN_GATE_ENABLED": sparse_attn_gate_enabled,
+            "GATED_ATTN_ENABLED": gated_attn_enabled,
+            "ATTN_OUT_GATE_ENABLED": attn_out_gate_enabled,
+        }
+        on = [f"{name}=1" for name, gate in gates.items() if gate]
+        refuse(len(on) > 1, f"{' and '.join(on)}: a head has one gate; choose one")
+
+    @rule
+    def gates_read_dimensions_that_exist(
+        gate_window, model_dim, smear_gate_enabled, sparse_attn_gate_enabled, attn_out_gate_enabled
+    ):
+        on = smear_gate_enabled or sparse_attn_gate_enabled or attn_out_gate_enabled
+        remedy = f"gates read dimensions of MODEL_DIM={model_dim}: lower it"
+        refuse(on and gate_window > model_dim, f"GATE_WINDOW={gate_window}: {remedy}")
+
+    # Skip gates
+    skip_gates_enabled: bool = model_knob(False, "", "sigmoid gates between stream and skips")
+
+    # Depth recurrence: blocks that are passed several times
+    num_loops: int = model_knob(0, "passes", "more of LOOP_START to LOOP_END; 0: off", lo=0, hi=64)
+    loop_start: int = loops_knob(3, "block", "the first of a loop", lo=0)
+    loop_end: int = loops_knob(5, "block", "the last of a loop", lo=0)
+
+    @rule
+    def looped_blocks_exist(num_loops, loop_start, loop_end, num_layers):
+        broken = num_loops and not loop_start <= loop_end < num_layers
+        remedy = f"needs LOOP_START <= LOOP_END < NUM_LAYERS={num_layers}"
+        told = f"NUM_LOOPS={num_loops} LOOP_START={loop_start} LOOP_END={loop_end}"
+        refuse(broken, f"{told}: {remedy}")
+
+    # Two lanes
+    parallel_start_layer: int = model_knob(0, "block", "first with two lanes; 0: off", lo=0)
+    parallel_final_lane: str = lane_knob("mean", "", "which lane is read at the end", choices=LANES)
+
+    @rule
+    def lanes_open_in_the_decoder(parallel_start_layer, num_layers):
+        decoder = range(num_layers // 2, num_layers)
+        broken = parallel_start_layer and parallel_start_layer not in decoder
+        remedy = f"is no decoder, which are blocks {decoder[0]} to {decoder[-1]}"
+        refuse(broken, f"PARALLEL_START_LAYER={parallel_start_layer}: {remedy}")
+
+    @rule
+    def lanes_open_behind_the_loop(parallel_start_layer, num_loops, loop_end):
+        # a visit of a looped block would update a stream that nothing reads any more
+        broken = num_loops and 0 < parallel_start_layer <= loop_end
+        remedy = f"must lie behind the loop, so above LOOP_END={loop_end}"
+        refuse(broken, f"PARALLEL_START_LAYER={parallel_start_layer}: {remedy}")
+
+    # Two softcaps
+    asym_logit_rescale: bool = model_knob(False, "", "learned caps: logits above 0, and below")
 
     # BigramHash
     bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0)
@@ -2553,6 +2632,33 @@ class SmearGate(nn.Module):
 ADAMW_GROUPS["smear"] = AdamwKnobs("scalar_lr", beta2="smear_beta2")
 
 
+@technique("SMEAR_GATE_ENABLED")
+class GatedSmear(nn.Module):
+    """Gated SmearGate: add the token before, as much as the token at hand asks for.
+
+    What:   x_t + strength * sigmoid(weight . first GATE_WINDOW dimensions of x_t) * x_{t-1}, on
+            the embeddings before their norm; nothing at the start of a row.
+    Why:    as SmearGate, and a token that needs no context takes none.
+    Source: pull request #1667, masked: #1851; toggle SMEAR_GATE_ENABLED, mask SMEAR_MASK_BOS.
+    Care:   #1667 calls it SMEAR_GATE. It starts as the identity: weight gets its first gradient
+            once strength has left 0.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.weight = parameter(torch.zeros(1, cfg.gate_window), CONTROL)
+        self.strength = parameter(torch.zeros(1), CONTROL)
+        self.mask_bos = cfg.smear_mask_bos
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        window = self.weight.shape[1]
+        gate = torch.sigmoid(F.linear(x[..., :window], self.weight.to(x.dtype)))
+        gate = self.strength.to(x.dtype) * gate
+        if self.mask_bos:
+            gate = gate * (ids != BOS)[..., None]
+        return x + gate * F.pad(x, (0, 0, 1, -1))
+
+
 @technique("BIGRAM_VOCAB_SIZE")
 class BigramHash(nn.Module):
     """BigramHash: an embedding of the pair (previous token, token).
@@ -2634,6 +2740,73 @@ def exclude_self(y: Tensor, v: Tensor, x: Tensor) -> Tensor:
     own = F.normalize(v, dim=-1)[:, :, :, None]
     along = (grouped * own).sum(-1, keepdim=True)
     return (grouped - along * own).flatten(2, 3)
+
+
+class HeadGate(nn.Module):
+    """Scales what each head has gathered by gain * sigmoid(scale * weight . input).
+
+    weight (heads, dims): of the attention's input, normed, it reads the first `dims`.
+    y (batch, time, heads, head_dim), x (batch, time, model_dim) -> as y.
+    """
+
+    def __init__(self, weight: Tensor, scale: float = 1.0, gain: float = 1.0):
+        super().__init__()
+        self.weight = parameter(weight, CONTROL)
+        self.scale = scale
+        self.gain = gain
+
+    def forward(self, y: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        window = self.weight.shape[1]
+        asked = F.linear(x[..., :window], self.weight.to(x.dtype))
+        return y * (self.gain * torch.sigmoid(self.scale * asked))[..., None]
+
+
+@technique("SPARSE_ATTN_GATE_ENABLED")
+def sparse_gate(cfg: Config) -> HeadGate:
+    """Sparse attention gate: heads that can be silent, at 12 weights each.
+
+    What:   head h times sigmoid(SPARSE_ATTN_GATE_SCALE * w_h . first GATE_WINDOW dims of x).
+    Why:    softmax weights sum to one: without a gate a head must gather something.
+    Source: pull request #1787; toggle SPARSE_ATTN_GATE_ENABLED.
+    Care:   weights of 0 are gates of one half, which the output projection makes up for.
+    """
+    spread = cfg.sparse_attn_gate_init_std
+    weight = torch.zeros(cfg.num_heads, cfg.gate_window)
+    return HeadGate(weight.normal_(std=spread) if spread else weight, cfg.sparse_attn_gate_scale)
+
+
+@technique("GATED_ATTN_ENABLED")
+def dense_gate(cfg: Config) -> HeadGate:
+    """Dense attention gate: as the sparse one, but from all dimensions.
+
+    What:   head h times sigmoid(w_h . x).
+    Why:    see the sparse gate; no dimensions have to be kept for it.
+    Source: pull request #1736; toggle GATED_ATTN_ENABLED.
+    Care:   MODEL_DIM weights a head; the sparse gate scores alike with GATE_WINDOW of them.
+    """
+    weight = torch.empty(cfg.num_heads, cfg.model_dim)
+    return HeadGate(weight.normal_(std=cfg.gated_attn_init_std))
+
+
+@technique("ATTN_OUT_GATE_ENABLED")
+def output_gate(cfg: Config) -> HeadGate:
+    """Attention output gate: as the sparse one, but it can also amplify a head.
+
+    What:   head h times 2 sigmoid(w_h . first GATE_WINDOW dims of x).
+    Why:    see the sparse gate; the model starts as that without it.
+    Source: pull request #1667; toggle ATTN_OUT_GATE_ENABLED.
+    Care:   it reads the attention's input; #1667 could also read the queries.
+    """
+    return HeadGate(torch.zeros(cfg.num_heads, cfg.gate_window), gain=2.0)
+
+
+def head_gate(cfg: Config) -> Callable | None:
+    """The gate that is on, as what makes one; None: none."""
+    if cfg.sparse_attn_gate_enabled:
+        return sparse_gate
+    if cfg.gated_attn_enabled:
+        return dense_gate
+    return output_gate if cfg.attn_out_gate_enabled else None
 
 
 @technique("LN_SCALE")
@@ -3054,6 +3227,11 @@ class Attention(nn.Module):
         if layer >= cfg.num_layers - cfg.xsa_last_n:
             self.finish.append(exclude_self)
 
+    def add_gate(self, gate: HeadGate) -> None:
+        """The last of `finish`."""
+        self.gate = gate
+        self.finish.append(gate)
+
     def forward(self, x: Tensor, seen: Context) -> Tensor:
         v = self.c_v(x)
         if self.layer in seen.value_bias:
@@ -3072,23 +3250,21 @@ class Attention(nn.Module):
         return self.proj(y.flatten(2))
 
 
+@technique("NEGATIVE_SLOPE")
+def leaky_relu2(z: Tensor, slope: float) -> Tensor:
+    """LeakyReLU^2: as ReLU^2, but a part of what is negative stays.
+
+    What:   (max(z, 0) + slope * min(z, 0)) squared.
+    Why:    a unit that is negative still has a gradient.
+    Source: #975 with slope 0.5, #1948 with 0.3; toggle NEGATIVE_SLOPE, 0: ReLU^2.
+    Care:   the square drops the sign: it falls below 0 and rises above, so it is not monotone.
+    """
+    return F.leaky_relu(z, slope).square()
+
+
 def relu2(z: Tensor) -> Tensor:
     """max(z, 0) squared."""
     return F.relu(z).square()
-
-
-def leaky_relu2(z: Tensor) -> Tensor:
-    """LeakyReLU^2: as relu2, but half of what is negative stays.
-
-    What:   (max(z, 0) + min(z, 0) / 2) squared.
-    Why:    a unit that is negative still has a gradient.
-    Source: #975; toggle MLP_ACT.
-    Care:   the square drops the sign: it falls below 0 and rises above, so it is not monotone.
-    """
-    return F.leaky_relu(z, 0.5).square()
-
-
-ACTIVATION_FUNCTIONS = {"relu2": relu2, "leaky_relu2": leaky_relu2}
 
 
 class MLP(nn.Module):
@@ -3098,7 +3274,9 @@ class MLP(nn.Module):
         super().__init__()
         hidden = int(cfg.mlp_mult * cfg.model_dim)
         self.fc = Linear(cfg.model_dim, hidden, MLP_ROLE, INITS[cfg.init])
-        self.activation = ACTIVATION_FUNCTIONS[cfg.mlp_act]
+        self.activation = relu2
+        if cfg.negative_slope:
+            self.activation = partial(leaky_relu2, slope=cfg.negative_slope)
         self.proj = Linear(hidden, cfg.model_dim, MLP_ROLE)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -3118,6 +3296,7 @@ class Block(nn.Module):
         if cfg.ln_scale:
             self.norm = DepthScaledNorm(layer)
 
+        self.layer = layer
         self.attn = Attention(cfg, layer, attend)
         self.mlp = MLP(cfg)
         ones = torch.ones(cfg.model_dim)
@@ -3127,16 +3306,130 @@ class Block(nn.Module):
         self.mlp_scale = parameter(ones.clone(), CONTROL)
 
     def forward(self, x: Tensor, seen: Context) -> Tensor:
+        x = self.mixed(x, seen)
+        x = x + self.attention_update(x, seen)
+        return x + self.mlp_update(x)
+
+    def mixed(self, x: Tensor, seen: Context) -> Tensor:
+        """The stream with the input embedding mixed in."""
         current, origin = self.resid_mix.to(x.dtype).unbind()
-        x = current * x + origin * seen.x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(self.norm(x), seen)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
+        return current * x + origin * seen.x0
+
+    def attention_update(self, x: Tensor, seen: Context) -> Tensor:
+        """What attention adds to the stream."""
+        return self.attn_scale.to(x.dtype) * self.attn(self.norm(x), seen)
+
+    def mlp_update(self, x: Tensor) -> Tensor:
+        """What the MLP adds to the stream."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
+
+
+# Techniques around the blocks: their order, what decoders take back, the streams, the logits
+
+
+@technique("NUM_LOOPS")
+def repeated(visits: list[int], first: int, last: int, loops: int) -> list[int]:
+    """Depth recurrence: a run of blocks is passed several times.
+
+    What:   blocks LOOP_START to LOOP_END so many times more, one pass after the other; the U-Net
+            goes over all visits: its encoder is the first half of them.
+    Why:    depth without weights: compute is cheaper than bytes.
+    Source: pull requests #1204 and #1394; toggle NUM_LOOPS; when it begins: ENABLE_LOOPING_AT.
+    Care:   a block has the same gates, scales and norms at each visit (#1204 had some for each),
+            but row j of the skip weights belongs to decoder visit j, whatever block that is.
+    """
+    return visits[: last + 1] + loops * visits[first : last + 1] + visits[last + 1 :]
+
+
+def add_skip(x: Tensor, skip: Tensor, visit: int) -> Tensor:
+    """What an encoder kept, added to the stream."""
+    return x + skip
+
+
+@technique("SKIP_GATES_ENABLED")
+class SkipGates(nn.Module):
+    """Sigmoid skip gates: a decoder chooses between the stream and what an encoder kept.
+
+    What:   g x + (1 - g) skip, with g = sigmoid(gate) per dimension and decoder visit.
+    Why:    a sum lets the stream grow with each skip; a mean does not.
+    Source: pull request #1089; toggle SKIP_GATES_ENABLED.
+    Care:   g starts at one half; `skip` has its own gain per dimension already.
+    """
+
+    def __init__(self, visits: int, dim: int):
+        super().__init__()
+        self.gate = parameter(torch.zeros(visits, dim), CONTROL)
+
+    def forward(self, x: Tensor, skip: Tensor, visit: int) -> Tensor:
+        return torch.lerp(skip, x, torch.sigmoid(self.gate[visit]).to(x.dtype))
+
+
+@technique("PARALLEL_START_LAYER")
+class Lanes(nn.Module):
+    """Two lanes: late attentions and MLPs have a stream each.
+
+    What:   lanes a and b; A = what attention adds, reading a, M = what the MLP adds, reading b:
+            a' = r_a a + p_Aa A + p_Ma M  and  b' = r_b b + p_Ab A + p_Mb M, a learned number each.
+    Why:    neither waits for the other, and each writes where it is of use.
+    Source: pull requests #1204 and #1529; toggle PARALLEL_START_LAYER, PARALLEL_FINAL_LANE.
+    Care:   the input embedding is mixed into what attention reads, not into the lane. Skips enter
+            lane a. All blocks have their numbers, as in #1529, but only those with lanes use them.
+            In #1412 to #1493 PARALLEL_START_LAYER is another technique: one stream, one input.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.start = cfg.parallel_start_layer
+        self.final = cfg.parallel_final_lane
+        # [block, writer: attention or MLP, lane], [block, lane]
+        self.post = parameter(torch.ones(cfg.num_layers, 2, 2), CONTROL)
+        self.residual = parameter(torch.full((cfg.num_layers, 2), 1.1), CONTROL)
+
+    def forward(self, a: Tensor, b: Tensor, block: Block, seen: Context) -> tuple[Tensor, Tensor]:
+        """The lanes behind one more block; each (batch, time, model_dim)."""
+        residual = self.residual[block.layer].to(a.dtype)
+        post = self.post[block.layer].to(a.dtype)
+        attention = block.attention_update(block.mixed(a, seen), seen)
+        mlp = block.mlp_update(b)
+        return (
+            residual[0] * a + post[0, 0] * attention + post[1, 0] * mlp,
+            residual[1] * b + post[0, 1] * attention + post[1, 1] * mlp,
+        )
+
+    def joined(self, a: Tensor, b: Tensor) -> Tensor:
+        """The stream that the head reads."""
+        return {"mean": (a + b) / 2, "attn": a, "mlp": b}[self.final]
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """Logits between -cap and cap."""
+    return cap * torch.tanh(z / cap)
+
+
+@technique("ASYM_LOGIT_RESCALE")
+class TwoSoftcaps(nn.Module):
+    """Asymmetric softcap: two caps that are learned, of logits above 0 and of those below.
+
+    What:   c tanh(z / c), with c = positive where z > 0 and negative elsewhere.
+    Why:    a likely token and an impossible one need not have the same distance from 0.
+    Source: pull requests #1923 and #1945; toggle ASYM_LOGIT_RESCALE.
+    Care:   both start at LOGIT_SOFTCAP and have a gradient. In #1945 they have none and are in no
+            optimiser: there it changes nothing.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.positive = parameter(torch.tensor(cfg.logit_softcap), CONTROL)
+        self.negative = parameter(torch.tensor(cfg.logit_softcap), CONTROL)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return softcap(z, torch.where(z > 0, self.positive, self.negative))
 
 
 class GPT(nn.Module):
     """Blocks in a U-Net; embedding and head are one matrix.
 
-    The first half of the blocks are encoders: each keeps its output, and the decoders take these
+    The first half of the visits are encoders: each keeps its output, and the decoders take these
     back, the last one first, with a gain per dimension. Parameters are fp32, activations `dtype`.
     longest: tokens of a row, where some are longer than TRAIN_SEQ_LEN and the window.
     """
@@ -3150,33 +3443,35 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.dtype = dtype
-        self.softcap = cfg.logit_softcap
-        self.encoders = cfg.num_layers // 2
         embedding = cfg.tied_embed_init_std * torch.randn(cfg.vocab_size, cfg.model_dim)
         self.tok_emb = parameter(embedding, EMBED_ROLE)
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
-        self.skip_weights = parameter(torch.ones(self.encoders, cfg.model_dim), CONTROL)
+        # Extra passes of the looped blocks at this moment
+        self.loops = cfg.num_loops
+        self.looped = cfg.loop_start, cfg.loop_end
+        encoders, _ = self.order(cfg.num_loops)
+        self.skip_weights = parameter(torch.ones(len(encoders), cfg.model_dim), CONTROL)
 
-        # Techniques come last, so that a toggle leaves the other initial weights as they are.
-        # What happens to the embedding before the first block, in this order: (x, ids) -> x
+        # Techniques come last, so that a toggle leaves the other initial weights as they are
         self.entry = []
-        if cfg.bigram_vocab_size:
-            self.bigram = BigramHash(cfg)
-            self.entry.append(self.bigram)
-        if cfg.smear_gate:
-            self.smear = SmearGate(cfg)
-        if cfg.smear_gate and cfg.smear_pos == "pre_norm":
-            self.entry.append(self.smear)
-        self.entry.append(input_norm)
-        if cfg.smear_gate and cfg.smear_pos == "post_norm":
-            self.entry.append(self.smear)
-
+        self.add_entry(cfg)
         # What is added to V of some blocks: (ids, dtype) -> {block: (batch, time, kv_dim)}
         self.value_biases = []
         if cfg.ve_enabled:
             self.value_embed = ValueEmbedding(cfg)
             self.value_biases.append(self.value_embed)
-
+        if make_gate := head_gate(cfg):
+            for block in self.blocks:
+                block.attn.add_gate(make_gate(cfg))
+        self.skip = add_skip
+        if cfg.skip_gates_enabled:
+            self.skip = SkipGates(*self.skip_weights.shape)
+        self.lanes = None
+        if cfg.parallel_start_layer:
+            self.lanes = Lanes(cfg)
+        self.softcap = partial(softcap, cap=cfg.logit_softcap)
+        if cfg.asym_logit_rescale:
+            self.softcap = TwoSoftcaps(cfg)
         # Which tokens attention keeps apart: made of the ids, for the kernel. Training sets its own
         # longest piece for the time of a step
         self.longest_piece = cfg.doc_max_len
@@ -3188,6 +3483,30 @@ class GPT(nn.Module):
         self.cos = nn.Buffer(cos, persistent=False)
         self.sin = nn.Buffer(sin, persistent=False)
 
+    def add_entry(self, cfg: Config) -> None:
+        """What happens to the embedding before the first block, in this order: (x, ids) -> x."""
+        if cfg.bigram_vocab_size:
+            self.bigram = BigramHash(cfg)
+            self.entry.append(self.bigram)
+        if cfg.smear_gate_enabled:
+            self.gated_smear = GatedSmear(cfg)
+            self.entry.append(self.gated_smear)
+        if cfg.smear_gate:
+            self.smear = SmearGate(cfg)
+        if cfg.smear_gate and cfg.smear_pos == "pre_norm":
+            self.entry.append(self.smear)
+        self.entry.append(input_norm)
+        if cfg.smear_gate and cfg.smear_pos == "post_norm":
+            self.entry.append(self.smear)
+
+    def order(self, loops: int) -> tuple[list[int], list[int]]:
+        """The blocks in the order of their visits, encoder and decoder, with so many loops."""
+        visits = [*range(len(self.blocks))]
+        if loops:
+            visits = repeated(visits, *self.looped, loops)
+        half = len(visits) // 2
+        return visits[:half], visits[half:]
+
     def hidden(self, ids: Tensor) -> Tensor:
         """Ids (batch, time) -> (batch, time, model_dim): the only forward path."""
         x = F.embedding(ids, self.tok_emb).to(self.dtype)
@@ -3196,21 +3515,31 @@ class GPT(nn.Module):
         value_bias = {}
         for part in self.value_biases:
             value_bias.update(part(ids, self.dtype))
-
         documents = None
         if self.prepare_documents:
             documents = self.prepare_documents(pieces(ids, self.longest_piece), self.dtype)
-
         seen = Context(x, self.cos, self.sin, value_bias, documents)
+
+        encoder, decoder = self.order(self.loops)
         skips = []
+        for layer in encoder:
+            x = self.blocks[layer](x, seen)
+            skips.append(x)
+
+        # The MLPs' own stream beside x, once there are two lanes
+        lane = None
         skip_weights = self.skip_weights.to(self.dtype)
-        for layer, block in enumerate(self.blocks):
-            decoder = layer - self.encoders
-            if decoder >= 0 and skips:
-                x = x + skip_weights[decoder] * skips.pop()
-            x = block(x, seen)
-            if decoder < 0:
-                skips.append(x)
+        for visit, layer in enumerate(decoder):
+            if self.lanes and layer == self.lanes.start:
+                lane = x
+            if skips:
+                x = self.skip(x, skip_weights[visit] * skips.pop(), visit)
+            if lane is None:
+                x = self.blocks[layer](x, seen)
+            else:
+                x, lane = self.lanes(x, lane, self.blocks[layer], seen)
+        if lane is not None:
+            x = self.lanes.joined(x, lane)
         return rms_norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -3223,7 +3552,7 @@ class GPT(nn.Module):
         if positions is not None:
             h = h.take_along_dim(positions[..., None], dim=1)
         logits = F.linear(h, self.tok_emb.to(h.dtype)).float()
-        logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = self.softcap(logits)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return nats.view(targets.shape)
 
@@ -5957,6 +6286,18 @@ def compare_steps(activity: Activity, step_seconds: list[float], delay: int = 0)
         activity.step_ms_without = 1e3 * statistics.median(others)
 
 
+def without_part(cfg: Config, knob_name: str) -> Config:
+    """The settings of the model without a part, whether or not it could be trained so."""
+    changed = copy.copy(cfg)
+    object.__setattr__(changed, knob_name, 0)
+    return changed
+
+
+def rows_of(state: State, model: State) -> State:
+    """Of `state` what a model takes that has a part less: without loops fewer skip weights."""
+    return {name: state[name][tuple(slice(n) for n in w.shape)] for name, w in model.items()}
+
+
 def prove_model_toggles(
     cfg: Config, run: Run, trained: Trained, probe: Probe, attend: Callable
 ) -> None:
@@ -5969,19 +6310,20 @@ def prove_model_toggles(
         if not getattr(cfg, knob_name):
             continue
         probe.begin(name)
-        # the loader is nothing to a model, and LOADER=documents wants masks
-        plain = dataclasses.replace(cfg, **{knob_name: 0}, loader="rows")
-        without = build_model(plain, run, attend, longest_row(cfg, run))
-        kept = without.state_dict()
-        extra = [p.numel() for key, p in model.named_parameters() if key not in kept]
+        without = build_model(without_part(cfg, knob_name), run, attend, longest_row(cfg, run))
+        kept = rows_of(trained.live, without.state_dict())
+        extra = [
+            w.numel() - kept[key].numel() if key in kept else w.numel()
+            for key, w in trained.live.items()
+        ]
         activity = run.activity[name] = Activity(
-            tensors=len(extra),
+            tensors=sum(n > 0 for n in extra),
             params=sum(extra),
             scope=f"the model, {'compiled' if run.compile else 'eager'}",
             steps=[*range(trainer.steps)],
             cost_per="step",
         )
-        nats = probe.nats(without, trained.live)
+        nats = probe.nats(without, kept)
         probe.measure(activity, "model against itself without", probe.base, nats)
 
         if run.compile:
@@ -6535,8 +6877,9 @@ class Base:
     settings: today's VARIABLE -> text.
     fixed: VARIABLE -> what that script means by another value than this; we have none such.
     means: a variable of that script -> today's variables; none: it does nothing there.
-    off: a variable that we lack -> a value at which it does nothing in that script alone.
+    off: VARIABLE, also one that we lack -> a value at which it does nothing in that script alone.
     lacks: what that script has by itself and this one has not.
+    What a base sets itself, its bases no longer fix or switch off.
     """
 
     name: str = ""
@@ -6561,21 +6904,30 @@ class Base:
         shape = "fixed needs NAME = 'why', means NAME = ['NAME'], off NAME = 'value', lacks a list"
         refuse(not shaped, f"{where}: {shape}")
         for key in off:
-            refuse(key not in ABSENT, f"{where}: off.{key}: no such setting of others; correct it")
+            known = key in ABSENT or key in BY_NAME
+            refuse(not known, f"{where}: off.{key}: no such setting, of others or ours; correct it")
 
         for key in [*own, *fixed, *itertools.chain(*means.values())]:
             refuse(key not in BY_NAME, f"{where}: {key}: no such setting; correct it")
         texts = {key: str(int(v) if isinstance(v, bool) else v) for key, v in own.items()}
         settings = self.settings | texts
-        for key in fixed:
-            refuse(key not in settings, f"{where}: fixed.{key}: at which value? Set {key} too")
-        off = self.off | {key: str(value) for key, value in off.items()}
+        for key in [*fixed, *(off.keys() & BY_NAME.keys())]:
+            refuse(key not in settings, f"{where}: {key}: fixed or off at which value? Set it too")
+        fixed = {key: why for key, why in self.fixed.items() if key not in own} | fixed
+        off = {key: str(value) for key, value in off.items()}
+        off = {key: value for key, value in self.off.items() if key not in own} | off
         lacks = [str(technique) for technique in lacks]
-        return Base(name, settings, self.fixed | fixed, self.means | means, off, lacks)
+        return Base(name, settings, fixed, self.means | means, off, lacks)
 
     def old_names(self) -> dict[str, Meaning]:
         """ALIASES as the script of this base reads them."""
-        return ALIASES | {old: renamed(*names) for old, names in self.means.items()}
+        ours = {name: self.meaning_off(name) for name in self.off.keys() & BY_NAME.keys()}
+        return ALIASES | ours | {old: renamed(*names) for old, names in self.means.items()}
+
+    def meaning_off(self, name: str) -> Meaning:
+        """Of a variable that is off there at another value than here."""
+        there, here = self.off[name], self.settings[name]
+        return lambda text, env: {name: here if same_value(text, there) else text}
 
     def absent(self) -> set[str]:
         """The names in ABSENT that mean nothing of ours in the script of this base."""
@@ -6650,9 +7002,12 @@ def read_arguments(arguments: Iterable[str], problems: list[str]) -> tuple[dict,
     return settings, defaults
 
 
-# What an old variable means: (its text, the environment) -> today's variables. None: its text
-# is neither 0 nor 1
-Meaning = Callable[[str, dict], dict[str, str | None]]
+class Unreadable(str):
+    """In the place of a text in today's terms: why there is none."""
+
+
+# What an old variable means: (its text, the environment) -> today's variables
+Meaning = Callable[[str, dict], dict[str, str]]
 
 
 def renamed(*names: str) -> Meaning:
@@ -6662,20 +7017,27 @@ def renamed(*names: str) -> Meaning:
 
 def switch(name: str, off: str, on: str) -> Meaning:
     """An old 0 / 1 variable that stands for NAME=off or NAME=on."""
-    return lambda text, env: {name: {"0": off, "1": on}.get(SWITCHES.get(text))}
+    neither = Unreadable("must be 0 or 1 (or False or True)")
+    return lambda text, env: {name: {"0": off, "1": on}.get(SWITCHES.get(text), neither)}
+
+
+def choice(name: str, **texts: str) -> Meaning:
+    """An old variable whose values are words, each for a value of NAME."""
+    none = Unreadable(f"choose one of {', '.join(texts)}")
+    return lambda text, env: {name: texts.get(text, none)}
 
 
 def sized(name: str, other: str, size: str) -> Meaning:
     """An old 0 / 1 variable beside that of a size: NAME or OTHER, or else this one."""
 
-    def meaning(text: str, env: dict) -> dict[str, str | None]:
+    def meaning(text: str, env: dict) -> dict[str, str]:
         beside = [env[known] for known in (other, name) if env.get(known, "0") != "0"]
         return switch(name, off="0", on=[*beside, size][0])(text, env)
 
     return meaning
 
 
-def data_dir(text: str, env: dict) -> dict[str, str | None]:
+def data_dir(text: str, env: dict) -> dict[str, str]:
     """An old variable of a folder that holds shards and tokenizers; what names those wins."""
     vocabulary = env.get("VOCAB_SIZE", Config.vocab_size)
     parts = {
@@ -6685,7 +7047,7 @@ def data_dir(text: str, env: dict) -> dict[str, str | None]:
     return {name: path for name, path in parts.items() if name not in env}
 
 
-def mlp_hidden(text: str, env: dict) -> dict[str, str | None]:
+def mlp_hidden(text: str, env: dict) -> dict[str, str]:
     """An old variable of the MLP's hidden width, our multiple of MODEL_DIM; 0: as MLP_MULT says."""
     try:
         hidden, width = int(text), int(env.get("MODEL_DIM", Config.model_dim))
@@ -6697,15 +7059,31 @@ def mlp_hidden(text: str, env: dict) -> dict[str, str | None]:
     return {"MLP_MULT": str(multiple)} if hidden else {}
 
 
-def loader_mode(text: str, env: dict) -> dict[str, str | None]:
+def loader_mode(text: str, env: dict) -> dict[str, str]:
     """An old variable with another word for one loader."""
     return {"LOADER": "rows" if text == "sequential" else text}
 
 
-def late_qat_threshold(text: str, env: dict) -> dict[str, str | None]:
+def recur_layers(text: str, env: dict) -> dict[str, str]:
+    """The blocks of a loop that is passed once more, separated by commas."""
+    numbers = [number for number in text.split(",") if number]
+    if not numbers:
+        return {"NUM_LOOPS": "0"}
+    blocks = sorted(
+        {int(number[:9]) if number.isascii() and number.isdecimal() else -1 for number in numbers}
+    )
+    first, last = blocks[0], blocks[-1]
+    if first < 0 or len(blocks) <= last - first:
+        return {"NUM_LOOPS": Unreadable("must be blocks in a row, separated by commas")}
+    return {"NUM_LOOPS": "1", "LOOP_START": str(first), "LOOP_END": str(last)}
+
+
+def late_qat_threshold(text: str, env: dict) -> dict[str, str]:
     """An old variable that also says what starts QAT."""
     return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
 
+
+activation = choice("NEGATIVE_SLOPE", relu2="0", leaky_relu2="0.5")
 
 # Spellings of the seeds and of records for our knobs
 ALIASES: dict[str, Meaning] = {
@@ -6714,7 +7092,12 @@ ALIASES: dict[str, Meaning] = {
     "DATASETS_DIR": renamed("DATA_PATH"),
     # The model
     "MLP_HIDDEN": mlp_hidden,
-    "ACTIVATION": renamed("MLP_ACT"),
+    "MLP_ACT": activation,
+    "ACTIVATION": activation,
+    "GATE_ATTN_OUT": renamed("ATTN_OUT_GATE_ENABLED"),
+    "GATE_WIDTH": renamed("GATE_WINDOW"),
+    "SMEAR_GATE_WIDTH": renamed("GATE_WINDOW"),
+    "RECUR_LAYERS": recur_layers,
     "SMEAR_GATE_BOS_FIX": renamed("SMEAR_MASK_BOS"),
     "BIGRAM_HASH": sized("BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_BUCKETS", "4096"),
     "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
@@ -6765,12 +7148,11 @@ ANY, NEVER = "any value", "no value"
 ABSENT_AT = {
     "0": """
         EMBED_DIM UNTIE_AT_FRACTION MLP_GROUPS FP_STORAGE DISABLE_LAYER0_ATTN REFINER
-        TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS ASYM_LOGIT_RESCALE TEMP_SCALING DIFF_ATTN
-        SKIP_GATES_ENABLED OPTROT_ENABLED GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS
-        GATED_ATTN_ENABLED GATED_ATTN_QUANT_GATE ATTN_OUT_GATE_ENABLED GATE_ATTN_OUT GATE_MLP_OUT
-        SPARSE_ATTN_GATE_ENABLED TRIGRAM NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA
-        AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA NUM_LOOPS LORA_RANK
-        TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL PARALLEL_START_LAYER
+        TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS TEMP_SCALING DIFF_ATTN OPTROT_ENABLED
+        GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS
+        GATED_ATTN_QUANT_GATE GATE_MLP_OUT TRIGRAM NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA
+        NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA LORA_RANK
+        TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL
         MUON_HUBER_WD BLOCK_LARS_TRUST MIN_LR SEQ_LEN_START
         BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED FORCE_STOP_STEP
         QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA GPTQ_ENABLED USE_GPTQ
@@ -6785,15 +7167,16 @@ ABSENT_AT = {
     "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
     "none": "REPEAT_UNTIE_MLP",
     "": """
-        CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE RECUR_LAYERS TRAIN_SEQ_SCHEDULE MIDRUN_CAP_SCHEDULE
+        CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE TRAIN_SEQ_SCHEDULE MIDRUN_CAP_SCHEDULE
         INT4_LAYERS CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS TTT_MASK
         TTT_EVAL_BATCHES ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR EVAL_ONLY_PATH
         EVAL_ONLY_QUANTIZED_PATH INT5_LAYERS""",
     "1": """
         TIE_EMBEDDINGS WD_TAPER_FINAL_MULT CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE
         CLIP_MULT_LOOP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_CLIP
-        PARALLEL_IDENTITY_INIT PARALLEL_SKIP_LANE0_ONLY""",
+        PARALLEL_START_LAYER_IS_PHYSICAL PARALLEL_IDENTITY_INIT PARALLEL_SKIP_LANE0_ONLY""",
     "0.9": "TTT_MOMENTUM",
+    "proj": "ATTN_OUT_GATE_SRC GATE_ATTN_SRC",
     "standard": "ATTN_PROJ_TYPE LOGIT_HEAD_TYPE",
     "tanh": "SOFTCAP_TYPE",
     "rope": "ROPE_TYPE",
@@ -6809,19 +7192,18 @@ ABSENT_AT = {
         MIDRUN_CAP_LOG_UPDATES DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT
         CHURN_LOG_EVERY TTT_HEARTBEAT_SECONDS RECUR_WARMUP_STEPS SAVE_QUANT_STATE""",
     NEVER: """
-        EMBEDDING_DIM NEGATIVE_SLOPE BITNET_GROUP_SIZE USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR
-        SMEAR_GATE_WIDTH BIGRAM_BUCKETS NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH
+        EMBEDDING_DIM BITNET_GROUP_SIZE USE_SMEARGATE SMEAR
+        BIGRAM_BUCKETS NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH
         DEPTH_LORA_RANK MATRIX_LR_EARLY MATRIX_LR_LATE BANK_SPLIT QAT_INT6 USE_INT6
         QUANT_CLIP_RANGE TARGET_MB MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS
         EMBED_CLIP_SIGMAS TTT_BATCH_SIZE TTT_CHUNK_SIZE TTT_NS_STEPS TTT_UPDATE_EVERY
         TTT_LOCAL_LR_MULT TTT_GRAD_STEPS TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TTT_EVAL_SEQ_LEN
         TRAIN_FILES VAL_FILES CORR_WEIGHT_LR TVERSKY_MEMBERSHIP
-        GATED_ATTN_INIT_STD ATTN_OUT_GATE_SRC GATE_ATTN_SRC GATE_WIDTH SPARSE_ATTN_GATE_INIT_STD
-        SPARSE_ATTN_GATE_SCALE GATE_WINDOW REFINER_KERNEL NGRAM_HINT_PRECOMPUTE_OUTSIDE
+        REFINER_KERNEL NGRAM_HINT_PRECOMPUTE_OUTSIDE
         TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU WORD_BOOST WORD_NORMALIZE WORD_ORDER
-        WORD_TAU YARN_MAX_LEN ENABLE_LOOPING_AT LOOP_START LOOP_END LOOP_PHASE2_AT
+        WORD_TAU YARN_MAX_LEN ENABLE_LOOPING_AT LOOP_PHASE2_AT
         LOOP_LAYER_BITS LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS LORA_LR RECUR_START_STEP
-        REPEAT_UNTIE_MLP_LAYERS PARALLEL_START_LAYER_IS_PHYSICAL PARALLEL_FINAL_LANE ADAM_LR
+        REPEAT_UNTIE_MLP_LAYERS ADAM_LR
         MUON_HUBER_DELTA BLOCK_LARS_MIN_SCALE WD_TAPER_START_FRAC SEQ_SCHEDULE_FRACTION
         BATCH_SCHEDULE_FRACTION TRAIN_SEQ_SCHEDULE_MODE TRAIN_MAX_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS
         MTP_LOSS_WEIGHT LAWA_FREQ LAWA_K N_INT6_LAYERS INT4_STEP GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE
@@ -6855,8 +7237,7 @@ def qat_fraction(text: str, env: dict) -> str:
 # What to set instead, where we have something like it; {text}: the value
 INSTEAD_OF = {
     "EMBEDDING_DIM": "set MODEL_DIM={text}",
-    "NEGATIVE_SLOPE": "set MLP_ACT=leaky_relu2, whose slope is 0.5",
-    "USE_SMEARGATE SMEAR_GATE_ENABLED SMEAR": "set SMEAR_GATE={text}",
+    "USE_SMEARGATE SMEAR": "set SMEAR_GATE={text}",
     "BIGRAM_BUCKETS": "set BIGRAM_VOCAB_SIZE={text}",
     "MATRIX_LR_EARLY MATRIX_LR_LATE": "set MATRIX_LR for all layers",
     "TRAIN_SEQ_SCHEDULE": "set TRAIN_SEQ_LEN",
@@ -6963,8 +7344,7 @@ def checked_spelling(said: Said, name: str) -> Said:
     """What an old spelling says of this knob, with a problem if it cannot be read or be so."""
     f = BY_NAME[name]
     try:
-        if said.text is None:
-            parse(said.name, said.value, "bool")
+        refuse(isinstance(said.text, Unreadable), f"{said}: {said.text}")
         if said.text == said.value:
             check_value(f, parse(said.name, said.value, f.type), said.name)
     except Refusal as refusal:
@@ -7010,6 +7390,10 @@ def ambiguous(env: dict, base: Base) -> Iterator[str]:
     if "BIGRAM_HASH" in on and "BIGRAM_VOCAB_SIZE" not in {*env, *base.fixed}:
         meant = "the hashes of #194 and #199, which we lack"
         yield f"BIGRAM_HASH=1: {meant}? Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE=pr194, pr199"
+
+    if env.get("NUM_LOOPS") == "1" and not {"LOOP_START", "LOOP_END", *base.settings} & said:
+        meant = "one pass in all (first scripts) or one beside the first (#1394)"
+        yield f"NUM_LOOPS=1: {meant}? Set LOOP_START and LOOP_END for the latter, or a BASE"
 
     details = {"TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"}
     if "TTT_ENABLED" in on and "TTT_MODE" not in {*env, *base.fixed} and not details & said:

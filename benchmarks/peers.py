@@ -81,7 +81,7 @@ KINDS = {
         "MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14 GPTQ_RESERVE_SECONDS=0 "
         "GATED_ATTN_QUANT_GATE=1 SPARSE_ATTN_GATE_ENABLED=1 SPARSE_ATTN_GATE_SCALE=0.5 "
         "SMEAR_GATE_ENABLED=1 COMPRESSOR=brotli TTT_ENABLED=0",
-        ours="MLP_ACT=leaky_relu2 SMEAR_GATE=0 EMA_ENABLED=1 QUANT_BITS_EMBED=7",
+        ours="NEGATIVE_SLOPE=0.5 SMEAR_GATE=0 EMA_ENABLED=1 QUANT_BITS_EMBED=7",
         step=r"^(\d+)/\d+ train_loss: \S+ train_time: \S+m tok/s: (?P<speed>\d+)",
         sidecar=True,
     ),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from roles import exact  # noqa: F401
 
 import train_gpt
 

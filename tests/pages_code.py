@@ -17,7 +17,15 @@ MODEL_TESTS = "tests/test_model.py"
 OTHER_TOGGLES = ("PRUNE_PCT", "FIT_TO_CAP", "DOC_ISOLATED_EVAL", "TTT_MODE")
 
 # The knobs that tune a toggle begin as it does, but for these
-TUNED_BY = {"SQWA": "SWA", "FIT": "CAP", "DOC": "EVAL"}
+TUNED_BY = {
+    "SQWA": ("SWA_",),
+    "FIT": ("CAP_",),
+    "DOC_ISOLATED_EVAL": ("EVAL_",),
+    "NUM": ("LOOP_",),
+    "SMEAR": ("SMEAR_", "GATE_"),
+    "SPARSE": ("SPARSE_", "GATE_"),
+    "ATTN": ("GATE_",),
+}
 
 
 def toggle_names() -> list[str]:
@@ -33,13 +41,22 @@ def toggle_names() -> list[str]:
 def tuning_knobs(toggle: str, toggles: list[str]) -> list[str]:
     """Variables that say how a technique works once it is on."""
     word = toggle.partition("_")[0]
-    prefix = TUNED_BY.get(word, word) + "_"
+    prefixes = TUNED_BY.get(toggle, TUNED_BY.get(word, (word + "_",)))
     found = []
     for knob in train_gpt.KNOBS:
         name = knob.name.upper()
-        if name.startswith(prefix) and name not in toggles and knob.metadata["scope"] != "run":
+        if name.startswith(prefixes) and name not in toggles and knob.metadata["scope"] != "run":
             found.append(name)
-    return found
+    return [name for name in found if toggle in needed(name, {*toggles})]
+
+
+def needed(name: str, toggles: set[str]) -> set[str]:
+    """The toggles without which a knob does nothing; all, where it needs none."""
+    needs = train_gpt.BY_NAME[name].metadata["needs"].upper().split()
+    if not needs:
+        return toggles
+    above = [word for word in needs if word in train_gpt.BY_NAME]
+    return {*above, *(other for word in above for other in needed(word, set()))}
 
 
 def studied() -> dict[str, list[str]]:

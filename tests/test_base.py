@@ -138,7 +138,9 @@ DEFAULTS = {
 
 # What is written into the code of a script, where no variable reaches it, in our names
 HARD_CODED = {
-    "upstream": """INIT=default MLP_ACT=relu2 SMEAR_GATE=0 BIGRAM_VOCAB_SIZE=0 XSA_LAST_N=0
+    "upstream": """INIT=default MLP_ACT=relu2 SMEAR_GATE=0 SMEAR_GATE_ENABLED=0 NUM_LOOPS=0
+ SPARSE_ATTN_GATE_ENABLED=0 GATED_ATTN_ENABLED=0 ATTN_OUT_GATE_ENABLED=0 SKIP_GATES_ENABLED=0
+ PARALLEL_START_LAYER=0 ASYM_LOGIT_RESCALE=0 BIGRAM_VOCAB_SIZE=0 XSA_LAST_N=0
  LN_SCALE=0
  VE_ENABLED=0 ROPE_DIMS=0 ROPE_NTK_LEN=0 MUON_WD=0 ADAM_WD=0 QAT_ENABLED=0 SWA_ENABLED=0
  EMA_ENABLED=0 QUANT_BITS_MLP=8 QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile
@@ -385,7 +387,7 @@ def test_without_the_studies_a_base_is_refused_and_all_else_works(elsewhere):
         ("[base.x]\nfixed = 3\n", "fixed needs"),
         ("[base.x]\noff = 3\n", "off"),
         ("[base.x]\nlacks = 'GPTQ'\n", "lacks a list"),
-        ("[base.x]\noff = { SEED = 1 }\n", "off.SEED: no such setting of others"),
+        ("[base.x]\noff = { SEED = 1 }\n", "SEED: fixed or off at which value"),
         ("[base.x]\nmeans = { OLD = 'SEED' }\n", "fixed needs"),
         ("[base.x]\nmodel = 'y'\n", "model: no such key"),
         ("[base.x]\nSEED = [1]\n", "SEED=[1]: must be a whole number"),

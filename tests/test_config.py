@@ -138,7 +138,7 @@ def test_bare_defaults_are_194s_architecture_with_every_averaging_and_quantisati
         cfg.smear_gate
         and cfg.smear_pos == "pre_norm"
         and cfg.init == "ortho"
-        and cfg.mlp_act == "relu2"
+        and cfg.negative_slope == 0
     )
     assert (cfg.bigram_vocab_size, cfg.ve_enabled, cfg.xsa_last_n, cfg.ln_scale) == (
         0,
@@ -183,7 +183,12 @@ OLD_SPELLINGS = {
     ),
     "DATASETS_DIR": ("here", {}, {"DATA_PATH": "here"}),
     "MLP_HIDDEN": ("992", {}, {"MLP_MULT": 1.9375}),
-    "ACTIVATION": ("leaky_relu2", {}, {"MLP_ACT": "leaky_relu2"}),
+    "ACTIVATION": ("leaky_relu2", {}, {"NEGATIVE_SLOPE": 0.5}),
+    "MLP_ACT": ("leaky_relu2", {}, {"NEGATIVE_SLOPE": 0.5}),
+    "GATE_ATTN_OUT": ("1", {}, {"ATTN_OUT_GATE_ENABLED": True}),
+    "GATE_WIDTH": ("8", {}, {"GATE_WINDOW": 8}),
+    "SMEAR_GATE_WIDTH": ("8", {}, {"GATE_WINDOW": 8}),
+    "RECUR_LAYERS": ("5,4", {}, {"NUM_LOOPS": 1, "LOOP_START": 4}),
     "SMEAR_GATE_BOS_FIX": ("1", {}, {"SMEAR_MASK_BOS": True}),
     "SLIDING_EVAL": ("0", {}, {"EVAL_STRIDE": 0}),
     "SLIDING_WINDOW_ENABLED": ("0", {}, {"EVAL_STRIDE": 0}),
@@ -319,10 +324,10 @@ def test_a_bad_value_is_blamed_on_the_variable_that_the_user_wrote(old):
 OFF = "off, as here"
 BUILT_IN = "what is built in here"
 UNUSED = "changes no result there either"
-OFF_AT_0 = """ATTN_OUT_GATE_ENABLED GATED_ATTN_ENABLED MTP_HEADS MTP_NUM_HEADS DIFF_ATTN REFINER
+OFF_AT_0 = """MTP_HEADS MTP_NUM_HEADS DIFF_ATTN REFINER
  MLP_GROUPS UNTIE_AT_FRACTION LORA_RANK TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS SEQ_LEN_START
- BATCH_TOKENS_START POST_GPTQ_EVAL_ONLY MIN_LR USE_GPTQ TRAINING_DEPTH_RECURRENCE NUM_LOOPS
- EVAL_DEPTH_RECURRENCE NGRAM_WITHIN_BETA PHASED_TTT_ENABLED LQER_ENABLED PARALLEL_START_LAYER"""
+ BATCH_TOKENS_START POST_GPTQ_EVAL_ONLY MIN_LR USE_GPTQ TRAINING_DEPTH_RECURRENCE
+ EVAL_DEPTH_RECURRENCE NGRAM_WITHIN_BETA PHASED_TTT_ENABLED LQER_ENABLED"""
 OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
     "TIE_EMBEDDINGS": ("1", BUILT_IN),
     "TTT_MOMENTUM": (".90", BUILT_IN),
@@ -334,7 +339,6 @@ OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
     "ATTN_PROJ_TYPE": ("standard", BUILT_IN),
     "LOGIT_HEAD_TYPE": ("standard", BUILT_IN),
     "COMPILE_MODE": ("default", BUILT_IN),
-    "RECUR_LAYERS": ("", OFF),
     "INT4_LAYERS": ("", OFF),
     "HEAD_LR": ("0.02", UNUSED),
     "EMBED_LR": ("0.6", UNUSED),
@@ -343,11 +347,11 @@ OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
     "FUSED_CE_ENABLED": ("1", UNUSED),
     "CHURN_LOG_EVERY": ("0", UNUSED),
 }
-# At 0 a clip of so many sigmas makes all weights 0, a filter takes all or nothing, one step is no
-# pass over a chunk, and one loop is a loop
+# At 0 a clip of so many sigmas makes all weights 0, a filter takes all or nothing, and one step is
+# no pass over a chunk
 NOT_OFF = """ATTN_CLIP_SIGMAS=0 MLP_CLIP_SIGMAS=0 MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0
- NUM_LOOPS=1 TTT_ENTROPY_HIGH=0 TTT_EVAL_SEQ_LEN=0 BITNET_GROUP_SIZE=0 TTT_GRAD_STEPS=1 SMEAR=0
- SMEAR_GATE_ENABLED=0 TTT_MOMENTUM=0 TTT_OPTIMIZER=adam TIE_EMBEDDINGS=0 SOFTCAP_TYPE=poly
+ TTT_ENTROPY_HIGH=0 TTT_EVAL_SEQ_LEN=0 BITNET_GROUP_SIZE=0 TTT_GRAD_STEPS=1 SMEAR=0
+ TTT_MOMENTUM=0 TTT_OPTIMIZER=adam TIE_EMBEDDINGS=0 SOFTCAP_TYPE=poly
  GPTQ_RESERVE_SECONDS=0.5 QAT_INT6=0"""
 
 
@@ -368,8 +372,22 @@ def test_a_setting_of_other_scripts_is_refused_where_something_is_lost(told):
 def test_one_loop_is_no_loop_under_the_base_whose_script_counts_passes():
     for base in ("upstream", "pr145", "pr194"):
         cfg = Config.from_env({"BASE": base, "NUM_LOOPS": "1"})
-        assert cfg.without_effect() == {"NUM_LOOPS": OFF}
-        assert "NUM_LOOPS=2" in refused({"BASE": base, "NUM_LOOPS": "2"})
+        assert cfg.num_loops == 0 and cfg.spelt == {"NUM_LOOPS"}
+        assert "number of passes" in refused({"BASE": base, "NUM_LOOPS": "2"})
+    # which of the two is meant, nobody can say who sees this alone
+    assert "or one beside the first" in refused({"NUM_LOOPS": "1"})
+    assert Config.from_env({"NUM_LOOPS": "1", "LOOP_START": "3"}).num_loops == 1
+
+
+@pytest.mark.parametrize("blocks", ["4,x", "3,5", "4;5", "-1", "9,10,11", "1" * 5000, "\u0664"])
+def test_recurring_layers_that_are_no_run_of_blocks_are_refused(blocks):
+    assert "RECUR_LAYERS" in refused({"RECUR_LAYERS": blocks}) or "LOOP_END" in refused(
+        {"RECUR_LAYERS": blocks}
+    )
+
+
+def test_no_recurring_layers_are_no_loop():
+    assert Config.from_env({"RECUR_LAYERS": ""}) == Config()
 
 
 @pytest.mark.parametrize("name", sorted(ABSENT.keys() - {n for n in ABSENT if ABSENT[n] == ANY}))
@@ -439,7 +457,7 @@ def test_numbers_and_switches_are_compared_by_value():
         ({"MAX_STEPS": "8"}, "did you mean ITERATIONS"),
         ({"EMA_BETA": "8"}, "did you mean EMA_DECAY"),
         ({"EVAL_STRDIE": "8"}, "did you mean EVAL_STRIDE"),
-        ({"SMEAR_GATE_ENABLED": "1"}, "set SMEAR_GATE=1"),
+        ({"USE_SMEARGATE": "1"}, "set SMEAR_GATE=1"),
         ({"QAT_FRACTION": "0.3"}, "set QAT_START_KIND=time_frac QAT_START=0.7"),
     ],
     ids=str,
@@ -685,11 +703,15 @@ def test_a_switch_takes_nothing_but_0_and_1(name):
         assert message.startswith(f"{name}={text}: ") and "0 or 1" in message
 
 
+# What some switches cannot do without, and what no two may be
+BESIDE_A_SWITCH = {"QAT_START_KIND": "lr_scale", "RUN_ID": "x", "SMEAR_GATE": "0"}
+
+
 @pytest.mark.parametrize(
     "name", [*BOOLS, *(n for n, case in OLD_SPELLINGS.items() if case[0] in "01")]
 )
 def test_a_switch_is_read_as_the_log_prints_it(name):
-    around = {"QAT_START_KIND": "lr_scale", "RUN_ID": "x", "TTT_LR": "0.3"}
+    around = BESIDE_A_SWITCH | {"TTT_LR": "0.3"}
     for text, printed in (("0", "False"), ("1", "True")):
         if (name, text) == ("BIGRAM_HASH", "1"):
             around["BIGRAM_VOCAB_SIZE"] = "64"
@@ -702,7 +724,7 @@ def test_switches_parse_0_as_off_and_1_as_on():
     for name in BOOLS:
         assert (
             getattr(
-                Config.from_env({"QAT_START_KIND": "lr_scale", "RUN_ID": "x", name: "1"}),
+                Config.from_env(BESIDE_A_SWITCH | {name: "1"}),
                 name.lower(),
             )
             is True
@@ -813,6 +835,29 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
     ("EVAL_SEQ_LEN=32", "EVAL_STRIDE", "EVAL_STRIDE=32"),
     ("XSA_LAST_N=12", "XSA_LAST_N", "NUM_LAYERS=12"),
     ("BIGRAM_VOCAB_SIZE=1", "BIGRAM_VOCAB_SIZE", "BIGRAM_VOCAB_SIZE=2"),
+    ("LOADER=documents", "LOADER", "DOC_MASK=1"),
+    ("SMEAR_GATE_ENABLED=1", "SMEAR_GATE_ENABLED", "SMEAR_GATE=0"),
+    (
+        "SPARSE_ATTN_GATE_ENABLED=1 GATED_ATTN_ENABLED=1",
+        "SPARSE_ATTN_GATE_ENABLED",
+        "GATED_ATTN_ENABLED=0",
+    ),
+    (
+        "GATED_ATTN_ENABLED=1 GATE_ATTN_OUT=1",
+        "GATED_ATTN_ENABLED",
+        "GATED_ATTN_ENABLED=0",
+    ),
+    ("ATTN_OUT_GATE_ENABLED=1 GATE_WINDOW=513", "GATE_WINDOW", "GATE_WINDOW=512"),
+    (
+        "SMEAR_GATE=0 SMEAR_GATE_ENABLED=1 NUM_HEADS=4 MODEL_DIM=8",
+        "GATE_WINDOW",
+        "GATE_WINDOW=8",
+    ),
+    ("NUM_LOOPS=2 LOOP_START=6", "NUM_LOOPS", "LOOP_END=6"),
+    ("NUM_LOOPS=2 NUM_LAYERS=5", "NUM_LOOPS", "LOOP_END=4"),
+    ("PARALLEL_START_LAYER=4", "PARALLEL_START_LAYER", "PARALLEL_START_LAYER=5"),
+    ("PARALLEL_START_LAYER=11", "PARALLEL_START_LAYER", "PARALLEL_START_LAYER=10"),
+    ("NUM_LOOPS=2 PARALLEL_START_LAYER=5", "PARALLEL_START_LAYER", "NUM_LOOPS=0"),
     ("VE_ENABLED=1 VE_LAYERS=9,11", "VE_LAYERS", "NUM_LAYERS=12"),
     ("VE_ENABLED=1 VE_LAYERS=", "VE_LAYERS", "VE_ENABLED=0"),
     ("VE_ENABLED=1 VE_LAYERS=-1", "VE_LAYERS", "VE_LAYERS=1"),
@@ -914,16 +959,16 @@ def test_all_that_is_wrong_with_a_launch_is_said_at_once():
         "EMA_DEKAY": "0.9",
         "QAT": "1",
         "QAT_ENABLED": "0",
-        "NUM_LOOPS": "3",
+        "LORA_RANK": "3",
         "NUM_KV_HEADS": "3",
         "RESUME": "1",
     }
     assert sorted(all_refused(env)) == [
         "EMA_DEKAY=0.9: no such setting; did you mean EMA_DECAY? Else unset it",
         "INIT=zero: choose one of default, ortho",
+        "LORA_RANK=3: a setting of other scripts; this one has none such: unset it",
         "MATRIX_LR=-1.0: must be 0 or more",
         "NUM_KV_HEADS=3: must divide NUM_HEADS=8",
-        "NUM_LOOPS=3: a setting of other scripts; this one has none such: unset it",
         "QAT=1 contradicts QAT_ENABLED=0; set only QAT_ENABLED",
         "RESUME=1: of which run? Set its RUN_ID",
         "SEED=one: must be a whole number in digits 0-9, without spaces",

@@ -277,8 +277,8 @@ def test_tensors_that_no_export_writes_are_refused(tmp_path, tensors):
     [
         {"ve_layers": "\x1b[2J"},
         {"ve_layers": "\ud800"},
-        {"mlp_act": "\x1b[2J"},
-        {"mlp_act": "\ud800"},
+        {"parallel_final_lane": "\x1b[2J"},
+        {"parallel_final_lane": "\ud800"},
         {"qk_gain_init": 1e300},
         {"ve_enabled": True, "ve_layers": "9" * 5000},
         {"eval_batch_seqs": 10**30},

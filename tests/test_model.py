@@ -21,7 +21,6 @@ import torch.nn.functional as F
 
 import train_gpt
 from train_gpt import (
-    ACTIVATION_FUNCTIONS,
     BOS,
     GPT,
     Config,
@@ -49,7 +48,7 @@ PLAIN = dict(smear_gate=False)
 # name: (what switches it on, the tensors that it adds)
 TECHNIQUES = {
     "partial_rope": (dict(rope_dims=4), set()),
-    "leaky_relu2": (dict(mlp_act="leaky_relu2"), set()),
+    "negative_slope": (dict(negative_slope=0.3), set()),
 }
 # Where: the specifications of what acts there, each a function that does nothing where it is off
 SPEC = {"before_norm": [], "after_norm": [], "values": [], "gathered": [], "norms": [], "base": []}
@@ -135,9 +134,8 @@ def spec_attention(w, cfg, i, x, ids):
 
 
 def spec_mlp(w, cfg, i, x):
-    slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
     z = x @ w[f"blocks.{i}.mlp.fc.weight"].T
-    z = torch.where(z > 0, z, slope * z) ** 2
+    z = torch.where(z > 0, z, cfg.negative_slope * z) ** 2
     return z @ w[f"blocks.{i}.mlp.proj.weight"].T
 
 
@@ -537,7 +535,7 @@ def test_a_technique_adds_its_tensors_only_and_is_live(name):
                 ln_scale=True,
                 rope_dims=16,
                 rope_ntk_len=1024,
-                mlp_act="leaky_relu2",
+                negative_slope=0.5,
             ),
             26_993_756,
         ),
@@ -689,8 +687,8 @@ def test_a_kernel_that_was_chosen_is_in_the_compiled_graph_too(name):
 
 def test_activations():
     z = torch.tensor([-2.0, 0.0, 3.0])
-    assert ACTIVATION_FUNCTIONS["relu2"](z).tolist() == [0, 0, 9]
-    assert ACTIVATION_FUNCTIONS["leaky_relu2"](z).tolist() == [1, 0, 9]
+    assert train_gpt.relu2(z).tolist() == train_gpt.leaky_relu2(z, 0).tolist() == [0, 0, 9]
+    assert train_gpt.leaky_relu2(z, 0.5).tolist() == [1, 0, 9]
 
 
 @pytest.mark.parametrize("cap", (1.0, 30.0))

@@ -18,10 +18,14 @@ import train_gpt
 from train_gpt import BY_NAME, COMPARED, KNOBS, Config, Refusal, main, read_artifact, settings_line
 
 NEEDING = {f.name: f.metadata["needs"] for f in KNOBS if f.metadata["needs"]}
-# The toggle of each technique, by the word that its knobs begin with
+# The toggle of each technique, by what its knobs begin with
 TOGGLES = {
     "ve": "ve_enabled",
     "smear": "smear_gate",
+    "sparse_attn_gate": "sparse_attn_gate_enabled",
+    "gated_attn": "gated_attn_enabled",
+    "loop": "num_loops",
+    "parallel": "parallel_start_layer",
     "bigram": "bigram_vocab_size",
     "qat": "qat_enabled",
     "qna": "qna_enabled",
@@ -29,17 +33,24 @@ TOGGLES = {
     "ema": "ema_enabled",
     "ttt": "ttt_mode",
 }
+# Toggles that no knob tunes alone
+UNTUNED = {
+    "sqwa_enabled",
+    "smear_gate_enabled",
+    "attn_out_gate_enabled",
+    "skip_gates_enabled",
+}
 
 
 # ── The declaration ───────────────────────────────────────────────────────────────────────────────
 def test_every_knob_of_a_technique_says_that_it_needs_it():
     for f in KNOBS:
-        toggle = TOGGLES.get(f.name.split("_")[0])
-        if toggle and f.name != toggle:
+        toggles = [TOGGLES[word] for word in TOGGLES if f.name.startswith(f"{word}_")]
+        for toggle in toggles if f.name not in {*toggles, *UNTUNED} else ():
             needs = NEEDING.get(f.name, "")
             assert toggle in needs or toggle in NEEDING.get(needs, ""), f.name
     techniques = {f.name for f in KNOBS if f.name.endswith(("_enabled", "_gate", "_mode"))}
-    assert techniques <= {*TOGGLES.values(), "sqwa_enabled"}
+    assert techniques <= {*TOGGLES.values(), *UNTUNED}
 
 
 def test_what_a_knob_needs_is_a_knob():
@@ -240,6 +251,8 @@ OTHERS = dict(
     ve_enabled=dict(ve_enabled=True, ve_layers="0"),
     grad_clip_norm=0.01,
     smear_gate=True,
+    num_loops=dict(num_loops=1, loop_start=0, loop_end=0),
+    parallel_start_layer=1,
     swa_enabled=dict(swa_enabled=True, swa_every=1),
     sqwa_enabled=dict(sqwa_enabled=True, swa_every=1),
     num_layers=1,

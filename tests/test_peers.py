@@ -314,7 +314,7 @@ def test_our_script_takes_every_setting_and_as_194_is_194(bench):
         eval_stride=64,
     )
     assert {name: getattr(as_194, name) for name in wanted} == wanted
-    assert configs["ours_as_pr1855"].mlp_act == "leaky_relu2"
+    assert configs["ours_as_pr1855"].negative_slope == 0.5
 
 
 def test_a_failed_black_box_is_a_row_and_the_rest_runs(bench, capsys):

@@ -133,7 +133,7 @@ MODEL = {
     "ln_scale": True,
     "rope_dims": 4,
     "rope_ntk_len": 32,
-    "mlp_act": "leaky_relu2",
+    "negative_slope": 0.5,
     "tied_embed_init_std": 0.3,
     "logit_softcap": 8.0,
 }

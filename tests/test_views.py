@@ -41,7 +41,7 @@ ALL = dict(
     ln_scale=True,
     rope_dims=4,
     rope_ntk_len=32,
-    mlp_act="leaky_relu2",
+    negative_slope=0.5,
     smear_pos="post_norm",
     smear_mask_bos=True,
 )
