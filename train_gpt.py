@@ -1271,6 +1271,10 @@ class Run:
         """
         silent = [rank for rank in range(self.world) if rank != self.rank]
 
+        def leave() -> None:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
         def exchange() -> None:
             store = dist.PrefixStore("stopped", dist.distributed_c10d._get_default_store())
             end = time.perf_counter() + seconds
@@ -1278,8 +1282,8 @@ class Run:
             with contextlib.suppress(RuntimeError):
                 store.set(str(self.rank), "")
                 if not self.cuda:
-                    # so that those who wait for this rank notice
-                    dist.destroy_process_group()
+                    # so that those who wait for this rank notice; it may wait for the lost one
+                    threading.Thread(target=leave, daemon=True).start()
                 while silent and time.perf_counter() < end:
                     silent[:] = [rank for rank in silent if not store.check([str(rank)])]
                     time.sleep(0.05)
@@ -6416,7 +6420,7 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
 
 
 def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, Score]) -> None:
-    """What a good exit code would hide: steps left out, an average that made things worse."""
+    """What a good exit code would hide: steps left out, an average that made nothing better."""
     trainer = trained.trainer
     if trainer.skipped:
         run.warn(
@@ -6429,13 +6433,12 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
     if worse <= 0:
         return
     margin = paired_margin(averaged.blocks, live.blocks, math.log(2) * live.bytes)
-    sure = ", too little text for an interval"
-    if math.isfinite(margin):
-        words = in_words(worse, [worse - margin, worse + margin])
-        sure = f" +- {margin:.6f}, in words {words}"
+    words = in_words(worse, [worse - margin, worse + margin])
+    judged = {"worse": "is worse than", UNCLEAR: f"is {UNCLEAR} from"}.get(words, "lies above")
+    sure = f" +- {margin:.6f}" if math.isfinite(margin) else ", too little text for an interval"
     saved = cfg.checkpoint or run.dir / CHECKPOINTS[0]
     run.warn(
-        f"the shipped average, {cfg.shipped_average}, is worse than the live weights: "
+        f"the shipped average, {cfg.shipped_average}, {judged} the live weights: "
         f"{averaged.bpb:.6f} against {live.bpb:.6f} BPB, {worse:+.6f}{sure} (fixed windows, "
         "before quantisation); "
         f"{setting('checkpoint', saved)} AVERAGE=none exports the live ones"

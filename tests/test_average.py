@@ -300,7 +300,7 @@ def test_a_shipped_average_that_is_worse_than_the_live_weights_is_a_warning(
     for text in report["warnings"][foretold:]:
         assert text.startswith("the shipped average, ema, is worse than the live weights: ")
         assert f"{report['averaged_val_bpb']:.6f} against {report['live_val_bpb']:.6f}" in text
-        assert ", in words worse (fixed" in text
+        assert " (fixed windows" in text
         assert "checkpoint.bin AVERAGE=none exports the live ones" in text
         assert log.count(f"WARNING: {text}\n") == 2
 

@@ -316,7 +316,7 @@ def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_o
     text = "2 of 40 steps were not finite and were left out, the first of them step 3"
     assert warned[0] == text
     assert f"{260 / bits:.6f} against {254 / bits:.6f} BPB, {6 / bits:+.6f} +- " in warned[1]
-    assert f"+- {2 * math.sqrt(1 / 3) * 2 / bits:.6f}, in words worse" in warned[1]
+    assert f"+- {2 * math.sqrt(1 / 3) * 2 / bits:.6f} (fixed" in warned[1]
     assert "average, ema, is worse than" in warned[1]
     pasted = shlex.split(warned[1].partition("; ")[2])
     assert pasted[:2] == ["CHECKPOINT=it's/a b/checkpoint.bin", "AVERAGE=none"]
@@ -332,7 +332,15 @@ def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_o
     short = dict(live=score_of(79.0, seconds=1.0), averaged=score_of(80.0, seconds=1.0))
     train_gpt.closing_warnings(cfg, run, nothing_to_say, short)
     assert ", too little text for an interval (fixed windows" in warned[2]
-    assert "nan" not in warned[2]
+    assert "nan" not in warned[2] and "ema, lies above the live weights: " in warned[2]
+
+    # 3 more and 2 less
+    unclear = dict(
+        live=score_of(79.0, 68.0, seconds=1.0), averaged=score_of(82.0, 66.0, seconds=1.0)
+    )
+    train_gpt.closing_warnings(cfg, run, nothing_to_say, unclear)
+    assert "ema, is not distinguishable from the live weights: " in warned[3]
+    assert "worse" not in warned[3]
 
 
 @pytest.mark.parametrize(
