@@ -1362,7 +1362,9 @@ def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str
     datasets = {entry["name"].removeprefix("fineweb10B_"): entry for entry in listing["datasets"]}
     if variant not in datasets:
         raise UserError(
-            f"--variant {variant} is not published: choose one of {', '.join(sorted(datasets))}"
+            f"--variant {variant} is not published there: choose one of "
+            f"{', '.join(sorted(datasets))}, or another --repo (for sp4096 and sp8192 the records "
+            "took kevclark/parameter-golf)"
         )
     published = datasets[variant]["stats"]
     if train_shards > published["files_train"]:
@@ -1459,8 +1461,10 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
     disable_progress_bars()  # the hub's own, which would overwrite ours
 
     remote = f"{prefix}/{MANIFEST}"
+    local = staging / "listing.json"
+    local.unlink(missing_ok=True)  # it may be of another repository, or have grown since
     with progress(f"asking {repo} what it has"):
-        listing = fetch(repo, remote, staging, staging / "listing.json", Path.read_bytes)
+        listing = fetch(repo, remote, staging, local, Path.read_bytes)
     try:
         model_path, names = published_files(
             json.loads(listing), settings["variant"], settings["train_shards"]
@@ -1489,6 +1493,8 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
     write_manifest(folder, model, shards, rest)
     shutil.rmtree(staging)
     print(f"made {folder}")
+    size = tokenizer.vocab_size()
+    print(f"train with DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={size}")
 
 
 # ---- Commands
@@ -1557,7 +1563,9 @@ def text(options: TextOptions) -> None:
 
 @app.command()
 def fineweb(
-    variant: Annotated[str, typer.Option(help="Tokenizer of the export, as sp1024.")] = "sp1024",
+    variant: Annotated[
+        str, typer.Option(help="Tokenizer of the export: sp1024, sp4096, ...")
+    ] = "sp1024",
     train_shards: Annotated[
         int, typer.Option(min=0, help="How many, from the first; 200 MB each.")
     ] = 80,

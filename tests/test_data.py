@@ -830,6 +830,21 @@ def test_the_902_official_documents_have_2504867_bytes_each_counted_right(offici
 
 
 @real
+def test_the_official_documents_have_as_many_bytes_in_8192_pieces(official):
+    """The first 200 documents, encoded again: fewer tokens, the same bytes, ids within limits."""
+    tokens = Split(official, "val").take(0, 300_000)
+    documents = np.split(tokens, np.flatnonzero(tokens == BOS)[1:])[:200]
+    small = ByteTable(official)
+    path = REAL / "tokenizers" / "fineweb_8192_bpe.model"
+    large = ByteTable(Config(tokenizer_path=str(path), vocab_size=8192))
+    texts = [small.sp.decode(document.tolist()) for document in documents]
+    encoded = [np.array([BOS, *large.sp.encode(text)]) for text in texts]
+    assert [large.count(d).sum() for d in encoded] == [small.count(d).sum() for d in documents]
+    assert 0.6 < sum(map(len, encoded)) / sum(map(len, documents)) < 0.7
+    assert max(d.max() for d in encoded) < 8192
+
+
+@real
 def test_the_byte_table_of_the_official_pieces_is_that_of_the_seeds(official):
     golden = json.loads((Path(__file__).parent / "golden" / "seeds.json").read_text())
     table = ByteTable(official)

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import prepare_data
+import train_gpt
 
 # fmt: off
 WORDS = [
@@ -1146,6 +1147,7 @@ class StandInHub(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), StandInHandler)
+        self.repo = "some/export"
         self.files: dict[str, bytes] = {}
         self.corrupt: set[str] = set()
         self.cut: set[str] = set()
@@ -1167,7 +1169,7 @@ class StandInHandler(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool):
-        name = self.path.removeprefix("/datasets/some/export/resolve/main/")
+        name = self.path.removeprefix(f"/datasets/{self.server.repo}/resolve/main/")
         content = self.server.files.get(name)
         if content is None:
             self.send_response(404)
@@ -1244,21 +1246,13 @@ def fetch(hub: StandInHub, out: Path, *options, code: int) -> str:
     Where it refuses, that is one line.
     """
     hub.downloads.clear()
-    command = [
-        sys.executable,
-        ROOT / "prepare_data.py",
-        "fineweb",
-        "--out",
-        out,
-        "--repo",
-        "some/export",
-        *options,
-    ]
+    command = [sys.executable, ROOT / "prepare_data.py", "fineweb", "--out", out, *options]
     environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     environment.update(
         HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
         HF_HOME=str(out / "hf"),
         HF_HUB_DISABLE_XET="1",
+        MATCHED_FINEWEB_REPO_ID="some/export",
     )
     done = subprocess.run(
         [str(part) for part in command],
@@ -1317,7 +1311,8 @@ def test_fineweb_damaged_download_is_refused_and_taken_up_again(hub, tmp_path, d
     assert names_in(folder) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
     getattr(hub, damage).clear()
     fetch(hub, tmp_path, "--train-shards", "3", code=0)
-    assert sorted(set(hub.downloads)) == ["fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    taken_up = ["fineweb_train_000001.bin", "fineweb_train_000002.bin", "manifest.json"]
+    assert sorted(set(hub.downloads)) == taken_up
     assert len(shard_tokens(folder, "train")) == 3000
 
 
@@ -1351,6 +1346,34 @@ def test_fineweb_refuses_wrong_options_and_changed_files(hub, tmp_path):
     assert (
         str(local) in line and "delete it and run again" in line and local.read_bytes() == b"mine"
     )
+
+
+def test_fineweb_of_a_larger_vocabulary_comes_from_the_repository_that_has_it(hub, tmp_path):
+    """As the records' READMEs have it: MATCHED_FINEWEB_REPO_ID, or --repo, and --variant sp8192."""
+    size = 8192
+    variant = f"sp{size}"
+    line = fetch(hub, tmp_path, "--variant", variant, code=2)
+    assert "choose one of byte260, sp1024, or another --repo" in line
+    hub.repo = "kevclark/parameter-golf"
+    listing = hub.files["datasets/manifest.json"].decode()
+    hub.files = {
+        name.replace("sp1024", variant).replace("fineweb_1024", f"fineweb_{size}"): content
+        for name, content in hub.files.items()
+    }
+    listing = listing.replace("sp1024", variant).replace("1024", str(size))
+    hub.files["datasets/manifest.json"] = listing.encode()
+    # the listing of the repository that was asked before is forgotten
+    options = ("--variant", variant, "--train-shards", "1", "--repo", hub.repo)
+    said = fetch(hub, tmp_path, *options, code=0).splitlines()[-1]
+
+    # what it says to train with is what a launch with the records' own two settings finds
+    folder = tmp_path / "datasets" / f"fineweb10B_{variant}"
+    tokenizer = tmp_path / "tokenizers" / f"fineweb_{size}_bpe.model"
+    assert said == f"train with DATA_PATH={folder} TOKENIZER_PATH={tokenizer} VOCAB_SIZE=320"
+    cfg = train_gpt.Config.from_env({}, [f"DATA_DIR={tmp_path}", f"VOCAB_SIZE={size}"])
+    assert (cfg.data_path, cfg.tokenizer_path) == (str(folder), str(tokenizer))
+    assert train_gpt.Split(cfg, "train").tokens == 1000
+    assert manifest_of(folder)["settings"]["repo"] == hub.repo
 
 
 def test_fineweb_damaged_listing_is_refused(hub, tmp_path):
