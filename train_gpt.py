@@ -6878,7 +6878,8 @@ class Base:
     """What a run of another script is, when it is told nothing: the tables [base.NAME] of BASES.
 
     settings: today's VARIABLE -> text.
-    fixed: VARIABLE -> what that script means by another value than this; we have none such.
+    fixed: VARIABLE -> what that script means by another value than this; we have none such. Empty:
+    no longer.
     means: a variable of that script -> today's variables; none: it does nothing there.
     off: VARIABLE, also one that we lack -> a value at which it does nothing in that script alone.
     lacks: what that script has by itself and this one has not.
@@ -6917,6 +6918,7 @@ class Base:
         for key in [*fixed, *(off.keys() & BY_NAME.keys())]:
             refuse(key not in settings, f"{where}: {key}: fixed or off at which value? Set it too")
         fixed = {key: why for key, why in self.fixed.items() if key not in own} | fixed
+        fixed = {key: why for key, why in fixed.items() if why}
         off = {key: str(value) for key, value in off.items()}
         off = {key: value for key, value in self.off.items() if key not in own} | off
         lacks = [str(technique) for technique in lacks]
@@ -7097,6 +7099,9 @@ ALIASES: dict[str, Meaning] = {
     "MLP_HIDDEN": mlp_hidden,
     "MLP_ACT": activation,
     "ACTIVATION": activation,
+    "LEAKY_SLOPE": renamed("NEGATIVE_SLOPE"),
+    "LEAKY_RELU_SLOPE": renamed("NEGATIVE_SLOPE"),
+    "MLP_LEAKY_SLOPE": renamed("NEGATIVE_SLOPE"),
     "GATE_ATTN_OUT": renamed("ATTN_OUT_GATE_ENABLED"),
     "GATE_WIDTH": renamed("GATE_WINDOW"),
     "SMEAR_GATE_WIDTH": renamed("GATE_WINDOW"),
@@ -7166,7 +7171,7 @@ ABSENT_AT = {
         PHASED_TTT_ENABLED PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY
         TTT_ONLY_EVAL SKIP_POST_TRAIN_EVAL ASYMMETRIC_LOGIT GATED_ATTN CAUTIOUS_WD
         PARALLEL_FREEZE_LANE0 PARALLEL_MLP_READ_MIX HASH_EMBED_ENABLED
-        ETLB_ENABLED TTT_ADAMW_WD""",
+        ETLB_ENABLED TTT_ADAMW_WD GATED_SKIPS""",
     "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
     "none": "REPEAT_UNTIE_MLP",
     "": """
@@ -7430,7 +7435,7 @@ def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[str]:
 # First words of our settings and of those in ABSENT that no other program's variables have
 TECHNIQUES = """
     QAT QNA SWA SQWA EMA TTT SMEAR BIGRAM TRIGRAM NGRAM XSA MUON QUANT WARMDOWN ROPE QK GRAD PRUNE
-    VE MLP GPTQ LQER LAWA MTP"""
+    VE MLP GPTQ LQER LAWA MTP LEAKY RECUR"""
 
 # What other trainers call them
 SYNONYMS = {
