@@ -39,6 +39,7 @@ from train_gpt import (
     GPT,
     Averages,
     Batch,
+    Config,
     Optimiser,
     Run,
     Split,
@@ -377,23 +378,47 @@ def checkpointing(b: Bench, trainer: Trainer) -> None:
         b.add(Measured("training", name, written[None], rate=rate))
 
 
-# Techniques of the model: row -> the knobs that switch it on, and those of the model without it
-MODEL_TECHNIQUES = {
-    "document masks": (dict(doc_mask=True), dict(doc_mask=False)),
-}
+# The model without the techniques of the rows below
+PLAIN = dict(
+    loader="rows",
+    doc_mask=False,
+    num_loops=0,
+    parallel_start_layer=0,
+    skip_gates_enabled=False,
+    sparse_attn_gate_enabled=False,
+    gated_attn_enabled=False,
+    attn_out_gate_enabled=False,
+    smear_gate=False,
+    smear_gate_enabled=False,
+)
+
+
+def model_rows(layers: int) -> dict[str, dict]:
+    """Row -> the knobs that the plain model gets: the record's (#1855) of so many layers."""
+    middle = layers // 3
+    return {
+        "two more passes of a third of the blocks": dict(
+            num_loops=2, loop_start=middle, loop_end=middle + max(layers // 4, 1) - 1
+        ),
+        "two lanes in the last blocks": dict(parallel_start_layer=3 * layers // 4),
+        "gates of skips, heads and smear": dict(
+            skip_gates_enabled=True, sparse_attn_gate_enabled=True, smear_gate_enabled=True
+        ),
+        "document masks": dict(doc_mask=True),
+    }
 
 
 def model_techniques(b: Bench, trainer: Trainer) -> None:
-    """Timed: forward and backward of a micro-batch with the technique. Twin: without, in turn."""
-    cfg = b.cfg
-    _, _, rows, length = train_gpt.step_shape(cfg, b.run, cfg.train_seq_len)
+    """Timed: forward and backward of a micro-batch with the technique. Twin: the plain model's."""
+    plain = dataclasses.replace(b.cfg, **PLAIN)
+    _, _, rows, length = train_gpt.step_shape(plain, b.run, plain.train_seq_len)
     place = torch.arange(rows * length, device=b.run.device).view(rows, length) % trainer.val.n
     ids = trainer.val.tokens[place].long()
     targets = trainer.val.tokens[place + 1].long()
     attend = trainer.model.blocks[0].attn.attend
 
-    def both_ways(knobs: dict) -> Callable[[], None]:
-        model = train_gpt.build_model(dataclasses.replace(cfg, **knobs), b.run, attend)
+    def both_ways(cfg: Config) -> Callable[[], None]:
+        model = train_gpt.build_model(cfg, b.run, attend)
         forward = b.run.compiled(model)
         parameters = [*model.parameters()]
 
@@ -403,8 +428,9 @@ def model_techniques(b: Bench, trainer: Trainer) -> None:
 
         return work
 
-    for name, (on, off) in MODEL_TECHNIQUES.items():
-        seconds = b.time(both_ways(on), both_ways(off))
+    without = both_ways(plain)
+    for name, knobs in model_rows(plain.num_layers).items():
+        seconds = b.time(both_ways(dataclasses.replace(plain, **knobs)), without)
         b.add(Measured("training", f"model: {name}", seconds, twin="the model without"))
 
 

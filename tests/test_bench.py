@@ -35,7 +35,7 @@ from benchmarks.machine import (
     muon_matrices,
 )
 from benchmarks.report import BENCH, SCHEMA_VERSION, table
-from benchmarks.training import step_floors
+from benchmarks.training import PLAIN, model_rows, step_floors
 from benchmarks.twins import (
     plain_average,
     plain_batches,
@@ -84,7 +84,7 @@ ROWS = TWINS | {
     "backward",
     "optimiser: Muon, rows normalised",
     "optimiser: AdamW",
-    "model: document masks",
+    *(f"model: {name}" for name in model_rows(3)),
     "checkpoint: copy, on the clock",
     "checkpoint: write, beside the steps",
     "QNA: enter and leave",
@@ -116,6 +116,23 @@ def trainer(tiny):
         return made
 
     return make
+
+
+@pytest.mark.parametrize("layers", (2, 3, 4, 11, 12))
+def test_rows_of_the_models_techniques_fit_every_depth_and_whatever_is_on(layers):
+    """Each changes what the model holds, or how it attends."""
+    record = model_rows(11)
+    on = {name: value for row in record.values() for name, value in row.items()}
+    cfg = Config(smear_gate=False, loader="documents", **on)
+    plain = dataclasses.replace(cfg, **PLAIN, num_layers=layers)
+
+    def shapes(cfg: Config) -> dict:
+        with torch.device("meta"):
+            return {name: p.shape for name, p in train_gpt.GPT(cfg).named_parameters()}
+
+    for knobs in model_rows(layers).values():
+        changed = dataclasses.replace(plain, **knobs)
+        assert shapes(changed) != shapes(plain) or changed.doc_mask > plain.doc_mask
 
 
 # ── twins ──
