@@ -249,6 +249,7 @@ SILENT = {"train_log_every", "val_loss_every", "warmup_steps", "fit_to_cap"}
 OTHERS = dict(
     rope_base=50.0,
     ve_enabled=dict(ve_enabled=True, ve_layers="0"),
+    loader="shuffled",
     grad_clip_norm=0.01,
     smear_gate=True,
     num_loops=dict(num_loops=1, loop_start=0, loop_end=0),
