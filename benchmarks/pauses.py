@@ -24,17 +24,20 @@ from train_gpt import Config, Run, Split, Trainer
 
 STEP_SECONDS = 5e-3
 STEPS_READ = 20
-SHARD_TOKENS = 10_000_000
+SHARDS = 8
+SHARD_TOKENS = 2_000_000
 RANKS = 8
 
 
 def write_tokens(cfg: Config) -> None:
-    """One shard of random tokens in DATA_PATH."""
+    """Shards of random tokens in DATA_PATH."""
     header = np.zeros(train_gpt.SHARD_HEADER_INTS, "<i4")
     header[:3] = train_gpt.SHARD_MAGIC, train_gpt.SHARD_VERSION, SHARD_TOKENS
-    tokens = np.random.default_rng(0).integers(cfg.vocab_size, size=SHARD_TOKENS, dtype="<u2")
-    path = Path(cfg.data_path) / "fineweb_train_000000.bin"
-    path.write_bytes(header.tobytes() + tokens.tobytes())
+    draw = np.random.default_rng(0)
+    for shard in range(SHARDS):
+        tokens = draw.integers(cfg.vocab_size, size=SHARD_TOKENS, dtype="<u2")
+        path = Path(cfg.data_path) / f"fineweb_train_{shard:06d}.bin"
+        path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
 def cheap_step(tensor: Tensor) -> None:
@@ -95,7 +98,7 @@ def main() -> int:
         run = Run(cfg)
         split = Split(cfg, "train")
         for loader in train_gpt.LOADERS:
-            print(reading_line(dataclasses.replace(cfg, loader=loader), run, split))
+            print(reading_line(dataclasses.replace(cfg, loader=loader, doc_mask=True), run, split))
 
         model = train_gpt.build_model(cfg, run, train_gpt.sdpa)
         plan = train_gpt.export_plan(cfg, model)

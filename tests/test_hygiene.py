@@ -495,9 +495,10 @@ def test_the_figures_of_a_result_agree_with_each_other_and_with_the_files(folder
 
 
 def test_the_figures_of_training_agree_with_the_configuration(trained):
-    r, events, _ = records(trained)
+    r, events, log = records(trained)
     assert r["tokens_seen"] == r["steps"] * r["config"]["train_batch_tokens"] == 6 * 512
     assert r["epochs"] == r["tokens_seen"] / r["data"]["train_tokens"]
+    assert f"read 3,072 training tokens: {r['epochs']:.3g} epochs\n" in log
     assert r["quant_gap_bpb"] == pytest.approx(
         r["quantised_val_bpb"] - r["averaged_val_bpb"], abs=1e-12
     )

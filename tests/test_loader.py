@@ -207,6 +207,18 @@ def test_a_new_length_drops_what_was_read_ahead(tmp_path, loader):
         assert not torch.equal(steps[0], steps[3])
 
 
+def test_a_step_is_dealt_in_micro_batches_that_a_graph_is_compiled_for(tmp_path):
+    """(rows of all ranks, micro-batches, rows of one, tokens of a row)"""
+    cfg = stream(tmp_path, "documents", grad_accum_steps=4)
+    assert step_shape(cfg, rank_of(2, 1), 16) == (8, 4, 1, 16)
+    cfg = stream(tmp_path, "rows", grad_accum_steps=2)
+    assert step_shape(cfg, rank_of(3, 0), 16) == (8, 2, 2, 16)  # 3 rows in 2 micro-batches
+    assert step_shape(cfg, rank_of(3, 2), 16) == (8, 2, 1, 16)
+    assert step_shape(cfg, rank_of(3, 2), 32) == (4, 1, 1, 32)
+    on_gpu = SimpleNamespace(world=2, rank=0, cuda=True)
+    assert step_shape(stream(tmp_path, "documents"), on_gpu, 16) == (8, 4, 1, 16)
+
+
 # ── Epochs ──
 def rows_of(cfg, steps: int) -> list[int]:
     split = Split(cfg, "train")
