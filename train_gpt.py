@@ -5961,6 +5961,8 @@ def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
     rows = windows(0, val.n, cfg.window, cfg.eval_stride)
     frozen = set(model.blocks[: cfg.ttt_freeze_blocks].parameters())
     adapted = {name: p for name, p in model.named_parameters() if p not in frozen}
+    for p in frozen:
+        p.requires_grad_(False)
     flat = FlatParameters(adapted, run)
     optimiser = torch.optim.SGD(adapted.values(), lr=cfg.ttt_lr, momentum=0.9)
     sheet = ScoreSheet(cfg, run, val, len(rows))
@@ -5980,6 +5982,8 @@ def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
                 (nats * (run.world / targets.numel())).backward()
             flat.reduce(clip=1.0)
             optimiser.step()
+    for p in frozen:
+        p.requires_grad_(True)
     return sheet.fill(model, rows[chunk_of == last]).total()
 
 

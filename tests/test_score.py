@@ -425,6 +425,9 @@ def test_the_last_chunk_and_the_frozen_blocks_are_not_trained(learner):
     after = weights(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if not name.startswith("blocks.0.")}
+    # no gradient for what does not move, and the model can be trained as before
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == moved
+    assert all(p.requires_grad for p in model.parameters())
     cfg, run, other, model = learner(val_max_tokens=300)
     other.tokens[257:] = (
         7  # token 256 is the last target of the second chunk, the last one that is learned
