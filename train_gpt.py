@@ -2419,7 +2419,7 @@ def row_quantile(magnitude: Tensor, q: float) -> Tensor:
     """torch.quantile(magnitude, q, -1, keepdim=True) for q near 1, without sorting whole rows.
 
     The quantile lies between two neighbours of the sorted row; for q near 1 both are among its
-    few largest entries.
+    few largest entries. Those are written to meanwhile: magnitudes end as they were.
     """
     columns = magnitude.shape[-1]
     place = q * (columns - 1)
@@ -2435,7 +2435,9 @@ def row_quantile(magnitude: Tensor, q: float) -> Tensor:
     largest, where = magnitude.max(-1, keepdim=True)
     if wanted == 1:
         return largest
-    second = magnitude.scatter(-1, where, -1).amax(-1, keepdim=True)
+    magnitude.scatter_(-1, where, -1.0)
+    second = magnitude.amax(-1, keepdim=True)
+    magnitude.scatter_(-1, where, largest)
     return torch.lerp(second, largest, share)
 
 
@@ -2491,10 +2493,10 @@ class Grid(NamedTuple):
         error = self.levels(w, scale) * scale - w
         return error.square().sum((-2, -1), dtype=torch.float64)
 
-    def levels(self, w: Tensor, scale: Tensor) -> Tensor:
+    def levels(self, w: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """The codes, still as fp32."""
         lowest = -self.top - 1 if self.codes == "asym" else -self.top
-        return (w.float() / scale).round_().clamp_(lowest, self.top)
+        return torch.div(w.float(), scale, out=out).round_().clamp_(lowest, self.top)
 
     def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
@@ -2511,6 +2513,11 @@ class Grid(NamedTuple):
         """What a reader makes of the shipped bytes, bit for bit."""
         codes, scale = self.quantise(w)
         return self.dequantise(codes, scale)
+
+    def snap(self, w: Tensor) -> None:
+        """w becomes fake_quantise(w), without codes on the way: a zero may keep its sign."""
+        scale = self.scale(w)
+        self.levels(w, scale, out=w).mul_(scale)
 
 
 # ── 5 Model ───────────────────────────────────────────────────────────────────────────────────────
@@ -4182,7 +4189,7 @@ class Qat:
 
     def apply(self, stacks: list[tuple[Grid, Tensor]], now: StepPlan, step: int) -> None:
         for grid, weights in stacks:
-            weights.copy_(grid.fake_quantise(weights))
+            grid.snap(weights)
 
 
 class Qna:

@@ -342,6 +342,7 @@ def unrounded_fake_quantise(grid: Grid, w: torch.Tensor) -> torch.Tensor:
 def use_unrounded_steps(monkeypatch) -> None:
     monkeypatch.setattr(Grid, "step", unrounded_step)
     monkeypatch.setattr(Grid, "fake_quantise", unrounded_fake_quantise)
+    monkeypatch.setattr(Grid, "snap", lambda grid, w: w.copy_(unrounded_fake_quantise(grid, w)))
 
 
 class Record(Trainer):

@@ -46,8 +46,10 @@ def w() -> torch.Tensor:
 )
 def test_row_quantile_is_torch_quantile(rows, columns, q, seed):
     magnitude = normal(rows, columns, seed=seed).abs()
+    before = magnitude.clone()
     exact = torch.quantile(magnitude.double(), q, -1, keepdim=True)
     torch.testing.assert_close(row_quantile(magnitude, q).double(), exact, rtol=1e-6, atol=1e-6)
+    assert torch.equal(magnitude, before)
 
 
 def test_row_quantile_of_a_stack_is_that_of_each_row():
@@ -68,6 +70,9 @@ def test_snap_is_what_a_reader_makes_of_the_shipped_bytes(grid, w):
     )
     assert np.array_equal(grid.fake_quantise(w).numpy(), codes.astype("f4") * scale.astype("f4"))
     assert torch.equal(grid.fake_quantise(w), grid.dequantise(*grid.quantise(w)))
+    in_place = w.clone()
+    grid.snap(in_place)
+    assert torch.equal(in_place, grid.fake_quantise(w))
 
 
 @every_grid
