@@ -50,8 +50,11 @@ TECHNIQUES = {
     "partial_rope": (dict(rope_dims=4), set()),
     "negative_slope": (dict(negative_slope=0.3), set()),
 }
+# Those of which one excludes another
+ONE_OF = {}
 # Where: the specifications of what acts there, each a function that does nothing where it is off
-SPEC = {"before_norm": [], "after_norm": [], "values": [], "gathered": [], "norms": [], "base": []}
+PLACES = ("before_norm", "after_norm", "values", "gathered", "gates", "norms", "base")
+SPEC = {place: [] for place in PLACES}
 SPEC["hidden"] = []  # of each pair (token, key): whether the token attends to the key
 
 
@@ -129,6 +132,8 @@ def spec_attention(w, cfg, i, x, ids):
         y = scores.softmax(-1) @ own_v
         for technique in SPEC["gathered"]:
             y = technique(cfg, i, y, own_v)
+        for technique in SPEC["gates"]:
+            y = y * technique(w, cfg, i, head, x)[:, None]
         heads.append(y)
     return torch.cat(heads, 1) @ w[f"blocks.{i}.attn.proj.weight"].T
 
@@ -160,20 +165,42 @@ def spec_embedding(w, cfg, ids):
 def spec_model(w, cfg, ids, targets):
     """(T,) token ids -> (T,) nats."""
     x = x0 = spec_embedding(w, cfg, ids)
+    visits = spec_visits(cfg)
+    encoders = len(visits) // 2
     stack = []
-    encoders = cfg.num_layers // 2
-    for i in range(cfg.num_layers):
-        if i >= encoders and stack:
-            x = x + w["skip_weights"][i - encoders] * stack.pop()
-        mix = w[f"blocks.{i}.resid_mix"]
-        x = mix[0] * x + mix[1] * x0
-        attention = spec_attention(w, cfg, i, spec_norm(cfg, i, x), ids)
-        x = x + w[f"blocks.{i}.attn_scale"] * attention
-        x = x + w[f"blocks.{i}.mlp_scale"] * spec_mlp(w, cfg, i, spec_norm(cfg, i, x))
-        if i < encoders:
+    for place, i in enumerate(visits):
+        if place < encoders:
+            x = spec_block(w, cfg, i, x, x0, ids)
             stack.append(x)
-    z = cfg.logit_softcap * torch.tanh(rms(x) @ w["tok_emb"].T / cfg.logit_softcap)
+            continue
+        if cfg.parallel_start_layer and i == cfg.parallel_start_layer:
+            x = torch.stack((x, x))
+        lanes = x.dim() == 3
+        if stack:
+            a = spec_skip(w, cfg, place - encoders, x[0] if lanes else x, stack.pop())
+            x = torch.stack((a, x[1])) if lanes else a
+        x = (spec_lanes if lanes else spec_block)(w, cfg, i, x, x0, ids)
+    if x.dim() == 3:
+        x = {"mean": x.mean(0), "attn": x[0], "mlp": x[1]}[cfg.parallel_final_lane]
+    z = spec_softcap(w, cfg, rms(x) @ w["tok_emb"].T)
     return z.logsumexp(1) - z[torch.arange(len(ids)), targets]
+
+
+def spec_attention_adds(w, cfg, i, x, x0, ids):
+    """(the stream with the embedding mixed in, what attention adds to it)."""
+    mix = w[f"blocks.{i}.resid_mix"]
+    x = mix[0] * x + mix[1] * x0
+    return x, w[f"blocks.{i}.attn_scale"] * spec_attention(w, cfg, i, spec_norm(cfg, i, x), ids)
+
+
+def spec_mlp_adds(w, cfg, i, x):
+    return w[f"blocks.{i}.mlp_scale"] * spec_mlp(w, cfg, i, spec_norm(cfg, i, x))
+
+
+def spec_block(w, cfg, i, x, x0, ids):
+    mixed, attention = spec_attention_adds(w, cfg, i, x, x0, ids)
+    x = mixed + attention
+    return x + spec_mlp_adds(w, cfg, i, x)
 
 
 def orthonormal(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,6 +314,39 @@ def test_smear_crosses_a_document_start_only_unmasked(smear_pos, masked):
     assert change[6] != 0 and bool(change[7] != 0) != masked and not change[8:].any()
 
 
+# ── gated SmearGate ──
+ONE_OF["gated_smear"] = (
+    dict(smear_gate_enabled=True, gate_window=7),
+    {"gated_smear.weight", "gated_smear.strength"},
+)
+
+
+@acts("before_norm")
+def spec_gated_smear(w, cfg, ids, x):
+    if not cfg.smear_gate_enabled:
+        return x
+    previous = torch.cat((0 * x[:1], x[:-1]))
+    if cfg.smear_mask_bos:
+        previous[ids == BOS] = 0
+    asked = x[:, : cfg.gate_window] @ w["gated_smear.weight"][0]
+    return x + w["gated_smear.strength"] * asked.sigmoid()[:, None] * previous
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_the_gated_smear_crosses_a_document_start_only_unmasked(masked):
+    cfg = config(**PLAIN, smear_gate_enabled=True, smear_mask_bos=masked)
+    model, (ids, targets) = GPT(cfg), rows(config(), 1)
+    plain = GPT(config(**PLAIN))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(model(ids, targets), plain(ids, targets))  # it starts as the identity
+    with torch.no_grad():
+        model.gated_smear.strength.fill_(0.5)
+    other = ids.clone()
+    other[0, 6] = 2 + (ids[0, 6] + 7) % 60  # the token before the document start at 7
+    change = (model(ids, targets) - model(other, targets))[0]
+    assert change[6] != 0 and bool(change[7] != 0) != masked and not change[8:].any()
+
+
 # ── ValueEmbedding ──
 TECHNIQUES["value_embedding"] = (
     dict(ve_enabled=True, ve_dim=8, ve_layers="0,2"),
@@ -377,6 +437,159 @@ def spec_doc_mask(cfg, ids):
     return other
 
 
+# ── gates of heads ──
+GATES = {f"blocks.{i}.attn.gate.weight" for i in range(3)}
+TECHNIQUES["sparse_gate"] = (
+    dict(sparse_attn_gate_enabled=True, sparse_attn_gate_scale=0.7, gate_window=5),
+    GATES,
+)
+ONE_OF["dense_gate"] = dict(gated_attn_enabled=True), GATES
+ONE_OF["output_gate"] = dict(attn_out_gate_enabled=True), GATES
+
+
+@acts("gates")
+def spec_head_gate(w, cfg, i, head, x):
+    """Of the normed input of attention: the first GATE_WINDOW dimensions, or all."""
+    if not (cfg.sparse_attn_gate_enabled or cfg.gated_attn_enabled or cfg.attn_out_gate_enabled):
+        return torch.ones(len(x)).double()
+    read = x if cfg.gated_attn_enabled else x[:, : cfg.gate_window]
+    z = read @ w[f"blocks.{i}.attn.gate.weight"][head]
+    if cfg.sparse_attn_gate_enabled:
+        z = z * cfg.sparse_attn_gate_scale
+    return z.sigmoid() * (2 if cfg.attn_out_gate_enabled else 1)
+
+
+@pytest.mark.parametrize(
+    "knobs, start",
+    [
+        (dict(sparse_attn_gate_enabled=True), 0.5),
+        (dict(gated_attn_enabled=True, gated_attn_init_std=0.0), 0.5),
+        (dict(attn_out_gate_enabled=True), 1.0),
+    ],
+    ids=("sparse", "dense", "output"),
+)
+def test_gates_start_open_or_half_open(knobs, start):
+    gate = GPT(config(**knobs)).blocks[0].attn.gate
+    y, x = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 32)
+    assert torch.equal(gate(y, y, x), start * y)
+
+
+def test_initial_gates_are_drawn_last_and_as_wide_as_they_were_told(run):
+    plain = train_gpt.build_model(config(**PLAIN), run, sdpa).state_dict()
+    for name, std in (("sparse_attn_gate", 0.3), ("gated_attn", 0.2)):
+        knobs = {f"{name}_enabled": True, f"{name}_init_std": std}
+        w = train_gpt.build_model(config(**PLAIN, **knobs), run, sdpa).state_dict()
+        assert all(w[each].equal(plain[each]) for each in plain)
+        drawn = torch.cat([w[each].flatten() for each in sorted(GATES)])
+        assert drawn.std().item() == pytest.approx(std, rel=0.2)
+
+
+# ── skip gates ──
+TECHNIQUES["skip_gates"] = (dict(skip_gates_enabled=True), {"skip.gate"})
+
+
+def spec_skip(w, cfg, visit, x, kept):
+    kept = w["skip_weights"][visit] * kept
+    if not cfg.skip_gates_enabled:
+        return x + kept
+    g = w["skip.gate"][visit].sigmoid()
+    return g * x + (1 - g) * kept
+
+
+# ── loops ──
+TECHNIQUES["loops"] = (dict(num_loops=1, loop_start=0, loop_end=1), set())
+
+
+def spec_visits(cfg):
+    """Each block as often as it is passed."""
+    before, behind = range(cfg.loop_start), range(cfg.loop_end + 1, cfg.num_layers)
+    if not cfg.num_loops:
+        return [*range(cfg.num_layers)]
+    visits = [*before]
+    for _ in range(cfg.num_loops + 1):
+        visits += range(cfg.loop_start, cfg.loop_end + 1)
+    return [*visits, *behind]
+
+
+def test_the_visits_of_1855():
+    """training.md's list: layers 3 to 5 three times, and the U-Net over all 17 visits."""
+    with torch.device("meta"):
+        model = GPT(config(num_layers=11, num_loops=2, loop_start=3, loop_end=5))
+    assert model.order(2) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
+    assert model.order(0) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    assert model.skip_weights.shape == (8, 32) and model.loops == 2
+
+
+@pytest.mark.parametrize("loops", (0, 1, 2))
+def test_a_model_with_fewer_loops_on_is_the_model_that_has_only_those(loops):
+    knobs = dict(num_layers=5, loop_start=1, loop_end=2, skip_gates_enabled=True)
+    most, fewer = make(config(**knobs, num_loops=2)), GPT(config(**knobs, num_loops=loops))
+    fewer.load_state_dict(train_gpt.rows_of(most.state_dict(), fewer.state_dict()))
+    batch = rows(config())
+    before = most(*batch)
+    most.loops = loops
+    assert torch.equal(most(*batch), fewer(*batch)) and torch.equal(most(*batch), before) == (
+        loops == 2
+    )
+
+
+def test_each_number_of_loops_is_compiled_once():
+    graphs = []
+    torch._dynamo.reset()
+    model = make(config(**ALL))
+    batch = rows(config())
+    compiled = torch.compile(
+        model, fullgraph=True, dynamic=False, backend=lambda graph, _: graphs.append(1) or graph
+    )
+    for loops in (0, 1, 0, 1, 1):
+        model.loops = loops
+        torch.testing.assert_close(compiled(*batch), model(*batch))
+    torch._dynamo.reset()
+    assert len(graphs) == 2
+
+
+# ── lanes ──
+TECHNIQUES["lanes"] = (dict(parallel_start_layer=2), {"lanes.post", "lanes.residual"})
+
+
+def spec_lanes(w, cfg, i, x, x0, ids):
+    """(2, T, dim), the lanes of attention and MLP: both read before either writes."""
+    _, attention = spec_attention_adds(w, cfg, i, x[0], x0, ids)
+    mlp = spec_mlp_adds(w, cfg, i, x[1])
+    post, residual = w["lanes.post"][i], w["lanes.residual"][i]
+    return torch.stack(
+        [
+            residual[lane] * x[lane] + post[0, lane] * attention + post[1, lane] * mlp
+            for lane in (0, 1)
+        ]
+    )
+
+
+def test_lanes_start_as_the_record_starts_them():
+    lanes = GPT(config(parallel_start_layer=1)).lanes
+    assert (lanes.post == 1).all() and (lanes.residual == 1.1).all()
+
+
+# ── two softcaps ──
+def spec_softcap(w, cfg, z):
+    above = below = cfg.logit_softcap
+    if cfg.asym_logit_rescale:
+        above, below = w["softcap.positive"], w["softcap.negative"]
+    return torch.where(z > 0, above * torch.tanh(z / above), below * torch.tanh(z / below))
+
+
+def test_both_softcaps_start_where_the_one_is_and_learn():
+    cfg = config(asym_logit_rescale=True, logit_softcap=3.0)
+    model, batch = GPT(cfg), rows(cfg)
+    plain = GPT(config(logit_softcap=3.0))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(model(*batch), plain(*batch))
+    with torch.no_grad():
+        model.tok_emb.mul_(100)
+    model(*batch).mean().backward()
+    assert model.softcap.positive.grad != 0 and model.softcap.negative.grad != 0
+
+
 # ── LN scale ──
 TECHNIQUES["ln_scale"] = (dict(ln_scale=True), set())
 
@@ -414,7 +627,11 @@ def test_ntk_base_of_975():
 
 # ── all of them together ──
 ALL = {knob: value for on, _ in TECHNIQUES.values() for knob, value in on.items()}
-ALL |= dict(smear_pos="post_norm", smear_mask_bos=True)
+ALL |= dict(smear_pos="post_norm", smear_mask_bos=True, asym_logit_rescale=True)
+OFF = dict(smear_gate=False, sparse_attn_gate_enabled=False)
+# All, with what excludes some of them
+OTHERS = ALL | OFF | dict(smear_gate_enabled=True, gated_attn_enabled=True)
+LOOPS = dict(PLAIN, num_layers=7, num_loops=2, loop_start=1, loop_end=3)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +642,18 @@ ALL |= dict(smear_pos="post_norm", smear_mask_bos=True)
             "plain": PLAIN,
             "default": {},
             "all": ALL,
-            **{name: PLAIN | on for name, (on, _) in TECHNIQUES.items()},
+            "others": OTHERS,
+            **{name: PLAIN | on for name, (on, _) in {**TECHNIQUES, **ONE_OF}.items()},
+            "output_gate_of_all": ALL | OFF | dict(attn_out_gate_enabled=True, gate_window=32),
+            "softcaps": dict(asym_logit_rescale=True, logit_softcap=2.0),
+            "masked_gated_smear": PLAIN | dict(smear_gate_enabled=True, smear_mask_bos=True),
+            "loops": LOOPS,
+            "loops_of_all": LOOPS | dict(loop_start=0, loop_end=6, num_loops=1),
+            "loop_of_the_last": LOOPS | dict(loop_start=6, loop_end=6, num_loops=3),
+            "loops_and_lanes": LOOPS | dict(parallel_start_layer=4, parallel_final_lane="mlp"),
+            "lanes_of_all": PLAIN | dict(num_layers=4, parallel_start_layer=2),
+            "lane_of_attention": PLAIN | dict(parallel_start_layer=1, parallel_final_lane="attn"),
+            "lanes_of_one": dict(OTHERS, num_layers=4, parallel_start_layer=3, ve_layers="3"),
             "masked_pre_norm": dict(smear_mask_bos=True),
             "one_block": dict(num_layers=1),
             "even_depth": dict(num_layers=2),
@@ -508,14 +736,16 @@ def test_the_plain_model_has_no_tensor_of_a_technique():
     assert GPT(config(**PLAIN)).state_dict().keys() == expected
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize("name", {**TECHNIQUES, **ONE_OF})
 def test_a_technique_adds_its_tensors_only_and_is_live(name):
-    knobs, names = TECHNIQUES[name]
+    knobs, names = {**TECHNIQUES, **ONE_OF}[name]
     off = make(config(**PLAIN))
     on = make(config(**(PLAIN | knobs)))
     assert on.state_dict().keys() - off.state_dict().keys() == names
     assert off.state_dict().keys() <= on.state_dict().keys()
-    on.load_state_dict(off.state_dict(), strict=False)
+    # of a tensor that has more rows with it, the first
+    for same, w in train_gpt.rows_of(on.state_dict(), off.state_dict()).items():
+        w.copy_(off.state_dict()[same])
     ids, targets = rows(config())
     assert ((on(ids, targets) - off(ids, targets)).abs() > 1e-4).float().mean() > 0.5
 
@@ -539,10 +769,23 @@ def test_a_technique_adds_its_tensors_only_and_is_live(name):
             ),
             26_993_756,
         ),
+        (
+            dict(
+                vocab_size=8192,
+                mlp_mult=4.0,
+                smear_gate=False,
+                smear_gate_enabled=True,
+                skip_gates_enabled=True,
+                sparse_attn_gate_enabled=True,
+                num_loops=2,
+                parallel_start_layer=8,
+            ),
+            35_945_671,
+        ),
     ],
-    ids=("145_199", "194", "989", "975"),
+    ids=("145_199", "194", "989", "975", "1855"),
 )
-def test_parameter_counts_are_those_of_the_seeds(knobs, expected):
+def test_parameter_counts_are_those_of_the_scripts(knobs, expected):
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(Config(init="default", **knobs)).parameters()) == expected
 
