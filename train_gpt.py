@@ -6891,7 +6891,7 @@ class Base:
     settings: today's VARIABLE -> text.
     fixed: VARIABLE -> what that script means by another value than this; we have none such. Empty:
     no longer.
-    means: a variable of that script -> today's variables; none: it does nothing there.
+    means: a variable of that script -> today's variables.
     off: VARIABLE, also one that we lack -> a value at which it does nothing in that script alone.
     lacks: what that script has by itself and this one has not.
     What a base sets itself, its bases no longer fix or switch off.

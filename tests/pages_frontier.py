@@ -20,10 +20,15 @@ def command(name: str) -> dict[str, str]:
 def refused(name: str) -> dict[str, str]:
     """Variable -> the problem with it, of the command of a record under its own base."""
     variables = command(name)
+    old_names = read_base(name).old_names()
+    spelt = {}
+    for old in variables.keys() & old_names.keys():
+        spelt |= dict.fromkeys(old_names[old](variables[old], variables), old)
     try:
         Config.from_env({"BASE": name} | variables)
     except Refusal as refusal:
-        return {problem.partition("=")[0]: problem for problem in refusal.problems}
+        names = [(problem.partition("=")[0], problem) for problem in refusal.problems]
+        return {key if key in variables else spelt[key]: problem for key, problem in names}
     return {}
 
 

@@ -439,13 +439,6 @@ def test_a_name_that_we_lack_may_be_one_of_ours_under_a_base(elsewhere):
     assert "a setting of other scripts" in refused(told)
 
 
-def test_a_name_of_ours_that_a_script_reads_for_nothing_changes_nothing_under_its_base(elsewhere):
-    elsewhere("[base.x]\nEVAL_STRIDE = 0\nmeans = { EVAL_STRIDE = [] }\n")
-    cfg = Config.from_env({"BASE": "x", "EVAL_STRIDE": "64"})
-    assert cfg.eval_stride == 0 and cfg.without_effect() == {"EVAL_STRIDE": "has no say here"}
-    assert Config.from_env({"EVAL_STRIDE": "32"}).eval_stride == 32
-
-
 def test_what_a_script_means_otherwise_its_successors_mean_too(elsewhere):
     told = "SMEAR_GATE = 0\nfixed = { SMEAR_GATE = 'it is another gate' }\n"
     elsewhere(f"[base.x]\n{told}means = {{ SIZE = ['NUM_LAYERS'] }}\n[base.y]\nbase = 'x'\n")
