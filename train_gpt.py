@@ -211,6 +211,8 @@ CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 BITS = (*CODE_BITS, 16)
 QAT_BITS = (0, *CODE_BITS)
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
+LOOPINGS = ("time_frac", "steps")
+SHARES = ("wallclock", "step")
 STARTS = "lr scale / share of ITERATIONS / of run"
 SCOPES = ("exported", "linears", "small_linears", "block_linears")
 NOISES = ("export", "row")
@@ -225,6 +227,7 @@ LOADERS = ("rows", "documents", "shuffled", "coprime")
 # What knobs need that is too long for their line
 SNAPSHOTS = "swa_enabled or sqwa_enabled"
 TABLES = "bigram_vocab_size or ve_enabled"
+WARMDOWN = "warmdown_frac or warmdown_iters"
 SHARED = "quant_clip_mlp or quant_clip_attn or quant_clip_bigram or quant_clip_embed"
 SMEARS = "smear_gate or smear_gate_enabled"
 GATES = "smear_gate_enabled or sparse_attn_gate_enabled or attn_out_gate_enabled"
@@ -252,6 +255,9 @@ loops_knob = partial(model_knob, needs="num_loops")
 lane_knob = partial(model_knob, needs="parallel_start_layer")
 bigram_knob = partial(model_knob, needs="bigram_vocab_size")
 ramp_knob = partial(knob, needs="muon_momentum_warmup_steps")
+taper_knob = partial(knob, needs="wd_taper_final_mult")
+looping_knob = partial(knob, needs="num_loops")
+stages_knob = partial(knob, needs="train_seq_schedule")
 qat_knob = partial(knob, needs="qat_enabled")
 qna_knob = partial(knob, needs="qna_enabled")
 snapshot_knob = partial(knob, needs=SNAPSHOTS)
@@ -297,6 +303,24 @@ POLYNOMIALS = tuple(COEFFICIENTS)
 
 # Functions of knobs, which they name as parameters: each refuses what does not go together
 RULES: list[Callable[..., None]] = []
+
+
+def row_stages(text: str) -> list[tuple[int, float]]:
+    """[(tokens of a row, share of the run at which that ends)] of a TRAIN_SEQ_SCHEDULE."""
+    told = f"TRAIN_SEQ_SCHEDULE={text}"
+    stages = []
+    for stage in text.split(","):
+        length, _, end = stage.strip().partition("@")
+        try:
+            stages.append((int(length), float(end)))
+        except ValueError:
+            raise Refusal(f"{told}: {stage}: write LENGTH@SHARE, as 1024@0.1,2048@1") from None
+    lengths, ends = zip((1, 0.0), *stages, strict=True)
+    for values, name in ((lengths, "lengths (2 or more)"), (ends, "shares")):
+        grow = all(a < b for a, b in itertools.pairwise(values))
+        refuse(not grow, f"{told}: its {name} must grow")
+    refuse(ends[-1] > 1, f"{told}: {ends[-1]:g} of the run is more than all of it")
+    return stages
 
 
 def rule(check: Callable[..., None]) -> staticmethod:
@@ -536,6 +560,7 @@ class Config:
     warmup_steps: int = knob(20, "steps", "untimed; they compile everything and are undone", lo=1)
     warmdown_iters: int = knob(3000, "steps", "linear decay to 0", lo=0, needs="not warmdown_frac")
     warmdown_frac: float = knob(0.0, "of run", "> 0: the decay's share of the run", lo=0, hi=1)
+    min_lr: float = knob(0.0, "", "floor of the decaying lr scale", lo=0, hi=1, needs=WARMDOWN)
     train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
     train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
     grad_accum_steps: int = knob(0, "", "micro-batches; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
@@ -554,6 +579,43 @@ class Config:
         broken = in_rows and train_batch_tokens % train_seq_len
         remedy = f"is no multiple of TRAIN_SEQ_LEN={train_seq_len}"
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
+
+    # Weight decay that falls
+    wd_taper_final_mult: float = knob(1.0, "x MUON_WD", "at end", lo=0, off=(1,), needs="muon_wd")
+    wd_taper_start_frac: float = taper_knob(0.7, "of run", "MUON_WD falls from here", lo=0, hi=1)
+
+    # Loops that begin late
+    looping_kind: str = looping_knob("time_frac", "", "of the next two", choices=LOOPINGS)
+    enable_looping_at: float = looping_knob(0.35, "of run", "begin of the loops", lo=0)
+    loop_phase2_at: float = looping_knob(0.0, "of run", "> 0: one loop before, then all", lo=0)
+
+    @rule
+    def loops_begin_in_order(num_loops, looping_kind, enable_looping_at, loop_phase2_at):
+        if not num_loops:
+            return
+        late = looping_kind == "time_frac" and max(enable_looping_at, loop_phase2_at) > 1
+        problem = f"ENABLE_LOOPING_AT={enable_looping_at} LOOP_PHASE2_AT={loop_phase2_at}"
+        refuse(late, f"{problem}: shares of the run are at most 1; LOOPING_KIND=steps counts steps")
+        broken = loop_phase2_at and (num_loops < 2 or loop_phase2_at <= enable_looping_at)
+        remedy = "two loops or more, and the second phase after the first; 0: no second phase"
+        refuse(broken, f"{problem}, NUM_LOOPS={num_loops}: needs {remedy}")
+
+    # Rows that grow
+    train_seq_schedule: str = knob("", "", "rows until a share of the run: 512@0.1,...", off=("",))
+    train_seq_schedule_mode: str = stages_knob("wallclock", "", "or step", choices=SHARES)
+    seq_change_warmup_steps: int = stages_knob(0, "steps", "lr rises after each change", lo=0)
+
+    @rule
+    def rows_grow(train_seq_schedule, train_seq_len, train_batch_tokens, loader, eval_only):
+        if not train_seq_schedule or eval_only:
+            return
+        told = f"TRAIN_SEQ_SCHEDULE={train_seq_schedule}"
+        lengths = [length for length, _ in row_stages(train_seq_schedule)]
+        for length in lengths if loader != "documents" else ():
+            remedy = f"must divide TRAIN_BATCH_TOKENS={train_batch_tokens}"
+            refuse(train_batch_tokens % length, f"{told}: {length} {remedy}")
+        remedy = f"must be its last length; set TRAIN_SEQ_LEN={lengths[-1]}"
+        refuse(lengths[-1] != train_seq_len, f"{told}: TRAIN_SEQ_LEN={train_seq_len} {remedy}")
 
     # QAT. Scopes, QNA's too: exported, every tensor that ships as codes; linears, the matrices of
     # linear layers; small_linears and block_linears, those outside and inside of the blocks
@@ -1219,11 +1281,10 @@ class Run:
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
-        # the clock of every step: a tensor is sent faster than an object
-        if isinstance(value, float):
-            box = torch.tensor(value, dtype=torch.float64)
-            dist.broadcast(box, src=0)
-            return box.item()
+        # the clock's: it is sent faster than an object
+        if isinstance(value, Tensor):
+            dist.broadcast(value, src=0)
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
@@ -3591,6 +3652,11 @@ RECENT_STEPS = 100
 STALL = 1.25
 
 
+# Ranks agree on the clock once in so many seconds, and after each of the steps of the last ones
+AGREED_SECONDS = 1.0
+LAST_SECONDS = 10.0
+
+
 class StepPlan(NamedTuple):
     """What one step does."""
 
@@ -3601,26 +3667,27 @@ class StepPlan(NamedTuple):
     snapshot: bool = False  # of the weights, after the step
     wd_scale: float = 1.0  # times MUON_WD
     loops: int = 0  # extra passes of the looped layers
-    length: int = 0  # tokens of a row; 0: TRAIN_SEQ_LEN
+    length: int = 0  # tokens of a row
+    rewarm: float = 1.0  # the part of lr_scale that a change of length has
 
 
 # Phase (its toggle: NAME_ENABLED) -> the field of StepPlan by which it acts
 PHASES = {"QNA": "qna", "QAT": "qat", "SWA": "snapshot", "SQWA": "snapshot"}
 
 
-def plan_step(cfg: Config, step: int, lr_scale: float, fired: set[str]) -> StepPlan:
-    """What a step does at this learning rate, given the triggers that have fired."""
-    qat = "qat" in fired
-    qna = 0.0
-    if cfg.qna_enabled and not qat and lr_scale >= cfg.qna_stop_scale:
-        qna = cfg.qna_magnitude * lr_scale
-    snapshot = "swa" in fired and (step + 1) % cfg.swa_every == 0
-    return StepPlan(lr_scale, momentum_at(cfg, step), qat, qna, snapshot, length=cfg.train_seq_len)
+class Form(NamedTuple):
+    """What a graph is compiled for."""
+
+    loops: int
+    length: int
 
 
-def phases_wanted(cfg: Config) -> list[str]:
-    """The phases that the run asks for, in the order of the timeline."""
-    return [name for name in PHASES if getattr(cfg, f"{name.lower()}_enabled")]
+class Trigger(NamedTuple):
+    """What something waits for."""
+
+    kind: str  # of TRIGGERS, or steps
+    value: float
+    after: int = 0  # 1: for the end of the step, not for its beginning
 
 
 def typical_step(timed: list[float]) -> float:
@@ -3646,7 +3713,11 @@ def steps_left(cfg: Config, step: int, elapsed: float, typical: float = math.inf
 
 
 def learning_rate_scale(cfg: Config, step: int, left: float) -> float:
-    """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS."""
+    """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS.
+
+    The decay ends at MIN_LR. Care: with a floor the last weights are not annealed; an average of
+    them is (#1787 on: the EMA gained 0.010 BPB with a floor of 0.1, 0.001 with none).
+    """
     warmdown = cfg.warmdown_frac * (step + left)
     if not warmdown:
         warmdown = cfg.warmdown_iters
@@ -3655,7 +3726,22 @@ def learning_rate_scale(cfg: Config, step: int, left: float) -> float:
     # Under a budget nothing is known at step 0 of the end of the run
     if cfg.max_wallclock_seconds and step == 0:
         return 1.0
-    return min(left / warmdown, 1.0)
+    return max(min(left / warmdown, 1.0), cfg.min_lr)
+
+
+def weight_decay_scale(cfg: Config, step: int, left: float) -> float:
+    """WD taper: Muon's weight decay falls late in the run.
+
+    What:   1 until WD_TAPER_START_FRAC of the run, then linear to WD_TAPER_FINAL_MULT at its end.
+    Why:    a high decay keeps weights small while they move; settled ones need less of it.
+    Source: #1729; toggle WD_TAPER_FINAL_MULT.
+    Care:   it multiplies MUON_WD, beside the learning rate, which decays too.
+    """
+    start = cfg.wd_taper_start_frac
+    done = step / (step + left)
+    if done <= start:
+        return 1.0
+    return 1 + (cfg.wd_taper_final_mult - 1) * (done - start) / (1 - start)
 
 
 def momentum_at(cfg: Config, step: int) -> float:
@@ -3679,42 +3765,194 @@ def trigger_reached(
         return steps >= value * total
     if kind == "iter_frac":
         return steps >= int(value * cfg.iterations)
+    if kind == "steps":
+        return steps >= value
     return True  # always
+
+
+class LateLoops:
+    """Late loops: depth recurrence begins amid the run.
+
+    What:   no extra pass before ENABLE_LOOPING_AT, all NUM_LOOPS from there on; with
+            LOOP_PHASE2_AT one pass until then, and all from then on.
+    Why:    a step without loops costs two thirds (#1855: 96 and 141 ms), and early ones learn as
+            much; the loss jumps less when the passes come one by one (#1412).
+    Source: #1204 (RECUR_START_STEP), #1394, #1412; toggle NUM_LOOPS.
+    Care:   the model is scored with all passes: a run that never comes so far was trained as
+            another model, and NUM_LOOPS did nothing. Validation before is of the model of then.
+    """
+
+    def __init__(self, cfg: Config):
+        self.passes = [0]
+        self.triggers: dict[str, Trigger] = {}
+        if cfg.num_loops and cfg.loop_phase2_at:
+            self.add(1, Trigger(cfg.looping_kind, cfg.enable_looping_at))
+            self.add(cfg.num_loops, Trigger(cfg.looping_kind, cfg.loop_phase2_at))
+        elif cfg.num_loops:
+            self.add(cfg.num_loops, Trigger(cfg.looping_kind, cfg.enable_looping_at))
+
+    def add(self, passes: int, trigger: Trigger) -> None:
+        self.passes.append(passes)
+        self.triggers[f"{passes} loop{'s' * (passes > 1)}"] = trigger
+
+    def now(self, fired: Iterable[str]) -> int:
+        """Extra passes, given the triggers that have fired."""
+        return self.passes[len(self.triggers.keys() & fired)]
+
+
+class GrowingRows:
+    """Progressive context: rows of few tokens first, and of more later.
+
+    What:   TRAIN_SEQ_SCHEDULE=1024@0.1,2048@0.7,3072@1: rows of 1,024 tokens until a tenth of the
+            run, of 3,072 from seven tenths on; as many tokens a step. After each change the
+            learning rate rises from 1/n to n/n over n = SEQ_CHANGE_WARMUP_STEPS.
+    Why:    a short row costs less attention, and what is learned first lies in few tokens.
+    Source: #2014; toggle TRAIN_SEQ_SCHEDULE.
+    Care:   TRAIN_SEQ_LEN is the longest, and the window of scoring unless EVAL_SEQ_LEN is set. The
+            rise multiplies the floor of MIN_LR too; triggers by lr scale do not see it.
+    """
+
+    def __init__(self, cfg: Config):
+        self.rewarm_steps = cfg.seq_change_warmup_steps
+        self.lengths = [cfg.train_seq_len]
+        self.triggers: dict[str, Trigger] = {}
+        if cfg.train_seq_schedule:
+            kind = {"wallclock": "time_frac", "step": "iter_frac"}[cfg.train_seq_schedule_mode]
+            stages = row_stages(cfg.train_seq_schedule)
+            self.lengths = [length for length, _ in stages]
+            for (_, end), (length, _) in itertools.pairwise(stages):
+                self.triggers[f"rows of {length}"] = Trigger(kind, end)
+
+    def now(self, fired: Iterable[str]) -> int:
+        """Tokens of a row, given the triggers that have fired."""
+        return self.lengths[len(self.triggers.keys() & fired)]
+
+    def rewarm(self, step: int, fired: dict[str, int]) -> float:
+        """What the learning rate is multiplied by."""
+        changes = [fired[name] for name in self.triggers if name in fired]
+        if not changes or not self.rewarm_steps:
+            return 1.0
+        return min((step - changes[-1] + 1) / self.rewarm_steps, 1.0)
 
 
 class Schedule:
     """(steps done, training seconds, seconds of a typical step) -> StepPlan.
 
     Care: a trigger that has fired stays on; else jitter of the step time would switch QAT on and
-    off. `fired` is all that is remembered, and what a checkpoint must keep. So a slow step must
-    not fire one: triggers see the mean speed without stalls (steps_left). The learning rate
-    keeps the seeds' rule, the plain mean: after a slow first step it is low until the mean has
-    recovered (4 times a typical step, of 8,000: for one step), and nothing of that stays.
+    off. `fired`, trigger -> its step, is all that is remembered, and what a checkpoint must keep.
+    So a slow step must not fire one: triggers see the mean speed without stalls (steps_left). The
+    learning rate keeps the seeds' rule, the plain mean: after a slow first step it is low until
+    the mean has recovered (4 times a typical step, of 8,000: for one step), and nothing stays.
     """
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.fired: set[str] = set()
-        # Fields of the plan that anything acts by
-        self.in_use = {PHASES[name] for name in phases_wanted(cfg)}
+        self.fired: dict[str, int] = {}
+        self.loops = LateLoops(cfg)
+        self.rows = GrowingRows(cfg)
+        self.stages = self.loops.triggers | self.rows.triggers
+        self.triggers = dict(self.stages)
+        if cfg.qat_enabled:
+            self.triggers["qat"] = Trigger(cfg.qat_start_kind, cfg.qat_start)
+        if cfg.swa_enabled or cfg.sqwa_enabled:
+            # A snapshot is taken after its step, which is done by then
+            self.triggers["swa"] = Trigger(cfg.swa_start_kind, cfg.swa_start_frac, after=1)
 
     def at(self, step: int, elapsed: float, typical: float = math.inf) -> StepPlan:
         """The plan of the next step, `step` steps and `elapsed` seconds of training being done.
 
         typical: typical_step of those timed; inf where all take the same.
         """
-        cfg = self.cfg
-        lr_scale = learning_rate_scale(cfg, step, steps_left(cfg, step, elapsed))
+        left = steps_left(self.cfg, step, elapsed, typical)
+        usual_scale = learning_rate_scale(self.cfg, step, left)
+        reached = partial(trigger_reached, self.cfg, step + left, usual_scale)
+        for name, trigger in self.triggers.items():
+            if name not in self.fired and reached(step + trigger.after, *trigger[:2]):
+                self.fired[name] = step
+        return self.plan(step, steps_left(self.cfg, step, elapsed))
 
-        left = steps_left(cfg, step, elapsed, typical)
-        usual_scale = learning_rate_scale(cfg, step, left)
-        reached = partial(trigger_reached, cfg, step + left, usual_scale)
-        if "qat" in self.in_use and reached(step, cfg.qat_start_kind, cfg.qat_start):
-            self.fired.add("qat")
-        # A snapshot is taken after its step, which is done by then
-        if "snapshot" in self.in_use and reached(step + 1, cfg.swa_start_kind, cfg.swa_start_frac):
-            self.fired.add("swa")
-        return plan_step(cfg, step, lr_scale, self.fired)
+    def plan(self, step: int, left: float) -> StepPlan:
+        """What a step does, so many being left, given the triggers that have fired."""
+        cfg = self.cfg
+        scale = learning_rate_scale(cfg, step, left)
+        rewarm = self.rows.rewarm(step, self.fired)
+        qat = "qat" in self.fired
+        qna = 0.0
+        if cfg.qna_enabled and not qat and scale >= cfg.qna_stop_scale:
+            qna = cfg.qna_magnitude * scale
+        return StepPlan(
+            lr_scale=scale * rewarm,
+            momentum=momentum_at(cfg, step),
+            qat=qat,
+            qna=qna,
+            snapshot="swa" in self.fired and (step + 1) % cfg.swa_every == 0,
+            wd_scale=weight_decay_scale(cfg, step, left),
+            loops=self.loops.now(self.fired),
+            length=self.rows.now(self.fired),
+            rewarm=rewarm,
+        )
+
+    def forms(self) -> list[Form]:
+        """Every form that a step may have, in the order in which they come.
+
+        Where loops and rows go by the same share, few of them meet.
+        """
+        if len({trigger.kind for trigger in self.stages.values()}) > 1:
+            return [Form(*each) for each in itertools.product(self.loops.passes, self.rows.lengths)]
+        found = []
+        for moment in sorted({0.0, *(trigger.value for trigger in self.stages.values())}):
+            fired = [name for name, trigger in self.stages.items() if trigger.value <= moment]
+            found.append(Form(self.loops.now(fired), self.rows.now(fired)))
+        return list(dict.fromkeys(found))
+
+    def restore(self, fired: dict[str, int]) -> None:
+        """The triggers that have fired, as a checkpoint says; ValueError of what is none."""
+        if any(name not in self.triggers or type(n) is not int for name, n in fired.items()):
+            raise ValueError("odd triggers")
+        self.fired = dict(fired)
+
+    def effects(self, now: StepPlan) -> dict[str, float | None]:
+        """Toggle of the schedule that acts in this step -> its effect, as far as it is known here.
+
+        Loops and rows act once they are those of the end: before, another model is trained.
+        """
+        cfg = self.cfg
+        found = {}
+        if now.lr_scale < now.rewarm:
+            found["WARMDOWN"] = now.lr_scale - now.rewarm
+            if now.lr_scale <= cfg.min_lr * now.rewarm:
+                found["MIN_LR"] = now.lr_scale
+        if cfg.muon_wd and now.wd_scale != 1:
+            found["WD_TAPER"] = now.wd_scale - 1
+        if now.loops == cfg.num_loops > 0:
+            found["NUM_LOOPS"] = None
+        if cfg.train_seq_schedule and now.length == cfg.train_seq_len:
+            found["TRAIN_SEQ_SCHEDULE"] = float(now.length - self.rows.lengths[0])
+        return found
+
+
+def schedule_toggles(cfg: Config) -> dict[str, Activity]:
+    """The toggles that act by the schedule alone."""
+    found = {}
+    if cfg.warmdown_iters or cfg.warmdown_frac:
+        found["WARMDOWN"] = Activity(
+            scope="learning rates", unit="lr scale", compared="last step against no warmdown"
+        )
+        if cfg.min_lr:
+            found["MIN_LR"] = Activity(
+                scope="learning rates", unit="lr scale", compared="last step against an end at 0"
+            )
+    if cfg.muon_wd and cfg.wd_taper_final_mult != 1:
+        found["WD_TAPER"] = Activity(
+            scope="weight decay of Muon", unit="x MUON_WD", compared="last step against no taper"
+        )
+    if cfg.num_loops:
+        found["NUM_LOOPS"] = Activity()  # the report measures it
+    if cfg.train_seq_schedule:
+        found["TRAIN_SEQ_SCHEDULE"] = Activity(
+            scope="rows", unit="tokens", compared="rows of the last step against those of the first"
+        )
+    return found
 
 
 def careful_step(timed: list[float]) -> float:
@@ -3724,6 +3962,16 @@ def careful_step(timed: list[float]) -> float:
     """
     slowest = sorted(timed[-20:])
     return 1.1 * slowest[-2:][0]
+
+
+def clock_is_due(cfg: Config, timed: list[float], steps: int, elapsed: float) -> bool:
+    """Whether the ranks agree on the clock now, `steps` after those that are `timed`.
+
+    elapsed: as they agreed then, and a typical step for each since.
+    """
+    typical = typical_step(timed)
+    last = 0 < cfg.max_wallclock_seconds < elapsed + LAST_SECONDS
+    return last or not typical or steps * typical >= AGREED_SECONDS
 
 
 def budget_spent(cfg: Config, step: int, elapsed: float, coming: float = 0.0) -> bool:
@@ -3737,42 +3985,46 @@ def budget_spent(cfg: Config, step: int, elapsed: float, coming: float = 0.0) ->
 
 
 class Forecast(NamedTuple):
-    """What a run would do at a constant speed."""
+    """What a run would do at a known speed."""
 
-    step_seconds: float
+    step_seconds: float  # mean
     steps: int
-    # phase asked for -> (first step, its second), or None: never
+    # what is asked for -> (first step, its second), or None: never
     starts: dict[str, tuple[int, float] | None]
 
 
-def forecast(cfg: Config, step_seconds: float) -> Forecast:
-    """Found by running the schedule itself."""
-    starts = {}
-    if cfg.warmdown_iters or cfg.warmdown_frac:
-        starts["warmdown"] = None
-    for name in phases_wanted(cfg):
-        starts[name] = None
+# Seconds of a step that does this
+Pace = Callable[[StepPlan], float]
 
+
+def forecast(cfg: Config, pace: Pace) -> Forecast:
+    """Found by running the schedule itself."""
     schedule = Schedule(cfg)
+    starts = dict.fromkeys(expected(cfg, schedule))
     step = 0
     elapsed = 0.0
     while step < cfg.iterations and not budget_spent(cfg, step, elapsed):
         now = schedule.at(step, elapsed)
         acting = [name for name, field in PHASES.items() if getattr(now, field)]
-        if now.lr_scale < 1:
-            acting.append("warmdown")
-        for name in acting:
+        for name in (*schedule.effects(now), *acting, *schedule.fired):
             if name in starts and starts[name] is None:
                 starts[name] = step, elapsed
         step += 1
-        elapsed = step * step_seconds
-    return Forecast(step_seconds, step, starts)
+        elapsed += pace(now)
+    return Forecast(elapsed / step, step, starts)
 
 
-def timeline(cfg: Config, step_seconds: float) -> str:
-    """Planned step and second of every phase asked for, or NEVER."""
-    seen = forecast(cfg, step_seconds)
-    text = f"{seen.steps} steps of {step_seconds * 1e3:.1f} ms"
+def expected(cfg: Config, schedule: Schedule) -> list[str]:
+    """What the run asks for, in the order of the timeline: loops and rows by their stages."""
+    whole = ("NUM_LOOPS", "TRAIN_SEQ_SCHEDULE")
+    toggles = [name for name in schedule_toggles(cfg) if name not in whole]
+    phases = [name for name in PHASES if getattr(cfg, f"{name.lower()}_enabled")]
+    return [*toggles, *phases, *schedule.stages]
+
+
+def timeline(seen: Forecast) -> str:
+    """Planned step and second of all that is asked for, or NEVER."""
+    text = f"{seen.steps} steps of {seen.step_seconds * 1e3:.1f} ms"
     for name, start in seen.starts.items():
         when = "NEVER"
         if start is not None:
@@ -3782,10 +4034,23 @@ def timeline(cfg: Config, step_seconds: float) -> str:
     return text
 
 
+def late_changes(cfg: Config, seen: Forecast) -> dict[str, int]:
+    """What weights from before it know nothing of -> its first step, where that is not the first.
+
+    All loops, not the first of them: the model is scored with all.
+    """
+    names = ["QAT", *[name for name in seen.starts if name.endswith((" loop", " loops"))][-1:]]
+    starts = {name: seen.starts.get(name) for name in names}
+    return {name: start[0] for name, start in starts.items() if start and start[0]}
+
+
 def averaging_warnings(cfg: Config, seen: Forecast) -> list[str]:
-    """Averages that will hold weights which they should not: one line each."""
+    """Averages that will hold weights which they should not, or are missing: one line each."""
     lines = []
-    qat = seen.starts.get("QAT")
+    late = late_changes(cfg, seen)
+    if seen.starts.get("MIN_LR") and cfg.shipped_average == "none":
+        missing = "the last weights are not annealed, and no average of them ships"
+        lines.append(f"MIN_LR={cfg.min_lr:g}: {missing}; set EMA_ENABLED=1")
     if cfg.ema_enabled:
         # a decay of 1 never forgets
         memory = 1 / max(1 - cfg.ema_decay, 1e-9)
@@ -3793,17 +4058,26 @@ def averaging_warnings(cfg: Config, seen: Forecast) -> list[str]:
         if memory > seen.steps:
             remedy = "it will hold much of the initial weights; lower EMA_DECAY"
             lines.append(f"{about}more than the {seen.steps:,} of the run: {remedy}")
-        elif qat and qat[0] > 0 and memory > seen.steps - qat[0]:
-            remedy = "it will hold weights from before QAT; lower EMA_DECAY, or start QAT earlier"
-            lines.append(f"{about}more than the {seen.steps - qat[0]:,} with QAT: {remedy}")
-    for name in ("SWA", "SQWA"):
-        start = seen.starts.get(name)
+            late.clear()
+        for name, step in late.items():
+            if memory > seen.steps - step:
+                problem = f"{about}more than the {seen.steps - step:,} with {name}"
+                remedy = f"lower EMA_DECAY, or start {name} earlier"
+                lines.append(f"{problem}: it will hold weights from before {name}; {remedy}")
+    return lines + snapshot_warnings(seen, late_changes(cfg, seen))
+
+
+def snapshot_warnings(seen: Forecast, late: dict[str, int]) -> list[str]:
+    """Means of snapshots, of weights from before a change and after it."""
+    lines = []
+    for average, (name, step) in itertools.product(("SWA", "SQWA"), late.items()):
+        start = seen.starts.get(average)
         # a snapshot is taken after its step
-        if start and qat and start[0] + 1 < qat[0]:
+        if start and start[0] + 1 < step:
             lines.append(
-                f"{name} takes snapshots from step {start[0]} on, QAT acts from step {qat[0]} on: "
-                "their mean will hold weights from before QAT; lower SWA_START_FRAC, or start QAT "
-                "earlier"
+                f"{average} takes snapshots from step {start[0]} on, {name} acts from step {step} "
+                f"on: their mean will hold weights from before {name}; lower SWA_START_FRAC, or "
+                f"start {name} earlier"
             )
     return lines
 
@@ -4545,13 +4819,8 @@ class Trainer:
         self.optimiser = Optimiser(self.flat, cfg, run)
         self.views = WeightViews(cfg, run, self.model, self.flat, self.plan)
         self.averages = Averages(cfg, run, self.model, self.flat, self.plan)
-        if cfg.warmdown_iters or cfg.warmdown_frac:
-            warmdown = Activity(
-                scope="learning rates",
-                unit="lr scale",
-                compared="last step against no warmdown",
-            )
-            run.activity["WARMDOWN"] = warmdown
+        run.activity.update(schedule_toggles(cfg))
+        self.model.loops = cfg.num_loops
 
         self.loss = math.nan  # of the last step, nats per token
         self.val_bpb = math.nan  # of the last validation
@@ -4561,7 +4830,9 @@ class Trainer:
         self.resumed: list[int] = []  # steps done when the run went on
         self.elapsed = 0.0  # seconds of training
         self.step_seconds: list[float] = []
-        self.warmed: list[float] = []  # seconds of the warm-up's steps, but the first
+        self.agreed = 0.0  # `elapsed` when the ranks last agreed on it
+        self.own_seconds: list[float] = []  # this rank's, after each step since
+        self.warmed: list[float] = []  # of the warm-up's steps of the first form, but the first
         self.recompiles = 0
         self.saved = 0.0  # `elapsed` of the last checkpoint
         self.told = -math.inf  # `elapsed` of the last line about a step
@@ -4616,7 +4887,7 @@ class Trainer:
             "launches": self.run.launches,
             "warnings": [*self.run.warnings],
             "config": self.cfg.knobs("seed", *COMPARED),
-            "fired": sorted(self.schedule.fired),
+            "fired": dict(self.schedule.fired),
             "progress": {name: copy.copy(getattr(self, name)) for name in self.PROGRESS},
             "metrics_bytes": self.run.jsonl.tell(),
             "activity": activity,
@@ -4629,6 +4900,7 @@ class Trainer:
         Returns the names of the tensors that are not finite, for which there is none (`wait` only).
         Host sync: the copy, and the writing of the checkpoint before.
         """
+        self.agree()
         if not self.done():
             # Each rank has the Muon momenta of its own share alone
             self.flat.gather(self.flat.shares(self.optimiser.first_moments))
@@ -4649,10 +4921,10 @@ class Trainer:
         """The inverse of save. Refusal when the file does not belong to these settings."""
         try:
             self.restore_progress(facts["progress"])
-            self.saved = self.elapsed
+            self.saved = self.agreed = self.elapsed
             if self.steps:
                 self.told = self.elapsed  # the line of the first step is in the log
-            self.schedule.fired = set(facts["fired"])
+            self.schedule.restore(facts["fired"])
             count = int(facts["snapshots"])
             if self.averages.snapshots:
                 self.averages.snapshots.count = count
@@ -4697,6 +4969,7 @@ class Trainer:
         Host sync: one, when the update is under way, so that a GPU always has work.
         """
         refusal = batch if isinstance(batch, Refusal) else None
+        self.model.loops = now.loops
         self.flat.gradients.zero_()
         if refusal:
             self.flat.refused.fill_(1)
@@ -4731,10 +5004,11 @@ class Trainer:
 
     def take_in(self, now: StepPlan) -> None:
         """The new weights into the averages; notes which toggles have acted."""
+        effects = self.schedule.effects(now)
+        for name, effect in effects.items():
+            self.run.activity[name].effect = effect
         acting = self.views.acting(now) + self.averages.update(now.snapshot)
-        if now.lr_scale < 1:
-            acting.append("WARMDOWN")
-        for name in acting:
+        for name in (*acting, *effects):
             self.run.activity[name].steps.append(self.steps)
 
     def leave_out(self, norm: float) -> None:
@@ -4758,29 +5032,37 @@ class Trainer:
 
     # The run
 
-    def warm_up(self) -> list[float]:
+    def warm_up(self) -> dict[Form, list[float]]:
         """Runs all that the run will need, so that nothing compiles on the clock, and undoes it.
 
-        Returns the seconds of each step. The first ones are those that compile.
+        Returns the seconds of each step, by its form. The first ones are those that compile.
         """
-        run = self.run
+        cfg, run = self.cfg, self.run
         weights = self.flat.weights.clone()
         variants = [view.at_full_strength() for view in self.views.techniques.values()]
-        variants.append(StepPlan(1.0, self.cfg.muon_momentum))
+        variants.append(StepPlan(1.0, cfg.muon_momentum))
         snapshot = self.averages.snapshots is not None
-        seconds = []
-        loader = Loader(self.cfg, run, self.split)
-        for n in range(self.cfg.warmup_steps):
+        seconds = {form: [] for form in self.schedule.forms()}
+        # each form once to compile and once for its speed
+        steps = max(cfg.warmup_steps, 2 * len(seconds) if len(seconds) > 1 else 1)
+        if steps > cfg.warmup_steps:
+            forms = ", ".join(f"{loops} x {length}" for loops, length in seconds)
+            why = f"two of each form (loops x tokens of a row: {forms})"
+            run.log(f"WARMUP_STEPS={cfg.warmup_steps}: {steps} are taken, {why}")
+        loader = Loader(cfg, run, self.split)
+        for n, form in zip(range(steps), itertools.cycle(seconds), strict=False):
             began = time.perf_counter()
-            run.at_work(f"step {n + 1} of {self.cfg.warmup_steps}")
-            now = variants[n % len(variants)]
+            run.at_work(f"step {n + 1} of {steps}")
+            now = variants[n % len(variants)]._replace(**form._asdict())
             now = now._replace(snapshot=snapshot and n % 2 == 0)
-            self.step(loader.next(self.cfg.train_seq_len), now)
-            seconds.append(time.perf_counter() - began)
+            self.step(loader.next(now.length), now)
+            seconds[form].append(time.perf_counter() - began)
         loader.close()
 
-        if self.cfg.val_loss_every:
-            self.score_weights()
+        if cfg.val_loss_every:
+            for loops in dict.fromkeys(form.loops for form in seconds):
+                self.model.loops = loops
+                self.score_weights()
         self.flat.weights.copy_(weights)
         self.restart()
         return seconds
@@ -4791,8 +5073,10 @@ class Trainer:
         self.trained_here = True
         with run.phase("warm-up and compile"):
             seconds = run.broadcast(self.warm_up())
-            self.warmed = seconds[1:]
-            self.foretell(statistics.median(seconds[1:] or seconds), warn=not saved)
+            # the run begins with steps of the first form
+            self.warmed = next(iter(seconds.values()))[1:]
+            self.usual = {form: statistics.median(s[1:] or s) for form, s in seconds.items()}
+            self.foretell("warm-up", warn=not saved)
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
             self.resumed.append(self.steps)
@@ -4810,17 +5094,22 @@ class Trainer:
             with run.phase("last checkpoint"):
                 loader.close()  # waits for what is being read ahead
                 self.close(last)
+            self.model.loops = self.cfg.num_loops  # as it is scored
         except Refusal as stop:
             self.save_what_is_left(stop)
             raise
         if run.stop:
             run.signalled(run.stop, None)
 
-    def foretell(self, step_seconds: float, warn: bool) -> None:
-        """Says when what will begin at the speed of the warm-up, and what is wrong with that."""
-        self.run.log("schedule (warm-up speed): " + timeline(self.cfg, step_seconds))
+    def foretell(self, speed: str, warn: bool = False, ratio: float = 1.0) -> None:
+        """Says when what will begin, and what is wrong with that.
+
+        At the speed of the warm-up, for each form of a step, times this ratio.
+        """
+        seen = forecast(self.cfg, lambda now: ratio * self.usual[now.loops, now.length])
+        self.run.log(f"schedule ({speed} speed): {timeline(seen)}")
         if warn:
-            for text in averaging_warnings(self.cfg, forecast(self.cfg, step_seconds)):
+            for text in averaging_warnings(self.cfg, seen):
                 self.run.warn(text)
 
     def loop(self, loader: Loader) -> StepPlan:
@@ -4833,15 +5122,38 @@ class Trainer:
             typical = typical_step(self.warmed + self.step_seconds[-RECENT_STEPS:])
             now = self.schedule.at(self.steps, self.elapsed, typical)
             self.step(loader.next(now.length), now)
-            before = self.elapsed
-            self.elapsed = run.broadcast(run.tick())
-            self.step_seconds.append(self.elapsed - before)
+            self.count_seconds()
             run.at_work(self.standing())
             if self.done():
                 break
             self.report(now)
             self.obey()
+        self.agree()
         return now
+
+    def count_seconds(self) -> None:
+        """Another step on the clock: that of rank 0 when it is due, until then a typical step more.
+
+        So all ranks have the same seconds at each moment, and seldom wait for each other to have
+        them. A stall is seen AGREED_SECONDS late; the last LAST_SECONDS are exact.
+        """
+        self.own_seconds.append(self.run.tick())
+        alone = self.run.world == 1
+        timed = self.step_seconds[-RECENT_STEPS:]
+        self.elapsed += typical_step(timed)
+        if alone or clock_is_due(self.cfg, timed, len(self.own_seconds), self.elapsed):
+            self.agree()
+
+    def agree(self) -> None:
+        """Takes over what the clock of rank 0 has said after each step since the last time."""
+        if not self.own_seconds:
+            return
+        told = self.run.broadcast(torch.tensor(self.own_seconds, dtype=torch.float64))
+        for elapsed in told.tolist():
+            self.step_seconds.append(elapsed - self.agreed)
+            self.agreed = elapsed
+        self.own_seconds = []
+        self.elapsed = self.agreed
 
     def close(self, last: StepPlan) -> None:
         """What is due after the last step, when the clock of training has stopped."""
@@ -4886,13 +5198,14 @@ class Trainer:
 
         self.report_starts(now)
         if log_due or save_due:
+            self.agree()
             self.compare_ranks()
         if log_due:
             self.report_step(now)
         if step == 50:
             with run.phase("schedule"):  # it looks at every step to come
-                told = timeline(cfg, self.elapsed / step)
-            run.log("schedule (measured speed): " + told)
+                usual = self.usual[now.loops, now.length]
+                self.foretell("measured", ratio=self.elapsed / step / usual)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             self.validate()
         if save_due:
@@ -4900,10 +5213,11 @@ class Trainer:
 
     def report_starts(self, now: StepPlan) -> None:
         """One line for every toggle that has acted for the first time."""
-        activity, step = self.run.activity, self.steps - 1
-        if "WARMDOWN" in activity:
-            activity["WARMDOWN"].effect = now.lr_scale - 1
-        for name, toggle in activity.items():
+        step = self.steps - 1
+        for name, began in self.schedule.fired.items():
+            if began == step and name in self.schedule.stages:
+                self.run.log(f"{name} from step {step} ({self.elapsed:.1f} s)")
+        for name, toggle in self.run.activity.items():
             if toggle.steps == [step]:
                 self.run.log(
                     f"{name} acts from step {step} ({self.elapsed:.1f} s, "
@@ -4979,7 +5293,7 @@ class Trainer:
         )
 
     def score_weights(self, state: State | None = None) -> Score:
-        """These (default: the live, latent) weights on fixed windows."""
+        """These (default: the live, latent) weights on fixed windows, with the loops of now."""
         self.model.load_state_dict(state or {}, strict=False)
         return score(self.cfg, self.run, self.forward, self.val)
 
@@ -6319,6 +6633,7 @@ def prove_model_toggles(
     """Parts of the model: the trained model against itself without the part."""
     trainer = trained.trainer
     model = trainer.model
+    acted = {**run.activity}  # from the schedule
     began = time.perf_counter()
     for name in MODEL_TOGGLES:
         knob_name = name.lower()
@@ -6335,7 +6650,7 @@ def prove_model_toggles(
             tensors=sum(n > 0 for n in extra),
             params=sum(extra),
             scope=f"the model, {'compiled' if run.compile else 'eager'}",
-            steps=[*range(trainer.steps)],
+            steps=acted[name].steps if name in acted else [*range(trainer.steps)],
             cost_per="step",
         )
         nats = probe.nats(without, kept)
@@ -7091,7 +7406,11 @@ def recur_layers(text: str, env: dict) -> dict[str, str]:
     first, last = blocks[0], blocks[-1]
     if first < 0 or len(blocks) <= last - first:
         return {"NUM_LOOPS": Unreadable("must be blocks in a row, separated by commas")}
-    return {"NUM_LOOPS": "1", "LOOP_START": str(first), "LOOP_END": str(last)}
+    found = {"NUM_LOOPS": "1", "LOOP_START": str(first), "LOOP_END": str(last)}
+    if not {"RECUR_START_STEP", "ENABLE_LOOPING_AT"} & env.keys():
+        # as its scripts do
+        found |= recur_start_step("3000", env)
+    return found
 
 
 def late_qat_threshold(text: str, env: dict) -> dict[str, str]:
@@ -7100,6 +7419,12 @@ def late_qat_threshold(text: str, env: dict) -> dict[str, str]:
 
 
 activation = choice("NEGATIVE_SLOPE", relu2="0", leaky_relu2="0.5")
+
+
+def recur_start_step(text: str, env: dict) -> dict[str, str]:
+    """An old variable that counts in steps where ours does in shares."""
+    return {"LOOPING_KIND": "steps", "ENABLE_LOOPING_AT": text}
+
 
 # Spellings of the seeds and of records for our knobs
 ALIASES: dict[str, Meaning] = {
@@ -7121,6 +7446,7 @@ ALIASES: dict[str, Meaning] = {
     "BIGRAM_HASH": sized("BIGRAM_VOCAB_SIZE", "BIGRAM_HASH_BUCKETS", "4096"),
     "BIGRAM_HASH_BUCKETS": renamed("BIGRAM_VOCAB_SIZE"),
     "BIGRAM_HASH_DIM": renamed("BIGRAM_DIM"),
+    "RECUR_START_STEP": recur_start_step,
     # QAT and SWA
     "QAT": renamed("QAT_ENABLED"),
     "ENABLE_QAT": renamed("QAT_ENABLED"),
@@ -7172,7 +7498,7 @@ ABSENT_AT = {
         GATED_ATTN_QUANT_GATE GATE_MLP_OUT TRIGRAM NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA
         NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA LORA_RANK
         TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL
-        MUON_HUBER_WD BLOCK_LARS_TRUST MIN_LR SEQ_LEN_START
+        MUON_HUBER_WD BLOCK_LARS_TRUST SEQ_LEN_START
         BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED FORCE_STOP_STEP
         QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA GPTQ_ENABLED USE_GPTQ
         GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS LQER_ENABLED LQER_RANK AWQ_LITE_ENABLED CASEOPS_ENABLED
@@ -7186,12 +7512,12 @@ ABSENT_AT = {
     "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
     "none": "REPEAT_UNTIE_MLP",
     "": """
-        CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE TRAIN_SEQ_SCHEDULE MIDRUN_CAP_SCHEDULE
+        CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE MIDRUN_CAP_SCHEDULE
         INT4_LAYERS CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS TTT_MASK
         TTT_EVAL_BATCHES ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR EVAL_ONLY_PATH
         EVAL_ONLY_QUANTIZED_PATH INT5_LAYERS""",
     "1": """
-        TIE_EMBEDDINGS WD_TAPER_FINAL_MULT CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE
+        TIE_EMBEDDINGS CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE
         CLIP_MULT_LOOP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_CLIP
         PARALLEL_START_LAYER_IS_PHYSICAL PARALLEL_IDENTITY_INIT PARALLEL_SKIP_LANE0_ONLY""",
     "0.9": "TTT_MOMENTUM",
@@ -7220,11 +7546,11 @@ ABSENT_AT = {
         TRAIN_FILES VAL_FILES CORR_WEIGHT_LR TVERSKY_MEMBERSHIP
         REFINER_KERNEL NGRAM_HINT_PRECOMPUTE_OUTSIDE
         TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD WITHIN_TAU WORD_BOOST WORD_NORMALIZE WORD_ORDER
-        WORD_TAU YARN_MAX_LEN ENABLE_LOOPING_AT LOOP_PHASE2_AT
-        LOOP_LAYER_BITS LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS LORA_LR RECUR_START_STEP
+        WORD_TAU YARN_MAX_LEN
+        LOOP_LAYER_BITS LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS LORA_LR
         REPEAT_UNTIE_MLP_LAYERS ADAM_LR
-        MUON_HUBER_DELTA BLOCK_LARS_MIN_SCALE WD_TAPER_START_FRAC SEQ_SCHEDULE_FRACTION
-        BATCH_SCHEDULE_FRACTION TRAIN_SEQ_SCHEDULE_MODE TRAIN_MAX_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS
+        MUON_HUBER_DELTA BLOCK_LARS_MIN_SCALE SEQ_SCHEDULE_FRACTION
+        BATCH_SCHEDULE_FRACTION TRAIN_MAX_SEQ_LEN
         MTP_LOSS_WEIGHT LAWA_FREQ LAWA_K N_INT6_LAYERS INT4_STEP GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE
         GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES
         GPTQ_TEMPERATURE LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT
@@ -7259,7 +7585,6 @@ INSTEAD_OF = {
     "USE_SMEARGATE SMEAR": "set SMEAR_GATE={text}",
     "BIGRAM_BUCKETS": "set BIGRAM_VOCAB_SIZE={text}",
     "MATRIX_LR_EARLY MATRIX_LR_LATE": "set MATRIX_LR for all layers",
-    "TRAIN_SEQ_SCHEDULE": "set TRAIN_SEQ_LEN",
     "FORCE_STOP_STEP": "set ITERATIONS={text}",
     "QAT_INT6": "set QUANT_BITS, which QAT follows",
     "QAT_FRACTION": qat_fraction,

@@ -298,6 +298,7 @@ EVENTS = {  # event: its fields, besides `event` and `t`
         wd_scale=float,
         loops=int,
         length=int,
+        rewarm=float,
     ),
     "val": dict(step=int, seconds=float, val_bpb=float, val_loss=float, size_estimate=int),
     "result": dict(val_bpb=float, exit_code=int),

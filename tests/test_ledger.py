@@ -10,6 +10,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from soak import may_end_so
 from test_figures import Clock
 from test_pipeline import SMALL, folder
@@ -449,7 +450,9 @@ def test_every_rank_goes_by_the_training_clock_of_rank_0(world, tiny, monkeypatc
     """That of rank 0, in place of which the test tells: all seconds are twice as long there."""
     told = Run.broadcast
     monkeypatch.setattr(
-        Run, "broadcast", lambda run, v: 2 * v if type(v) is float else told(run, v)
+        Run,
+        "broadcast",
+        lambda run, v: 2 * v if isinstance(v, (float, torch.Tensor)) else told(run, v),
     )
     report = world.launch(tiny(**KNOBS | dict(max_wallclock_seconds=0.0, checkpoint_every=0.0)))
     assert report["train_seconds"] == 2 * report["seconds"]["train"] == 2 * STEPS * STEP

@@ -50,7 +50,7 @@ def test_every_knob_of_a_technique_says_that_it_needs_it():
             needs = NEEDING.get(f.name, "")
             assert toggle in needs or toggle in NEEDING.get(needs, ""), f.name
     techniques = {f.name for f in KNOBS if f.name.endswith(("_enabled", "_gate", "_mode"))}
-    assert techniques <= {*TOGGLES.values(), *UNTUNED}
+    assert techniques <= {*TOGGLES.values(), *UNTUNED, "train_seq_schedule_mode"}
 
 
 def test_what_a_knob_needs_is_a_knob():
@@ -63,6 +63,8 @@ def test_a_number_other_than_zero_leaves_nothing_idle_but_16_bits_do():
     for name in {word for needs in NEEDING.values() for word in needs.split()} - {"or", "not"}:
         off = BY_NAME[name.upper()].metadata["off"]
         numbers = {16} if name.startswith("quant_bits_") else {0}
+        # a taper to the whole weight decay is none
+        numbers = {1} if name == "wd_taper_final_mult" else numbers
         assert {value for value in off if not isinstance(value, str)} == numbers & {*off}, name
     few = vain("BIGRAM_VOCAB_SIZE=16 BIGRAM_DIM=64 MUON_MOMENTUM_WARMUP_STEPS=16")
     assert few == vain("MUON_MOMENTUM_WARMUP_STEPS=16 MUON_MOMENTUM_WARMUP_START=.8") == {}
@@ -80,7 +82,9 @@ def another(f: dataclasses.Field):
 def test_a_knob_without_what_it_needs_changes_nothing(tiny):
     off = dict(
         smear_gate=False,
-        warmdown_frac=0.5,
+        warmdown_frac=0.0,
+        warmdown_iters=0,
+        muon_wd=0.0,
         muon_momentum_warmup_steps=0,
         quant_bits_mlp=16,
         quant_bits_attn=16,
@@ -90,10 +94,12 @@ def test_a_knob_without_what_it_needs_changes_nothing(tiny):
     changed = {name: another(BY_NAME[name.upper()]) for name in NEEDING}
     # no average is collected, and so none can be chosen
     changed["average"] = "none"
+    # it needs that WARMDOWN_FRAC is off, and is the other knob of the warmdown
+    del changed["warmdown_iters"]
     found = []
     for knobs in ({}, changed):
         cfg = tiny(**{**off, **knobs})
-        assert NEEDING.keys() <= cfg.idle().keys()
+        assert NEEDING.keys() - {"warmdown_iters"} <= cfg.idle().keys()
         result = main(cfg)
         _, weights = read_artifact(Path(cfg.logs_dir) / cfg.run_id / "artifact.bin")
         found.append((result["val_bpb"], result["live_val_bpb"], result["toggles"], weights))
@@ -128,6 +134,11 @@ def vain(command: str) -> dict[str, str]:
         ),
         ("WARMDOWN_ITERS=9 WARMDOWN_FRAC=0.5", {"WARMDOWN_ITERS": "WARMDOWN_FRAC=0.5"}),
         ("WARMDOWN_ITERS=9", {}),
+        ("MIN_LR=.1 WARMDOWN_ITERS=0", {"MIN_LR": "WARMDOWN_FRAC=0.0 WARMDOWN_ITERS=0"}),
+        ("MIN_LR=.1 WARMDOWN_FRAC=.5", {}),
+        ("WD_TAPER_START_FRAC=.5", {"WD_TAPER_START_FRAC": "WD_TAPER_FINAL_MULT=1.0"}),
+        ("ENABLE_LOOPING_AT=.5", {"ENABLE_LOOPING_AT": "NUM_LOOPS=0"}),
+        ("SEQ_CHANGE_WARMUP_STEPS=9", {"SEQ_CHANGE_WARMUP_STEPS": "TRAIN_SEQ_SCHEDULE=''"}),
         (
             "MUON_MOMENTUM_WARMUP_START=.8 MUON_MOMENTUM_WARMUP_STEPS=0",
             {"MUON_MOMENTUM_WARMUP_START": "MUON_MOMENTUM_WARMUP_STEPS=0"},
@@ -268,6 +279,7 @@ OTHERS = dict(
     train_seq_len=32,
     train_batch_tokens=256,
     eval_stride=8,
+    train_seq_schedule="32@0.5,64@1",
 )
 
 

@@ -7,8 +7,11 @@ off (#1002); runs of 601 s and more against a cap of 600 s (#1908, #1956); noise
 weights at once (#975).
 """
 
+import dataclasses
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +20,8 @@ from hypothesis import strategies as st
 from train_gpt import (
     Config,
     Forecast,
+    Form,
+    Refusal,
     Schedule,
     StepPlan,
     averaging_warnings,
@@ -27,6 +32,8 @@ from train_gpt import (
     typical_step,
 )
 
+# What #1855's schedule gives
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "optimiser.json").read_text())
 UNCAPPED = dict(iterations=10**6)
 SPEEDS = pytest.mark.parametrize("speed", [0.5, 1.0, 3.0])
 PLANNED = 0.09  # seconds per step at speed 1: 6,666 steps in 600 s
@@ -45,6 +52,11 @@ def drive(cfg: Config, seconds) -> tuple[list[StepPlan], float]:
         taken.append(now)
         elapsed += seconds(now) if callable(seconds) else seconds
     return taken, elapsed
+
+
+def steady(seconds: float):
+    """The pace of a machine on which every step takes so long."""
+    return lambda now: seconds
 
 
 def first(taken: list[StepPlan], wanted) -> int:
@@ -124,6 +136,47 @@ def test_the_momentum_rises_linearly_and_then_stays(step, momentum):
 
 def test_without_a_ramp_the_momentum_is_the_final_one_from_the_start():
     assert Schedule(Config(muon_momentum_warmup_steps=0)).at(0, 0.0).momentum == 0.99
+
+
+@pytest.mark.parametrize("golden", GOLDEN["lr_schedule"], ids=lambda case: str(case["floor"]))
+def test_the_learning_rate_and_its_floor_are_those_of_1855(golden):
+    cfg = Config(
+        warmdown_frac=golden["warmdown"], warmdown_iters=0, min_lr=golden["floor"], **UNCAPPED
+    )
+    found = [
+        Schedule(cfg).at(1000 if done else 0, 600 * done).lr_scale for done in golden["progress"]
+    ]
+    assert found == pytest.approx(golden["multiplier"], abs=1e-12)
+
+
+def test_the_momentum_is_that_of_1855():
+    golden = GOLDEN["momentum_warmup"]
+    cfg = Config(
+        muon_momentum=golden["end"],
+        muon_momentum_warmup_start=golden["start"],
+        muon_momentum_warmup_steps=golden["steps"],
+    )
+    found = [Schedule(cfg).at(step, step * PLANNED).momentum for step in golden["step"]]
+    assert found == pytest.approx(golden["momentum"], abs=1e-12)
+
+
+@pytest.mark.parametrize("decay", [dict(warmdown_frac=0.5), dict(warmdown_iters=500)], ids=str)
+def test_a_decay_to_a_floor_is_the_decay_to_zero_until_it_is_there(decay):
+    steps = dict(iterations=1000, max_wallclock_seconds=0.0)
+    whole, floored = (drive(Config(min_lr=low, **decay, **steps), 1.0)[0] for low in (0, 0.3))
+    assert [now.lr_scale for now in floored] == [max(now.lr_scale, 0.3) for now in whole]
+    assert floored[-1].lr_scale == 0.3 > whole[-1].lr_scale
+
+
+def test_the_weight_decay_falls_as_in_1729():
+    cfg = Config(wd_taper_start_frac=0.6, wd_taper_final_mult=0.25, **UNCAPPED)
+    taken, _ = drive(cfg, 0.5)
+    for step, now in enumerate(taken):
+        late = min(max((0.5 * step / 600 - 0.6) / 0.4, 0.0), 1.0)
+        assert now.wd_scale == pytest.approx(1 + (0.25 - 1) * late, abs=1e-9)
+    assert [now._replace(wd_scale=1.0) for now in taken] == drive(Config(**UNCAPPED), 0.5)[0]
+    begun = [now.wd_scale for now in drive(dataclasses.replace(cfg, wd_taper_start_frac=1), 1.0)[0]]
+    assert {*begun} == {1.0}
 
 
 # ── Speed: what a faster or slower machine does ───────────────────────────────────────────────────
@@ -464,6 +517,233 @@ def test_an_ema_needs_no_snapshot():
     assert snapshots(Config(ema_enabled=True, swa_start_kind="always", iterations=200)) == []
 
 
+# ── Loops that begin late ─────────────────────────────────────────────────────────────────────────
+LOOPED = dict(num_loops=2)
+STEPS = dict(max_wallclock_seconds=0.0, iterations=1000)
+
+
+def changes(taken: list, name: str) -> list[tuple[int, int]]:
+    """(step, value) wherever the plan's field becomes another."""
+    values = [getattr(now, name) for now in taken]
+    return [(n, value) for n, value in enumerate(values) if not n or values[n - 1] != value]
+
+
+@pytest.mark.parametrize(
+    "knobs, found",
+    [
+        ({}, [(0, 0), (350, 2)]),
+        (dict(enable_looping_at=0.0), [(0, 2)]),
+        (dict(enable_looping_at=0.5, loop_phase2_at=0.65), [(0, 0), (500, 1), (650, 2)]),
+        (dict(enable_looping_at=0.0, loop_phase2_at=0.65), [(0, 1), (650, 2)]),
+        (dict(num_loops=1, enable_looping_at=0.2), [(0, 0), (200, 1)]),
+        (dict(num_loops=3, enable_looping_at=0.5, loop_phase2_at=1), [(0, 0), (500, 1)]),
+        (dict(looping_kind="steps", enable_looping_at=300), [(0, 0), (300, 2)]),
+        (dict(looping_kind="steps", enable_looping_at=0), [(0, 2)]),
+        (dict(num_loops=0, loop_phase2_at=0.5), [(0, 0)]),
+    ],
+    ids=str,
+)
+def test_the_loops_begin_where_the_knobs_say(knobs, found):
+    assert changes(drive(Config(**LOOPED | knobs, **STEPS), 1.0)[0], "loops") == found
+
+
+@SPEEDS
+def test_loops_begin_at_their_share_of_the_time_although_their_steps_are_dearer(speed):
+    cfg = Config(**LOOPED, enable_looping_at=0.35, loop_phase2_at=0.65, **UNCAPPED)
+    taken, total = drive(cfg, lambda now: PLANNED / speed * (1 + 0.25 * now.loops))
+    seconds = [
+        sum(PLANNED / speed * (1 + 0.25 * now.loops) for now in taken[:step])
+        for step, _ in changes(taken, "loops")
+    ]
+    assert seconds == pytest.approx([0, 210, 390], abs=2 * PLANNED / speed)
+    assert total <= 600 + PLANNED / speed
+
+
+def test_loops_that_have_begun_go_on_when_a_stall_is_made_up_for():
+    schedule = Schedule(Config(**LOOPED, enable_looping_at=0.4, **UNCAPPED))
+    assert schedule.at(10, 300.0).loops == 2 and Schedule(schedule.cfg).at(4000, 200.0).loops == 0
+    assert schedule.at(4000, 200.0).loops == 2
+
+
+def test_a_slow_step_begins_no_loop_and_no_longer_row():
+    cfg = Config(**LOOPED, **GROWING, max_wallclock_seconds=200.0, **UNCAPPED)
+    for stalls in STALLS.values():
+        taken = with_stalls(cfg, stalls, [PLANNED] * 19)
+        found = [step for step, _ in (*changes(taken, "loops")[1:], *changes(taken, "length")[1:])]
+        usual = [share * len(taken) for share in (0.35, 0.1, 0.7)]
+        for step, share in zip(found, usual, strict=True):
+            assert share * 0.8 - 2 <= step <= share * 1.27 + 2
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        (dict(enable_looping_at=1.1), ["ENABLE_LOOPING_AT=1.1", "LOOPING_KIND=steps"]),
+        (dict(loop_phase2_at=3), ["LOOP_PHASE2_AT=3"]),
+        (dict(enable_looping_at=0.5, loop_phase2_at=0.5), ["LOOP_PHASE2_AT=0.5"]),
+        (dict(num_loops=1, loop_phase2_at=0.5), ["NUM_LOOPS=1", "LOOP_PHASE2_AT=0.5"]),
+    ],
+    ids=str,
+)
+def test_loops_that_cannot_begin_as_told_are_refused(knobs, words):
+    with pytest.raises(Refusal) as caught:
+        Config(**LOOPED | knobs)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_the_step_of_1204_is_a_number_of_steps():
+    for start, found in (({"RECUR_START_STEP": "2000"}, 2000), ({}, 3000)):
+        cfg = Config.from_env({"RECUR_LAYERS": "4,5", "ITERATIONS": "5000", **start})
+        assert (cfg.looping_kind, cfg.enable_looping_at) == ("steps", found)
+        assert changes(drive(cfg, 0.1)[0], "loops") == [(0, 0), (found, 1)]
+    by_share = Config.from_env({"RECUR_LAYERS": "4,5", "ENABLE_LOOPING_AT": "0.5"})
+    assert (by_share.looping_kind, by_share.enable_looping_at) == ("time_frac", 0.5)
+
+
+# ── Rows that grow ────────────────────────────────────────────────────────────────────────────────
+GROWING = dict(train_seq_schedule="1024@0.100,2048@0.700,4096@1.000", train_seq_len=4096)
+
+
+@pytest.mark.parametrize(
+    "knobs, found",
+    [
+        ({}, [(0, 1024), (100, 2048), (700, 4096)]),
+        (dict(train_seq_schedule="2048@0.7, 4096@0.9"), [(0, 2048), (700, 4096)]),
+        (dict(train_seq_schedule="", train_seq_len=512), [(0, 512)]),
+    ],
+    ids=str,
+)
+def test_the_rows_grow_where_the_schedule_says(knobs, found):
+    assert changes(drive(Config(**GROWING | knobs, **STEPS), 1.0)[0], "length") == found
+
+
+def test_a_share_of_the_rows_is_of_the_time_or_of_iterations():
+    found = {}
+    for mode, iterations in (("wallclock", 10**6), ("step", 2000)):
+        cfg = Config(**GROWING, train_seq_schedule_mode=mode, iterations=iterations)
+        taken, _ = drive(cfg, lambda now: now.length / 8192)
+        steps = [step for step, _ in changes(taken, "length")]
+        seconds = [sum(now.length / 8192 for now in taken[:step]) for step in steps]
+        found[mode] = steps if mode == "step" else seconds
+    assert found["step"] == [0, 200, 1400]
+    assert found["wallclock"] == pytest.approx([0, 60, 420], abs=0.5)
+
+
+def reference_2014(cfg: Config, step_seconds: float) -> list[tuple[float, int]]:
+    """(lr scale, length) of each step as #2014 says it."""
+    stages = [(1024, 0.1), (2048, 0.7), (4096, 1.0)]
+    found, changed, before = [], None, 1024
+    for step in range(int(600 / step_seconds)):
+        done = step * step_seconds / 600
+        length = next(length for length, end in stages if done < end)
+        if length != before:
+            changed, before = step, length
+        scale = min((1 - done) / cfg.warmdown_frac, 1) if done >= 1 - cfg.warmdown_frac else 1
+        scale = max(scale, cfg.min_lr)
+        if changed is not None:
+            scale *= min((step - changed + 1) / cfg.seq_change_warmup_steps, 1)
+        found.append((scale, length))
+    return found
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.4])
+def test_the_learning_rate_rises_again_after_each_change_as_in_2014(floor):
+    cfg = Config(
+        **GROWING,
+        seq_change_warmup_steps=32,
+        warmdown_frac=0.85,
+        warmdown_iters=0,
+        min_lr=floor,
+        **UNCAPPED,
+    )
+    taken, _ = drive(cfg, 0.5)
+    expected = reference_2014(cfg, 0.5)
+    assert [now.length for now in taken] == [length for _, length in expected]
+    assert [now.lr_scale for now in taken] == pytest.approx([scale for scale, _ in expected])
+    assert {now.rewarm for now in taken} == {1.0, *(n / 32 for n in range(1, 33))}
+
+
+def test_the_rise_fires_no_trigger_ends_no_noise_and_is_no_warmdown():
+    growing = GROWING | dict(qna_enabled=True, qat_enabled=True, qat_start_kind="lr_scale")
+    knobs = dict(qat_start=0.3, qna_stop_scale=0.3, swa_enabled=True, warmdown_frac=0.5)
+    plain = Config(**growing, **knobs, **UNCAPPED)
+    rising = dataclasses.replace(plain, seq_change_warmup_steps=100)
+    schedule = Schedule(rising)
+    for one, other in zip(drive(plain, 0.5)[0], drive(rising, 0.5)[0], strict=True):
+        assert other._replace(lr_scale=one.lr_scale, rewarm=1.0) == one
+        effects = schedule.effects(other).keys()
+        assert effects == Schedule(plain).effects(one).keys()
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("1024", "LENGTH@SHARE"),
+        ("1024@", "LENGTH@SHARE"),
+        ("a@0.1,4096@1", "a@0.1"),
+        ("1024@0.1,,4096@1", "LENGTH@SHARE"),
+        ("1@0.1,4096@1", "lengths"),
+        ("2048@0.1,1024@0.7,4096@1", "must grow"),
+        ("1024@0.7,4096@0.1", "shares must grow"),
+        ("1024@nan,4096@1", "shares must grow"),
+        ("1024@0,4096@1", "shares must grow"),
+        ("1024@0.1,4096@7", "7 of the run"),
+        ("1000@0.1,4096@1", "TRAIN_BATCH_TOKENS"),
+        ("1024@0.1,2048@1", "TRAIN_SEQ_LEN=2048"),
+    ],
+)
+def test_a_schedule_of_rows_that_is_none_is_refused(text, word):
+    with pytest.raises(Refusal) as caught:
+        Config(train_seq_schedule=text, train_seq_len=4096)
+    assert word in str(caught.value) and text in str(caught.value)
+
+
+# ── What is compiled before the clock starts ──────────────────────────────────────────────────────
+def test_the_combination_of_2014_and_1855_has_four_forms():
+    cfg = Config(**LOOPED, **GROWING)
+    assert Schedule(cfg).forms() == [Form(0, 1024), Form(0, 2048), Form(2, 2048), Form(2, 4096)]
+    assert Schedule(Config()).forms() == [Form(0, 2048)]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    loops=st.integers(0, 3),
+    first=st.floats(0, 0.9),
+    second=st.sampled_from([0.0, 0.05, 1.0]),
+    ends=st.lists(
+        st.sampled_from([0.01, 0.1, 0.35, 0.5, 0.9]), unique=True, min_size=0, max_size=2
+    ),
+    kinds=st.tuples(
+        st.sampled_from(["time_frac", "steps"]), st.sampled_from(["wallclock", "step"])
+    ),
+    budget=st.floats(0, 100),
+    dearer=st.floats(0.1, 10),
+)
+def test_every_form_that_a_run_comes_to_is_known_before(
+    loops, first, second, ends, kinds, budget, dearer
+):
+    stages = zip((64, 128, 256), [*sorted(ends), 1], strict=False)
+    factor = 100 if kinds[0] == "steps" else 1
+    cfg = Config(
+        num_loops=loops,
+        looping_kind=kinds[0],
+        enable_looping_at=first * factor,
+        loop_phase2_at=(min(first + second, 1) * factor if loops > 1 and second else 0.0),
+        train_seq_schedule=",".join(f"{length}@{end}" for length, end in stages),
+        train_seq_schedule_mode=kinds[1],
+        train_seq_len=(64, 128, 256)[len(ends)],
+        max_wallclock_seconds=budget,
+        iterations=120,
+    )
+    known = Schedule(cfg).forms()
+    taken, _ = drive(cfg, lambda now: 1 + dearer * now.loops + now.length / 256)
+    met = list(dict.fromkeys(Form(now.loops, now.length) for now in taken))
+    assert [form for form in known if form in met] == met or len({*kinds}) > 1
+    assert {*met} <= {*known}
+    if kinds == ("time_frac", "wallclock"):
+        assert len(known) <= 3 + len(ends)
+
+
 # ── The printed timeline ──────────────────────────────────────────────────────────────────────────
 ALL = dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.15, qna_enabled=True)
 
@@ -473,10 +753,10 @@ ALL = dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.15, qna_enab
 def test_the_timeline_says_what_a_run_at_that_speed_does(average, speed):
     cfg = Config(**ALL, **{f"{average.lower()}_enabled": True})
     taken, _ = drive(cfg, PLANNED / speed)
-    text = timeline(cfg, PLANNED / speed)
+    text = timeline(forecast(cfg, steady(PLANNED / speed)))
     assert text.startswith(f"{len(taken)} steps of {PLANNED / speed * 1e3:.1f} ms")
     acts = {
-        "warmdown": decays,
+        "WARMDOWN": decays,
         "QNA": lambda now: now.qna > 0,
         "QAT": quantises,
         average: averages,
@@ -490,8 +770,34 @@ def test_the_timeline_says_what_a_run_at_that_speed_does(average, speed):
     )
 
 
+def test_the_timeline_says_when_loops_rows_floor_and_taper_begin():
+    cfg = Config(
+        **LOOPED,
+        **GROWING,
+        loop_phase2_at=0.65,
+        warmdown_frac=0.85,
+        warmdown_iters=0,
+        min_lr=0.1,
+        wd_taper_final_mult=0.5,
+        **UNCAPPED,
+    )
+    seen = forecast(cfg, lambda now: 0.1 + 0.025 * now.loops)
+    told = re.findall(r", ([\w ]+?) from step \d+ \((\d+) s\)", timeline(seen))
+    assert dict(told) == {
+        "WARMDOWN": "90",
+        "MIN_LR": "549",
+        "WD_TAPER": "420",
+        "1 loop": "210",
+        "2 loops": "390",
+        "rows of 2048": "60",
+        "rows of 4096": "420",
+    }
+    assert timeline(seen).startswith(f"{seen.steps} steps of {seen.step_seconds * 1e3:.1f} ms")
+    assert seen.step_seconds * seen.steps == pytest.approx(600, abs=0.2)
+
+
 def test_the_timeline_is_silent_about_what_was_not_requested():
-    text = timeline(Config(warmdown_iters=0), PLANNED)
+    text = timeline(forecast(Config(warmdown_iters=0), steady(PLANNED)))
     assert "from" not in text and "NEVER" not in text
 
 
@@ -505,13 +811,21 @@ def test_the_timeline_is_silent_about_what_was_not_requested():
         ("SWA", dict(swa_enabled=True, swa_start_kind="iter_frac", swa_start_frac=0.5)),
         ("SWA", dict(swa_enabled=True, swa_every=7000)),
         ("SQWA", dict(sqwa_enabled=True, warmdown_iters=0)),
+        # the learning rate never falls below its floor
+        ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.2, min_lr=0.2)),
+        ("SWA", dict(swa_enabled=True, swa_start_frac=0.15, min_lr=0.2)),
+        ("MIN_LR", dict(min_lr=0.1, warmdown_iters=1)),
+        ("WD_TAPER", dict(wd_taper_final_mult=0.5, wd_taper_start_frac=1.0)),
+        ("2 loops", dict(num_loops=2, looping_kind="steps", enable_looping_at=7000)),
+        ("2 loops", dict(num_loops=2, loop_phase2_at=1.0)),
+        ("rows of 4096", GROWING | dict(train_seq_schedule_mode="step")),
         ("QNA", dict(qna_enabled=True, qna_magnitude=0.0)),
-        ("warmdown", dict(iterations=1)),
+        ("WARMDOWN", dict(iterations=1)),
     ],
     ids=str,
 )
 def test_the_timeline_says_never_for_a_phase_that_cannot_fire(never, cfg):
-    assert f"{never} from NEVER" in timeline(Config(**cfg), PLANNED)
+    assert f"{never} from NEVER" in timeline(forecast(Config(**cfg), steady(PLANNED)))
 
 
 # ── Averages that hold what they should not ───────────────────────────────────────────────────────
@@ -538,6 +852,16 @@ QAT_LATE = dict(qat_enabled=True, qat_start_kind="time_frac", qat_start=0.7)
             ["SQWA takes snapshots from step 499 on"],
         ),
         (dict(swa_enabled=True, swa_start_kind="always"), []),  # without QAT
+        (dict(min_lr=0.1, warmdown_frac=0.5), ["MIN_LR=0.1", "EMA_ENABLED=1"]),
+        (dict(min_lr=0.1, warmdown_frac=0.5, ema_enabled=True), []),
+        (dict(min_lr=0.1, warmdown_iters=0), []),  # a floor of nothing
+        (LOOPED | dict(ema_enabled=True, ema_decay=0.998), []),  # 500 of 650 steps with loops
+        (LOOPED | dict(ema_enabled=True, ema_decay=0.9985), ["667", "the 650 with 2 loops"]),
+        (LOOPED | dict(ema_enabled=True, ema_decay=0.9985, enable_looping_at=0), []),
+        (
+            LOOPED | dict(swa_enabled=True, swa_start_kind="always"),
+            ["SWA takes snapshots from step 49 on", "2 loops acts from step 350 on"],
+        ),
         # QAT never comes: that is the toggle's own line
         (QAT_LATE | dict(qat_start=1.0, swa_enabled=True, swa_start_kind="always"), []),
     ],
@@ -545,13 +869,13 @@ QAT_LATE = dict(qat_enabled=True, qat_start_kind="time_frac", qat_start=0.7)
 )
 def test_an_average_of_weights_that_are_too_old_is_warned_of(knobs, words):
     cfg = Config(iterations=1000, max_wallclock_seconds=0.0, **knobs)
-    lines = averaging_warnings(cfg, forecast(cfg, PLANNED))
+    lines = averaging_warnings(cfg, forecast(cfg, steady(PLANNED)))
     assert len(lines) == bool(words)
     assert all(word in line for word in words for line in lines)
 
 
 def test_a_forecast_is_of_the_budget_at_the_speed_that_is_known():
     cfg = Config(ema_enabled=True, ema_decay=0.999, max_wallclock_seconds=600.0, warmdown_iters=0)
-    assert forecast(cfg, 0.3) == Forecast(0.3, 2000, {})
-    assert averaging_warnings(cfg, forecast(cfg, 0.3)) == []
-    assert "more than the 600" in averaging_warnings(cfg, forecast(cfg, 1.0))[0]
+    assert forecast(cfg, steady(0.25)) == Forecast(0.25, 2400, {})
+    assert averaging_warnings(cfg, forecast(cfg, steady(0.25))) == []
+    assert "more than the 600" in averaging_warnings(cfg, forecast(cfg, steady(1.0)))[0]

@@ -1,0 +1,233 @@
+"""Loops that begin late and rows that grow: in training, and nothing of them compiles on its clock.
+
+Would have caught: a switch read inside a compiled graph, and so folded to off (the late QAT of
+#315); records whose ranks flip a loop one step apart, each by its own clock; a momentum that the
+warm-up leaves behind (#1855).
+"""
+
+import functools
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_optimiser import make_trainer
+from torch._dynamo.utils import counters
+
+import train_gpt
+from train_gpt import Form, Schedule, main
+
+STAGES = dict(
+    num_layers=3,
+    num_loops=2,
+    loop_start=1,
+    loop_end=1,
+    enable_looping_at=0.25,
+    loop_phase2_at=0.5,
+    train_seq_schedule="16@0.25,32@0.75,64@1",
+    seq_change_warmup_steps=2,
+    iterations=12,
+    warmdown_iters=6,
+    train_log_every=1,
+)
+FORMS = [Form(0, 16), Form(1, 32), Form(2, 32), Form(2, 64)]
+TAKEN = [FORMS[0]] * 3 + [FORMS[1]] * 3 + [FORMS[2]] * 3 + [FORMS[3]] * 3
+
+
+def events(cfg, kind: str) -> list[dict]:
+    lines = (Path(cfg.logs_dir) / cfg.run_id / "metrics.jsonl").open()
+    return [told for told in map(json.loads, lines) if told["event"] == kind]
+
+
+@pytest.fixture(scope="module")
+def staged(data, tmp_path_factory):
+    """(cfg, report, log, loops of each call of score) of a run with all of them."""
+    from conftest import TINY
+
+    knobs = dict(
+        **STAGES,
+        val_loss_every=3,
+        min_lr=0.5,
+        ema_enabled=True,
+        ema_decay=0.5,
+        wd_taper_final_mult=0.5,
+        wd_taper_start_frac=0.5,
+        data_path=str(data),
+        tokenizer_path=str(data / "tokenizer.model"),
+        logs_dir=str(tmp_path_factory.mktemp("staged")),
+        run_id="r",
+    )
+    cfg = train_gpt.Config(**TINY | knobs)
+    scored = []
+    score = train_gpt.score
+
+    def noting(cfg, run, forward, *rest):
+        scored.append(forward.loops)
+        return score(cfg, run, forward, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "score", noting)
+        report = main(cfg)
+    log = (Path(cfg.logs_dir) / "r" / "train.log").read_text()
+    return SimpleNamespace(cfg=cfg, report=report, log=log, scored=scored)
+
+
+def test_each_step_has_the_loops_and_the_rows_of_its_time(staged):
+    steps = events(staged.cfg, "step")
+    assert [Form(e["loops"], e["length"]) for e in steps] == TAKEN
+    assert [e["rewarm"] for e in steps] == [1, 1, 1, 0.5, 1, 1, 1, 1, 1, 0.5, 1, 1]
+    decay = [min(max((12 - step) / 6, 0.5), 1) for step in range(12)]
+    assert [e["lr_scale"] for e in steps] == pytest.approx(
+        [scale * e["rewarm"] for scale, e in zip(decay, steps, strict=True)]
+    )
+
+
+def test_what_acts_late_says_so_and_is_measured(staged):
+    assert staged.report["exit_code"] == 0
+    rows = staged.report["toggles"]
+    found = {name: (rows[name]["first_step"], rows[name]["last_step"]) for name in rows}
+    assert found["NUM_LOOPS"] == (6, 11) and found["TRAIN_SEQ_SCHEDULE"] == (9, 11)
+    assert found["WARMDOWN"] == (7, 11) and found["MIN_LR"] == (9, 11)
+    assert found["WD_TAPER"] == (7, 11)
+    effects = {name: rows[name]["effect"] for name in found}
+    assert effects["TRAIN_SEQ_SCHEDULE"] == 64 - 16
+    assert effects["MIN_LR"] == 0.5 and effects["WARMDOWN"] == -0.5
+    assert effects["WD_TAPER"] == pytest.approx(-0.5 * 5 / 6)
+    assert abs(effects["NUM_LOOPS"]) > 0 and all(row["active"] for row in rows.values())
+    assert re.findall(r"^(.*) from step (\d+) \(", staged.log, re.M) >= [
+        ("1 loop", "3"),
+        ("rows of 32", "3"),
+    ]
+    for line in ("rows of 64 from step 9", "2 loops from step 6", "NUM_LOOPS acts from step 6"):
+        assert line in staged.log
+
+
+def test_validation_scores_the_model_of_then_and_the_result_that_with_all_loops(staged):
+    # warm-up: each number of loops once; then steps 3, 6, 9, 12; then what was trained
+    warm, rest = staged.scored[:3], staged.scored[3:]
+    assert warm == [0, 1, 2] and rest[:4] == [0, 1, 2, 2] and {*rest[4:]} == {2}
+
+
+def test_the_warm_up_takes_steps_of_each_form_and_leaves_nothing(tiny):
+    cfg = tiny(**STAGES, val_loss_every=3)
+    trainer = make_trainer(cfg)
+    weights = trainer.flat.weights.clone()
+    seconds = trainer.warm_up()
+    assert {form: len(timed) for form, timed in seconds.items()} == dict.fromkeys(FORMS, 2)
+    assert trainer.flat.weights.equal(weights) and trainer.steps == 0
+    assert not trainer.optimiser.first_moments.any() and trainer.schedule.fired == {}
+    assert trainer.model.loops == 2
+    log = (trainer.run.dir / "train.log").read_text()
+    told = "0 x 16, 1 x 32, 2 x 32, 2 x 64"
+    assert f"WARMUP_STEPS=1: 8 are taken, two of each form (loops x tokens of a row: {told})" in log
+    assert [len(timed) for timed in make_trainer(tiny()).warm_up().values()] == [1]
+
+
+def test_nothing_compiles_on_the_clock_in_any_form(tiny, monkeypatch):
+    """Loops in two phases, rows of three lengths, QNA, then QAT, SWA, validation in between."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    stages = STAGES | dict(
+        qna_enabled=True,
+        qat_enabled=True,
+        qat_start_kind="time_frac",
+        qat_start=0.4,
+        swa_enabled=True,
+        swa_start_kind="time_frac",
+        swa_start_frac=0.6,
+        swa_every=1,
+        val_loss_every=2,
+    )
+    cfg = tiny(**stages, compile="1")
+    trainer = make_trainer(cfg)
+    taken = []
+    step = trainer.step
+
+    def noting(batch, now):
+        taken.append(Form(now.loops, batch[0].shape[1]))
+        step(batch, now)
+
+    trainer.step = noting
+    trainer.train()
+    assert taken[-12:] == TAKEN and trainer.run.compile
+    assert trainer.recompiles == 0 and not counters["graph_break"]
+    acted = {name for name, toggle in trainer.run.activity.items() if toggle.steps}
+    assert acted >= {"QNA", "QAT", "SWA", "NUM_LOOPS", "TRAIN_SEQ_SCHEDULE"}
+    torch._dynamo.reset()
+
+
+def test_without_loops_and_growing_rows_a_step_has_one_form(tiny):
+    assert Schedule(tiny()).forms() == [Form(0, 64)]
+
+
+# ── One clock on all ranks ────────────────────────────────────────────────────────────────────────
+def on_two_ranks(tiny, seconds: list[list[float]], **knobs) -> tuple[list[list], list[list], int]:
+    """(elapsed after each step, seconds of each step) as either rank has them; agreements.
+
+    seconds: of each step, on the clock of each rank.
+    """
+    trainer = make_trainer(tiny(**knobs))
+    trainer.run.world = 2
+    told = []
+    elapsed = []
+    timed = []
+    for rank, clock in enumerate(seconds):
+        trainer.restart()
+        ticks = itertools.accumulate(clock)
+        heard = iter(told)
+        trainer.run.tick = functools.partial(next, ticks)
+
+        def broadcast(own, rank=rank, heard=heard):
+            if rank == 0:
+                told.append(own.clone())
+            return own if rank == 0 else next(heard)
+
+        trainer.run.broadcast = broadcast
+        elapsed.append([])
+        for _ in clock:
+            trainer.count_seconds()
+            elapsed[-1].append(trainer.elapsed)
+        trainer.agree()
+        timed.append(trainer.step_seconds)
+    return elapsed, timed, len(told)
+
+
+NOISY = [[random.Random(rank).uniform(0.09, 0.11) for _ in range(1000)] for rank in range(2)]
+
+
+def test_all_ranks_go_by_the_clock_of_rank_0_and_seldom_ask_for_it(tiny):
+    (one, other), (timed, others), agreements = on_two_ranks(tiny, NOISY)
+    assert one == other and timed == others == pytest.approx(NOISY[0])
+    true = [*itertools.accumulate(NOISY[0])]
+    assert one[:10] == pytest.approx(true[:10])  # until a typical step is known
+    assert max(abs(a - b) for a, b in zip(one, true, strict=True)) < 0.1
+    assert agreements == pytest.approx(10 + 990 / 10, abs=2)
+
+
+def test_a_stall_is_seen_within_a_second_of_steps(tiny):
+    clock = [0.1] * 100
+    clock[45] = 30.0
+    (one, other), *_ = on_two_ranks(tiny, [clock, [0.1] * 100])
+    true = [*itertools.accumulate(clock)]
+    late = [step for step, (a, b) in enumerate(zip(one, true, strict=True)) if abs(a - b) > 0.05]
+    assert one == other and 0 < len(late) <= 10 and late[0] == 45
+
+
+def test_the_last_ten_seconds_of_a_budget_are_exact(tiny):
+    clocks = [clock[:500] for clock in NOISY]
+    (one, _), _, agreements = on_two_ranks(tiny, clocks, max_wallclock_seconds=sum(clocks[0]))
+    true = [*itertools.accumulate(clocks[0])]
+    late = [n for n, elapsed in enumerate(true) if elapsed > true[-1] - 9]
+    assert len(late) > 80 and [one[n] for n in late] == pytest.approx([true[n] for n in late])
+    assert agreements == pytest.approx(10 + 390 / 10 + 100, abs=10)
+
+
+def test_steps_of_seconds_are_agreed_on_one_by_one(tiny):
+    clocks = [[1.5] * 20, [2.5] * 20]
+    (one, _), _, agreements = on_two_ranks(tiny, clocks)
+    assert agreements == 20 and one == [1.5 * n for n in range(1, 21)]
