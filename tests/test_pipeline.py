@@ -75,11 +75,20 @@ def losses(cfg: Config) -> list[float]:
 HALF = dict(swa_every=1, swa_start_kind="iter_frac", swa_start_frac=0.5)
 TOGGLES = {
     "SMEAR_GATE": dict(smear_gate=True),
+    "SMEAR_GATE_ENABLED": dict(smear_gate_enabled=True),
     "BIGRAM_VOCAB_SIZE": dict(bigram_vocab_size=64, bigram_dim=16),
     "VE_ENABLED": dict(ve_enabled=True, ve_dim=16, ve_layers="0,1"),
     "XSA_LAST_N": dict(xsa_last_n=1),
     "DOC_MASK": dict(doc_mask=True, doc_max_len=40),
     "LN_SCALE": dict(ln_scale=True),
+    "SPARSE_ATTN_GATE_ENABLED": dict(sparse_attn_gate_enabled=True),
+    "GATED_ATTN_ENABLED": dict(gated_attn_enabled=True),
+    "ATTN_OUT_GATE_ENABLED": dict(attn_out_gate_enabled=True),
+    "NEGATIVE_SLOPE": dict(negative_slope=0.5),
+    "SKIP_GATES_ENABLED": dict(skip_gates_enabled=True),
+    "NUM_LOOPS": dict(num_loops=1, loop_start=0, loop_end=0),
+    "PARALLEL_START_LAYER": dict(parallel_start_layer=1),
+    "ASYM_LOGIT_RESCALE": dict(asym_logit_rescale=True),
     "QAT": dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
     "QNA": dict(qna_enabled=True),
     "SWA": dict(swa_enabled=True, **HALF),
@@ -89,7 +98,13 @@ TOGGLES = {
     "DOC_ISOLATED_EVAL": dict(doc_isolated_eval=True),
     "TTT_MODE": dict(ttt_mode="sgd", ttt_chunk_tokens=128, ttt_epochs=1, ttt_freeze_blocks=1),
 }
-REFUSED = [("SWA", "EMA"), ("SWA", "SQWA")]
+HEAD_GATES = ("SPARSE_ATTN_GATE_ENABLED", "GATED_ATTN_ENABLED", "ATTN_OUT_GATE_ENABLED")
+REFUSED = [
+    ("SWA", "EMA"),
+    ("SWA", "SQWA"),
+    ("SMEAR_GATE", "SMEAR_GATE_ENABLED"),
+    *itertools.combinations(HEAD_GATES, 2),
+]
 PAIRS = [names for names in itertools.combinations(TOGGLES, 2) if names not in REFUSED]
 ALONE = [(), *itertools.combinations(TOGGLES, 1)]
 
@@ -98,13 +113,13 @@ def pairs_in(names: tuple) -> set[tuple]:
     return {*itertools.combinations([name for name in TOGGLES if name in names], 2)}
 
 
-def fours() -> list[tuple]:
-    """Runs of four toggles each, in which every pair that is not refused meets."""
+def sevens() -> list[tuple]:
+    """Runs of seven toggles each, in which every pair that is not refused meets."""
     left = PAIRS
     found = []
     while left:
         names = left[0]
-        while len(names) < 4:
+        while len(names) < 7:
             more = [(*names, name) for name in TOGGLES if name not in names]
             allowed = [each for each in more if not pairs_in(each) & {*REFUSED}]
             names = max(allowed, key=lambda each: len(pairs_in(each) & {*left}))
@@ -113,7 +128,7 @@ def fours() -> list[tuple]:
     return found
 
 
-FOURS = fours()
+SEVENS = sevens()
 
 
 def combination(names: tuple, data: Path, logs: Path) -> Config:
@@ -156,18 +171,19 @@ def test_each_toggle_trains_exports_reloads_scores_and_acts(alone, names):
 
 @pytest.mark.parametrize("names", REFUSED, ids="-".join)
 def test_an_ambiguous_pair_is_refused(documents, tmp_path, names):
-    with pytest.raises(Refusal, match="SWA_ENABLED"):
+    with pytest.raises(Refusal, match=f"^{names[0]}|^{names[1]}"):
         combination(names, documents, tmp_path)
 
 
 def run_combinations(data: Path, logs: Path) -> dict:
     """names -> report, of every combination, in the one process group of this process."""
-    return {names: main(combination(names, data, logs)) for names in (*ALONE, *FOURS)}
+    return {names: main(combination(names, data, logs)) for names in (*ALONE, *SEVENS)}
 
 
-def test_every_pair_of_toggles_meets_in_a_run_of_four():
-    assert set().union(*map(pairs_in, FOURS)) == {*PAIRS}
-    assert {len(names) for names in FOURS} == {4} and len(PAIRS) == 76
+def test_every_pair_of_toggles_meets_in_a_run_of_seven():
+    assert set().union(*map(pairs_in, SEVENS)) == {*PAIRS}
+    assert {len(names) for names in SEVENS} == {7}
+    assert len(PAIRS) == math.comb(len(TOGGLES), 2) - len(REFUSED)
 
 
 def test_each_toggle_and_each_pair_trains_exports_scores_and_acts_on_two_ranks(
@@ -175,7 +191,7 @@ def test_each_toggle_and_each_pair_trains_exports_scores_and_acts_on_two_ranks(
 ):
     """Pairs run here alone: one rank does what two do, and nothing else."""
     first, second = two_ranks(run_combinations, documents, tmp_path / "two", folder=tmp_path)
-    for names in (*ALONE, *FOURS):
+    for names in (*ALONE, *SEVENS):
         assert_all_acted(first[names], names)
         assert (
             first[names]["world_size"] == 2
