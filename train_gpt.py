@@ -5021,12 +5021,14 @@ class Trainer:
             f"step {self.steps}: not finite: loss {self.loss}, gradient norm {norm}, "
             f"first gradient: {bad[0] if bad else 'none'}"
         )
+        remedy = "lower MATRIX_LR or GRAD_CLIP_NORM"
+        if self.model.prepare_documents is pack:
+            remedy += ", or take ATTN_BACKEND=flex: the batch may have more documents than slots"
         # The ninth last one that was left out is nine steps back: nine in a row before this one
         too_many = self.skipped[-9:-8] == [self.steps - 9]
         refuse(
             self.cfg.nonfinite == "stop" or too_many,
-            f"{problem}; lower MATRIX_LR or GRAD_CLIP_NORM; NONFINITE=skip leaves out up to 9 such "
-            "steps in a row",
+            f"{problem}; {remedy}; NONFINITE=skip leaves out up to 9 such steps in a row",
             5,
         )
         self.run.log(f"WARNING: {problem}; left out")

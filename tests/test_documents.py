@@ -16,7 +16,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import config, make, rows
+from test_model import config, machine, make, rows
+from test_optimiser import make_trainer
 from test_score import documents, setting, validation  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -26,8 +27,10 @@ from train_gpt import (
     GPT,
     LEAST_SLOTS,
     Attend,
+    Refusal,
     Run,
     ScoreSheet,
+    choose_attention,
     document_windows,
     flash_attention,
     pack,
@@ -279,3 +282,33 @@ def test_packed_documents_train_in_pieces_of_a_row_and_are_scored_whole(tiny, mo
 )
 def test_a_step_cuts_documents_at_doc_max_len_or_at_its_own_length(knobs, longest):
     assert config(doc_mask=True, **knobs).longest_piece(32) == longest
+
+
+def test_a_step_with_more_documents_than_slots_ends_the_run_with_the_remedy(tiny, monkeypatch):
+    """On a row of 512 tokens, half of them a BOS, with room for 4 documents and 8 cuts."""
+    monkeypatch.setattr(train_gpt, "LEAST_SLOTS", 4)
+    attend = packed(all_at_once)
+    trainer = make_trainer(tiny(doc_mask=True, loader="documents"), attend)
+    ids = torch.full((1, 512), 7)
+    ids[0, ::2] = BOS
+    now = train_gpt.StepPlan(1.0, 0.9, length=64)
+    with pytest.raises(Refusal, match=r"not finite.*ATTN_BACKEND=flex.*than slots") as end:
+        trainer.step((ids, ids), now)
+    assert end.value.code == 5
+    ids[0, 2:] = 7
+    trainer.step((ids, ids), now)
+    assert math.isfinite(trainer.loss)
+
+
+def test_on_a_gpu_auto_tries_what_knows_of_documents(monkeypatch):
+    for module in ("flash_attn_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, module, None)
+    run, log = machine(cuda=True)
+    cfg = config(doc_mask=True, doc_max_len=4, train_batch_tokens=16 * 24)
+    attend = choose_attention(cfg, run)
+    assert run.attention == "sdpa" and attend.prepare is sdpa.prepare
+    # none of these works on a CPU
+    tried = [
+        name for name in ("flash", "flex", "fa3", "fa2") if f"ATTN_BACKEND={name}:" in str(log)
+    ]
+    assert tried == ["flash", "flex", "fa3", "fa2"]

@@ -63,9 +63,9 @@ def matrices(*shapes: tuple) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def make_trainer(cfg) -> Trainer:
+def make_trainer(cfg, attend=sdpa) -> Trainer:
     run = Run(cfg)
-    model, val = build_model(cfg, run, sdpa), Validation(cfg, run, Split(cfg, "val"))
+    model, val = build_model(cfg, run, attend), Validation(cfg, run, Split(cfg, "val"))
     return Trainer(cfg, run, model, export_plan(cfg, model), Split(cfg, "train"), val)
 
 
