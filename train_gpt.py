@@ -4117,7 +4117,7 @@ class FlatParameters:
     Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
 
         weights    | embed | bank | bank | ... | scalar |
-        gradients  | embed | bank | bank | ... | scalar | loss, stop, refused |
+        gradients  | embed | bank | bank | ... | scalar | loss, norm, stop, refused |
 
     The step's loss and two flags travel with the gradients. The update does not wait for a host to
     read them: `skip` tells it on the device whether to leave all as it is. A group is one slice, so
@@ -4143,12 +4143,13 @@ class FlatParameters:
         # a whole cache line behind the weights' places
         self.gradients = torch.zeros(size + ALIGNMENT, device=run.device)
         self.proper_gradients = self.gradients[:size]
-        self.told = self.gradients[size : size + 3]
-        self.loss, self.stop, self.refused = self.told.unbind()
+        self.ends = self.gradients[size : size + len(Reduced._fields)]
+        self.loss, self.norm, self.stop, self.refused = self.ends.unbind()
         # 1: the step is not finite, or refused. fp32 is what fused AdamW reads
         self.skip = torch.zeros((), device=run.device, dtype=torch.float)
         cuda = self.weights.is_cuda
-        self.seen = torch.zeros(4, pin_memory=cuda)  # what `outcome` reads
+        self.seen = torch.zeros(len(self.ends), pin_memory=cuda)  # what `outcome` reads
+        self.unclipped = torch.full_like(self.norm, 1 / run.world)  # factor of the sum
         self.arrived = torch.cuda.Event() if cuda else None
 
         gradients = self.views(self.gradients)
@@ -4233,17 +4234,17 @@ class FlatParameters:
         """
         if self.world > 1:
             dist.all_reduce(self.gradients)
-            self.told /= self.world
-        norm = self.proper_gradients.norm() / self.world
+            self.ends /= self.world
+        torch.div(self.proper_gradients.norm(), self.world, out=self.norm)
         if clip or self.world > 1:
-            factor = (clip or math.inf) / (norm.double() + 1e-6)
-            # where, as the least of 1 and NaN is NaN, which would hide whose gradient is not finite
-            factor = torch.where(factor < 1, factor, 1.0) / self.world
-            self.proper_gradients *= factor.to(norm.dtype)
+            # fmin takes no NaN: that would hide whose gradient is not finite
+            factor = (clip or math.inf) / self.world / (self.norm.double() + 1e-6)
+            self.proper_gradients *= factor.to(self.norm.dtype).fmin(self.unclipped)
 
-        broken = ~(self.loss + norm).isfinite() | (self.refused > 0)
-        self.skip.copy_(broken)
-        self.seen.copy_(torch.stack((self.loss, norm, *self.told[1:])), non_blocking=True)
+        total = self.loss + self.norm
+        # 0 where it is finite
+        self.skip.copy_(total - total + self.refused != 0)
+        self.seen.copy_(self.ends, non_blocking=True)
         if self.arrived:
             self.arrived.record()
 

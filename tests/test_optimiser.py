@@ -116,12 +116,12 @@ def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
 
 
 def own_gradient(rank: int) -> torch.Tensor:
-    """Nine numbers, padding, the loss, and whether the rank was told to stop (rank 1 was), and has
-    no rows (rank 2 has none); then padding.
+    """Nine numbers, padding, the loss, a place for the norm, and whether the rank was told to stop
+    (rank 1 was), and has no rows (rank 2 has none); then padding.
     """
     numbers = torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank)))
-    ends = torch.tensor([2.0 + rank, float(rank == 1), float(rank == 2)])
-    return torch.cat((numbers, torch.zeros(7), ends, torch.zeros(13)))
+    ends = torch.tensor([2.0 + rank, 0.0, float(rank == 1), float(rank == 2)])
+    return torch.cat((numbers, torch.zeros(7), ends, torch.zeros(12)))
 
 
 def everything(rank: int, world: int, cfg) -> dict:
@@ -169,8 +169,8 @@ def worlds(data, tmp_path_factory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("world", (1, 2, 3))
 def test_the_mean_gradient_is_clipped_not_each_ranks_own(worlds, world):
     mean = torch.stack([own_gradient(rank) for rank in range(world)]).mean(0)
-    gradients, (loss, stopping, refused) = mean[:16], mean[16:19].tolist()
-    norm = gradients.norm().item()
+    gradients, mean[17] = mean[:16], mean[:16].norm()
+    loss, norm, stopping, refused = mean[16:20].tolist()
     expected = torch.cat((gradients * min(0.5 / norm, 1), mean[16:]))
     for result in worlds[world]:
         torch.testing.assert_close(result["flat"], expected, rtol=1e-5, atol=1e-6)
@@ -302,7 +302,7 @@ def test_the_flat_buffer_holds_every_gradient_and_the_loss(tiny, grad_accum_step
             p.grad.data_ptr() == places[id(p)]
             and p.grad.untyped_storage().data_ptr() == flat.data_ptr()
         )
-    ends = [loss.item(), *[0.0] * 15]
+    ends = [loss.item(), flat[:-16].norm().item(), *[0.0] * 14]
     assert flat[-16:].tolist() == pytest.approx(ends, rel=1e-6)
     assert sum(p.numel() for p in params) < len(flat) <= sum(p.numel() + 15 for p in params) + 16
     norms = torch.stack([p.grad.norm() for p in params])
