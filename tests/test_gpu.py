@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY
-from test_optimiser import matrices, normal
+from test_optimiser import everything_of, matrices, normal, other_parameter
 from test_views import ALL, Bench
 from torch._dynamo.utils import counters
 from torch.utils._triton import has_triton
@@ -28,6 +28,7 @@ import train_gpt
 from train_gpt import (
     BOS,
     CLIP_QUANTILES,
+    COEFFICIENTS,
     KERNELS,
     PACKAGES,
     Averages,
@@ -360,9 +361,11 @@ def test_every_attention_kernel_that_works_agrees_with_the_formula(device, name,
 
 # ── (d) Muon ──────────────────────────────────────────────────────────────────────────────────────
 def muon_reference(
-    weights: list, gradients: list[list], lr: float, momentum: float, decay: float
+    weights: list, gradients: list[list], cfg: Config, momentum: float
 ) -> list[torch.Tensor]:
     """Muon in fp64, a matrix at a time (K. Jordan 2024)."""
+    lr, decay = cfg.matrix_lr, cfg.muon_wd
+    triples = (COEFFICIENTS[cfg.muon_coeffs] * 5)[:5]
     found = []
     for i, initial in enumerate(weights):
         w = initial.double()
@@ -371,10 +374,12 @@ def muon_reference(
             g = step[i].double()
             buffer = momentum * buffer + g
             x = g + momentum * buffer
+            if cfg.muon_row_normalize:
+                x = x / x.norm(dim=1, keepdim=True)
             x = (x.T if w.shape[0] > w.shape[1] else x) / x.norm()
-            for _ in range(5):
-                a = x @ x.T
-                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            for a, b, c in triples:
+                gram = x @ x.T
+                x = a * x + (b * gram + c * gram @ gram) @ x
             x = x.T if w.shape[0] > w.shape[1] else x
             factor = max(1, w.shape[0] / w.shape[1]) ** 0.5
             w = (1 - lr * decay) * w - lr * factor * x
@@ -382,30 +387,123 @@ def muon_reference(
     return found
 
 
-def test_muon_agrees_with_fp64(device, monkeypatch):
-    monkeypatch.setattr(torch, "compile", compile_on(device))
-    shapes = [(128, 128)] * 4 + [(64, 128)] * 2 + [(384, 128)] * 2 + [(128, 384)] * 2
+SHAPES = [(128, 128)] * 4 + [(64, 128)] * 2 + [(384, 128)] * 2 + [(128, 384)] * 2
+
+
+def optimiser_on(device: str, cfg: Config) -> tuple[Optimiser, dict[str, torch.nn.Parameter]]:
+    """An optimiser of matrices and a vector, and the matrices."""
     run = SimpleNamespace(world=1, rank=0, device=torch.device(device), compile=True)
-    other = {
-        "b": train_gpt.parameter(torch.zeros(9), train_gpt.CONTROL)
-    }  # AdamW takes no empty list
-    flat = FlatParameters((params := matrices(*shapes)) | other, run)
+    params = matrices(*SHAPES)
+    flat = FlatParameters(params | other_parameter(), run)
+    return Optimiser(flat, cfg, run), params
+
+
+@pytest.mark.parametrize("rows", (False, True), ids=("matrices", "rows"))
+@pytest.mark.parametrize("coeffs", COEFFICIENTS)
+def test_muon_agrees_with_fp64(device, coeffs, rows, monkeypatch):
+    monkeypatch.setattr(torch, "compile", compile_on(device))
+    cfg = Config(matrix_lr=0.05, muon_wd=0.1, muon_coeffs=coeffs, muon_row_normalize=rows)
+    optimiser, params = optimiser_on(device, cfg)
+    flat = optimiser.flat
     before = [p.detach().cpu().clone() for p in params.values()]
     gradients = [
-        [normal(*shape, seed=100 * step + i) for i, shape in enumerate(shapes)] for step in range(3)
+        [normal(*shape, seed=100 * step + i) for i, shape in enumerate(SHAPES)] for step in range(3)
     ]
-    optimiser = Optimiser(flat, Config(matrix_lr=0.05, muon_wd=0.1), run)
     for step in gradients:
         for p, g in zip(params.values(), step, strict=True):
             p.grad.copy_(g)
         with torch.no_grad():
             flat.gather(optimiser.muon(train_gpt.StepPlan(1.0, 0.9)))
-    reference = muon_reference(before, gradients, 0.05, 0.9, 0.1)
+    reference = muon_reference(before, gradients, cfg, 0.9)
     for p, w, exact in zip(params.values(), before, reference, strict=True):
         assert p.device.type == device and p.dtype == torch.float32
         assert error(p.detach().cpu() - w, exact - w) < (
             0.05 if device == "cuda" else 1e-4
         )  # bf16: 2 to 3.5 % on a CPU
+
+
+@pytest.mark.parametrize("what", ("a matrix", "the loss", "too large"))
+def test_a_step_that_is_not_finite_changes_no_bit_and_nothing_waits(device, what, monkeypatch):
+    monkeypatch.setattr(torch, "compile", compile_on(device))
+    optimiser, _ = optimiser_on(device, Config(muon_row_normalize=True, adam_wd=0.1))
+    flat = optimiser.flat
+
+    def step() -> None:
+        flat.reduce(0.3)
+        optimiser.step(train_gpt.StepPlan(1.0, 0.9))
+
+    flat.proper_gradients.copy_(normal(len(flat.proper_gradients)))
+    step()
+    before = everything_of(optimiser)
+    broken = {
+        "a matrix": (flat.views(flat.gradients)["w5"][1], math.nan),
+        "the loss": (flat.loss, math.nan),
+        "too large": (flat.views(flat.gradients)["w0"], 1e30),  # its square is infinite
+    }
+    tensor, value = broken[what]
+    tensor.fill_(value)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert not math.isfinite(sum(flat.outcome()[:2]))
+    assert all(map(torch.equal, everything_of(optimiser), before))
+    flat.gradients.zero_()
+    step()
+    assert not any(map(torch.equal, everything_of(optimiser), before))
+
+
+# ── the model of the records ──
+RECORD = dict(
+    num_layers=5,
+    smear_gate=False,
+    smear_gate_enabled=True,
+    gate_window=12,
+    smear_mask_bos=True,
+    sparse_attn_gate_enabled=True,
+    sparse_attn_gate_init_std=0.1,
+    skip_gates_enabled=True,
+    num_loops=2,
+    loop_start=1,
+    loop_end=2,
+    parallel_start_layer=3,
+    asym_logit_rescale=True,
+    negative_slope=0.5,
+    xsa_last_n=5,
+    rope_dims=4,
+    ln_scale=True,
+    doc_mask=True,
+)
+
+
+@pytest.mark.parametrize("loops", (0, 2))
+def test_the_compiled_model_of_the_records_agrees_with_fp64(tiny, device, loops):
+    found = []
+    for where, dtype in ((device, torch.float32), ("cpu", torch.float64)):
+        cfg = tiny(**RECORD)
+        run = run_on(cfg, where, dtype)
+        model = build_model(cfg, run, sdpa).to(run.dtype)
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.add_(0.1 * normal(*p.shape, seed=i).to(p))
+        model.loops = loops
+        forward = model
+        if dtype == torch.float32:
+            forward = compile_on(device)(model, fullgraph=True, dynamic=False)
+        ids = torch.arange(2 * 64, device=run.device).view(2, 64) * 7 % cfg.vocab_size
+        ids[:, ::20] = BOS
+        nats = forward(ids, ids.roll(1, 1))
+        nats.mean().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"nats": nats.detach()} | grads)
+    mine, exact = found
+    assert mine.keys() == exact.keys()
+    for name, value in exact.items():
+        assert error(mine[name].cpu(), value) < 1e-4, name
 
 
 # ── (e) scores ────────────────────────────────────────────────────────────────────────────────────
