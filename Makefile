@@ -19,6 +19,8 @@ help:
 # Without a GPU: a model for 2 CPU cores, the demo's or (SIZE=reference) the reference architecture scaled down. Defaults:
 # anything that you set yourself wins, and so does a file that holds its own settings (CHECKPOINT, EVAL_ONLY, RESUME).
 ifeq ($(GPUS),0)
+# Ranks x threads: your RANKS and OMP_NUM_THREADS, else what bench.py ranks measures once, else two of one
+MEASURE := $(if $(filter command,$(origin RANKS))$(OMP_NUM_THREADS),,yes)
 RANKS := $(if $(filter 1,$(CORES)),1,2)
 SIZE = demo
 SIZE_reference := NUM_LAYERS?=11 MODEL_DIM?=96 NUM_HEADS?=4 NUM_KV_HEADS?=2 TRAIN_SEQ_LEN?=256 TRAIN_BATCH_TOKENS?=1024 \
@@ -26,7 +28,7 @@ SIZE_reference := NUM_LAYERS?=11 MODEL_DIM?=96 NUM_HEADS?=4 NUM_KV_HEADS?=2 TRAI
   EMA_ENABLED?=1 EMA_DECAY?=0.97
 SIZE_demo := $(SIZE_reference)
 DEFAULTS := $(or $(SIZE_$(SIZE)),$(error SIZE=$(SIZE): choose demo or reference)) \
-  MAX_WALLCLOCK_SECONDS?=90 WARMUP_STEPS?=3 TRAIN_LOG_EVERY?=50 VAL_LOSS_EVERY?=100 VAL_MAX_TOKENS?=32768
+  MAX_WALLCLOCK_SECONDS?=90 WARMUP_STEPS?=3 TRAIN_LOG_EVERY?=50 VAL_LOSS_EVERY?=100 VAL_MAX_TOKENS?=32768 EVAL_BATCH_SEQS?=8
 # What torchrun sets too, but with a warning of five lines
 export OMP_NUM_THREADS ?= 1
 else
@@ -62,10 +64,12 @@ override SETTINGS = set -- $(foreach name,$(GIVEN),"$(name)=$$$(name)") $(patsub
 # A run that comes to its end has its page, whatever its exit code says. Its folder has your name, or the time of day and a
 # number of the process (RESUME=1 goes on with a name of yours).
 train: .venv/installed $(DEMO_DATA)
-	@$(SETTINGS) run=$$RUN_ID; \
-	  echo "torchrun --nproc_per_node=$(RANKS) train_gpt.py $$*"; \
+	@$(SETTINGS) run=$$RUN_ID; ranks=$(RANKS); \
+	  if [ -n "$(MEASURE)" ]; then found=$$(GOMP_SPINCOUNT=1000 .venv/bin/python bench.py ranks "$$@") || found=; fi; \
+	  case $$found in [1-9]*\ [1-9]*) ranks=$${found% *}; OMP_NUM_THREADS=$${found#* };; esac; \
+	  echo "torchrun --nproc_per_node=$$ranks train_gpt.py $$*"; \
 	  case $$RESUME in 1|True) ;; *) if [ -z "$$run" ]; then run=$$(date +%Y%m%d-%H%M%S)-$$$$ && set -- "$$@" "RUN_ID?=$$run"; fi;; esac; \
-	  code=0; .venv/bin/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt.py "$$@" || code=$$?; \
+	  code=0; .venv/bin/torchrun --standalone --nproc_per_node=$$ranks train_gpt.py "$$@" || code=$$?; \
 	  folder=$${LOGS_DIR:-logs}/$$run; \
 	  if [ -n "$$run" ] && [ -f "$$folder/result.json" ]; then .venv/bin/python ablate.py report "$$folder" || :; fi; exit $$code
 

@@ -7,6 +7,8 @@ sets; and beside its peers.
     torchrun --standalone --nproc_per_node=8 bench.py run
     # public training scripts and ours, on the same shards
     python bench.py peers --script 194=PATH --data FOLDER
+    # ranks x threads for these cores, measured once: what make train takes without a GPU
+    python bench.py ranks
     # the table of a report of either kind
     python bench.py show logs/bench/NAME.json --markdown
 
@@ -36,6 +38,7 @@ import train_gpt
 from benchmarks.machine import device_name
 from benchmarks.measure import measure
 from benchmarks.peers import PeerOptions, compare
+from benchmarks.ranks import say_choice
 from benchmarks.report import BENCH, table
 from train_gpt import Config, Refusal, refuse
 
@@ -99,6 +102,16 @@ def command_of(report: dict, name: str, world: int, quick: bool) -> str:
     if quick:
         words.append("--quick")
     return " ".join(words)
+
+
+@app.command()
+def ranks(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=value ...", help="as for train_gpt.py")
+    ] = None,
+) -> None:
+    """Print the ranks and the threads of each with which this CPU steps fastest; never fails."""
+    say_choice(settings or [])
 
 
 @app.command()

@@ -193,6 +193,32 @@ def test_variables_of_make_and_of_other_programs_are_no_arguments(make):
     assert all("?=" in argument for argument in arguments)
 
 
+@pytest.mark.parametrize(
+    "found, words, variables, launched",
+    [
+        ("1 16", (), {}, ("1", "16")),
+        ("4 2", (), {"RANKS": "3"}, ("4", "2")),
+        ("", (), {}, ("2", "1")),
+        ("Killed", (), {}, ("2", "1")),
+        ("1 16", ("RANKS=3",), {}, ("3", "1")),
+        ("1 16", ("OMP_NUM_THREADS=5",), {}, ("2", "5")),
+        ("1 16", (), {"OMP_NUM_THREADS": "5"}, ("2", "5")),
+    ],
+)
+def test_make_train_takes_the_measured_ranks_and_threads_unless_you_say_them(
+    make, tmp_path, monkeypatch, found, words, variables, launched
+):
+    """Whatever the measurement prints, the run starts."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    programs = tmp_path / ".venv" / "bin"
+    (programs / "python").write_text(f"#!/bin/sh\necho '{found}'\n")
+    (programs / "torchrun").write_text('#!/bin/sh\necho "$2 $OMP_NUM_THREADS"\n')
+    done = make.ends("train", "CORES=2", *words, **variables)
+    ranks, threads = launched
+    assert done.stdout.splitlines()[-1] == f"--nproc_per_node={ranks} {threads}"
+    assert f"torchrun --nproc_per_node={ranks} train_gpt.py" in done.stdout.splitlines()[0]
+
+
 # torchrun that leaves the result of a run: of the RUN_ID that it is told, or of the environment's
 LAUNCHER = """#!/bin/sh
 for word; do case $word in RUN_ID=*) name=${word#*=};; RUN_ID\\?=*) default=${word#*=};; esac; done
