@@ -581,7 +581,7 @@ class Config:
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
 
     # Weight decay that falls
-    wd_taper_final_mult: float = knob(1.0, "x MUON_WD", "at end", lo=0, off=(1,), needs="muon_wd")
+    wd_taper_final_mult: float = knob(1.0, "x", "MUON_WD at last", lo=0, off=(1,), needs="muon_wd")
     wd_taper_start_frac: float = taper_knob(0.7, "of run", "MUON_WD falls from here", lo=0, hi=1)
 
     # Loops that begin late

@@ -89,9 +89,9 @@ def start_up(b: Bench) -> Trainer:
     laps.add("build model and trainer", f"{params:,} parameters")
 
     start_peak_memory(run)
-    trainer.warm_up()
+    steps = sum(map(len, trainer.warm_up().values()))
     how = "compiled" if run.compile else "eager"
-    laps.add("warm-up and compile", f"{cfg.warmup_steps} steps, {how}")
+    laps.add("warm-up and compile", f"{steps} steps, {how}")
     return trainer
 
 
@@ -161,6 +161,7 @@ def time_steps(b: Bench, trainer: Trainer) -> tuple[np.ndarray, Batch]:
         cfg.muon_momentum,
         qat=cfg.qat_enabled,
         qna=cfg.qna_magnitude if qna else 0.0,
+        loops=cfg.num_loops,
     )
     fast = train_gpt.Loader(cfg, b.run, trainer.split)
     plain = plain_batches(cfg, b.run, trainer.split)

@@ -14,14 +14,23 @@ SCRIPT = "train_gpt.py"
 MODEL_TESTS = "tests/test_model.py"
 
 # Toggles that are no part of the model, no view and no average
-OTHER_TOGGLES = ("PRUNE_PCT", "FIT_TO_CAP", "DOC_ISOLATED_EVAL", "TTT_MODE")
+OTHER_TOGGLES = (
+    "MIN_LR",
+    "WD_TAPER_FINAL_MULT",
+    "TRAIN_SEQ_SCHEDULE",
+    "PRUNE_PCT",
+    "FIT_TO_CAP",
+    "DOC_ISOLATED_EVAL",
+    "TTT_MODE",
+)
 
 # The knobs that tune a toggle begin as it does, but for these
 TUNED_BY = {
     "SQWA": ("SWA_",),
     "FIT": ("CAP_",),
     "DOC_ISOLATED_EVAL": ("EVAL_",),
-    "NUM": ("LOOP_",),
+    "NUM": ("LOOP_", "LOOPING_", "ENABLE_LOOPING_"),
+    "TRAIN": ("TRAIN_SEQ_SCHEDULE_", "SEQ_CHANGE_"),
     "SMEAR": ("SMEAR_", "GATE_"),
     "SPARSE": ("SPARSE_", "GATE_"),
     "ATTN": ("GATE_",),

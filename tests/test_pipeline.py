@@ -89,6 +89,9 @@ TOGGLES = {
     "NUM_LOOPS": dict(num_loops=1, loop_start=0, loop_end=0),
     "PARALLEL_START_LAYER": dict(parallel_start_layer=1),
     "ASYM_LOGIT_RESCALE": dict(asym_logit_rescale=True),
+    "MIN_LR": dict(min_lr=0.7),
+    "WD_TAPER": dict(wd_taper_final_mult=0.5, wd_taper_start_frac=0.2),
+    "TRAIN_SEQ_SCHEDULE": dict(train_seq_schedule="32@0.5,64@1", seq_change_warmup_steps=2),
     "QAT": dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=0.5),
     "QNA": dict(qna_enabled=True),
     "SWA": dict(swa_enabled=True, **HALF),
@@ -218,6 +221,7 @@ def test_the_average_is_what_is_exported_and_scored(tiny, names):
 
 
 # ── proof of action ───────────────────────────────────────────────────────────────────────────────
+ONE_BLOCK = dict(loop_start=1, loop_end=1)
 NEVER = [
     ("QAT", dict(qat_enabled=True, qat_start_kind="iter_frac", qat_start=1.0)),
     ("QAT", dict(qat_enabled=True, qat_start_kind="lr_scale", qat_start=0.0)),
@@ -230,6 +234,11 @@ NEVER = [
     ("EMA", dict(ema_enabled=True, ema_decay=0.0)),
     ("WARMDOWN", dict(warmdown_iters=1)),
     ("WARMDOWN", dict(warmdown_iters=0, warmdown_frac=0.01)),
+    ("MIN_LR", dict(min_lr=0.1)),
+    ("WD_TAPER", dict(wd_taper_final_mult=0.5, wd_taper_start_frac=1.0)),
+    ("NUM_LOOPS", ONE_BLOCK | dict(num_loops=1, looping_kind="steps", enable_looping_at=6)),
+    ("NUM_LOOPS", ONE_BLOCK | dict(num_loops=2, loop_phase2_at=1.0)),
+    ("TRAIN_SEQ_SCHEDULE", dict(train_seq_schedule="32@0.99,64@1")),
     ("PRUNE_PCT", dict(prune_pct=0.1, keep_float_max_numel=10**6)),
     ("TTT_MODE", dict(ttt_mode="sgd", ttt_chunk_tokens=6400)),
     ("DOC_ISOLATED_EVAL", dict(doc_isolated_eval=True, val_max_tokens=100)),
@@ -503,6 +512,8 @@ CLOCK = (
     "recompiles",
 )  # of the training: a re-export reports the recorded ones
 TABLES = dict(bigram_vocab_size=64, bigram_dim=16, quant_bits_embed=8)
+# one of those that refuse each other is enough
+NOT_BESIDE = ("SWA", "SQWA", "SMEAR_GATE_ENABLED", *HEAD_GATES[1:])
 KEPT = {
     "nothing": {},
     "QAT": TOGGLES["QAT"],
@@ -520,7 +531,7 @@ KEPT = {
     "SWA and EMA": TOGGLES["SWA"] | TOGGLES["EMA"] | dict(average="swa"),
     "no warm-down": dict(warmdown_iters=0),
     "everything": {
-        k: v for name in TOGGLES if name not in ("SWA", "SQWA") for k, v in TOGGLES[name].items()
+        k: v for name in TOGGLES if name not in NOT_BESIDE for k, v in TOGGLES[name].items()
     },
 }
 
