@@ -487,7 +487,7 @@ class Config:
     skip_gates_enabled: bool = model_knob(False, "", "sigmoid gates between stream and skips")
 
     # Depth recurrence: blocks that are passed several times
-    num_loops: int = model_knob(0, "passes", "more of LOOP_START to LOOP_END; 0: off", lo=0, hi=64)
+    num_loops: int = model_knob(0, "", "more passes of LOOP_START to LOOP_END; 0: off", lo=0, hi=64)
     loop_start: int = loops_knob(3, "block", "the first of a loop", lo=0)
     loop_end: int = loops_knob(5, "block", "the last of a loop", lo=0)
 
@@ -499,7 +499,7 @@ class Config:
         refuse(broken, f"{told}: {remedy}")
 
     # Two lanes
-    parallel_start_layer: int = model_knob(0, "block", "first with two lanes; 0: off", lo=0)
+    parallel_start_layer: int = model_knob(0, "block", "two lanes from this on; 0: off", lo=0)
     parallel_final_lane: str = lane_knob("mean", "", "which lane is read at the end", choices=LANES)
 
     @rule
@@ -517,7 +517,7 @@ class Config:
         refuse(broken, f"PARALLEL_START_LAYER={parallel_start_layer}: {remedy}")
 
     # Two softcaps
-    asym_logit_rescale: bool = model_knob(False, "", "learned caps: logits above 0, and below")
+    asym_logit_rescale: bool = model_knob(False, "", "a learned cap for logits above 0, one below")
 
     # BigramHash
     bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0)

@@ -2,6 +2,7 @@
 them, all of it in float64, and how gradients are summed up in the files.
 """
 
+import functools
 import zlib
 
 import numpy as np
@@ -24,6 +25,9 @@ def generator(role: str) -> np.random.Generator:
 def draw32(role: str, shape, std: float = 1.0, mean: float = 0.0) -> np.ndarray:
     numbers = mean + std * generator(role).standard_normal(tuple(shape))
     return numbers.astype(np.float32)
+
+
+drawn_once = functools.cache(draw32)
 
 
 def draw(role: str, shape, std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
@@ -124,7 +128,7 @@ def golden_weight(name: str, shape: torch.Size) -> torch.Tensor:
     drawn = []
     for role in roles:
         mean, std = spread_of(role)
-        drawn.append(draw(role, rows or (1,), std, mean))
+        drawn.append(torch.tensor(drawn_once(role, tuple(rows) or (1,), std, mean)))
     return torch.stack(drawn).view(shape)
 
 

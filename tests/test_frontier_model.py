@@ -40,6 +40,7 @@ def config_of(settings: dict) -> Config:
         train_seq_len=48,
         train_batch_tokens=48,
         eval_stride=0,
+        init="default",
         smear_gate=False,
         negative_slope=settings["slope"],
         rope_dims=settings["rope_dims"],
