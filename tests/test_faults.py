@@ -35,7 +35,8 @@ from torch.distributed import PrefixStore
 import train_gpt
 from train_gpt import CHECKPOINTS, Config, read_container
 
-EVERYTHING = BASE | MODES["late QAT, SQWA of EMA"] | dict(strict=False)
+# which rows a step has must be known to spoil one of them
+EVERYTHING = BASE | MODES["late QAT, SQWA of EMA"] | dict(strict=False, loader="rows")
 KILLS = 40
 NEVER = 1e5  # seconds: a DIST_TIMEOUT that ends nothing
 
