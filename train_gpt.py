@@ -1010,9 +1010,9 @@ CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 SCHEMA_VERSION = 2
 
 # Graphs that may be compiled of one function, the model's forward pass: of the trained model one
-# per shape (training, fixed windows), of the scored one one per shape (fixed, sliding, documents),
-# and one of the model without each of MODEL_TOGGLES
-RECOMPILE_LIMIT = 32
+# per shape (training, fixed windows) and number of loops, of the scored one one per shape (fixed,
+# sliding, documents), and one of the model without each of MODEL_TOGGLES
+RECOMPILE_LIMIT = 64
 
 # Parameter name -> fp32 tensor, the same on every rank
 State = dict
@@ -2585,7 +2585,7 @@ class Grid(NamedTuple):
 # In: token ids (batch, time). Out: nats per target.
 # Promise: one forward path for training and scoring, and a causal one. A technique that is off is
 # absent: no parameters, no arithmetic. What bears @technique is one class or function, and wired
-# by one `if`: in GPT, Block, Attention or rotary_tables.
+# by one `if`: in GPT, Block, Attention, MLP, head_gate or rotary_tables.
 
 
 class Role(NamedTuple):

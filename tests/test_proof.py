@@ -305,8 +305,9 @@ def test_all_that_may_be_compiled_of_the_forward_pass_stays_below_the_limit(tiny
     shapes = [np.unique(sheet.shapes(rows), axis=0) for rows in (fixed, *ways)]
     scored = len(np.unique(np.concatenate(shapes), axis=0))
     assert len(shapes[0]) == 1 and scored >= 2
-    # trained on micro-batches of two sizes, and scored; scored in every way; without each part
-    graphs = 2 + len(shapes[0]) + scored + len(train_gpt.MODEL_TOGGLES)
+    # trained on micro-batches of two sizes and three lengths, and scored, at three numbers of
+    # loops; scored in every way; without each part
+    graphs = 3 * (2 * 3 + len(shapes[0])) + scored + len(train_gpt.MODEL_TOGGLES)
     assert graphs < train_gpt.RECOMPILE_LIMIT == torch._dynamo.config.recompile_limit
 
 
