@@ -51,7 +51,9 @@ HARD_CODED = {
     "pr1060": "LOADER=coprime QAT_ENABLED=0 EMA_DECAY=0.997",
     "pr1204": "LOADER=coprime SKIP_GATES_ENABLED=1 NEGATIVE_SLOPE=0.5",
     "pr1218": """SMEAR_GATE=0 BIGRAM_VOCAB_SIZE=0 ROPE_NTK_LEN=0 LOADER=coprime QAT_ENABLED=0
-     SWA_ENABLED=0 AVERAGE=auto EMA_ENABLED=1 NEGATIVE_SLOPE=0.5 MUON_ROW_NORMALIZE=0""",
+     SWA_ENABLED=0 AVERAGE=auto EMA_ENABLED=1 NEGATIVE_SLOPE=0.5 MUON_ROW_NORMALIZE=0
+     QAT_START_KIND=always QAT_START=0 QAT_SCOPE=exported QAT_GRID=export QAT_BITS=0
+     QNA_SCOPE=exported QNA_GRID=export""",
     "pr1285": "MUON_ROW_NORMALIZE=1 LOADER=coprime",
     "pr1334": "MUON_ROW_NORMALIZE=1 LOADER=coprime",
     "pr1394": "VE_ENABLED=0 LOADER=shuffled NEGATIVE_SLOPE=0.5 DOC_MASK=0",
@@ -77,6 +79,14 @@ def test_a_base_is_what_the_script_of_the_record_does_by_itself(name):
     # nothing that it states stands here by itself alone
     own = {key for key in base_tables()[name] if key.isupper()}
     assert own <= told.given | hard_coded.given
+
+
+@pytest.mark.parametrize("name", NAMES[NAMES.index("pr1218") :])
+def test_qat_can_be_added_to_a_record_that_has_none(name):
+    cfg = Config.from_env({"BASE": name, "QAT_ENABLED": "1"})
+    plain = Config()
+    for knob in ("qat_start_kind", "qat_start", "qat_scope", "qat_grid", "qat_bits"):
+        assert getattr(cfg, knob) == getattr(plain, knob)
 
 
 @pytest.mark.parametrize("name", NAMES)
