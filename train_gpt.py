@@ -3484,20 +3484,21 @@ def softcap(z: Tensor, cap: float) -> Tensor:
 class TwoSoftcaps(nn.Module):
     """Asymmetric softcap: two caps that are learned, of logits above 0 and of those below.
 
-    What:   c tanh(z / c), with c = positive where z > 0 and negative elsewhere.
+    What:   c tanh(z / c), with c = LOGIT_SOFTCAP + positive where z > 0, + negative elsewhere.
     Why:    a likely token and an impossible one need not have the same distance from 0.
     Source: pull requests #1923 and #1945; toggle ASYM_LOGIT_RESCALE.
-    Care:   both start at LOGIT_SOFTCAP and have a gradient. In #1945 they have none and are in no
-            optimiser: there it changes nothing.
+    Care:   both start at 0, have a gradient, and weight decay draws them back there. In #1945 the
+            caps have none and are in no optimiser: there it changes nothing.
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.positive = parameter(torch.tensor(cfg.logit_softcap), CONTROL)
-        self.negative = parameter(torch.tensor(cfg.logit_softcap), CONTROL)
+        self.middle = cfg.logit_softcap
+        self.positive = parameter(torch.tensor(0.0), CONTROL)
+        self.negative = parameter(torch.tensor(0.0), CONTROL)
 
     def forward(self, z: Tensor) -> Tensor:
-        return softcap(z, torch.where(z > 0, self.positive, self.negative))
+        return softcap(z, self.middle + torch.where(z > 0, self.positive, self.negative))
 
 
 class GPT(nn.Module):

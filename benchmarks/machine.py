@@ -42,17 +42,26 @@ class Flops(NamedTuple):
 
 
 def forward_flops(cfg: Config) -> Flops:
-    """Counted in the model's own shapes.
+    """Counted in the model's own shapes, with all loops.
 
-    2 per weight; attention: 2 products of 2 * MODEL_DIM over half a row on average.
+    2 per weight and visit of its block; attention: 2 products of 2 * MODEL_DIM over half a row on
+    average.
     """
     with torch.device("meta"):
         model = GPT(cfg)
     head = 2.0 * model.tok_emb.numel()
-    layers = [layer for layer in model.modules() if isinstance(layer, train_gpt.Linear)]
-    linear = sum(2.0 * layer.weight.numel() for layer in layers)
-    attention = len(model.blocks) * 2.0 * cfg.model_dim * (cfg.train_seq_len + 1)
+    encoder, decoder = model.order(model.loops)
+    visited = [model.blocks[layer] for layer in [*encoder, *decoder]]
+    outside = linear_flops(model) - sum(map(linear_flops, model.blocks))
+    linear = outside + sum(map(linear_flops, visited))
+    attention = len(visited) * 2.0 * cfg.model_dim * (cfg.train_seq_len + 1)
     return Flops(linear + head, head, attention)
+
+
+def linear_flops(part: torch.nn.Module) -> float:
+    """Of one pass through all linear layers of this part, per token."""
+    layers = [layer for layer in part.modules() if isinstance(layer, train_gpt.Linear)]
+    return sum(2.0 * layer.weight.numel() for layer in layers)
 
 
 def muon_matrices(model: GPT) -> dict[str, tuple[int, int]]:

@@ -285,6 +285,10 @@ def test_the_flops_are_those_of_the_reference_shapes():
     ) and flops.attention / 1e6 == pytest.approx(23.08, abs=0.005)
     assert flops.trained / 1e6 == pytest.approx(228.1, abs=0.05) and flops.head == 2 * 1024 * 512
     assert flops.trained * REFERENCE.train_batch_tokens / 1e12 == pytest.approx(119.6, abs=0.05)
+    # blocks 3 to 5 twice more: 17 visits
+    looped = forward_flops(dataclasses.replace(REFERENCE, num_loops=2))
+    assert looped.attention == flops.attention * 17 / 11 and looped.head == flops.head
+    assert looped.linear - flops.head == pytest.approx((flops.linear - flops.head) * 17 / 11)
 
 
 def test_the_matrices_and_their_newton_schulz_flops_are_those_of_the_reference():

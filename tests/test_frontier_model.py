@@ -25,6 +25,10 @@ RECORDS = {config["name"]: config for config in GOLDEN["configs"]}
 
 
 # ── The hook ──────────────────────────────────────────────────────────────────────────────────────
+def two_caps(settings: dict) -> bool:
+    return isinstance(settings["softcap"], list)
+
+
 def config_of(settings: dict) -> Config:
     """Ours for the settings of the file. A cap of 1e9 is none."""
     mask = settings["doc_mask"]
@@ -56,8 +60,8 @@ def config_of(settings: dict) -> Config:
         num_loops=loops,
         loop_start=first,
         loop_end=last,
-        logit_softcap=settings["softcap"] if isinstance(settings["softcap"], float) else 1e9,
-        asym_logit_rescale=isinstance(settings["softcap"], list),
+        logit_softcap=30.0 if two_caps(settings) else settings["softcap"] or 1e9,
+        asym_logit_rescale=two_caps(settings),
         **documents,
     )
 
@@ -66,9 +70,9 @@ def model_of(golden: dict) -> GPT:
     settings = golden["settings"]
     model = golden_model(config_of(settings))
     with torch.no_grad():
-        if isinstance(settings["softcap"], list):
+        if two_caps(settings):
             for cap, value in zip(model.softcap.parameters(), settings["softcap"], strict=True):
-                cap.fill_(value)
+                cap.fill_(value - 30.0)
         for block in model.blocks:
             if not settings["qk_gain"]:
                 block.attn.q_gain.fill_(1.0)

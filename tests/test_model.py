@@ -574,7 +574,8 @@ def test_lanes_start_as_the_record_starts_them():
 def spec_softcap(w, cfg, z):
     above = below = cfg.logit_softcap
     if cfg.asym_logit_rescale:
-        above, below = w["softcap.positive"], w["softcap.negative"]
+        above = cfg.logit_softcap + w["softcap.positive"]
+        below = cfg.logit_softcap + w["softcap.negative"]
     return torch.where(z > 0, above * torch.tanh(z / above), below * torch.tanh(z / below))
 
 
