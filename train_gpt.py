@@ -4278,8 +4278,8 @@ def row_sizes(g: Tensor) -> Tensor:
     """
     rows = g.norm(dim=-1, keepdim=True)
     divisors = rows.clamp(min=1e-7)
-    whole = (rows / divisors).norm(dim=-2, keepdim=True)
-    return divisors * (whole + 1e-7)
+    whole = rows.div_(divisors).norm(dim=-2, keepdim=True)
+    return divisors.mul_(whole.add_(1e-7))
 
 
 def newton_schulz(g: Tensor, triples: Sequence[tuple], row_normalise: bool = False) -> Tensor:
