@@ -171,6 +171,7 @@ LONGEST = [
     "report",
     "prepare_data",
     "proof",
+    "frontier_model",
     "bench",
     "average",
     "peers",
