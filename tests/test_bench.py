@@ -503,7 +503,7 @@ def test_a_run_leaves_nothing_but_its_report(quick):
 def test_no_fast_part_is_three_times_slower_than_its_twin(quick):
     """In turns, the best of three pairs: a busy neighbour does not fail it.
 
-    (Threads take longer to wake than so few rows.)
+    (Threads take longer to wake than so few rows, and a technique of the model is no fast part.)
     """
     report = json.loads(quick.path.read_text())
     slow = {
@@ -511,7 +511,7 @@ def test_no_fast_part_is_three_times_slower_than_its_twin(quick):
         for row in report["rows"]
         if "speedup" in row and row["speedup_p90"] < 1 / 3
     }
-    assert set(slow) <= {"wait for data"}, slow
+    assert all(name == "wait for data" or name.startswith("model: ") for name in slow), slow
 
 
 def test_two_ranks_make_one_report(quick, tmp_path):
