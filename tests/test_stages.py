@@ -127,12 +127,14 @@ def test_the_warm_up_takes_steps_of_each_form_and_leaves_nothing(tiny):
     assert [len(timed) for timed in make_trainer(tiny()).warm_up().values()] == [1]
 
 
-def test_nothing_compiles_on_the_clock_in_any_form(tiny, monkeypatch):
+@pytest.mark.parametrize("loader", ["rows", "documents"])
+def test_nothing_compiles_on_the_clock_in_any_form(tiny, monkeypatch, loader):
     """Loops in two phases, rows of three lengths, QNA, then QAT, SWA, validation in between."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     stages = STAGES | dict(
+        num_layers=2,
         qna_enabled=True,
         qat_enabled=True,
         qat_start_kind="time_frac",
@@ -143,13 +145,14 @@ def test_nothing_compiles_on_the_clock_in_any_form(tiny, monkeypatch):
         swa_every=1,
         val_loss_every=2,
     )
-    cfg = tiny(**stages, compile="1")
+    cfg = tiny(**stages, compile="1", loader=loader, doc_mask=loader == "documents")
     trainer = make_trainer(cfg)
     taken = []
     step = trainer.step
 
     def noting(batch, now):
-        taken.append(Form(now.loops, batch[0].shape[1]))
+        taken.append(Form(now.loops, now.length))
+        assert batch[0].shape[1] == (now.length if loader == "rows" else 512)
         step(batch, now)
 
     trainer.step = noting
