@@ -173,6 +173,7 @@ LONGEST = [
     "proof",
     "frontier_model",
     "bench",
+    "stages",
     "average",
     "peers",
     "config",
