@@ -3000,15 +3000,19 @@ def block_mask(documents: Documents, dtype: torch.dtype) -> Tensor:
     """What is added to the scores: 0 where a token attends, -inf elsewhere.
 
     (batch, 1, time, time). Of rows that are long beside the pieces only the band that may hold a 0:
-    (batch * chunks, 1, chunk, 2 * chunk), the keys being those of in_chunks.
+    (batch * chunks, 1, chunk, 2 * chunk), the keys being those of in_chunks. What fills up the last
+    chunk attends to itself alone, as nothing at all would be NaN.
     """
     first, longest = documents
-    time = first.shape[1]
+    rows, time = first.shape
     chunk = reach = time
-    if time > 2 * longest and time % longest == 0:
+    chunks = -(-time // longest)
+    if chunks * longest * 2 * longest < time * time:
         chunk, reach = longest, 2 * longest
+    index = torch.arange(-(-time // chunk) * chunk, device=first.device)
+    first = torch.cat((first, index[time:].expand(rows, -1)), dim=1)
     # (chunks, chunk, 1) and (chunks, 1, reach)
-    query = torch.arange(time, device=first.device).view(-1, chunk, 1)
+    query = index.view(-1, chunk, 1)
     key = query[:, -1:] + torch.arange(1 - reach, 1, device=first.device)
     seen = (key <= query) & (key >= first.unflatten(1, (-1, chunk))[..., None])
     mask = torch.zeros((), dtype=dtype, device=first.device).where(seen, -math.inf)
@@ -3016,23 +3020,29 @@ def block_mask(documents: Documents, dtype: torch.dtype) -> Tensor:
 
 
 def in_chunks(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    """Rows as chunks: q (batch * chunks, chunk, ...), k and v with the chunk before each."""
+    """Rows as chunks: q (batch * chunks, chunk, ...), k and v with the chunk before each.
+
+    Zeros fill up the last chunk.
+    """
+
+    def cut(z: Tensor) -> Tensor:
+        z = F.pad(z, (0, 0, 0, 0, 0, -z.shape[1] % chunk))
+        return z.unflatten(1, (-1, chunk))
 
     def with_the_one_before(z: Tensor) -> Tensor:
-        z = z.unflatten(1, (-1, chunk))
+        z = cut(z)
         before = F.pad(z, (0, 0, 0, 0, 0, 0, 1, -1))
         return torch.cat((before, z), dim=2).flatten(0, 1)
 
-    q = q.unflatten(1, (-1, chunk)).flatten(0, 1)
-    return q, with_the_one_before(k), with_the_one_before(v)
+    return cut(q).flatten(0, 1), with_the_one_before(k), with_the_one_before(v)
 
 
 def torch_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: SDPBackend | None = None
 ) -> Tensor:
     """torch's scaled_dot_product_attention with this backend; None: with torch's own choice."""
-    shape = q.shape
-    if mask is not None and mask.shape[2] < q.shape[1]:
+    rows, time, *heads = q.shape
+    if mask is not None and mask.shape[2] < time:
         q, k, v = in_chunks(q, k, v, mask.shape[2])
     q = q.transpose(1, 2)
     k = k.transpose(1, 2)
@@ -3041,7 +3051,7 @@ def torch_attention(
     grouped = q.shape[1] != k.shape[1]
     with sdpa_kernel(backend) if backend else contextlib.nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-    return y.transpose(1, 2).reshape(shape)
+    return y.transpose(1, 2).reshape(rows, -1, *heads)[:, :time]
 
 
 sdpa = Attend(torch_attention, block_mask)
@@ -3073,6 +3083,13 @@ def pack(documents: Documents, dtype: torch.dtype) -> Packed:
     piece = torch.arange(1, min(slots, tokens) + 2, device=first.device)
     bounds = torch.searchsorted(begun, piece).int()
     return Packed(bounds, longest, bounds[-1] < tokens)
+
+
+def with_slots(remedy: str, prepare: Callable | None) -> str:
+    """A remedy for nats that are not finite, and that of a kernel that has slots."""
+    if prepare is not pack:
+        return remedy
+    return f"{remedy}, or take ATTN_BACKEND=flex: a batch may have more documents than slots"
 
 
 def flash_attention(
@@ -3114,9 +3131,11 @@ def torch_varlen() -> Callable:
 def flex_attention() -> Attend:
     """torch's flex_attention: it has no slots, and skips the blocks of 128 x 128 that are masked.
 
-    Care: fast only where it is compiled; no gradients on a CPU.
+    Care: not compiled, it makes all scores, (time, time). So on a GPU it is compiled by itself
+    where the model runs eagerly: in test-time training and on the probe. No gradients on a CPU.
     """
     flex = importlib.import_module("torch.nn.attention.flex_attention")
+    alone = torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
     size = 128
 
     def prepare(documents: Documents, dtype: torch.dtype) -> Any:
@@ -3142,7 +3161,9 @@ def flex_attention() -> Attend:
         q = q.transpose(1, 2)
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
-        y = flex.flex_attention(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+        eager = q.is_cuda and not torch.compiler.is_compiling()
+        attend = alone if eager else flex.flex_attention
+        y = attend(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2)
 
     return Attend(kernel, prepare)
@@ -5024,8 +5045,7 @@ class Trainer:
             f"first gradient: {bad[0] if bad else 'none'}"
         )
         remedy = "lower MATRIX_LR or GRAD_CLIP_NORM"
-        if self.model.prepare_documents is pack:
-            remedy += ", or take ATTN_BACKEND=flex: the batch may have more documents than slots"
+        remedy = with_slots(remedy, self.model.prepare_documents)
         # The ninth last one that was left out is nine steps back: nine in a row before this one
         too_many = self.skipped[-9:-8] == [self.steps - 9]
         refuse(
@@ -8268,6 +8288,7 @@ def score_all(
         scores[name] = found._replace(seconds=run.ledger()[phase])
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
         remedy = "lower TTT_LR" if name == "ttt" else "lower the learning rates"
+        remedy = with_slots(remedy, attend.prepare if cfg.doc_mask else None)
         broken = not math.isfinite(scores[name].bpb)
         refuse(broken, f"score {name}: a target's nats are not finite; {remedy}", 5)
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from test_model import config, machine, make, rows
 from test_optimiser import make_trainer
 from test_score import documents, setting, validation  # noqa: F401
+from torch._subclasses import FakeTensorMode
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt
@@ -106,7 +107,7 @@ def test_a_piece_begins_at_a_row_a_bos_and_after_the_longest(row, longest):
     assert most >= max(b - a for a, b in itertools.pairwise(bounds))
 
 
-# Rows of 48: whole masks; with cuts of 6 and 16 the band of two chunks, with 20 and 7 none
+# Rows of 48: whole masks; with cuts of 1, 6, 7 and 16 the band of two chunks, 7 not dividing them
 @pytest.mark.parametrize("longest", (0, 1, 6, 7, 16, 20, 48, 100))
 @pytest.mark.parametrize("attend", (sdpa, packed(piece_by_piece)), ids=("mask", "packed"))
 def test_masked_attention_is_that_of_each_piece_by_itself(attend, longest):
@@ -123,10 +124,20 @@ def test_masked_attention_is_that_of_each_piece_by_itself(attend, longest):
     assert not torch.allclose(expected, sdpa(*tensors))
 
 
-def test_a_long_row_of_short_pieces_costs_a_band_of_two_chunks():
-    ids = random_ids(1, 96)
-    assert sdpa.prepare(pieces(ids, 8), torch.float32).shape == (12, 1, 8, 16)
-    assert sdpa.prepare(pieces(ids, 0), torch.float32).shape == (1, 1, 96, 96)
+@pytest.mark.parametrize(
+    "time, longest, shape",
+    [
+        (96, 8, (12, 1, 8, 16)),
+        (100, 8, (13, 1, 8, 16)),  # the last chunk is of 4
+        (96, 0, (1, 1, 96, 96)),
+        (96, 48, (1, 1, 96, 96)),  # a band would be as large
+        (97, 48, (1, 1, 97, 97)),
+    ],
+)
+def test_a_long_row_of_short_pieces_costs_a_band_of_two_chunks(time, longest, shape):
+    mask = sdpa.prepare(pieces(random_ids(1, time), longest), torch.float32)
+    assert mask.shape == shape
+    assert mask.isfinite().any(-1).all()  # softmax of nothing is NaN
 
 
 @pytest.mark.parametrize(
@@ -298,6 +309,52 @@ def test_a_step_with_more_documents_than_slots_ends_the_run_with_the_remedy(tiny
     ids[0, 2:] = 7
     trainer.step((ids, ids), now)
     assert math.isfinite(trainer.loss)
+
+
+@pytest.mark.parametrize("doc_mask, often", [(True, 2), (True, 64), (False, 2)])
+def test_scores_of_more_documents_than_slots_end_with_the_remedy_too(
+    tiny, monkeypatch, doc_mask, often
+):
+    """Also where nothing was trained: half of the tokens are a BOS, or one in 64."""
+    monkeypatch.setattr(train_gpt, "LEAST_SLOTS", 4)
+    cfg = tiny(doc_mask=doc_mask)
+    run = Run(cfg)
+    val = validation(cfg, run)
+    val.tokens[::often] = BOS
+    attend = packed(all_at_once)
+    state = train_gpt.build_model(cfg, run, attend).state_dict()
+    score = partial(train_gpt.score_all, cfg, run, state, val, attend, None)
+    if doc_mask and often == 2:
+        with pytest.raises(Refusal, match="not finite.*ATTN_BACKEND=flex: .*than slots") as end:
+            score()
+        assert end.value.code == 5
+    else:
+        score()
+
+
+def test_where_the_model_runs_eagerly_on_a_gpu_flex_is_compiled_by_itself(monkeypatch):
+    """Else it makes scores of all pairs of tokens."""
+    name = "torch.nn.attention.flex_attention"
+    calls = []
+
+    def attention(q, *_, **__):
+        calls.append("plain")
+        return q
+
+    def compiled(function, **_):
+        return lambda *a, **k: calls.append("compiled") or function(*a, **k)
+
+    blocks = SimpleNamespace(from_kv_blocks=lambda *_, **__: None)
+    there = SimpleNamespace(flex_attention=attention, BlockMask=blocks)
+    monkeypatch.setitem(sys.modules, name, there)
+    monkeypatch.setattr(torch, "compile", compiled)
+    attend = train_gpt.attention_function("flex")
+    with FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            attend(*torch.empty(3, 1, 8, 2, 16, device=device), "blocks")
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        attend(*torch.empty(3, 1, 8, 2, 16, device="cuda"), "blocks")
+    assert calls == ["plain", "compiled", "plain", "plain"]
 
 
 def test_on_a_gpu_auto_tries_what_knows_of_documents(monkeypatch):
