@@ -69,9 +69,8 @@ KINDS = {
         step=r"^step:(\d+)/\d+ train_loss:\S+ train_time:(?P<ms>\d+)ms",
     ),
     "1855": Kind(
-        "record #1855 without test-time training and lrzip; ours in size, batch, sequence and "
-        "plain parts alone: no repeated blocks, parallel lanes, gates, attention within documents, "
-        "floor of the learning rate, GPTQ, LQER",
+        "record #1855 without test-time training and lrzip; ours trains the same model on the same "
+        "schedule, and has no CaseOps, GPTQ, SDClip, LQER and brotli",
         # EMA_DECAY: its memory in steps.
         {"MUON_MOMENTUM_WARMUP_STEPS": 1500, "EMA_DECAY": 1 / (1 - 0.9965)},
         shared=SIZE + "MLP_MULT=4 TRAIN_BATCH_TOKENS=786432 ROPE_DIMS=16 XSA_LAST_N=11 LN_SCALE=1 "
@@ -81,7 +80,8 @@ KINDS = {
         "MLP_CLIP_SIGMAS=11.5 EMBED_CLIP_SIGMAS=14 GPTQ_RESERVE_SECONDS=0 "
         "GATED_ATTN_QUANT_GATE=1 SPARSE_ATTN_GATE_ENABLED=1 SPARSE_ATTN_GATE_SCALE=0.5 "
         "SMEAR_GATE_ENABLED=1 COMPRESSOR=brotli TTT_ENABLED=0",
-        ours="NEGATIVE_SLOPE=0.5 SMEAR_GATE=0 EMA_ENABLED=1 QUANT_BITS_EMBED=7",
+        ours="BASE=pr1855 MIN_LR=0.1 SPARSE_ATTN_GATE_ENABLED=1 SPARSE_ATTN_GATE_SCALE=0.5 "
+        "SMEAR_GATE_ENABLED=1 QUANT_BITS_EMBED=7 COMPRESSOR=zstd",
         step=r"^(\d+)/\d+ train_loss: \S+ train_time: \S+m tok/s: (?P<speed>\d+)",
         sidecar=True,
     ),
@@ -93,6 +93,8 @@ BEST = (
     "WARMDOWN_FRAC=0.5 MUON_MOMENTUM=0.95 MUON_MOMENTUM_WARMUP_STEPS=100 QAT_ENABLED=1 "
     "EMA_ENABLED=1 EMA_DECAY=0.95 GRAD_ACCUM_STEPS=2"
 )
+# How many blocks there are, and which are repeated: of both
+LOOPS = ("NUM_LAYERS", "NUM_LOOPS", "LOOP_START", "LOOP_END")
 # What a black box prints once: name -> pattern; of several matches the last counts.
 FINAL = {
     "end": r"^stopping_early: wallclock_cap train_time: ?(\d+)ms step: ?(\d+)/",
@@ -417,13 +419,9 @@ def step_figures(steps_ms: list[float]) -> dict:
     )
 
 
-def blocks_of_a_step(peer: Peer, layers: int, loops: re.Match | None, steps: int | None) -> float:
-    """Blocks that a mean step runs: those that are repeated count each time."""
-    if not loops or not steps:
-        return layers
-    repeated = int(peer.env["LOOP_END"]) - int(peer.env["LOOP_START"]) + 1
-    again = int(peer.env["NUM_LOOPS"]) * repeated
-    return layers + again * (1 - int(loops[1]) / steps)
+def blocks_of_a_step(layers: int, loops: int, first: int, last: int, share: float) -> float:
+    """Blocks that a mean step runs: `loops` more of first to last in this share of the steps."""
+    return layers + share * loops * (last - first + 1)
 
 
 def read_output(text: str, peer: Peer) -> dict:
@@ -445,7 +443,10 @@ def read_output(text: str, peer: Peer) -> dict:
         steps=steps,
         train_seconds=None if train_ms is None else train_ms / 1e3,
         **step_figures(steps_ms),
-        blocks=blocks_of_a_step(peer, int(config["NUM_LAYERS"]), last["loops"], steps),
+        blocks=blocks_of_a_step(
+            *(int(peer.env.get(name, 0)) for name in LOOPS),
+            share=1 - int(last["loops"][1]) / steps if last["loops"] and steps else 0,
+        ),
         peak_gib=int(last["memory"][1]) / 1024 if last["memory"] else None,
         total_bytes=int(last["bytes"][1]) if last["bytes"] else None,
         eval_seconds=int(scored[scored.lastindex]) / 1e3 if scored else None,
@@ -467,7 +468,10 @@ def read_records(folder: Path) -> dict:
     return {name: result[name] for name in same} | dict(
         step_ms_last=steps_ms[-1] if steps_ms else None,
         peak_gib=result["peak_memory_bytes"] / 2**30,
-        blocks=config.num_layers,
+        blocks=blocks_of_a_step(
+            *(getattr(config, name.lower()) for name in LOOPS),
+            share=result["toggles"]["NUM_LOOPS"]["share_of_steps"] if config.num_loops else 0,
+        ),
         config=config.non_default(),
         bpb={name: scores[name]["bpb"] for name in SCORES if name in scores},
     )
@@ -477,7 +481,10 @@ def rates(found: dict, gpus: int) -> dict:
     """Tokens per second, FLOPs and MFU of the whole training."""
     if not found.get("steps") or not found["train_seconds"]:
         return {}
-    cfg = Config(**{name.lower(): value for name, value in found["config"].items()})
+    # without loops: `blocks` has those of the steps
+    cfg = Config(
+        **{name.lower(): v for name, v in found["config"].items() if name not in LOOPS[1:]}
+    )
     speed = found["steps"] * cfg.train_batch_tokens / found["train_seconds"]
     flops = forward_flops(cfg)
     in_blocks = flops.linear - flops.head + flops.attention

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from test_model import config, machine, make, rows
 from test_optimiser import make_trainer
 from test_score import documents, setting, validation  # noqa: F401
-from torch._subclasses import FakeTensorMode
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 
 import train_gpt
 from train_gpt import (
@@ -303,7 +303,7 @@ def test_a_step_with_more_documents_than_slots_ends_the_run_with_the_remedy(tiny
     ids = torch.full((1, 512), 7)
     ids[0, ::2] = BOS
     now = train_gpt.StepPlan(1.0, 0.9, length=64)
-    with pytest.raises(Refusal, match=r"not finite.*ATTN_BACKEND=flex.*than slots") as end:
+    with pytest.raises(Refusal, match=r"not finite.*ATTN_BACKEND=sdpa.*than slots") as end:
         trainer.step((ids, ids), now)
     assert end.value.code == 5
     ids[0, 2:] = 7
@@ -325,7 +325,7 @@ def test_scores_of_more_documents_than_slots_end_with_the_remedy_too(
     state = train_gpt.build_model(cfg, run, attend).state_dict()
     score = partial(train_gpt.score_all, cfg, run, state, val, attend, None)
     if doc_mask and often == 2:
-        with pytest.raises(Refusal, match="not finite.*ATTN_BACKEND=flex: .*than slots") as end:
+        with pytest.raises(Refusal, match=r"not finite.*ATTN_BACKEND=sdpa: .*than slots") as end:
             score()
         assert end.value.code == 5
     else:
@@ -368,4 +368,4 @@ def test_on_a_gpu_auto_tries_what_knows_of_documents(monkeypatch):
     tried = [
         name for name in ("flash", "flex", "fa3", "fa2") if f"ATTN_BACKEND={name}:" in str(log)
     ]
-    assert tried == ["flash", "flex", "fa3", "fa2"]
+    assert tried == ["flash", "fa3", "fa2"]

@@ -317,14 +317,17 @@ def both_ways(attend, tensors: list[torch.Tensor], weight: torch.Tensor) -> list
 
 
 def documents_of(device: str, how: str) -> Documents | None:
-    """None; or of two rows of 512: in pieces of any length; all at most 64; all of 3 tokens."""
+    """None; or of two rows of 512: in pieces of any length; all at most 64; all of 3 tokens.
+
+    The rows differ in the blocks of 128 tokens that a block attends to.
+    """
     if how == "none":
         return None
     ids = torch.full((2, 512), 7)
     if how == "too many":
         ids[:, ::3] = BOS
     ids[0, [0, 5, 6, 200]] = BOS
-    ids[1, [130, 511]] = BOS
+    ids[1, [390, 511]] = BOS
     return pieces(ids.to(device), 64 if how == "cut" else 0)
 
 
@@ -599,3 +602,32 @@ def test_batches_come_from_pinned_memory_and_equal_those_of_a_cpu(tiny, device, 
             assert a.device.type == device and torch.equal(a.cpu(), b)
     there.close(), here.close()
     assert len(pinned) >= 10 and all(pinned) if device == "cuda" else not pinned
+
+
+# ── the last, as what leaves its memory takes the GPU from all that come after it ─────────────────
+@pytest.mark.parametrize("name", [*KERNELS, *PACKAGES, "flex"])
+def test_a_kernel_scores_a_batch_as_the_formula_does(device, name):
+    """As scoring calls it: compiled, without gradients, many rows of different documents."""
+    rows, time, dtype = (32, 2048, torch.bfloat16) if device == "cuda" else (3, 256, torch.float32)
+    tensors = [normal(rows, time, h, 64, seed=i).to(device, dtype) for i, h in enumerate((8, 4, 4))]
+    ids = torch.full((rows, time), 7)
+    for row in range(rows):
+        ids[row, 37 * row % 300 :: 150 + 50 * row] = BOS
+    ids = ids.to(device)
+
+    def attention(*tensors: torch.Tensor) -> torch.Tensor:
+        return kernel(*tensors, kernel.prepare(pieces(ids, 0), dtype))
+
+    try:
+        kernel = attention_function(name)
+        attention(*tensors)
+    except (ImportError, RuntimeError, NotImplementedError) as problem:
+        assert name != "sdpa"
+        pytest.skip(f"{name} does not work here: {str(problem).splitlines()[0]}")
+    with torch.no_grad():
+        found = compile_on(device)(attention, fullgraph=True, dynamic=False)(*tensors)
+    first = pieces(ids, 0).first
+    for row in range(rows):
+        one = slice(row, row + 1)
+        exact = formula(*(z[one].float() for z in tensors), first[one])
+        assert error(found[one], exact) < (0.03 if device == "cuda" else 1e-5), row

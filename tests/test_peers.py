@@ -219,6 +219,19 @@ def test_repeated_blocks_count_each_time_that_they_run():
     assert peers.rates(found, 1)["mfu"] is None  # no data sheet of this machine
 
 
+def test_repeated_blocks_of_ours_count_in_the_share_of_the_steps_that_had_them(tmp_path):
+    cfg = Config(num_loops=2, num_layers=11, loop_start=3, loop_end=5)
+    result = dict.fromkeys(("steps", "train_seconds", "step_ms_median", "eval_seconds"), 40)
+    result |= dict(total_bytes=1, peak_memory_bytes=1, scores={}, config=cfg.knobs())
+    result |= dict(toggles={"NUM_LOOPS": {"share_of_steps": 0.5}})
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "metrics.jsonl").write_text("")
+    found = peers.read_records(tmp_path)
+    assert found["blocks"] == 14
+    deep = peers.forward_flops(Config(num_layers=14))
+    assert peers.rates(found, 1)["mflop_per_token"] == pytest.approx(deep.trained / 1e6)
+
+
 def test_a_black_box_sees_an_empty_folder_and_nothing_of_the_caller(bench, monkeypatch):
     monkeypatch.setenv("WARMDOWN_ITERS", "9")
     monkeypatch.setenv("SECRET", "1")
@@ -314,7 +327,11 @@ def test_our_script_takes_every_setting_and_as_194_is_194(bench):
         eval_stride=64,
     )
     assert {name: getattr(as_194, name) for name in wanted} == wanted
-    assert configs["ours_as_pr1855"].negative_slope == 0.5
+    as_1855 = configs["ours_as_pr1855"]
+    model = dict(negative_slope=0.5, num_loops=2, loop_start=3, loop_end=5, parallel_start_layer=8)
+    training = dict(loader="documents", doc_mask=True, min_lr=0.1, muon_row_normalize=True)
+    assert {name: getattr(as_1855, name) for name in model} == model
+    assert {name: getattr(as_1855, name) for name in training} == training
 
 
 def test_a_failed_black_box_is_a_row_and_the_rest_runs(bench, capsys):
