@@ -2957,7 +2957,7 @@ class Documents(NamedTuple):
 
 
 @technique("DOC_MASK")
-def pieces(ids: Tensor, longest: int) -> Documents:
+def document_pieces(ids: Tensor, longest: int) -> Documents:
     """Document masks: attention stays inside a document.
 
     What:   a token attends to those before it back to its document's BOS, or to the row's start;
@@ -3227,7 +3227,7 @@ def attention_inputs(cfg: Config, run: Run, rows: int, length: int) -> tuple:
     documents = None
     if cfg.doc_mask:
         ids = torch.arange(rows * length, device=run.device) % TOKENS_OF_A_DOCUMENT + BOS
-        documents = pieces(ids.view(rows, length), cfg.longest_piece(cfg.train_seq_len))
+        documents = document_pieces(ids.view(rows, length), cfg.longest_piece(cfg.train_seq_len))
     return q, k, v, documents
 
 
@@ -3421,7 +3421,7 @@ class Block(nn.Module):
 
 
 @technique("NUM_LOOPS")
-def repeated(visits: list[int], first: int, last: int, loops: int) -> list[int]:
+def looped_visits(visits: list[int], first: int, last: int, loops: int) -> list[int]:
     """Depth recurrence: a run of blocks is passed several times.
 
     What:   blocks LOOP_START to LOOP_END so many times more, one pass after the other; the U-Net
@@ -3599,7 +3599,7 @@ class GPT(nn.Module):
         """The blocks in the order of their visits, encoder and decoder, with so many loops."""
         visits = [*range(len(self.blocks))]
         if loops:
-            visits = repeated(visits, *self.looped, loops)
+            visits = looped_visits(visits, *self.looped, loops)
         half = len(visits) // 2
         return visits[:half], visits[half:]
 
@@ -3613,7 +3613,7 @@ class GPT(nn.Module):
             value_bias.update(part(ids, self.dtype))
         documents = None
         if self.prepare_documents:
-            documents = self.prepare_documents(pieces(ids, self.longest_piece), self.dtype)
+            documents = self.prepare_documents(document_pieces(ids, self.longest_piece), self.dtype)
         seen = Context(x, self.cos, self.sin, value_bias, documents)
 
         encoder, decoder = self.order(self.loops)
@@ -3872,9 +3872,9 @@ class Schedule:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.fired: dict[str, int] = {}
-        self.loops = LateLoops(cfg)
-        self.rows = GrowingRows(cfg)
-        self.stages = self.loops.triggers | self.rows.triggers
+        self.late_loops = LateLoops(cfg)
+        self.growing_rows = GrowingRows(cfg)
+        self.stages = self.late_loops.triggers | self.growing_rows.triggers
         self.triggers = dict(self.stages)
         if cfg.qat_enabled:
             self.triggers["qat"] = Trigger(cfg.qat_start_kind, cfg.qat_start)
@@ -3899,7 +3899,7 @@ class Schedule:
         """What a step does, so many being left, given the triggers that have fired."""
         cfg = self.cfg
         scale = learning_rate_scale(cfg, step, left)
-        rewarm = self.rows.rewarm(step, self.fired)
+        rewarm = self.growing_rows.rewarm(step, self.fired)
         qat = "qat" in self.fired
         qna = 0.0
         if cfg.qna_enabled and not qat and scale >= cfg.qna_stop_scale:
@@ -3911,8 +3911,8 @@ class Schedule:
             qna=qna,
             snapshot="swa" in self.fired and (step + 1) % cfg.swa_every == 0,
             wd_scale=weight_decay_scale(cfg, step, left),
-            loops=self.loops.now(self.fired),
-            length=self.rows.now(self.fired),
+            loops=self.late_loops.now(self.fired),
+            length=self.growing_rows.now(self.fired),
             rewarm=rewarm,
         )
 
@@ -3922,11 +3922,12 @@ class Schedule:
         Where loops and rows go by the same share, few of them meet.
         """
         if len({trigger.kind for trigger in self.stages.values()}) > 1:
-            return [Form(*each) for each in itertools.product(self.loops.passes, self.rows.lengths)]
+            every = itertools.product(self.late_loops.passes, self.growing_rows.lengths)
+            return [Form(*each) for each in every]
         found = []
         for moment in sorted({0.0, *(trigger.value for trigger in self.stages.values())}):
             fired = [name for name, trigger in self.stages.items() if trigger.value <= moment]
-            found.append(Form(self.loops.now(fired), self.rows.now(fired)))
+            found.append(Form(self.late_loops.now(fired), self.growing_rows.now(fired)))
         return list(dict.fromkeys(found))
 
     def restore(self, fired: dict[str, int]) -> None:
@@ -3951,7 +3952,7 @@ class Schedule:
         if now.loops == cfg.num_loops > 0:
             found["NUM_LOOPS"] = None
         if cfg.train_seq_schedule and now.length == cfg.train_seq_len:
-            found["TRAIN_SEQ_SCHEDULE"] = float(now.length - self.rows.lengths[0])
+            found["TRAIN_SEQ_SCHEDULE"] = float(now.length - self.growing_rows.lengths[0])
         return found
 
 

@@ -32,10 +32,10 @@ from train_gpt import (
     Run,
     ScoreSheet,
     choose_attention,
+    document_pieces,
     document_windows,
     flash_attention,
     pack,
-    pieces,
     sdpa,
     windows,
 )
@@ -100,7 +100,7 @@ def by_itself(ids: torch.Tensor, longest: int, q, k, v) -> torch.Tensor:
 # ── pieces ──
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 45))
 def test_a_piece_begins_at_a_row_a_bos_and_after_the_longest(row, longest):
-    first, most = pieces(torch.tensor([row]), longest)
+    first, most = document_pieces(torch.tensor([row]), longest)
     bounds = bounds_of(row, longest)
     expected = [a for a, b in itertools.pairwise(bounds) for _ in range(a, b)]
     assert first[0].tolist() == expected
@@ -115,7 +115,7 @@ def test_masked_attention_is_that_of_each_piece_by_itself(attend, longest):
     tensors = heads(3, 48)
     weight = torch.randn(3, 48, 4, 8, dtype=torch.float64)
     expected = by_itself(ids, longest, *tensors)
-    found = attend(*tensors, attend.prepare(pieces(ids, longest), torch.float64))
+    found = attend(*tensors, attend.prepare(document_pieces(ids, longest), torch.float64))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     there = torch.autograd.grad((found * weight).sum(), tensors)
     torch.testing.assert_close(
@@ -135,7 +135,7 @@ def test_masked_attention_is_that_of_each_piece_by_itself(attend, longest):
     ],
 )
 def test_a_long_row_of_short_pieces_costs_a_band_of_two_chunks(time, longest, shape):
-    mask = sdpa.prepare(pieces(random_ids(1, time), longest), torch.float32)
+    mask = sdpa.prepare(document_pieces(random_ids(1, time), longest), torch.float32)
     assert mask.shape == shape
     assert mask.isfinite().any(-1).all()  # softmax of nothing is NaN
 
@@ -168,7 +168,7 @@ def test_each_spelling_of_the_flash_kernel_of_torch_is_understood(
     attend = train_gpt.attention_function("flash")
     ids = random_ids(2, 30)
     tensors = heads(2, 30)
-    found = attend(*tensors, attend.prepare(pieces(ids, 0), torch.float64))
+    found = attend(*tensors, attend.prepare(document_pieces(ids, 0), torch.float64))
     torch.testing.assert_close(found, by_itself(ids, 0, *tensors))
     assert {name: seen[name] for name in given} == given
     assert seen["k"].shape[1] == (4 if repeated else 2)
@@ -183,7 +183,7 @@ def test_more_documents_than_slots_give_nan_and_never_attention_between_them(mor
     ids[0, : slots + more] = BOS
     tensors = heads(1, time)
     attend = packed(piece_by_piece)
-    prepared = attend.prepare(pieces(ids, 0), torch.float64)
+    prepared = attend.prepare(document_pieces(ids, 0), torch.float64)
     assert len(prepared.bounds) == slots + 1 and bool(prepared.overflow) == bool(more)
     if more:
         attend = packed(lambda q, k, v, *_: q * 1.0)  # reads bounds that end before the last token
@@ -270,9 +270,9 @@ def test_packed_documents_train_in_pieces_of_a_row_and_are_scored_whole(tiny, mo
 
     def spy(ids, longest):
         seen.append((ids.shape[1], longest))
-        return pieces(ids, longest)
+        return document_pieces(ids, longest)
 
-    monkeypatch.setattr(train_gpt, "pieces", spy)
+    monkeypatch.setattr(train_gpt, "document_pieces", spy)
     cfg = tiny(loader="documents", doc_mask=True, val_loss_every=3)
     report = train_gpt.main(cfg)
     assert report["exit_code"] == 0 and report["inactive"] == []

@@ -43,11 +43,11 @@ from train_gpt import (
     Validation,
     attention_function,
     build_model,
+    document_pieces,
     document_windows,
     encode_artifact,
     export_plan,
     pack,
-    pieces,
     read_artifact,
     score,
     sdpa,
@@ -328,7 +328,7 @@ def documents_of(device: str, how: str) -> Documents | None:
         ids[:, ::3] = BOS
     ids[0, [0, 5, 6, 200]] = BOS
     ids[1, [390, 511]] = BOS
-    return pieces(ids.to(device), 64 if how == "cut" else 0)
+    return document_pieces(ids.to(device), 64 if how == "cut" else 0)
 
 
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
@@ -616,7 +616,7 @@ def test_a_kernel_scores_a_batch_as_the_formula_does(device, name):
     ids = ids.to(device)
 
     def attention(*tensors: torch.Tensor) -> torch.Tensor:
-        return kernel(*tensors, kernel.prepare(pieces(ids, 0), dtype))
+        return kernel(*tensors, kernel.prepare(document_pieces(ids, 0), dtype))
 
     try:
         kernel = attention_function(name)
@@ -626,7 +626,7 @@ def test_a_kernel_scores_a_batch_as_the_formula_does(device, name):
         pytest.skip(f"{name} does not work here: {str(problem).splitlines()[0]}")
     with torch.no_grad():
         found = compile_on(device)(attention, fullgraph=True, dynamic=False)(*tensors)
-    first = pieces(ids, 0).first
+    first = document_pieces(ids, 0).first
     for row in range(rows):
         one = slice(row, row + 1)
         exact = formula(*(z[one].float() for z in tensors), first[one])

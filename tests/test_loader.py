@@ -26,7 +26,7 @@ from train_gpt import (
     Shuffler,
     Split,
     StepShape,
-    pieces,
+    document_pieces,
     step_shape,
 )
 
@@ -112,7 +112,7 @@ def test_the_masks_of_packed_documents_are_those_of_1855(tmp_path, case):
     split = Split(config(documents_in(tmp_path)), "train")
     for batch in case["batches"]:
         ids = split.take(split.edges[batch["shard"]] + batch["start"], batch["inputs"])
-        first = pieces(torch.from_numpy(ids)[None], case["max_segment"]).first
+        first = document_pieces(torch.from_numpy(ids)[None], case["max_segment"]).first
         assert [*first.unique().tolist(), batch["inputs"]] == batch["boundaries"]
 
 
