@@ -1281,10 +1281,6 @@ class Run:
         """Rank 0's value, on every rank."""
         if self.world == 1:
             return value
-        # the clock's: it is sent faster than an object
-        if isinstance(value, Tensor):
-            dist.broadcast(value, src=0)
-            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
@@ -3676,8 +3672,7 @@ RECENT_STEPS = 100
 STALL = 1.25
 
 
-# Ranks agree on the clock once in so many seconds, and after each of the steps of the last ones
-AGREED_SECONDS = 1.0
+# So near the end of the budget the ranks agree on the clock after each step
 LAST_SECONDS = 10.0
 
 
@@ -3989,16 +3984,6 @@ def careful_step(timed: list[float]) -> float:
     return 1.1 * slowest[-2:][0]
 
 
-def clock_is_due(cfg: Config, timed: list[float], steps: int, elapsed: float) -> bool:
-    """Whether the ranks agree on the clock now, `steps` after those that are `timed`.
-
-    elapsed: as they agreed then, and a typical step for each since.
-    """
-    typical = typical_step(timed)
-    last = 0 < cfg.max_wallclock_seconds < elapsed + LAST_SECONDS
-    return last or not typical or steps * typical >= AGREED_SECONDS
-
-
 def budget_spent(cfg: Config, step: int, elapsed: float, coming: float = 0.0) -> bool:
     """True when one more step would end after the wallclock budget.
 
@@ -4132,6 +4117,7 @@ class Reduced(NamedTuple):
     norm: float  # of the gradients, before the clip
     stopping: float  # share of the ranks that were told to stop
     refused: float  # share of the ranks that have no rows
+    seconds: float  # of the step before on rank 0, where the others do not know them yet; or 0
 
 
 class FlatParameters:
@@ -4140,12 +4126,12 @@ class FlatParameters:
     Each parameter is a view of `weights`, its .grad the view of `gradients` at the same place:
 
         weights    | embed | bank | bank | ... | scalar |
-        gradients  | embed | bank | bank | ... | scalar | loss, norm, stop, refused |
+        gradients  | embed | bank | bank | ... | scalar | loss, norm, stop, refused, seconds |
 
-    The step's loss and two flags travel with the gradients. The update does not wait for a host to
-    read them: `skip` tells it on the device whether to leave all as it is. A group is one slice, so
-    that AdamW sees one tensor. A bank is filled up with zeros to an equal share per rank, here
-    5 matrices on 3 ranks; each rank updates its share (Optimiser):
+    The step's loss, two flags and the clock travel with the gradients. The update does not wait for
+    a host to read them: `skip` tells it on the device whether to leave all as it is. A group is one
+    slice, so that AdamW sees one tensor. A bank is filled up with zeros to an equal share per rank,
+    here 5 matrices on 3 ranks; each rank updates its share (Optimiser):
 
         | matrix 0  matrix 1 | matrix 2  matrix 3 | matrix 4  zeros |
           rank 0               rank 1               rank 2
@@ -4167,7 +4153,7 @@ class FlatParameters:
         self.gradients = torch.zeros(size + ALIGNMENT, device=run.device)
         self.proper_gradients = self.gradients[:size]
         self.ends = self.gradients[size : size + len(Reduced._fields)]
-        self.loss, self.norm, self.stop, self.refused = self.ends.unbind()
+        self.loss, self.norm, self.stop, self.refused, self.seconds = self.ends.unbind()
         # 1: the step is not finite, or refused. fp32 is what fused AdamW reads
         self.skip = torch.zeros((), device=run.device, dtype=torch.float)
         cuda = self.weights.is_cuda
@@ -4856,8 +4842,8 @@ class Trainer:
         self.resumed: list[int] = []  # steps done when the run went on
         self.elapsed = 0.0  # seconds of training
         self.step_seconds: list[float] = []
-        self.agreed = 0.0  # `elapsed` when the ranks last agreed on it
-        self.own_seconds: list[float] = []  # this rank's, after each step since
+        self.agreed = 0.0  # `elapsed` after the steps whose seconds all ranks know
+        self.own_elapsed: float | None = None  # `elapsed` by this rank's clock, if one is unknown
         self.warmed: list[float] = []  # of the warm-up's steps of the first form, but the first
         self.recompiles = 0
         self.saved = 0.0  # `elapsed` of the last checkpoint
@@ -5007,9 +4993,13 @@ class Trainer:
             self.views.leave(latent)
         if self.run.stop:
             self.flat.stop.fill_(1)
+        if self.own_elapsed and self.run.rank == 0:
+            self.flat.seconds.fill_(self.run.world * (self.own_elapsed - self.agreed))
         self.flat.reduce(self.cfg.grad_clip_norm)
         self.optimiser.step(now)
-        self.loss, norm, self.stopping, refused = self.flat.outcome()
+        self.loss, norm, self.stopping, refused, seconds = self.flat.outcome()
+        if seconds:
+            self.take_over(self.agreed + seconds)
         if refused:
             raise self.run.first_refusal(refusal)
         if math.isfinite(self.loss + norm):
@@ -5159,28 +5149,28 @@ class Trainer:
         return now
 
     def count_seconds(self) -> None:
-        """Another step on the clock: that of rank 0 when it is due, until then a typical step more.
+        """Another step on the clock of rank 0, by which all ranks go.
 
-        So all ranks have the same seconds at each moment, and seldom wait for each other to have
-        them. A stall is seen AGREED_SECONDS late; the last LAST_SECONDS are exact.
+        The next step's gradients bring its seconds along; until then it counts as a typical one. A
+        message brings them at once where no typical step is known, and in the last LAST_SECONDS.
         """
-        self.own_seconds.append(self.run.tick())
-        alone = self.run.world == 1
-        timed = self.step_seconds[-RECENT_STEPS:]
-        self.elapsed += typical_step(timed)
-        if alone or clock_is_due(self.cfg, timed, len(self.own_seconds), self.elapsed):
+        self.own_elapsed = self.run.tick()
+        typical = typical_step(self.step_seconds)
+        self.elapsed = self.agreed + typical
+        last = 0 < self.cfg.max_wallclock_seconds < self.elapsed + LAST_SECONDS
+        if self.run.world == 1 or last or not typical:
             self.agree()
 
     def agree(self) -> None:
-        """Takes over what the clock of rank 0 has said after each step since the last time."""
-        if not self.own_seconds:
-            return
-        told = self.run.broadcast(torch.tensor(self.own_seconds, dtype=torch.float64))
-        for elapsed in told.tolist():
-            self.step_seconds.append(elapsed - self.agreed)
-            self.agreed = elapsed
-        self.own_seconds = []
-        self.elapsed = self.agreed
+        """The seconds of the last step on all ranks, by a message if they are not known."""
+        if self.own_elapsed:
+            self.take_over(self.run.broadcast(self.own_elapsed))
+
+    def take_over(self, elapsed: float) -> None:
+        """What the clock of rank 0 said after the last step."""
+        self.step_seconds.append(elapsed - self.agreed)
+        self.elapsed = self.agreed = elapsed
+        self.own_elapsed = None
 
     def close(self, last: StepPlan) -> None:
         """What is due after the last step, when the clock of training has stopped."""
@@ -5225,7 +5215,6 @@ class Trainer:
 
         self.report_starts(now)
         if log_due or save_due:
-            self.agree()
             self.compare_ranks()
         if log_due:
             self.report_step(now)

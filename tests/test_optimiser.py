@@ -117,11 +117,11 @@ def muon_steps(rank: int, world: int) -> list[torch.Tensor]:
 
 def own_gradient(rank: int) -> torch.Tensor:
     """Nine numbers, padding, the loss, a place for the norm, and whether the rank was told to stop
-    (rank 1 was), and has no rows (rank 2 has none); then padding.
+    (rank 1 was), and has no rows (rank 2 has none), seconds of rank 0; then padding.
     """
     numbers = torch.cat((torch.tensor([10.0 * (-1) ** rank, 1.0]), 0.1 * normal(7, seed=rank)))
-    ends = torch.tensor([2.0 + rank, 0.0, float(rank == 1), float(rank == 2)])
-    return torch.cat((numbers, torch.zeros(7), ends, torch.zeros(12)))
+    ends = torch.tensor([2.0 + rank, 0.0, float(rank == 1), float(rank == 2), 6.0 * (rank == 0)])
+    return torch.cat((numbers, torch.zeros(7), ends, torch.zeros(11)))
 
 
 def everything(rank: int, world: int, cfg) -> dict:
@@ -174,7 +174,7 @@ def test_the_mean_gradient_is_clipped_not_each_ranks_own(worlds, world):
     expected = torch.cat((gradients * min(0.5 / norm, 1), mean[16:]))
     for result in worlds[world]:
         torch.testing.assert_close(result["flat"], expected, rtol=1e-5, atol=1e-6)
-        assert result["stats"] == pytest.approx((loss, norm, stopping, refused))
+        assert result["stats"] == pytest.approx((loss, norm, stopping, refused, 6 / world))
 
 
 @pytest.mark.parametrize("world", (2, 3))
@@ -324,7 +324,7 @@ def test_the_clip_is_that_of_torch(clip):
         copy.grad = p.grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(copies, clip or math.inf)
     flat.reduce(clip)
-    assert flat.outcome() == pytest.approx((7.0, norm.item(), 0.0, 1.0))
+    assert flat.outcome() == pytest.approx((7.0, norm.item(), 0.0, 1.0, 0.0))
     for p, copy in zip(params, copies, strict=True):
         torch.testing.assert_close(p.grad, copy.grad)
 

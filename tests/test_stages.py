@@ -169,68 +169,97 @@ def test_without_loops_and_growing_rows_a_step_has_one_form(tiny):
 
 
 # ── One clock on all ranks ────────────────────────────────────────────────────────────────────────
-def on_two_ranks(tiny, seconds: list[list[float]], **knobs) -> tuple[list[list], list[list], int]:
-    """(elapsed after each step, seconds of each step) as either rank has them; agreements.
+def on_two_ranks(tiny, seconds: list[list[float]], **knobs) -> tuple[list, list, int]:
+    """(elapsed after each step, seconds of each step) as either rank has them; messages.
 
-    seconds: of each step, on the clock of each rank.
+    seconds: of each step, on the clock of each rank. The run goes on until they or its budget end.
     """
-    trainer = make_trainer(tiny(**knobs))
-    trainer.run.world = 2
-    told = []
+    messages = []
+    with_gradients = []
     elapsed = []
     timed = []
     for rank, clock in enumerate(seconds):
-        trainer.restart()
-        ticks = itertools.accumulate(clock)
-        heard = iter(told)
-        trainer.run.tick = functools.partial(next, ticks)
+        trainer = make_trainer(tiny(iterations=len(clock), **knobs))
+        trainer.run.world, trainer.run.rank = 2, rank
+        trainer.run.tick = functools.partial(next, itertools.accumulate(clock))
+        heard, brought = iter(messages), iter(with_gradients)
 
         def broadcast(own, rank=rank, heard=heard):
             if rank == 0:
-                told.append(own.clone())
+                messages.append(own)
             return own if rank == 0 else next(heard)
 
-        trainer.run.broadcast = broadcast
+        def reduce(clip, rank=rank, flat=trainer.flat, brought=brought):
+            if rank == 0:
+                with_gradients.append(flat.ends / 2)
+            flat.seen.copy_(with_gradients[-1] if rank == 0 else next(brought))
+
+        def report(now, trainer=trainer, after=elapsed):
+            after[-1].append(trainer.elapsed)
+
         elapsed.append([])
-        for _ in clock:
-            trainer.count_seconds()
-            elapsed[-1].append(trainer.elapsed)
-        trainer.agree()
+        trainer.run.broadcast, trainer.flat.reduce, trainer.report = broadcast, reduce, report
+        trainer.backward = trainer.optimiser.step = trainer.take_in = lambda _: None
+        rows = torch.zeros(8, 64)
+        trainer.loop(SimpleNamespace(next=lambda length, rows=rows: (rows, rows)))
+        elapsed[-1].append(trainer.elapsed)
         timed.append(trainer.step_seconds)
-    return elapsed, timed, len(told)
+    return elapsed, timed, len(messages)
 
 
-NOISY = [[random.Random(rank).uniform(0.09, 0.11) for _ in range(1000)] for rank in range(2)]
+NOISY = [[random.Random(rank).uniform(0.09, 0.11) for _ in range(500)] for rank in range(2)]
 
 
-def test_all_ranks_go_by_the_clock_of_rank_0_and_seldom_ask_for_it(tiny):
-    (one, other), (timed, others), agreements = on_two_ranks(tiny, NOISY)
-    assert one == other and timed == others == pytest.approx(NOISY[0])
+def test_all_ranks_go_by_the_clock_of_rank_0_which_the_gradients_bring(tiny):
+    (one, other), (timed, others), messages = on_two_ranks(tiny, NOISY)
+    assert one == other and timed == others == pytest.approx(NOISY[0], rel=1e-4)
     true = [*itertools.accumulate(NOISY[0])]
-    assert one[:10] == pytest.approx(true[:10])  # until a typical step is known
-    assert max(abs(a - b) for a, b in zip(one, true, strict=True)) < 0.1
-    assert agreements == pytest.approx(10 + 990 / 10, abs=2)
+    # at once until a typical step is known, and at the end
+    assert one[:10] == pytest.approx(true[:10]) and one[-1] == true[-1] and messages == 11
+    assert max(abs(a - b) for a, b in zip(one, true, strict=True)) < 0.02
 
 
-def test_a_stall_is_seen_within_a_second_of_steps(tiny):
+def test_a_stall_is_seen_a_step_later(tiny):
     clock = [0.1] * 100
     clock[45] = 30.0
     (one, other), *_ = on_two_ranks(tiny, [clock, [0.1] * 100])
     true = [*itertools.accumulate(clock)]
     late = [step for step, (a, b) in enumerate(zip(one, true, strict=True)) if abs(a - b) > 0.05]
-    assert one == other and 0 < len(late) <= 10 and late[0] == 45
+    assert one == other and late == [45]
 
 
 def test_the_last_ten_seconds_of_a_budget_are_exact(tiny):
-    clocks = [clock[:500] for clock in NOISY]
-    (one, _), _, agreements = on_two_ranks(tiny, clocks, max_wallclock_seconds=sum(clocks[0]))
-    true = [*itertools.accumulate(clocks[0])]
-    late = [n for n, elapsed in enumerate(true) if elapsed > true[-1] - 9]
+    budget = sum(NOISY[0])
+    (one, _), (timed, _), messages = on_two_ranks(tiny, NOISY, max_wallclock_seconds=budget)
+    true = [*itertools.accumulate(timed)]
+    late = [n for n, elapsed in enumerate(true) if elapsed > budget - 9]
     assert len(late) > 80 and [one[n] for n in late] == pytest.approx([true[n] for n in late])
-    assert agreements == pytest.approx(10 + 390 / 10 + 100, abs=10)
+    assert messages == pytest.approx(10 + 100, abs=10)
 
 
-def test_steps_of_seconds_are_agreed_on_one_by_one(tiny):
-    clocks = [[1.5] * 20, [2.5] * 20]
-    (one, _), _, agreements = on_two_ranks(tiny, clocks)
-    assert agreements == 20 and one == [1.5 * n for n in range(1, 21)]
+@pytest.mark.parametrize("slow", [2.0, 3.0, 5.0])
+def test_steps_that_become_slow_before_the_last_ten_seconds_end_within_the_budget(tiny, slow):
+    """From 0.1 s: counted as typical ones for a second, they overran by 3 and 10 s."""
+    clock = [0.1] * 300 + [slow] * 20
+    for budget in (40.7, 41.7):
+        (one, other), *_ = on_two_ranks(tiny, [clock, clock], max_wallclock_seconds=budget)
+        assert one == other and budget - 2.2 * slow < one[-1] <= budget
+
+
+def test_a_checkpoint_holds_the_seconds_of_all_steps(tiny):
+    """Of the last one, too, which no gradients have brought."""
+    trainer = make_trainer(tiny(max_wallclock_seconds=600.0))
+    trainer.run.world = 2
+    trainer.run.broadcast = lambda own: own
+    clock = [0.1] * 15 + [30.0]
+    trainer.run.tick = functools.partial(next, itertools.accumulate(clock))
+    for seconds in clock:
+        trainer.count_seconds()
+        trainer.steps += 1
+        if seconds == 0.1 and trainer.own_elapsed:
+            trainer.take_over(trainer.own_elapsed)
+    assert trainer.elapsed < sum(clock) - 20
+    trainer.save()
+    progress = trainer.facts()["progress"]
+    assert progress["step_seconds"] == pytest.approx(clock)
+    assert progress["elapsed"] == trainer.saved == sum(clock)
