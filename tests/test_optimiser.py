@@ -330,11 +330,37 @@ def test_the_clip_is_that_of_torch(clip):
 
 
 class NoHostSync(TorchDispatchMode):
-    """Reading a number from a tensor is an error: on a GPU the host would wait for it."""
+    """Reading a number from a tensor is an error: on a GPU the host would wait for it.
+
+    On a CPU most of what reads one is not dispatched, so that it is asked for by name.
+    """
+
+    READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in self.READS:
+            self.patch.setattr(torch.Tensor, name, self.refuse, raising=False)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    @staticmethod
+    def refuse(*_, **__):
+        raise AssertionError("a host sync")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function not in (torch.ops.aten._local_scalar_dense.default,)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.refuse()
         return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("read", ("tolist", "item", "cpu", "numpy", "__bool__", "__float__"))
+def test_what_would_wait_for_a_gpu_is_seen(read):
+    with NoHostSync(), pytest.raises(AssertionError, match="a host sync"):
+        getattr(torch.ones(()), read)()
 
 
 def filled_optimiser(cfg) -> Optimiser:
