@@ -453,7 +453,7 @@ class Config:
 
     @rule
     def previous_token_is_blended_in_once(smear_gate, smear_gate_enabled):
-        remedy = "SMEAR_GATE=1 (the default) blends in the previous token too: set SMEAR_GATE=0"
+        remedy = "SMEAR_GATE=1 blends in the previous token too: set SMEAR_GATE=0"
         refuse(smear_gate and smear_gate_enabled, f"SMEAR_GATE_ENABLED=1: {remedy}")
 
     # Gates of what attention heads have gathered: sparse, dense, output
@@ -504,9 +504,11 @@ class Config:
 
     @rule
     def lanes_open_in_the_decoder(parallel_start_layer, num_layers):
-        decoder = range(num_layers // 2, num_layers)
-        broken = parallel_start_layer and parallel_start_layer not in decoder
-        remedy = f"is no decoder, which are blocks {decoder[0]} to {decoder[-1]}"
+        # 0 is off, also where block 0 is a decoder
+        first, last = max(num_layers // 2, 1), num_layers - 1
+        broken = parallel_start_layer and not first <= parallel_start_layer <= last
+        choices = f" or one of blocks {first} to {last} (decoders)" if first <= last else ""
+        remedy = f"with NUM_LAYERS={num_layers} choose 0 (off){choices}"
         refuse(broken, f"PARALLEL_START_LAYER={parallel_start_layer}: {remedy}")
 
     @rule
@@ -887,7 +889,7 @@ class Config:
                 with noted(problems):
                     values[f.name] = parse(name, texts[name], f.type)
         problems += wrong_settings(values)
-        problems += base.other_than_its_script(values)
+        problems += base.other_than_its_script(values, told)
         if problems:
             # each once: an old spelling may stand for several knobs
             raise Refusal(list(dict.fromkeys(problems)))
@@ -1006,7 +1008,7 @@ def parse(name: str, text: str, kind: str):
 SOURCE = globals().get("__source__") or Path(__file__).read_bytes()
 CODE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
-# Of metrics.jsonl and result.json; README documents both
+# Of metrics.jsonl and result.json; docs/how_it_works.md documents both
 SCHEMA_VERSION = 2
 
 # Graphs that may be compiled of one function, the model's forward pass: of the trained model one
@@ -2797,7 +2799,7 @@ def exclude_self(y: Tensor, v: Tensor, x: Tensor) -> Tensor:
 
     What:   y - (y . u) u, with u the unit vector of the own value; per head.
     Why:    the stream has the own token already; attention is left for the others.
-    Source: pull request #975; toggle XSA_LAST_N.
+    Source: pull request #265; toggle XSA_LAST_N.
     Care:   a query head uses the value of its own group: head h that of h // group size.
 
     y (batch, time, heads, head_dim), v (batch, time, kv heads, head_dim), x the input of the
@@ -3284,7 +3286,7 @@ class Context(NamedTuple):
     """What every block reads beside the stream."""
 
     x0: Tensor  # (batch, time, model_dim): what entered the first block
-    cos: Tensor  # of the rotary angles, (longest row, 1, pairs)
+    cos: Tensor  # of the rotary angles, (longest row, 1, dims)
     sin: Tensor
     value_bias: dict[int, Tensor]  # block -> (batch, time, kv_dim), added to its V
     documents: Any = None  # what the attention kernel reads of them; None: no masks
@@ -3345,7 +3347,7 @@ def leaky_relu2(z: Tensor, slope: float) -> Tensor:
 
     What:   (max(z, 0) + slope * min(z, 0)) squared.
     Why:    a unit that is negative still has a gradient.
-    Source: #975 with slope 0.5, #1948 with 0.3; toggle NEGATIVE_SLOPE, 0: ReLU^2.
+    Source: #493 with slope 0.5, #1948 with 0.3; toggle NEGATIVE_SLOPE, 0: ReLU^2.
     Care:   the square drops the sign: it falls below 0 and rises above, so it is not monotone.
     """
     return F.leaky_relu(z, slope).square()
@@ -3460,10 +3462,11 @@ class Lanes(nn.Module):
     What:   lanes a and b; A = what attention adds, reading a, M = what the MLP adds, reading b:
             a' = r_a a + p_Aa A + p_Ma M  and  b' = r_b b + p_Ab A + p_Mb M, a learned number each.
     Why:    neither waits for the other, and each writes where it is of use.
-    Source: pull requests #1204 and #1529; toggle PARALLEL_START_LAYER, PARALLEL_FINAL_LANE.
+    Source: pull request #1529; toggle PARALLEL_START_LAYER, PARALLEL_FINAL_LANE.
     Care:   the input embedding is mixed into what attention reads, not into the lane. Skips enter
             lane a. All blocks have their numbers, as in #1529, but only those with lanes use them.
-            In #1412 to #1493 PARALLEL_START_LAYER is another technique: one stream, one input.
+            #1204, #1285, #1334 and #1477 have other lanes under this name. PARALLEL_RESIDUAL_START
+            of #1412, #1493 and #1514 is one stream: attention and MLP read the same.
     """
 
     def __init__(self, cfg: Config):
@@ -4295,12 +4298,13 @@ def newton_schulz(g: Tensor, triples: Sequence[tuple], row_normalise: bool = Fal
 
     What:   x = g / |g|, then for each (a, b, c) x <- a x + (b A + c A^2) x with A = x x^T.
     Why:    it pulls every singular value towards 1 by matrix products alone, without an SVD.
-    Source: Muon (K. Jordan 2024) with quintic; polar_express (Amsel 2025): #1787, #1855.
+    Source: Muon (K. Jordan 2024) with quintic; polar_express (Amsel 2025): #1344.
             MUON_COEFFS, MUON_BACKEND_STEPS.
     Care:   singular values end between 0.7 and 1.2, not at 1: a, b, c trade that for few steps.
-            The triples of polar_express are each right for their place alone. A 2026-04-06 script's
-            POLAR_EXPRESS leaves a margin of 1 % above the norm, so that its triples differ by that.
-            A is built on the short side. On a CPU it runs in fp32, as bf16 is slow there.
+            The triples of polar_express are each right for their place alone. POLAR_EXPRESS of
+            #1412 leaves a margin of 1 % above the norm, so that its triples differ by that.
+            A is built on the short side. On a CPU it runs in fp32: some multiply bf16 faster, but
+            others would train to other numbers.
     """
     sizes = row_sizes(g) if row_normalise else g.norm(dim=(-2, -1), keepdim=True) + 1e-7
     x = (g / sizes).to(torch.bfloat16 if g.is_cuda else torch.float32)
@@ -7280,16 +7284,22 @@ class Base:
         """The names in ABSENT that mean nothing of ours in the script of this base."""
         return ABSENT.keys() - self.means.keys()
 
-    def other_than_its_script(self, values: dict) -> list[str]:
-        """A problem for each value that means something else in the script of this base."""
+    def other_than_its_script(self, values: dict, told: dict[str, list[Said]]) -> list[str]:
+        """A problem for each value that means something else in the script of this base.
+
+        told: what was given for each knob, as it was spelt.
+        """
         problems = []
         for name, why in self.fixed.items():
             own = self.settings[name]
             value = values.get(name.lower())
-            if value is not None and value != parse(name, own, BY_NAME[name].type):
-                remedy = f"set {name}={own}, or unset BASE for ours"
-                told = f"{setting(name, value)}: with BASE={self.name} {why}"
-                problems.append(f"{told}; {remedy}")
+            if value is None or value == parse(name, own, BY_NAME[name].type):
+                continue
+            given, remedy = setting(name, value), f"set {name}={own}"
+            if name in told and told[name][0].name != name:
+                given, remedy = told[name][0], f"unset {told[name][0].name}"
+            problem = f"{given}: with BASE={self.name} {why}"
+            problems.append(f"{problem}; {remedy}, or unset BASE for ours")
         return problems
 
 
@@ -7502,6 +7512,12 @@ ALIASES: dict[str, Meaning] = {
     "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
 }
 
+# Spellings that may say nothing -> why
+WINS = {
+    "DATA_DIR": "DATA_PATH and TOKENIZER_PATH win",
+    "MLP_HIDDEN": "0: the width is MLP_MULT's",
+}
+
 # Beside names: whatever the value is, the result is the same / is another
 ANY, NEVER = "any value", "no value"
 
@@ -7598,6 +7614,7 @@ INSTEAD_OF = {
     "USE_SMEARGATE SMEAR": "set SMEAR_GATE={text}",
     "BIGRAM_BUCKETS": "set BIGRAM_VOCAB_SIZE={text}",
     "MATRIX_LR_EARLY MATRIX_LR_LATE": "set MATRIX_LR for all layers",
+    "PARALLEL_RESIDUAL_START": "see PARALLEL_START_LAYER: two lanes (#1529), there one stream",
     "FORCE_STOP_STEP": "set ITERATIONS={text}",
     "QAT_INT6": "set QUANT_BITS, which QAT follows",
     "QAT_FRACTION": qat_fraction,
@@ -7644,7 +7661,7 @@ def without_say(env: dict, base: Base) -> dict[str, str]:
     beside = base.settings | env
     given = [(name, means) for name, means in base.old_names().items() if name in env]
     mute = [name for name, means in given if not means(env[name], beside)]
-    return dict.fromkeys(mute, "has no say here")
+    return {name: WINS.get(name, "has no say here") for name in mute}
 
 
 def without_loss(name: str, text: str) -> str:

@@ -340,6 +340,21 @@ def test_what_we_have_under_the_same_name_but_otherwise_is_refused_under_that_ba
     Config.from_env(pairs(command))
 
 
+@pytest.mark.parametrize(
+    "base, command, remedy",
+    [
+        ("pr1285", "RECUR_LAYERS=4,5", "unset RECUR_LAYERS"),
+        ("pr1285", "NUM_LOOPS=1", "set NUM_LOOPS=0"),
+        ("pr1855", "TTT_ENABLED=1", "unset TTT_ENABLED"),
+        ("pr1855", "TTT_MODE=sgd", "set TTT_MODE=none"),
+    ],
+)
+def test_what_a_base_refuses_is_named_as_it_was_spelt(base, command, remedy):
+    message = refused({"BASE": base} | pairs(command))
+    assert message.startswith(f"{command}: with BASE={base}") and f"; {remedy}, or" in message
+    assert len(message.splitlines()) == 1
+
+
 def test_the_old_toggle_of_other_hashes_is_asked_about():
     assert "BIGRAM_VOCAB_SIZE=4096" in refused({"BIGRAM_HASH": "1"})
 

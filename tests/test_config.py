@@ -279,6 +279,7 @@ def test_a_folder_of_data_yields_to_what_names_its_parts():
     assert cfg.tokenizer_path == "here/tokenizers/fineweb_8192_bpe.model"
     named = Config.from_env(sizes | {"DATA_PATH": "there"}, ["TOKENIZER_PATH=a.model"])
     assert (named.data_path, named.tokenizer_path) == ("there", "a.model")
+    assert named.without_effect()["DATA_DIR"] == "DATA_PATH and TOKENIZER_PATH win"
     defaults = ["DATA_PATH?=data/demo", "TOKENIZER_PATH?=demo.model"]
     assert Config.from_env(sizes, defaults).data_path == cfg.data_path
 
@@ -300,7 +301,8 @@ def test_the_loaders_of_the_rascals_have_other_words():
 def test_no_hidden_width_leaves_the_multiple():
     assert Config.from_env({"MLP_HIDDEN": "0", "MLP_MULT": "2"}).mlp_mult == 2
     cfg = Config.from_env({"BASE": "upstream", "MLP_HIDDEN": "0"})
-    assert cfg.mlp_mult == 2 and cfg.without_effect() == {"MLP_HIDDEN": "has no say here"}
+    assert cfg.mlp_mult == 2
+    assert cfg.without_effect() == {"MLP_HIDDEN": "0: the width is MLP_MULT's"}
 
 
 @pytest.mark.parametrize("old", sorted(OLD_SPELLINGS.keys() - {"DATA_DIR"}))
@@ -471,6 +473,7 @@ def test_numbers_and_switches_are_compared_by_value():
         ({"EMA_BETA": "8"}, "did you mean EMA_DECAY"),
         ({"EVAL_STRDIE": "8"}, "did you mean EVAL_STRIDE"),
         ({"USE_SMEARGATE": "1"}, "set SMEAR_GATE=1"),
+        ({"PARALLEL_RESIDUAL_START": "7"}, "see PARALLEL_START_LAYER"),
         ({"QAT_FRACTION": "0.3"}, "set QAT_START_KIND=time_frac QAT_START=0.7"),
     ],
     ids=str,
@@ -880,6 +883,7 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
     ("NUM_LOOPS=2 NUM_LAYERS=5", "NUM_LOOPS", "LOOP_END=4"),
     ("PARALLEL_START_LAYER=4", "PARALLEL_START_LAYER", "PARALLEL_START_LAYER=5"),
     ("PARALLEL_START_LAYER=11", "PARALLEL_START_LAYER", "PARALLEL_START_LAYER=10"),
+    ("NUM_LAYERS=1 PARALLEL_START_LAYER=1", "PARALLEL_START_LAYER", "NUM_LAYERS=2"),
     ("NUM_LOOPS=2 PARALLEL_START_LAYER=5", "PARALLEL_START_LAYER", "NUM_LOOPS=0"),
     ("VE_ENABLED=1 VE_LAYERS=9,11", "VE_LAYERS", "NUM_LAYERS=12"),
     ("VE_ENABLED=1 VE_LAYERS=", "VE_LAYERS", "VE_ENABLED=0"),
