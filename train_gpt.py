@@ -843,6 +843,10 @@ class Config:
         found = {name: why for name, why in idle.items() if name in self.given}
         if "ROPE_NTK_LEN" in self.given and self.rope_ntk_len >= self.train_seq_len:
             found["ROPE_NTK_LEN"] = setting("train_seq_len", self.train_seq_len)
+        longest = max(self.train_seq_len, self.window)
+        cuts = self.doc_max_len < longest or self.loader == "documents"
+        if "DOC_MAX_LEN" in self.given and not cuts:
+            found.setdefault("DOC_MAX_LEN", f"no row has more than {longest} tokens")
         return found | self.others
 
     def digest(self, *scopes: str) -> str:
@@ -4944,6 +4948,7 @@ class Trainer:
             count = int(facts["snapshots"])
             if self.averages.snapshots:
                 self.averages.snapshots.count = count
+            self.check_rows()
             for name, w in self.tensors().items():
                 w.copy_(tensors[name].view_as(w))
             for state in self.optimiser.adamw.state.values():
@@ -4967,6 +4972,20 @@ class Trainer:
         )
         for name, value in kept.items():
             setattr(self, name, value)
+
+    def check_rows(self) -> None:
+        """Refusal where the steps to come would cut the text otherwise than those before."""
+        if not self.lengths or self.cfg.checkpoint or self.done():
+            return
+        length = self.lengths[-1]
+        shape = step_shape(self.cfg, self.run, length)
+        ranks = self.cfg.train_batch_tokens // length // (self.cfg.grad_accum_steps or 1)
+        refuse(
+            shape.length != length,
+            f"{self.cfg.sources[0]}: LOADER=documents would go on with micro-batches of "
+            f"{shape.length} tokens, as {self.run.world} ranks have them, after {length}: other "
+            f"text; take {ranks} ranks",
+        )
 
     def restore_activity(self, activity: dict) -> None:
         """A file may hold anything: whatever is no number ends as a TypeError here, not later."""
@@ -7444,13 +7463,18 @@ def late_qat_threshold(text: str, env: dict) -> dict[str, str]:
     return {"QAT_START_KIND": "lr_scale", "QAT_START": text}
 
 
-activation = choice("NEGATIVE_SLOPE", relu2="0", leaky_relu2="0.5")
+def activation(text: str, env: dict) -> dict[str, str]:
+    """A word for the slope, beside which a slope may stand: leaky_relu2 is any but 0."""
+    slopes = [env[name] for name in SLOPES if env.get(name, "0") not in ("0", "0.0")]
+    return choice("NEGATIVE_SLOPE", relu2="0", leaky_relu2=[*slopes, "0.5"][0])(text, env)
 
 
 def recur_start_step(text: str, env: dict) -> dict[str, str]:
     """An old variable that counts in steps where ours does in shares."""
     return {"LOOPING_KIND": "steps", "ENABLE_LOOPING_AT": text}
 
+
+SLOPES = ("NEGATIVE_SLOPE", "LEAKY_SLOPE", "LEAKY_RELU_SLOPE", "MLP_LEAKY_SLOPE")
 
 # Spellings of the seeds and of records for our knobs
 ALIASES: dict[str, Meaning] = {
@@ -7461,9 +7485,7 @@ ALIASES: dict[str, Meaning] = {
     "MLP_HIDDEN": mlp_hidden,
     "MLP_ACT": activation,
     "ACTIVATION": activation,
-    "LEAKY_SLOPE": renamed("NEGATIVE_SLOPE"),
-    "LEAKY_RELU_SLOPE": renamed("NEGATIVE_SLOPE"),
-    "MLP_LEAKY_SLOPE": renamed("NEGATIVE_SLOPE"),
+    **dict.fromkeys(SLOPES[1:], renamed("NEGATIVE_SLOPE")),
     "GATE_ATTN_OUT": renamed("ATTN_OUT_GATE_ENABLED"),
     "GATE_WIDTH": renamed("GATE_WINDOW"),
     "SMEAR_GATE_WIDTH": renamed("GATE_WINDOW"),
@@ -8010,9 +8032,14 @@ def finished_result(cfg: Config, run: Run) -> dict | None:
     if not cfg.resume or not path.exists():
         return None
     result = json.loads(path.read_text())
-    made = {name: result["config"][name] for name in cfg.knobs("seed", *COMPARED)}
-    own = {name: value for name, value in made.items() if name.upper() not in cfg.given}
     source = f"RESUME=1 RUN_ID={run.dir.name}"
+    knobs = cfg.knobs("seed", *COMPARED)
+    lacking = [name.upper() for name in knobs if name not in result["config"]]
+    names = f"{', '.join(lacking[:3])}{' ...' if lacking[3:] else ''}"
+    older = f"{source}: was completed by an older script, without {names}; take another RUN_ID"
+    refuse(lacking, older)
+    made = {name: result["config"][name] for name in knobs}
+    own = {name: value for name, value in made.items() if name.upper() not in cfg.given}
     check_base(cfg, own, source)
     told = []
     for name in dataclasses.replace(cfg, inherited=True, **own).differing(made):
@@ -8144,7 +8171,9 @@ def log_start(cfg: Config, run: Run) -> None:
         run.log(f"{theirs}; what is not given has our defaults, BASE=NAME has another script's")
     for line in cfg.won:
         run.log(line)
-    run.event("start", schema=SCHEMA_VERSION, config=cfg.knobs(), environment=where)
+    run.event(
+        "start", schema=SCHEMA_VERSION, config=cfg.knobs(), world_size=run.world, environment=where
+    )
     if run.rank == 0:
         write_code(cfg, run.dir)
 

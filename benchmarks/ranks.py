@@ -194,10 +194,21 @@ def remembered(path: Path) -> dict[str, list[int]]:
     return {}
 
 
+def begun_with(cfg: Config) -> Arrangement | None:
+    """That of a run's first launch, where it goes on and its record tells."""
+    if not cfg.resume:
+        return None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with (Path(cfg.logs_dir) / cfg.run_id / "metrics.jsonl").open() as lines:
+            start = json.loads(next(lines, ""))
+        return Arrangement(int(start["world_size"]), int(start["environment"]["threads_per_rank"]))
+    return None
+
+
 def choose(settings: list[str], path: Path) -> tuple[Arrangement, str]:
     """For these settings and the environment: the arrangement, and a line about it.
 
-    A run that goes on with what a file holds takes what was found last.
+    A run that goes on takes what it began with; one of another file what was found last.
     """
     cores = cores_here()
     found = remembered(path)
@@ -206,6 +217,9 @@ def choose(settings: list[str], path: Path) -> tuple[Arrangement, str]:
     except Refusal:
         # train_gpt.py will say what is wrong
         return usual(cores), ""
+    first = begun_with(cfg)
+    if first:
+        return first, f"ranks x threads: {first}, as the run began"
     key = [*found][-1] if cfg.sources and found else key_of(cfg, cores)
     if key in found:
         arrangement = Arrangement(*found[key])

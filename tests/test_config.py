@@ -251,6 +251,17 @@ def test_an_old_spelling_does_what_its_name_says_and_only_that(old):
     assert Config.from_env({old: value, **others}).non_default() == changed
 
 
+@pytest.mark.parametrize("slope", ["NEGATIVE_SLOPE", "LEAKY_SLOPE", "MLP_LEAKY_SLOPE"])
+def test_a_slope_wins_over_the_word_for_one(slope):
+    for word in ("ACTIVATION", "MLP_ACT"):
+        cfg = Config.from_env({word: "leaky_relu2", slope: "0.3"})
+        assert cfg.negative_slope == 0.3 and not cfg.without_effect()
+        with pytest.raises(Refusal, match=f"{word}=relu2"):
+            Config.from_env({word: "relu2", slope: "0.3"})
+        with pytest.raises(Refusal, match=f"{word}=leaky_relu2"):
+            Config.from_env({word: "leaky_relu2", slope: "0"})
+
+
 def test_bigram_hash_takes_its_size_from_the_variable_beside_it():
     for others in (
         {"BIGRAM_VOCAB_SIZE": "2048"},

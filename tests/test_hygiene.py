@@ -283,7 +283,7 @@ print(state() == before)
 NUMBER = (float, int)
 OPTIONAL = (float, type(None))
 EVENTS = {  # event: its fields, besides `event` and `t`
-    "start": dict(schema=int, config=dict, environment=dict),
+    "start": dict(schema=int, config=dict, world_size=int, environment=dict),
     "phase": dict(name=str, step=int, seconds=float),
     "step": dict(
         step=int,

@@ -164,6 +164,11 @@ def vain(command: str) -> dict[str, str]:
         ("QUANT_CLIP=amax QUANT_CLIP_MLP=amax", {}),
         ("ROPE_NTK_LEN=2048", {"ROPE_NTK_LEN": "TRAIN_SEQ_LEN=2048"}),
         ("ROPE_NTK_LEN=2047", {}),
+        ("DOC_MASK=1 DOC_MAX_LEN=2048", {"DOC_MAX_LEN": "no row has more than 2048 tokens"}),
+        ("DOC_MASK=1 DOC_MAX_LEN=2047", {}),
+        ("DOC_MASK=1 DOC_MAX_LEN=2048 EVAL_SEQ_LEN=4096", {}),
+        ("DOC_MASK=1 DOC_MAX_LEN=2048 LOADER=documents", {}),
+        ("DOC_MAX_LEN=2048", {"DOC_MAX_LEN": "DOC_MASK=0"}),
         # what a base says was given by nobody
         ("BASE=pr989 ENABLE_QAT=0", {}),
         ("BASE=pr989 QAT_START_FRAC=0.7", {"QAT_START": "QAT_ENABLED=0"}),

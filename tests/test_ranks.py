@@ -8,12 +8,15 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, environment
 
 from benchmarks import ranks
 from benchmarks.ranks import Arrangement, arrangements, choose, fastest, say_choice
+from train_gpt import main
 
 
 @pytest.mark.parametrize(
@@ -89,12 +92,30 @@ def test_a_damaged_file_is_as_none(measured, tmp_path, text):
 
 
 def test_a_run_that_goes_on_takes_what_was_found_last(measured, tmp_path):
-    """Its settings lie in its file: another number of ranks would be another rounding."""
+    """Its settings lie in its file."""
     path = tmp_path / "ranks.json"
-    goes_on = ["RESUME=1", "RUN_ID=x"]
+    goes_on = ["CHECKPOINT=x"]
     assert choose(goes_on, path) == ((2, 1), "")
     choose(SETTINGS, path)
     assert choose(goes_on, path)[0] == (1, 2) and len(measured) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"world_size": 3}', "real"])
+def test_a_resumed_run_takes_what_it_began_with(measured, tiny, tmp_path, text):
+    """Whatever was found for other runs since: packed documents lie otherwise on other ranks."""
+    cfg = tiny(iterations=1)
+    path = tmp_path / "ranks.json"
+    choose(SETTINGS, path)
+    folder = Path(cfg.logs_dir) / cfg.run_id
+    if text == "real":
+        main(cfg)
+    else:
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(text)
+    goes_on = ["RESUME=1", f"RUN_ID={cfg.run_id}", f"LOGS_DIR={cfg.logs_dir}"]
+    began = (1, torch.get_num_threads()) if text == "real" else (1, 2)
+    found, line = choose(goes_on, path)
+    assert found == began and ("as the run began" in line) == (text == "real")
 
 
 def test_whatever_goes_wrong_the_usual_arrangement_is_printed(

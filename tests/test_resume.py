@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -210,6 +211,25 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, before, after):
     for name, w in tensors.items():
         torch.testing.assert_close(w, tensors2[name], rtol=2e-3, atol=2e-4, msg=name)
     assert facts["progress"]["steps"] == 12
+
+
+@pytest.mark.parametrize("after, parts, told", [(1, 0, False), (2, 0, True), (2, 2, False)])
+def test_packed_documents_go_on_in_the_micro_batches_in_which_they_began(tiny, after, parts, told):
+    """512 tokens in one micro-batch of one rank, or in four of two ranks."""
+    cfg = tiny(resume=True, loader="documents", doc_mask=True, grad_accum_steps=parts)
+    trainer = make_trainer(cfg)
+    trainer.lengths = [128 if parts else 512]
+    facts = trainer.facts()
+    tensors = {name: w.clone() for name, w in trainer.tensors().items()}
+    trainer.run.world = after
+    if told:
+        message = "micro-batches of 256 tokens, as 2 ranks have them, after 512: .*; take 1 ranks"
+        with pytest.raises(Refusal, match=message):
+            trainer.restore(facts, tensors)
+        # a finished training reads no more
+        facts["progress"]["steps"] = cfg.iterations
+    trainer.restore(facts, tensors)
+    assert trainer.lengths == facts["progress"]["lengths"]
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tiny):
@@ -419,6 +439,22 @@ def test_a_complete_run_is_not_asked_for_another_one(stopped):
     base = Config.from_env({"BASE": "pr989", "RESUME": "1", "RUN_ID": cfg.run_id})
     with pytest.raises(Refusal, match="BASE=pr989: has "):
         finished_result(base, run)
+
+
+@pytest.mark.parametrize(
+    "lacking, named",
+    [
+        (["num_loops", "doc_mask"], "DOC_MASK, NUM_LOOPS"),
+        (["num_loops", "doc_mask", "loader", "min_lr"], "DOC_MASK, NUM_LOOPS, MIN_LR ..."),
+    ],
+)
+def test_a_run_that_an_older_script_completed_is_said_to_be_one(tmp_path, lacking, named):
+    cfg = Config(resume=True, run_id="old")
+    there = {name: value for name, value in cfg.knobs().items() if name not in lacking}
+    (tmp_path / "result.json").write_text(json.dumps({"config": there}))
+    message = f"by an older script, without {re.escape(named)}; take another RUN_ID$"
+    with pytest.raises(Refusal, match=message):
+        finished_result(cfg, SimpleNamespace(dir=tmp_path, log=str))
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS, ids=["whole", "between the two renamings"])
