@@ -319,7 +319,8 @@ def row_stages(text: str) -> list[tuple[int, float]]:
     for values, name in ((lengths, "lengths (2 or more)"), (ends, "shares")):
         grow = all(a < b for a, b in itertools.pairwise(values))
         refuse(not grow, f"{told}: its {name} must grow")
-    refuse(ends[-1] > 1, f"{told}: {ends[-1]:g} of the run is more than all of it")
+    refuse(len(stages) < 2, f"{told}: one length grows into none; set TRAIN_SEQ_LEN={lengths[-1]}")
+    refuse(ends[-1] != 1, f"{told}: its last share must be 1, the end of the run")
     return stages
 
 
@@ -598,6 +599,11 @@ class Config:
         late = looping_kind == "time_frac" and max(enable_looping_at, loop_phase2_at) > 1
         problem = f"ENABLE_LOOPING_AT={enable_looping_at} LOOP_PHASE2_AT={loop_phase2_at}"
         refuse(late, f"{problem}: shares of the run are at most 1; LOOPING_KIND=steps counts steps")
+        share = any(0 < start < 1 for start in (enable_looping_at, loop_phase2_at))
+        remedy = (
+            "steps, of which there is no part; for a share of the run set LOOPING_KIND=time_frac"
+        )
+        refuse(looping_kind == "steps" and share, f"{problem}: {remedy}")
         broken = loop_phase2_at and (num_loops < 2 or loop_phase2_at <= enable_looping_at)
         remedy = "two loops or more, and the second phase after the first; 0: no second phase"
         refuse(broken, f"{problem}, NUM_LOOPS={num_loops}: needs {remedy}")

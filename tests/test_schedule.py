@@ -580,6 +580,14 @@ def test_a_slow_step_begins_no_loop_and_no_longer_row():
     [
         (dict(enable_looping_at=1.1), ["ENABLE_LOOPING_AT=1.1", "LOOPING_KIND=steps"]),
         (dict(loop_phase2_at=3), ["LOOP_PHASE2_AT=3"]),
+        (
+            dict(looping_kind="steps", enable_looping_at=0.35),
+            ["ENABLE_LOOPING_AT=0.35", "LOOPING_KIND=time_frac"],
+        ),
+        (
+            dict(looping_kind="steps", enable_looping_at=0, loop_phase2_at=0.65),
+            ["LOOP_PHASE2_AT=0.65", "LOOPING_KIND=time_frac"],
+        ),
         (dict(enable_looping_at=0.5, loop_phase2_at=0.5), ["LOOP_PHASE2_AT=0.5"]),
         (dict(num_loops=1, loop_phase2_at=0.5), ["NUM_LOOPS=1", "LOOP_PHASE2_AT=0.5"]),
     ],
@@ -608,7 +616,7 @@ GROWING = dict(train_seq_schedule="1024@0.100,2048@0.700,4096@1.000", train_seq_
     "knobs, found",
     [
         ({}, [(0, 1024), (100, 2048), (700, 4096)]),
-        (dict(train_seq_schedule="2048@0.7, 4096@0.9"), [(0, 2048), (700, 4096)]),
+        (dict(train_seq_schedule="2048@0.7, 4096@1"), [(0, 2048), (700, 4096)]),
         (dict(train_seq_schedule="", train_seq_len=512), [(0, 512)]),
     ],
     ids=str,
@@ -687,7 +695,10 @@ def test_the_rise_fires_no_trigger_ends_no_noise_and_is_no_warmdown():
         ("1024@0.7,4096@0.1", "shares must grow"),
         ("1024@nan,4096@1", "shares must grow"),
         ("1024@0,4096@1", "shares must grow"),
-        ("1024@0.1,4096@7", "7 of the run"),
+        ("1024@0.1,4096@7", "its last share must be 1"),
+        ("1024@0.3,4096@0.5", "its last share must be 1"),
+        ("4096@1", "one length"),
+        ("4096@0.5", "one length"),
         ("1000@0.1,4096@1", "TRAIN_BATCH_TOKENS"),
         ("1024@0.1,2048@1", "TRAIN_SEQ_LEN=2048"),
     ],
@@ -723,13 +734,15 @@ def test_every_form_that_a_run_comes_to_is_known_before(
     loops, first, second, ends, kinds, budget, dearer
 ):
     stages = zip((64, 128, 256), [*sorted(ends), 1], strict=False)
-    factor = 100 if kinds[0] == "steps" else 1
+    starts = first, min(first + second, 1.0)
+    if kinds[0] == "steps":
+        starts = [round(100 * start) for start in starts]
     cfg = Config(
         num_loops=loops,
         looping_kind=kinds[0],
-        enable_looping_at=first * factor,
-        loop_phase2_at=(min(first + second, 1) * factor if loops > 1 and second else 0.0),
-        train_seq_schedule=",".join(f"{length}@{end}" for length, end in stages),
+        enable_looping_at=starts[0],
+        loop_phase2_at=starts[1] if loops > 1 and second else 0.0,
+        train_seq_schedule=",".join(f"{length}@{end}" for length, end in stages) if ends else "",
         train_seq_schedule_mode=kinds[1],
         train_seq_len=(64, 128, 256)[len(ends)],
         max_wallclock_seconds=budget,
