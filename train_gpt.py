@@ -625,6 +625,15 @@ class Config:
         remedy = f"must be its last length; set TRAIN_SEQ_LEN={lengths[-1]}"
         refuse(lengths[-1] != train_seq_len, f"{told}: TRAIN_SEQ_LEN={train_seq_len} {remedy}")
 
+    @rule
+    def growing_pieces_are_not_cut(
+        train_seq_schedule, loader, doc_max_len, train_seq_len, eval_only
+    ):
+        growing = train_seq_schedule and loader == "documents" and not eval_only
+        cut = growing and 0 < doc_max_len < train_seq_len
+        remedy = f"cuts what grows to {train_seq_len} tokens; 0: the schedule alone cuts"
+        refuse(cut, f"DOC_MAX_LEN={doc_max_len}: TRAIN_SEQ_SCHEDULE={train_seq_schedule} {remedy}")
+
     # QAT. Scopes, QNA's too: exported, every tensor that ships as codes; linears, the matrices of
     # linear layers; small_linears and block_linears, those outside and inside of the blocks
     qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
@@ -765,7 +774,7 @@ class Config:
 
     def longest_piece(self, length: int) -> int:
         """Tokens after which a document is cut in steps of rows of `length`; 0: at their ends."""
-        if self.loader == "documents" and not self.doc_max_len:
+        if self.loader == "documents" and (self.train_seq_schedule or not self.doc_max_len):
             return length
         return self.doc_max_len
 
@@ -1877,7 +1886,8 @@ class StepShape(NamedTuple):
 def step_shape(cfg: Config, run: Run, length: int) -> StepShape:
     """The shape of a step whose rows have `length` tokens. Refusal: more ranks than rows.
 
-    With LOADER=documents a micro-batch is one row, and `length` says nothing.
+    With LOADER=documents a micro-batch is one row, which must hold TRAIN_SEQ_LEN tokens, and
+    `length` says nothing.
     """
     wanted = cfg.grad_accum_steps or (max(8 // run.world, 1) if run.cuda else 1)
     tokens = cfg.train_batch_tokens
@@ -1885,7 +1895,11 @@ def step_shape(cfg: Config, run: Run, length: int) -> StepShape:
         step_rows = run.world * wanted
         remedy = f"must be a multiple of its {run.world} ranks x {wanted} micro-batches"
         refuse(tokens % step_rows, f"LOADER=documents: TRAIN_BATCH_TOKENS={tokens} {remedy}")
-        return StepShape(step_rows, wanted, 1, tokens // step_rows)
+        row = tokens // step_rows
+        short = f"LOADER=documents: TRAIN_BATCH_TOKENS={tokens} has micro-batches of {row} tokens"
+        remedy = f"raise it, or lower TRAIN_SEQ_LEN={cfg.train_seq_len} or GRAD_ACCUM_STEPS"
+        refuse(row < cfg.train_seq_len, f"{short}: {remedy}={wanted}")
+        return StepShape(step_rows, wanted, 1, row)
 
     step_rows = tokens // length
     too_few = f"TRAIN_BATCH_TOKENS={tokens}: fewer rows than {run.world} ranks"
@@ -3263,9 +3277,11 @@ def choose_attention(cfg: Config, run: Run) -> Attend:
     work.
     """
     names = attention_candidates(cfg, run)
-    # Several are timed at the shape of a micro-batch; a single one is only tried
+    # Several are timed at the shape of a micro-batch, or of what is scored; a single one is tried
     rows, length = 1, 16
-    if len(names) > 1:
+    if len(names) > 1 and cfg.eval_only:
+        rows, length = cfg.eval_batch_seqs, cfg.window
+    elif len(names) > 1:
         _, _, rows, length = step_shape(cfg, run, cfg.train_seq_len)
     inputs = attention_inputs(cfg, run, rows, length)
 

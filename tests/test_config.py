@@ -878,6 +878,11 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
     ("XSA_LAST_N=12", "XSA_LAST_N", "NUM_LAYERS=12"),
     ("BIGRAM_VOCAB_SIZE=1", "BIGRAM_VOCAB_SIZE", "BIGRAM_VOCAB_SIZE=2"),
     ("LOADER=documents", "LOADER", "DOC_MASK=1"),
+    (
+        "LOADER=documents DOC_MASK=1 DOC_MAX_LEN=2047 TRAIN_SEQ_SCHEDULE=512@.5,2048@1",
+        "DOC_MAX_LEN",
+        "DOC_MAX_LEN=2048",
+    ),
     ("SMEAR_GATE_ENABLED=1", "SMEAR_GATE_ENABLED", "SMEAR_GATE=0"),
     (
         "SPARSE_ATTN_GATE_ENABLED=1 GATED_ATTN_ENABLED=1",

@@ -288,11 +288,23 @@ def test_packed_documents_train_in_pieces_of_a_row_and_are_scored_whole(tiny, mo
         (dict(doc_max_len=24), 24),
         (dict(loader="documents"), 32),
         (dict(loader="documents", doc_max_len=24), 24),
+        (dict(loader="documents", train_seq_schedule="32@0.5,64@1", train_seq_len=64), 32),
+        # scoring cuts at 64, and the steps where the schedule says
+        (
+            dict(
+                loader="documents",
+                train_seq_schedule="32@0.5,64@1",
+                train_seq_len=64,
+                doc_max_len=64,
+            ),
+            32,
+        ),
     ],
     ids=str,
 )
 def test_a_step_cuts_documents_at_doc_max_len_or_at_its_own_length(knobs, longest):
-    assert config(doc_mask=True, **knobs).longest_piece(32) == longest
+    batch = dict(train_batch_tokens=8 * 24 * 8)
+    assert config(doc_mask=True, **batch | knobs).longest_piece(32) == longest
 
 
 def test_a_step_with_more_documents_than_slots_ends_the_run_with_the_remedy(tiny, monkeypatch):

@@ -4,6 +4,7 @@ Expected places come from the records' own loaders (tests/golden), or follow fro
 step holds the same rows on any number of ranks.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from train_gpt import (
     Split,
     StepShape,
     document_pieces,
+    longest_row,
     step_shape,
 )
 
@@ -92,6 +94,7 @@ def test_documents_are_packed_as_in_1855(tmp_path, case):
         loader="documents",
         train_batch_tokens=case["global_tokens"],
         grad_accum_steps=accumulate,
+        train_seq_len=2,
     )
     expected = {}
     for batch in case["batches"]:
@@ -219,6 +222,17 @@ def test_a_step_is_dealt_in_micro_batches_that_a_graph_is_compiled_for(tmp_path)
     assert step_shape(stream(tmp_path, "documents"), on_gpu, 16) == (8, 4, 1, 16)
 
 
+def test_a_micro_batch_that_holds_no_whole_row_is_refused_where_it_trains(tmp_path):
+    """Documents would be cut at its end, and TRAIN_SEQ_LEN and the growing rows do nothing."""
+    cfg = stream(tmp_path, "documents", grad_accum_steps=8, train_seq_len=17)
+    with pytest.raises(Refusal) as caught:
+        step_shape(cfg, rank_of(1, 0), 16)
+    said = str(caught.value)
+    for word in ("TRAIN_BATCH_TOKENS=128", "GRAD_ACCUM_STEPS=8", "TRAIN_SEQ_LEN=17", "16 tokens"):
+        assert word in said
+    assert longest_row(dataclasses.replace(cfg, eval_only="artifact.bin"), rank_of(1, 0)) == 17
+
+
 # ── Epochs ──
 def rows_of(cfg, steps: int) -> list[int]:
     split = Split(cfg, "train")
@@ -262,7 +276,7 @@ def test_an_epoch_of_documents_is_every_span_that_fits(tmp_path):
         tokens[lead] = BOS
         write_shard(tmp_path / f"fineweb_train_{shard:06d}.bin", tokens)
         place += size
-    cfg = config(tmp_path, loader="documents", train_batch_tokens=12)
+    cfg = config(tmp_path, loader="documents", train_batch_tokens=12, train_seq_len=12)
     assert rows_of(cfg, 6) == [3, 16, 53, 66, 3, 16]
 
 
@@ -288,7 +302,7 @@ def test_a_shard_shorter_than_a_row_is_refused(tmp_path, loader):
 def test_shards_without_a_document_or_too_short_for_a_step_are_refused(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", [5, BOS, *range(9, 20)])
     write_shard(tmp_path / "fineweb_train_000001.bin", [5] * 5000)
-    cfg = config(tmp_path, loader="documents", train_batch_tokens=12)
+    cfg = config(tmp_path, loader="documents", train_batch_tokens=12, train_seq_len=12)
     assert "fineweb_train_000001.bin: no document begins (token 1) among 5,000" in refused(cfg)
     write_shard(tmp_path / "fineweb_train_000001.bin", [5] * 4999 + [BOS])
     assert "none of 2 training shards holds the 13 tokens of a step" in refused(cfg)

@@ -905,6 +905,14 @@ def test_noise_of_the_timing_gives_no_two_runs_different_kernels(monkeypatch, co
     assert choose_attention(config(), run) == run.attention == chosen
 
 
+def test_whoever_scores_alone_times_kernels_on_windows_whatever_a_step_holds(monkeypatch):
+    monkeypatch.setattr(train_gpt, "attention_candidates", lambda cfg, run: ["sdpa", "flash"])
+    monkeypatch.setattr(train_gpt, "attention_milliseconds", lambda run, attend, given: 1.0)
+    run, log = machine()
+    choose_attention(config(eval_only="a", train_batch_tokens=2, eval_batch_seqs=3), run)
+    assert "ms for 3 rows of 24" in log[-1]
+
+
 def test_on_a_cpu_auto_is_sdpa():
     run, log = machine()
     assert torch.equal(choose_attention(config(), run)(*heads()), sdpa(*heads())) and log[
