@@ -211,15 +211,12 @@ CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 BITS = (*CODE_BITS, 16)
 QAT_BITS = (0, *CODE_BITS)
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
-LOOPINGS = ("time_frac", "steps")
-SHARES = ("wallclock", "step")
 STARTS = "lr scale / share of ITERATIONS / of run"
 SCOPES = ("exported", "linears", "small_linears", "block_linears")
 NOISES = ("export", "row")
 SUM_TYPES = ("fp32", "native", "bf16")
 FLOATS = ("fp16", "fp32")
 MATRIX = ("muon", "adam")
-LANES = ("mean", "attn", "mlp")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
 LOADERS = ("rows", "documents", "shuffled", "coprime")
@@ -245,24 +242,9 @@ eval_knob = partial(knob, scope="eval")
 bits_knob = partial(grid_knob, choices=BITS, off=(16,))
 code_knob = partial(grid_knob, needs=CODES)
 
-# The knobs of a technique
-doc_knob = partial(model_knob, needs="doc_mask")
-ve_knob = partial(model_knob, needs="ve_enabled")
-smear_knob = partial(model_knob, needs="smear_gate")
-sparse_knob = partial(model_knob, needs="sparse_attn_gate_enabled")
-dense_knob = partial(model_knob, needs="gated_attn_enabled")
-loops_knob = partial(model_knob, needs="num_loops")
-lane_knob = partial(model_knob, needs="parallel_start_layer")
-bigram_knob = partial(model_knob, needs="bigram_vocab_size")
-ramp_knob = partial(knob, needs="muon_momentum_warmup_steps")
-taper_knob = partial(knob, needs="wd_taper_final_mult")
-looping_knob = partial(knob, needs="num_loops")
-stages_knob = partial(knob, needs="train_seq_schedule")
-qat_knob = partial(knob, needs="qat_enabled")
-qna_knob = partial(knob, needs="qna_enabled")
+# The knobs of several techniques
 snapshot_knob = partial(knob, needs=SNAPSHOTS)
 start_knob = partial(knob, choices=TRIGGERS, off=("always",))
-ttt_knob = partial(eval_knob, needs="ttt_mode")
 
 # Where prepare_data.py puts the challenge's data
 FINEWEB = "data/datasets/fineweb10B_sp1024"
@@ -334,8 +316,8 @@ def rule(check: Callable[..., None]) -> staticmethod:
 class Config:
     """Every knob, once. A command calls it by its name in upper case.
 
-    A technique's knobs and rules are one block. An artifact holds the knobs of the scopes model
-    and eval in this order.
+    A technique's knobs and rules are one block, which begins with what they alone need. An
+    artifact holds the knobs of the scopes model and eval in this order.
     """
 
     # The run: where and what
@@ -423,6 +405,7 @@ class Config:
         refuse(xsa_last_n > num_layers, f"XSA_LAST_N={xsa_last_n}: {remedy}")
 
     # Document masks
+    doc_knob = partial(model_knob, needs="doc_mask")
     doc_mask: bool = model_knob(False, "", "no token attends to another document")
     doc_max_len: int = doc_knob(0, "tokens", "cuts documents; 0: training, at its row", lo=0)
 
@@ -430,6 +413,7 @@ class Config:
     ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)")
 
     # Value embedding
+    ve_knob = partial(model_knob, needs="ve_enabled")
     ve_enabled: bool = model_knob(False, "", "value embedding: a second token table added to V")
     ve_dim: int = ve_knob(128, "", "width of the value-embedding table", lo=1)
     ve_layers: str = ve_knob("9,10", "blocks", "blocks that get the value embedding")
@@ -444,6 +428,7 @@ class Config:
         refuse(ve_enabled and (strange or doubled), f"VE_LAYERS={ve_layers}: {remedy}")
 
     # SmearGate
+    smear_knob = partial(model_knob, needs="smear_gate")
     smear_gate: bool = model_knob(True, "", "SmearGate: blend in the previous token's embedding")
     smear_pos: str = smear_knob("pre_norm", "", "input norm", choices=("pre_norm", "post_norm"))
     smear_beta2: float = knob(0.99, "", "in AdamW; 0: BETA2", lo=0, hi=0.9999, needs="smear_gate")
@@ -458,6 +443,8 @@ class Config:
         refuse(smear_gate and smear_gate_enabled, f"SMEAR_GATE_ENABLED=1: {remedy}")
 
     # Gates of what attention heads have gathered: sparse, dense, output
+    sparse_knob = partial(model_knob, needs="sparse_attn_gate_enabled")
+    dense_knob = partial(model_knob, needs="gated_attn_enabled")
     sparse_attn_gate_enabled: bool = model_knob(False, "", "head gates that read GATE_WINDOW dims")
     sparse_attn_gate_scale: float = sparse_knob(1.0, "", "of what the sigmoid reads", lo=0)
     sparse_attn_gate_init_std: float = sparse_knob(0.0, "", "of the initial gate weights", lo=0)
@@ -488,6 +475,7 @@ class Config:
     skip_gates_enabled: bool = model_knob(False, "", "sigmoid gates between stream and skips")
 
     # Depth recurrence: blocks that are passed several times
+    loops_knob = partial(model_knob, needs="num_loops")
     num_loops: int = model_knob(0, "", "more passes of LOOP_START to LOOP_END; 0: off", lo=0, hi=64)
     loop_start: int = loops_knob(3, "block", "the first of a loop", lo=0)
     loop_end: int = loops_knob(5, "block", "the last of a loop", lo=0)
@@ -500,6 +488,8 @@ class Config:
         refuse(broken, f"{told}: {remedy}")
 
     # Two lanes
+    LANES = ("mean", "attn", "mlp")
+    lane_knob = partial(model_knob, needs="parallel_start_layer")
     parallel_start_layer: int = model_knob(0, "block", "two lanes from this on; 0: off", lo=0)
     parallel_final_lane: str = lane_knob("mean", "", "which lane is read at the end", choices=LANES)
 
@@ -523,6 +513,7 @@ class Config:
     asym_logit_rescale: bool = model_knob(False, "", "a learned cap for logits above 0, one below")
 
     # BigramHash
+    bigram_knob = partial(model_knob, needs="bigram_vocab_size")
     bigram_vocab_size: int = model_knob(0, "buckets", "BigramHash table; 0: off", lo=0)
     bigram_dim: int = bigram_knob(128, "", "width of the BigramHash table", lo=1)
     bigram_proj_gain: float = bigram_knob(1.0, "", "initial gain of its projection", lo=0)
@@ -534,6 +525,7 @@ class Config:
         refuse(bigram_vocab_size == 1, f"BIGRAM_VOCAB_SIZE={bigram_vocab_size}: {remedy}")
 
     # Optimiser
+    ramp_knob = partial(knob, needs="muon_momentum_warmup_steps")
     matrix_lr: float = knob(0.02, "", "Muon learning rate", lo=0)
     scalar_lr: float = knob(0.02, "", "AdamW learning rate of vectors, gates and scales", lo=0)
     tied_embed_lr: float = knob(0.03, "", "AdamW learning rate of embedding tables", lo=0)
@@ -584,10 +576,13 @@ class Config:
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
 
     # Weight decay that falls
+    taper_knob = partial(knob, needs="wd_taper_final_mult")
     wd_taper_final_mult: float = knob(1.0, "x", "MUON_WD at last", lo=0, off=(1,), needs="muon_wd")
     wd_taper_start_frac: float = taper_knob(0.7, "of run", "MUON_WD falls from here", lo=0, hi=1)
 
     # Loops that begin late
+    LOOPINGS = ("time_frac", "steps")
+    looping_knob = partial(knob, needs="num_loops")
     looping_kind: str = looping_knob("time_frac", "", "of the next two", choices=LOOPINGS)
     enable_looping_at: float = looping_knob(0.35, "of run", "begin of the loops", lo=0)
     loop_phase2_at: float = looping_knob(0.0, "of run", "> 0: one loop before, then all", lo=0)
@@ -609,6 +604,8 @@ class Config:
         refuse(broken, f"{problem}, NUM_LOOPS={num_loops}: needs {remedy}")
 
     # Rows that grow
+    SHARES = ("wallclock", "step")
+    stages_knob = partial(knob, needs="train_seq_schedule")
     train_seq_schedule: str = knob("", "", "rows until a share of the run: 512@0.1,...", off=("",))
     train_seq_schedule_mode: str = stages_knob("wallclock", "", "or step", choices=SHARES)
     seq_change_warmup_steps: int = stages_knob(0, "steps", "lr rises after each change", lo=0)
@@ -636,6 +633,7 @@ class Config:
 
     # QAT. Scopes, QNA's too: exported, every tensor that ships as codes; linears, the matrices of
     # linear layers; small_linears and block_linears, those outside and inside of the blocks
+    qat_knob = partial(knob, needs="qat_enabled")
     qat_enabled: bool = knob(False, "", "STE fake-quantisation on the export grid", on_grid=True)
     qat_start_kind: str = start_knob("always", "", "what starts QAT", needs="qat_enabled")
     qat_start: float = knob(0.0, "", STARTS, lo=0, hi=1, needs="qat_start_kind")
@@ -644,6 +642,7 @@ class Config:
     qat_bits: int = qat_knob(0, "bits", "to round to; 0: those that ship", choices=QAT_BITS)
 
     # QNA
+    qna_knob = partial(knob, needs="qna_enabled")
     qna_enabled: bool = knob(False, "", "uniform noise of a grid step, falls with lr", on_grid=True)
     qna_magnitude: float = qna_knob(1.0, "steps", "noise width at full learning rate", lo=0)
     qna_stop_scale: float = qna_knob(0.15, "", "no noise below this lr scale", lo=0, hi=1)
@@ -732,6 +731,7 @@ class Config:
         refuse(eval_stride > window, f"EVAL_STRIDE={eval_stride}: {remedy}")
 
     # Test-time training
+    ttt_knob = partial(eval_knob, needs="ttt_mode")
     ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
     ttt_lr: float = ttt_knob(0.002, "", "SGD, cosine over chunks", lo=0)
     ttt_epochs: int = ttt_knob(3, "", "passes over a chunk once it is scored", lo=1)
@@ -3481,9 +3481,19 @@ class SkipGates(nn.Module):
         return torch.lerp(skip, x, torch.sigmoid(self.gate[visit]).to(x.dtype))
 
 
+def one_lane(x: Tensor, blocks: list[Block], take_back: Callable, seen: Context) -> Tensor:
+    """The decoders: the stream (batch, time, model_dim) behind all of them.
+
+    take_back: (stream, visit) -> the stream with what an encoder kept, if this visit has any.
+    """
+    for visit, block in enumerate(blocks):
+        x = block(take_back(x, visit), seen)
+    return x
+
+
 @technique("PARALLEL_START_LAYER")
 class Lanes(nn.Module):
-    """Two lanes: late attentions and MLPs have a stream each.
+    """Two lanes in place of one_lane: late attentions and MLPs have a stream each.
 
     What:   lanes a and b; A = what attention adds, reading a, M = what the MLP adds, reading b:
             a' = r_a a + p_Aa A + p_Ma M  and  b' = r_b b + p_Ab A + p_Mb M, a learned number each.
@@ -3503,7 +3513,22 @@ class Lanes(nn.Module):
         self.post = parameter(torch.ones(cfg.num_layers, 2, 2), CONTROL)
         self.residual = parameter(torch.full((cfg.num_layers, 2), 1.1), CONTROL)
 
-    def forward(self, a: Tensor, b: Tensor, block: Block, seen: Context) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, blocks: list[Block], take_back: Callable, seen: Context) -> Tensor:
+        """As one_lane. The stream is lane a; lane b is the MLPs' own, from `start` on."""
+        b = None
+        for visit, block in enumerate(blocks):
+            if block.layer == self.start:
+                b = x
+            x = take_back(x, visit)
+            if b is None:
+                x = block(x, seen)
+            else:
+                x, b = self.updated(x, b, block, seen)
+        if self.final == "mean":
+            return (x + b) / 2
+        return x if self.final == "attn" else b
+
+    def updated(self, a: Tensor, b: Tensor, block: Block, seen: Context) -> tuple[Tensor, Tensor]:
         """The lanes behind one more block; each (batch, time, model_dim)."""
         residual = self.residual[block.layer].to(a.dtype)
         post = self.post[block.layer].to(a.dtype)
@@ -3513,12 +3538,6 @@ class Lanes(nn.Module):
             residual[0] * a + post[0, 0] * attention + post[1, 0] * mlp,
             residual[1] * b + post[0, 1] * attention + post[1, 1] * mlp,
         )
-
-    def joined(self, a: Tensor, b: Tensor) -> Tensor:
-        """The stream that the head reads."""
-        if self.final == "mean":
-            return (a + b) / 2
-        return a if self.final == "attn" else b
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
@@ -3587,7 +3606,7 @@ class GPT(nn.Module):
         self.skip = add_skip
         if cfg.skip_gates_enabled:
             self.skip = SkipGates(*self.skip_weights.shape)
-        self.lanes = None
+        self.lanes = one_lane
         if cfg.parallel_start_layer:
             self.lanes = Lanes(cfg)
         self.softcap = partial(softcap, cap=cfg.logit_softcap)
@@ -3647,20 +3666,14 @@ class GPT(nn.Module):
             x = self.blocks[layer](x, seen)
             skips.append(x)
 
-        # The MLPs' own stream beside x, once there are two lanes
-        lane = None
         skip_weights = self.skip_weights.to(self.dtype)
-        for visit, layer in enumerate(decoder):
-            if self.lanes and layer == self.lanes.start:
-                lane = x
-            if skips:
-                x = self.skip(x, skip_weights[visit] * skips.pop(), visit)
-            if lane is None:
-                x = self.blocks[layer](x, seen)
-            else:
-                x, lane = self.lanes(x, lane, self.blocks[layer], seen)
-        if lane is not None:
-            x = self.lanes.joined(x, lane)
+
+        def take_back(x: Tensor, visit: int) -> Tensor:
+            if not skips:
+                return x
+            return self.skip(x, skip_weights[visit] * skips.pop(), visit)
+
+        x = self.lanes(x, [self.blocks[layer] for layer in decoder], take_back, seen)
         return rms_norm(x)
 
     def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
