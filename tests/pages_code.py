@@ -18,6 +18,7 @@ OTHER_TOGGLES = (
     "MIN_LR",
     "WD_TAPER_FINAL_MULT",
     "TRAIN_SEQ_SCHEDULE",
+    "LOADER",
     "PRUNE_PCT",
     "FIT_TO_CAP",
     "DOC_ISOLATED_EVAL",
