@@ -13,7 +13,6 @@ import math
 import multiprocessing
 import os
 import platform
-import socket
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train_gpt
 from benchmarks.machine import ROOT
@@ -102,9 +102,7 @@ class Group:
         # What has been imported is there at once; but macOS does not bear it
         method = "fork" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
+        port = str(get_free_port())
         self.processes = []
         self.pipes = []
         for rank in range(arrangement.ranks):
