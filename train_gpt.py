@@ -1949,7 +1949,7 @@ class PackedDocuments:
             The spans begin at the shard's first BOS; the next one begins where the last one ended.
     Why:    documents keep their length, and DOC_MASK tells them apart: none is cut by a row's end
             but the first and last of a micro-batch.
-    Source: #1530, #1855; toggle LOADER=documents.
+    Source: #1530; toggle LOADER=documents.
     Care:   what is left of a shard when no span fits is dropped. Theirs deals micro-batches, so 1
             rank x 8 micro-batches ends a shard elsewhere than 8 ranks do; here a step is of one
             shard, as on their 8 GPUs. Equal products of ranks and micro-batches read alike, bit for
@@ -2055,7 +2055,7 @@ class ShuffledRows(DrawnRows):
             its shards in rows from a random place on and permutes them; for each row it draws a
             shard, in proportion to the rows that are left there. When none is left it begins anew.
     Why:    the rows of a step and of neighbouring steps have nothing to do with each other.
-    Source: #1394, #1855; toggle LOADER=shuffled.
+    Source: #1394; toggle LOADER=shuffled.
     Care:   there each rank is a reader. Here there are as many as on 8 GPUs, however many ranks
             there are, so that all read alike; fewer where there are fewer shards or rows.
     """
@@ -2112,7 +2112,7 @@ class CoprimeRows(DrawnRows):
             there to the power .9 falling to .5; gives each one row and draws the others among them;
             and mixes the rows, a shard at a time in turn.
     Why:    every step sees many shards, and an order of a whole shard is two numbers.
-    Source: #726, #1060; toggle LOADER=coprime.
+    Source: #726; toggle LOADER=coprime.
     Care:   the draws depend on the names of the shards; there on their folder, too. The numbers of
             shards are those of 8 GPUs, however many ranks there are, so that all read alike.
     """
@@ -2909,7 +2909,7 @@ class DepthScaledNorm(nn.Module):
 
     What:   RMSNorm(x) / sqrt(block + 1), the first block being 0.
     Why:    deep blocks add less to the stream, and so disturb less of what is there.
-    Source: pull request #975; toggle LN_SCALE.
+    Source: pull request #315; toggle LN_SCALE.
     Care:   both norms of a block, and not the last norm before the head.
     """
 
@@ -2941,7 +2941,7 @@ def rotary_tables(cfg: Config, dtype: torch.dtype, longest: int = 0) -> tuple[Te
     What:   angle = position * base ** (-2 k / dims) for pair k of the ROPE_DIMS first dimensions
             of a head; the others are not rotated.
     Why:    what is not rotated is compared alike at every distance.
-    Source: #975; toggle ROPE_DIMS, 0: all dimensions.
+    Source: #315; toggle ROPE_DIMS, 0: all dimensions.
     Care:   `dims` counts the rotated dimensions, in the exponent too, not those of the head.
     """
     dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
@@ -2985,7 +2985,7 @@ def document_pieces(ids: Tensor, longest: int) -> Documents:
     What:   a token attends to those before it back to its document's BOS, or to the row's start;
             a document is cut after every `longest` tokens, counted from there. 0: only at the rows.
     Why:    what stands before a document says nothing about it, and kernels need not look there.
-    Source: #1530, #1855; toggles DOC_MASK, DOC_MAX_LEN.
+    Source: #1530; toggles DOC_MASK, DOC_MAX_LEN.
     Care:   made of the ids alone, so that training, scoring and test-time training cannot differ.
             Positions are those of the row. In sliding windows a document of at most
             window - EVAL_STRIDE + 1 tokens is scored as DOC_ISOLATED_EVAL scores it, a longer one
@@ -3551,7 +3551,7 @@ class TwoSoftcaps(nn.Module):
 
     What:   c tanh(z / c), with c = LOGIT_SOFTCAP + positive where z > 0, + negative elsewhere.
     Why:    a likely token and an impossible one need not have the same distance from 0.
-    Source: pull requests #1923 and #1945; toggle ASYM_LOGIT_RESCALE.
+    Source: pull request #1923; toggle ASYM_LOGIT_RESCALE.
     Care:   both start at 0, have a gradient, and weight decay draws them back there. In #1945 the
             caps have none and are in no optimiser: there it changes nothing.
     """
@@ -4322,7 +4322,7 @@ def row_sizes(g: Tensor) -> Tensor:
     What:   u_row / |u_row|, then the whole by its norm, before the iterations.
     Why:    they begin with rows, the outputs of a layer, that all count alike: singular values
             lie nearer to each other, and five steps bring them nearer to 1.
-    Source: #1217, #1285, #1855; toggle MUON_ROW_NORMALIZE.
+    Source: #1217; toggle MUON_ROW_NORMALIZE.
     Care:   rows of the weight, (out, in), in tall matrices too. A row of zeros stays one. The norm
             of the whole follows from those of the rows: g is read no more often than without it.
     """
