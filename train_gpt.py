@@ -3967,6 +3967,11 @@ class Schedule:
             found.append(Form(self.late_loops.now(fired), self.growing_rows.now(fired)))
         return list(dict.fromkeys(found))
 
+    def form(self, step: int) -> Form:
+        """The form of a step that is done."""
+        fired = [name for name, first in self.fired.items() if first <= step]
+        return Form(self.late_loops.now(fired), self.growing_rows.now(fired))
+
     def restore(self, fired: dict[str, int]) -> None:
         """The triggers that have fired, as a checkpoint says; ValueError of what is none."""
         if any(name not in self.triggers or type(n) is not int for name, n in fired.items()):
@@ -5118,17 +5123,18 @@ class Trainer:
         variants.append(StepPlan(1.0, cfg.muon_momentum))
         snapshot = self.averages.snapshots is not None
         seconds = {form: [] for form in self.schedule.forms()}
-        # each form once to compile and once for its speed
-        steps = max(cfg.warmup_steps, 2 * len(seconds) if len(seconds) > 1 else 1)
+        # each form with each variant; where there are several, once more for its speed
+        each = max(len(variants), 2) if len(seconds) > 1 else len(variants)
+        steps = max(cfg.warmup_steps, each * len(seconds))
         if steps > cfg.warmup_steps:
             forms = ", ".join(f"{loops} x {length}" for loops, length in seconds)
-            why = f"two of each form (loops x tokens of a row: {forms})"
+            why = f"{each} of each form (loops x tokens of a row: {forms})"
             run.log(f"WARMUP_STEPS={cfg.warmup_steps}: {steps} are taken, {why}")
         loader = Loader(cfg, run, self.split)
         for n, form in zip(range(steps), itertools.cycle(seconds), strict=False):
             began = time.perf_counter()
             run.at_work(f"step {n + 1} of {steps}")
-            now = variants[n % len(variants)]._replace(**form._asdict())
+            now = variants[n // len(seconds) % len(variants)]._replace(**form._asdict())
             now = now._replace(snapshot=snapshot and n % 2 == 0)
             self.step(loader.next(now.length), now)
             seconds[form].append(time.perf_counter() - began)
@@ -5278,8 +5284,8 @@ class Trainer:
             self.report_step(now)
         if step == 50:
             with run.phase("schedule"):  # it looks at every step to come
-                usual = self.usual[now.loops, now.length]
-                self.foretell("measured", ratio=self.elapsed / step / usual)
+                usual = sum(self.usual[self.schedule.form(n)] for n in range(step))
+                self.foretell("measured", ratio=self.elapsed / usual)
         if cfg.val_loss_every and step % cfg.val_loss_every == 0:
             self.validate()
         if save_due:
