@@ -6714,6 +6714,10 @@ def prove_model_toggles(
     trainer = trained.trainer
     model = trainer.model
     acted = {**run.activity}  # from the schedule
+    scope = f"the model, {'compiled' if run.compile else 'eager'}"
+    if len(trainer.schedule.forms()) > 1:
+        # early steps may cost less: fewer visits of looped blocks, less attention
+        scope += f", steps as with {cfg.num_loops} loops in rows of {cfg.train_seq_len}"
     began = time.perf_counter()
     for name in MODEL_TOGGLES:
         knob_name = name.lower()
@@ -6729,7 +6733,7 @@ def prove_model_toggles(
         activity = run.activity[name] = Activity(
             tensors=sum(n > 0 for n in extra),
             params=sum(extra),
-            scope=f"the model, {'compiled' if run.compile else 'eager'}",
+            scope=scope,
             steps=acted[name].steps if name in acted else [*range(trainer.steps)],
             cost_per="step",
         )

@@ -127,7 +127,7 @@ def test_a_terminal_shows_one_live_line_below_a_log_that_is_whole(tiny, on_termi
     for phase in result["seconds"].keys() - {"start-up"}:
         assert f"{phase}, 0 s" in live
     for work in (
-        "warm-up and compile, 0 s: step 1 of 1",
+        "warm-up and compile, 0 s: step 1 of 2",
         "quantise and compress, 0 s: zstd, 10.0% pruned",
         "prove toggles, 0 s: QAT, 1 of 4",
         "prove toggles, 0 s: PRUNE_PCT, 4 of 4",

@@ -108,6 +108,13 @@ def test_what_acts_late_says_so_and_is_measured(staged):
     }
 
 
+def test_the_cost_of_a_part_says_for_which_steps_it_holds(staged):
+    """All are counted so, whatever loops and rows the early ones had."""
+    rows = staged.report["toggles"]
+    parts = [rows[name]["scope"] for name in ("SMEAR_GATE", "NUM_LOOPS")]
+    assert parts == ["the model, eager, steps as with 2 loops in rows of 64"] * 2
+
+
 def test_validation_scores_the_model_of_then_and_the_result_that_with_all_loops(staged):
     # warm-up: each number of loops once; then steps 3, 6, 9, 12; then what was trained
     warm, rest = staged.scored[:3], staged.scored[3:]
