@@ -435,7 +435,7 @@ class Config:
 
     # Gated SmearGate, another technique than SMEAR_GATE; the mask is for both
     smear_gate_enabled: bool = model_knob(False, "", "gated SmearGate: one learned gate per token")
-    smear_mask_bos: bool = model_knob(False, "", "none over a document start", needs=SMEARS)
+    smear_mask_bos: bool = model_knob(False, "", "no smear over a document start", needs=SMEARS)
 
     @rule
     def previous_token_is_blended_in_once(smear_gate, smear_gate_enabled):
@@ -533,7 +533,7 @@ class Config:
     muon_momentum_warmup_steps: int = knob(1500, "steps", "momentum warm-up", lo=0)
     muon_momentum_warmup_start: float = ramp_knob(0.92, "", "at step 0", lo=0, hi=1)
     muon_backend_steps: int = knob(5, "", "Newton-Schulz iterations", lo=1)
-    muon_coeffs: str = knob("quintic", "", "their coefficients (a, b, c)", choices=POLYNOMIALS)
+    muon_coeffs: str = knob("quintic", "", "coefficients of Newton-Schulz", choices=POLYNOMIALS)
     muon_row_normalize: bool = knob(False, "", "MuonEq-R: first every row to length 1")
     muon_wd: float = knob(0.038, "", "decoupled weight decay of Muon matrices", lo=0)
     beta1: float = knob(0.9, "", "AdamW", lo=0, hi=0.9999)
@@ -2700,6 +2700,18 @@ def input_norm(x: Tensor, ids: Tensor) -> Tensor:
     return rms_norm(x)
 
 
+@technique("SMEAR_MASK_BOS")
+def no_token_before(z: Tensor, ids: Tensor) -> Tensor:
+    """Mask of the gates below: the first token of a document takes nothing of the one before.
+
+    What:   z (batch, time, n), what is taken of the token before: zeros where ids are BOS.
+    Why:    what stands before a document says nothing about it.
+    Source: pull request #1851; toggle SMEAR_MASK_BOS.
+    Care:   SmearGate still scales the embedding there, by 1 - g.
+    """
+    return z * (ids != BOS)[..., None]
+
+
 @technique("SMEAR_GATE")
 class SmearGate(nn.Module):
     """SmearGate: blend each position with the one before.
@@ -2719,7 +2731,7 @@ class SmearGate(nn.Module):
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         previous = F.pad(x, (0, 0, 1, -1))
         if self.mask_bos:
-            previous = previous * (ids != BOS)[..., None]
+            previous = no_token_before(previous, ids)
         return torch.lerp(x, previous, torch.sigmoid(self.gate).to(x.dtype))
 
 
@@ -2749,7 +2761,7 @@ class GatedSmear(nn.Module):
         gate = torch.sigmoid(F.linear(x[..., :window], self.weight.to(x.dtype)))
         gate = self.strength.to(x.dtype) * gate
         if self.mask_bos:
-            gate = gate * (ids != BOS)[..., None]
+            gate = no_token_before(gate, ids)
         return x + gate * F.pad(x, (0, 0, 1, -1))
 
 
@@ -4362,6 +4374,19 @@ def newton_schulz(g: Tensor, triples: Sequence[tuple], row_normalise: bool = Fal
     return x.to(g.dtype)
 
 
+def orthogonaliser(cfg: Config) -> dict:
+    """What newton_schulz is told by the settings."""
+    triples = itertools.cycle(COEFFICIENTS[cfg.muon_coeffs])
+    return dict(
+        triples=tuple(itertools.islice(triples, cfg.muon_backend_steps)),
+        row_normalise=cfg.muon_row_normalize,
+    )
+
+
+# Toggles of Muon that the report measures -> their value where they are off
+MUON_TOGGLES = {"MUON_ROW_NORMALIZE": False, "MUON_COEFFS": "quintic"}
+
+
 class MuonShare(NamedTuple):
     """What one rank updates of a bank: its share, each (matrices, rows, columns)."""
 
@@ -4411,12 +4436,7 @@ class Optimiser:
         self.first_moments = torch.zeros_like(flat.weights)  # momenta of Muon too
         self.second_moments = torch.zeros_like(flat.weights)  # of AdamW alone
         iterate = torch.compile(newton_schulz, dynamic=False) if run.compile else newton_schulz
-        triples = itertools.cycle(COEFFICIENTS[cfg.muon_coeffs])
-        self.orthogonalise = partial(
-            iterate,
-            triples=tuple(itertools.islice(triples, cfg.muon_backend_steps)),
-            row_normalise=cfg.muon_row_normalize,
-        )
+        self.orthogonalise = partial(iterate, **orthogonaliser(cfg))
 
         banks = flat.shares(flat.weights)
         stacks = [flat.matrices(b) for b in (flat.weights, flat.gradients, self.first_moments)]
@@ -6590,14 +6610,14 @@ def prove_toggles(
     probe = Probe(cfg, run, trained, val)
     tokens = probe.targets.numel()
     run.log(f"toggles are measured on {tokens:,} tokens of validation text")
-    parts = [name for name in MODEL_TOGGLES if getattr(cfg, name.lower())]
     probe.toggles = len(trained.trainer.views.techniques) + len(trained.averages)
-    probe.toggles += len(parts) + bool(trained.exported.pruned)
+    probe.toggles += len(model_parts(cfg)) + len(muon_parts(cfg)) + bool(trained.exported.pruned)
     prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
     # room for a second model: nothing reads the copies any more
     trained.averages.clear()
     trained.trainer.model.load_state_dict(trained.live)
+    prove_muon(cfg, run, trained, probe)
     prove_model_toggles(cfg, run, trained, probe, attend)
     if trained.exported.pruned:
         prove_pruning(cfg, run, trained, probe)
@@ -6695,11 +6715,56 @@ def compare_steps(activity: Activity, step_seconds: list[float], delay: int = 0)
         activity.step_ms_without = 1e3 * statistics.median(others)
 
 
-def without_part(cfg: Config, knob_name: str) -> Config:
-    """The settings of the model without a part, whether or not it could be trained so."""
+def without_part(cfg: Config, knob_name: str, off: Any = 0) -> Config:
+    """The settings without a part, whether or not a model could be trained so."""
     changed = copy.copy(cfg)
-    object.__setattr__(changed, knob_name, 0)
+    object.__setattr__(changed, knob_name, off)
     return changed
+
+
+def model_parts(cfg: Config) -> list[str]:
+    """The toggles of the model that are on."""
+    idle = cfg.idle()
+    names = [name for name in MODEL_TOGGLES if name.lower() not in idle]
+    return [name for name in names if getattr(cfg, name.lower())]
+
+
+def muon_parts(cfg: Config) -> dict[str, Any]:
+    """The toggles of Muon that are on -> their value where they are off."""
+    return {name: off for name, off in MUON_TOGGLES.items() if getattr(cfg, name.lower()) != off}
+
+
+def prove_muon(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
+    """Toggles of Muon: the updates that it makes of gradients, against those without the toggle.
+
+    The gradients are those of the trained model on the first row of the probe, the same on every
+    rank. The effect is |with - without| / |without| over all matrices.
+    """
+    toggles = muon_parts(cfg)
+    if not toggles:
+        return
+    model = trained.trainer.model
+    matrices = [p for p in model.parameters() if p.role.optimiser == "muon"]
+    loss = model(probe.ids[:1], probe.targets[:1]).mean()
+    gradients = torch.autograd.grad(loss, matrices, materialize_grads=True)
+
+    def updates(cfg: Config) -> Tensor:
+        made = [newton_schulz(g[None], **orthogonaliser(cfg)).flatten() for g in gradients]
+        return torch.cat(made)
+
+    on = updates(cfg)
+    for name, off in toggles.items():
+        probe.begin(name)
+        without = updates(without_part(cfg, name.lower(), off))
+        run.activity[name] = Activity(
+            tensors=len(matrices),
+            params=len(on),
+            scope="Muon",
+            unit="of the update",
+            steps=[*range(trained.trainer.steps)],
+            compared="update of the last weights with against without",
+            effect=((on - without).norm() / without.norm()).item(),
+        )
 
 
 def rows_of(state: State, model: State) -> State:
@@ -6719,10 +6784,8 @@ def prove_model_toggles(
         # early steps may cost less: fewer visits of looped blocks, less attention
         scope += f", steps as with {cfg.num_loops} loops in rows of {cfg.train_seq_len}"
     began = time.perf_counter()
-    for name in MODEL_TOGGLES:
+    for name in model_parts(cfg):
         knob_name = name.lower()
-        if not getattr(cfg, knob_name):
-            continue
         probe.begin(name)
         without = build_model(without_part(cfg, knob_name), run, attend, longest_row(cfg, run))
         kept = rows_of(trained.live, without.state_dict())

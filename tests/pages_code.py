@@ -31,6 +31,8 @@ TUNED_BY = {
     "FIT": ("CAP_",),
     "DOC_ISOLATED_EVAL": ("EVAL_",),
     "NUM": ("LOOP_", "LOOPING_", "ENABLE_LOOPING_"),
+    "MUON_COEFFS": ("MUON_BACKEND_",),
+    "MUON_ROW_NORMALIZE": (),
     "TRAIN": ("TRAIN_SEQ_SCHEDULE_", "SEQ_CHANGE_"),
     "SMEAR": ("SMEAR_", "GATE_"),
     "SPARSE": ("SPARSE_", "GATE_"),
@@ -43,6 +45,7 @@ def toggle_names() -> list[str]:
     enabled = [*train_gpt.VIEWS, *(name.upper() for name in train_gpt.Config.AVERAGES)]
     return [
         *train_gpt.MODEL_TOGGLES,
+        *train_gpt.MUON_TOGGLES,
         *(f"{name}_ENABLED" for name in enabled),
         *OTHER_TOGGLES,
     ]

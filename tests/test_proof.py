@@ -545,6 +545,37 @@ def test_the_effect_of_a_part_of_the_model_is_with_it_minus_without(tiny):
     assert row["effect"] > 0.01 and row["verdict"] == "worse"
 
 
+# ── settings of the optimiser, a mask of a gate ──
+def test_muons_settings_are_measured_by_the_updates_that_they_make(tiny, monkeypatch):
+    """And one that changes none of them has done nothing."""
+    cfg = tiny(muon_row_normalize=True, muon_coeffs="polar_express", iterations=3)
+    report = main(cfg)
+    rows = {name: report["toggles"][name] for name in train_gpt.MUON_TOGGLES}
+    assert report["exit_code"] == 0 and len(rows) == 2
+    for row in rows.values():
+        assert row["active"] and row["verdict"] == "acted" and row["unit"] == "of the update"
+        assert 0.01 < row["effect"] < 1 and (row["first_step"], row["last_step"]) == (0, 2)
+        assert row["tensors"] == 6 * cfg.num_layers and row["params"] > 0
+    assert rows["MUON_COEFFS"]["effect"] != rows["MUON_ROW_NORMALIZE"]["effect"]
+
+    told = train_gpt.orthogonaliser
+
+    def cut(cfg):
+        return told(cfg) | dict(row_normalise=False)
+
+    monkeypatch.setattr(train_gpt, "orthogonaliser", cut)
+    report = main(dataclasses.replace(cfg, run_id="cut"))
+    assert report["exit_code"] == 4 and report["inactive"] == ["MUON_ROW_NORMALIZE"]
+
+
+def test_the_mask_of_a_gate_is_measured_where_there_is_a_gate(tiny):
+    report = main(tiny(smear_mask_bos=True, iterations=2))
+    row = report["toggles"]["SMEAR_MASK_BOS"]
+    assert row["active"] and row["effect"] != 0 and row["params"] == 0
+    report = main(tiny(smear_mask_bos=True, smear_gate=False, iterations=2))
+    assert report["exit_code"] == 0 and "SMEAR_MASK_BOS" not in report["toggles"]
+
+
 def test_a_way_of_scoring_is_compared_with_plain_scoring(tiny, monkeypatch):
     ttt = dict(ttt_mode="sgd", ttt_chunk_tokens=256, ttt_lr=0.5)
     report = main(tiny(**ttt, doc_isolated_eval=True))
