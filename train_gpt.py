@@ -1534,18 +1534,23 @@ class Activity:
     step_ms_without: float | None = None
     step_ms_with: float | None = None
     bytes_saved: int | None = None
+    # its last stage, where that never began
+    missing: str = ""
 
     def row(self, total_steps: int) -> dict:
-        """For result.json. Active: it acted, and that made a difference."""
+        """For result.json. Active: it acted, to its last stage, and that made a difference."""
         acted = len(self.steps)
         verdict = in_words(self.effect, self.effect_interval)
+        active = acted and not self.missing
+        if self.missing:
+            verdict = f"never came to {self.missing}"
         fields = dataclasses.asdict(self)
         del fields["steps"]
         if verdict == NOT_FINITE:
             # JSON has no NaN
             fields.update(effect=None, effect_interval=None)
         return {
-            "active": bool(acted and verdict not in (None, DID_NOTHING, NOT_FINITE)),
+            "active": bool(active and verdict not in (None, DID_NOTHING, NOT_FINITE)),
             "verdict": verdict,
             "first_step": min(self.steps, default=None),
             "last_step": max(self.steps, default=None),
@@ -3742,10 +3747,15 @@ class StepPlan(NamedTuple):
     loops: int = 0  # extra passes of the looped layers
     length: int = 0  # tokens of a row
     rewarm: float = 1.0  # the part of lr_scale that a change of length has
+    floor: float = 0.0  # what MIN_LR adds to lr_scale, before the rewarm
 
 
 # Phase (its toggle: NAME_ENABLED) -> the field of StepPlan by which it acts
 PHASES = {"QNA": "qna", "QAT": "qat", "SWA": "snapshot", "SQWA": "snapshot"}
+
+
+# Toggles that begin in stages, which are told one by one
+STAGED = ("NUM_LOOPS", "TRAIN_SEQ_SCHEDULE")
 
 
 class Form(NamedTuple):
@@ -3786,11 +3796,16 @@ def steps_left(cfg: Config, step: int, elapsed: float, typical: float = math.inf
 
 
 def learning_rate_scale(cfg: Config, step: int, left: float) -> float:
-    """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS.
+    """The decay, which ends at MIN_LR.
 
-    The decay ends at MIN_LR. Care: with a floor the last weights are not annealed; an average of
-    them is (#1787 on: the EMA gained 0.010 BPB with a floor of 0.1, 0.001 with none).
+    Care: with a floor the last weights are not annealed; an average of them is (#1787 on: the EMA
+    gained 0.010 BPB with a floor of 0.1, 0.001 with none).
     """
+    return max(decay_to_zero(cfg, step, left), cfg.min_lr)
+
+
+def decay_to_zero(cfg: Config, step: int, left: float) -> float:
+    """1, then a linear decay to 0 over the last WARMDOWN_FRAC of the run or WARMDOWN_ITERS."""
     warmdown = cfg.warmdown_frac * (step + left)
     if not warmdown:
         warmdown = cfg.warmdown_iters
@@ -3799,7 +3814,7 @@ def learning_rate_scale(cfg: Config, step: int, left: float) -> float:
     # Under a budget nothing is known at step 0 of the end of the run
     if cfg.max_wallclock_seconds and step == 0:
         return 1.0
-    return max(min(left / warmdown, 1.0), cfg.min_lr)
+    return min(left / warmdown, 1.0)
 
 
 def weight_decay_scale(cfg: Config, step: int, left: float) -> float:
@@ -3852,7 +3867,7 @@ class LateLoops:
             much; the loss jumps less when the passes come one by one (#1412).
     Source: #1204 (RECUR_START_STEP), #1394, #1412; toggle NUM_LOOPS.
     Care:   the model is scored with all passes: a run that never comes so far was trained as
-            another model, and NUM_LOOPS did nothing. Validation before is of the model of then.
+            another model (INACTIVE). Validation before is of the model of then, and says so.
     """
 
     def __init__(self, cfg: Config):
@@ -3871,6 +3886,11 @@ class LateLoops:
     def now(self, fired: Iterable[str]) -> int:
         """Extra passes, given the triggers that have fired."""
         return self.passes[len(self.triggers.keys() & fired)]
+
+    def in_full(self, steps: Iterable[int], fired: dict[str, int]) -> float:
+        """As how many steps of all passes these count."""
+        passes = [self.now(name for name, began in fired.items() if began <= n) for n in steps]
+        return sum(passes) / self.passes[-1]
 
 
 class GrowingRows:
@@ -3963,6 +3983,7 @@ class Schedule:
             loops=self.late_loops.now(self.fired),
             length=self.growing_rows.now(self.fired),
             rewarm=rewarm,
+            floor=scale - decay_to_zero(cfg, step, left),
         )
 
     def forms(self) -> list[Form]:
@@ -3991,23 +4012,26 @@ class Schedule:
         self.fired = dict(fired)
 
     def effects(self, now: StepPlan) -> dict[str, float | None]:
-        """Toggle of the schedule that acts in this step -> its effect, as far as it is known here.
-
-        Loops and rows act once they are those of the end: before, another model is trained.
-        """
+        """Toggle of the schedule that acts in this step -> its effect, as far as known here."""
         cfg = self.cfg
         found = {}
         if now.lr_scale < now.rewarm:
             found["WARMDOWN"] = now.lr_scale - now.rewarm
-            if now.lr_scale <= cfg.min_lr * now.rewarm:
-                found["MIN_LR"] = now.lr_scale
+        if now.floor:
+            found["MIN_LR"] = now.floor * now.rewarm
         if cfg.muon_wd and now.wd_scale != 1:
             found["WD_TAPER"] = now.wd_scale - 1
-        if now.loops == cfg.num_loops > 0:
+        if now.loops:
             found["NUM_LOOPS"] = None
-        if cfg.train_seq_schedule and now.length == cfg.train_seq_len:
-            found["TRAIN_SEQ_SCHEDULE"] = float(now.length - self.growing_rows.lengths[0])
+        if cfg.train_seq_schedule and now.length < cfg.train_seq_len:
+            found["TRAIN_SEQ_SCHEDULE"] = float(now.length - cfg.train_seq_len)
         return found
+
+    def missing(self) -> dict[str, str]:
+        """Toggle -> its last stage, where that has not begun: the end was of no such model."""
+        parts = dict(zip(STAGED, (self.late_loops, self.growing_rows), strict=True))
+        found = {name: [*part.triggers][-1] for name, part in parts.items() if part.triggers}
+        return {name: stage for name, stage in found.items() if stage not in self.fired}
 
 
 def schedule_toggles(cfg: Config) -> dict[str, Activity]:
@@ -4019,7 +4043,7 @@ def schedule_toggles(cfg: Config) -> dict[str, Activity]:
         )
         if cfg.min_lr:
             found["MIN_LR"] = Activity(
-                scope="learning rates", unit="lr scale", compared="last step against an end at 0"
+                scope="learning rates", unit="lr scale", compared="last step against no floor"
             )
     if cfg.muon_wd and cfg.wd_taper_final_mult != 1:
         found["WD_TAPER"] = Activity(
@@ -4029,7 +4053,7 @@ def schedule_toggles(cfg: Config) -> dict[str, Activity]:
         found["NUM_LOOPS"] = Activity()  # the report measures it
     if cfg.train_seq_schedule:
         found["TRAIN_SEQ_SCHEDULE"] = Activity(
-            scope="rows", unit="tokens", compared="rows of the last step against those of the first"
+            scope="rows", unit="tokens", compared="rows of the last such step against the longest"
         )
     return found
 
@@ -4084,9 +4108,8 @@ def forecast(cfg: Config, pace: Pace) -> Forecast:
 
 
 def expected(cfg: Config, schedule: Schedule) -> list[str]:
-    """What the run asks for, in the order of the timeline: loops and rows by their stages."""
-    whole = ("NUM_LOOPS", "TRAIN_SEQ_SCHEDULE")
-    toggles = [name for name in schedule_toggles(cfg) if name not in whole]
+    """What the run asks for, in the order of the timeline: STAGED by their stages."""
+    toggles = [name for name in schedule_toggles(cfg) if name not in STAGED]
     phases = [name for name in PHASES if getattr(cfg, f"{name.lower()}_enabled")]
     return [*toggles, *phases, *schedule.stages]
 
@@ -5312,17 +5335,16 @@ class Trainer:
             self.save(wait=False)
 
     def report_starts(self, now: StepPlan) -> None:
-        """One line for every toggle that has acted for the first time."""
+        """One line for every toggle that has acted for the first time, or its stage."""
         step = self.steps - 1
         for name, began in self.schedule.fired.items():
             if began == step and name in self.schedule.stages:
                 self.run.log(f"{name} from step {step} ({self.elapsed:.1f} s)")
         for name, toggle in self.run.activity.items():
             if toggle.steps == [step]:
-                self.run.log(
-                    f"{name} acts from step {step} ({self.elapsed:.1f} s, "
-                    f"lr scale {now.lr_scale:.3f})"
-                )
+                scale = f"lr scale {now.lr_scale:.3f}"
+                if name not in STAGED:
+                    self.run.log(f"{name} acts from step {step} ({self.elapsed:.1f} s, {scale})")
                 self.run.event("phase", name=name, step=step, seconds=self.elapsed)
 
     def compare_ranks(self) -> None:
@@ -5379,8 +5401,11 @@ class Trainer:
                 artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
                 size = len(shipped_code(self.cfg)) + len(artifact)
         self.val_bpb = live.bpb
+        model = "live, fixed windows"
+        if self.model.loops < self.cfg.num_loops:
+            model += f", {self.model.loops} of {self.cfg.num_loops} loops"
         self.run.log(
-            f"step {self.steps:5d}  val bpb {live.bpb:.4f} (live, fixed windows)  "
+            f"step {self.steps:5d}  val bpb {live.bpb:.4f} ({model})  "
             f"size ~{size:,} bytes (fast compression)"
         )
         self.run.event(
@@ -6621,15 +6646,20 @@ def prove_toggles(
     prove_model_toggles(cfg, run, trained, probe, attend)
     if trained.exported.pruned:
         prove_pruning(cfg, run, trained, probe)
-    for activity in run.activity.values():
-        sum_up_cost(activity, trained.trainer.step_seconds)
+    schedule = trained.trainer.schedule
+    for name, activity in run.activity.items():
+        activity.missing = schedule.missing().get(name, "")
+        times = len(activity.steps)
+        if name == "NUM_LOOPS":
+            times = schedule.late_loops.in_full(activity.steps, schedule.fired)
+        sum_up_cost(activity, times, trained.trainer.step_seconds)
 
 
-def sum_up_cost(activity: Activity, step_seconds: list[float]) -> None:
-    """The cost in the whole run, where there is any to be told from none."""
+def sum_up_cost(activity: Activity, times: float, step_seconds: list[float]) -> None:
+    """The cost in the whole run, in which it acted so often, where there is any to be seen."""
     if activity.cost_ms is None or not tells_apart(activity.cost_interval):
         return
-    activity.cost_seconds = activity.cost_ms * len(activity.steps) / 1e3
+    activity.cost_seconds = activity.cost_ms * times / 1e3
     if activity.cost_per != "export" and step_seconds:
         activity.steps_lost = activity.cost_seconds / statistics.median(step_seconds)
 
@@ -7095,6 +7125,8 @@ def final_table(r: dict) -> str:
         did = "did nothing"
         if r["toggles"][name]["verdict"] == NOT_FINITE:
             did = "its effect is not finite"
+        elif r["toggles"][name].get("missing"):
+            did = r["toggles"][name]["verdict"]
         parts.append(f"INACTIVE: {name} was requested and {did}")
     for text in r.get("warnings", []):
         parts.append(f"WARNING: {text}")

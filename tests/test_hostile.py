@@ -368,6 +368,8 @@ def trained(data, tmp_path_factory) -> tuple[dict, dict, dict]:
     [
         lambda f: f["progress"].update(step_seconds=["x"]),
         lambda f: f["progress"].update(step_seconds=3),
+        lambda f: f["progress"].update(lengths=[64, -1]),
+        lambda f: f["progress"].update(lengths=["x"]),
         lambda f: f["progress"].update(warmed=["x"]),
         lambda f: f["progress"].update(warmed=[[1.0]]),
         lambda f: f.update(progress=[1]),
@@ -379,6 +381,8 @@ def trained(data, tmp_path_factory) -> tuple[dict, dict, dict]:
     ids=[
         "seconds",
         "no seconds",
+        "negative length",
+        "length",
         "warm-up",
         "lists",
         "a list",

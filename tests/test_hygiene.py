@@ -299,6 +299,7 @@ EVENTS = {  # event: its fields, besides `event` and `t`
         loops=int,
         length=int,
         rewarm=float,
+        floor=float,
     ),
     "val": dict(step=int, seconds=float, val_bpb=float, val_loss=float, size_estimate=int),
     "result": dict(val_bpb=float, exit_code=int),
@@ -362,6 +363,7 @@ TOGGLE = dict(
     step_ms_without=OPTIONAL,
     step_ms_with=OPTIONAL,
     bytes_saved=(int, type(None)),
+    missing=str,
     scope=str,
 )
 

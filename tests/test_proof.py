@@ -171,7 +171,7 @@ def test_a_machine_that_slows_down_makes_no_cost():
     assert low < 0 < high
     row = activity.row(1)
     assert train_gpt.cost_text(row) == "not distinguishable (-10.00 to 10.00)"
-    train_gpt.sum_up_cost(activity, [0.1])
+    train_gpt.sum_up_cost(activity, 1, [0.1])
     assert activity.cost_seconds is None and activity.steps_lost is None
 
 
@@ -183,10 +183,9 @@ def test_one_stall_makes_no_cost():
 def test_a_cost_beyond_the_noise_is_found_and_summed_up():
     noise = random.Random(1)
     activity = Machine(lambda name, n: (5.0 if name == "on" else 3.0) + noise.gauss(0, 0.3)).cost()
-    activity.steps = [*range(500)]
     low, high = activity.cost_interval
     assert 1 < low < activity.cost_ms < high < 3
-    train_gpt.sum_up_cost(activity, [0.1, 0.2, 0.9])
+    train_gpt.sum_up_cost(activity, 500, [0.1, 0.2, 0.9])
     assert activity.cost_seconds == pytest.approx(activity.cost_ms / 2)  # 500 times
     assert activity.steps_lost == pytest.approx(activity.cost_seconds / 0.2)
     text = f"{activity.cost_ms:.2f} ms a step ({low:.2f} to {high:.2f})"

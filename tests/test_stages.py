@@ -90,22 +90,43 @@ def test_what_acts_late_says_so_and_is_measured(staged):
     assert staged.report["exit_code"] == 0
     rows = staged.report["toggles"]
     found = {name: (rows[name]["first_step"], rows[name]["last_step"]) for name in rows}
-    assert found["NUM_LOOPS"] == (6, 11) and found["TRAIN_SEQ_SCHEDULE"] == (9, 11)
-    assert found["WARMDOWN"] == (7, 11) and found["MIN_LR"] == (9, 11)
+    assert found["NUM_LOOPS"] == (3, 11) and found["TRAIN_SEQ_SCHEDULE"] == (0, 8)
+    assert found["WARMDOWN"] == (7, 11) and found["MIN_LR"] == (10, 11)
     assert found["WD_TAPER"] == (7, 11)
     effects = {name: rows[name]["effect"] for name in found}
-    assert effects["TRAIN_SEQ_SCHEDULE"] == 64 - 16
-    assert effects["MIN_LR"] == 0.5 and effects["WARMDOWN"] == -0.5
+    assert effects["TRAIN_SEQ_SCHEDULE"] == 32 - 64
+    # without the floor the last of 6 steps of decay has 1/6
+    assert effects["MIN_LR"] == pytest.approx(0.5 - 1 / 6) and effects["WARMDOWN"] == -0.5
     assert effects["WD_TAPER"] == pytest.approx(-0.5 * 5 / 6)
     assert abs(effects["NUM_LOOPS"]) > 0 and all(row["active"] for row in rows.values())
-    begun = re.findall(r"^([\w ]+) from step (\d+) \(", staged.log, re.M)
-    assert {*begun} >= {
-        ("1 loop", "3"),
-        ("rows of 32", "3"),
-        ("2 loops", "6"),
-        ("NUM_LOOPS acts", "6"),
-        ("rows of 64", "9"),
-    }
+    starts = re.findall(r"^([\w ]+) from step (\d+) \(", staged.log, re.M)
+    # one line for an event: the stage's alone
+    assert [(name, int(step)) for name, step in starts if "acts" not in name] == [
+        ("1 loop", 3),
+        ("rows of 32", 3),
+        ("2 loops", 6),
+        ("rows of 64", 9),
+    ]
+    assert {name for name, _ in starts if "acts" in name}.isdisjoint(
+        {"NUM_LOOPS acts", "TRAIN_SEQ_SCHEDULE acts"}
+    )
+
+
+def test_a_step_of_fewer_loops_costs_its_part_of_all(staged):
+    schedule = Schedule(staged.cfg)
+    schedule.restore({"1 loop": 3, "rows of 32": 3, "2 loops": 6, "rows of 64": 9})
+    assert schedule.late_loops.in_full(range(12), schedule.fired) == 3 / 2 + 6
+    row = staged.report["toggles"]["NUM_LOOPS"]
+    if row["cost_seconds"] is not None:
+        assert row["cost_seconds"] == pytest.approx(row["cost_ms"] * 7.5 / 1e3)
+
+
+def test_a_run_that_ends_before_its_loops_is_scored_with_them_and_says_that_they_never_came(tiny):
+    knobs = dict(num_loops=1, loop_start=0, loop_end=0, looping_kind="steps")
+    trainer = make_trainer(tiny(**knobs, enable_looping_at=100, iterations=2))
+    trainer.train()
+    assert trainer.schedule.plan(2, 0.0).loops == 0 and trainer.model.loops == 1
+    assert trainer.schedule.missing() == {"NUM_LOOPS": "1 loop"}
 
 
 def test_the_cost_of_a_part_says_for_which_steps_it_holds(staged):
@@ -119,6 +140,13 @@ def test_validation_scores_the_model_of_then_and_the_result_that_with_all_loops(
     # warm-up: each number of loops once; then steps 3, 6, 9, 12; then what was trained
     warm, rest = staged.scored[:3], staged.scored[3:]
     assert warm == [0, 1, 2] and rest[:4] == [0, 1, 2, 2] and {*rest[4:]} == {2}
+    told = re.findall(r"^step +(\d+)  val bpb [\d.]+ \((.*?)\)", staged.log, re.M)
+    assert told == [
+        ("3", "live, fixed windows, 0 of 2 loops"),
+        ("6", "live, fixed windows, 1 of 2 loops"),
+        ("9", "live, fixed windows"),
+        ("12", "live, fixed windows"),
+    ]
 
 
 def test_the_warm_up_takes_steps_of_each_form_and_leaves_nothing(tiny):
