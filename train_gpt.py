@@ -1503,6 +1503,7 @@ class Run:
 
 # What an effect amounts to, in words; lower is better
 DID_NOTHING = "did nothing"
+UNFINISHED = "not to its end"
 NOT_FINITE = "not finite"
 UNCLEAR = "not distinguishable"
 
@@ -1543,7 +1544,7 @@ class Activity:
         verdict = in_words(self.effect, self.effect_interval)
         active = acted and not self.missing
         if self.missing:
-            verdict = f"never came to {self.missing}"
+            verdict = UNFINISHED
         fields = dataclasses.asdict(self)
         del fields["steps"]
         if verdict == NOT_FINITE:
@@ -4039,21 +4040,21 @@ def schedule_toggles(cfg: Config) -> dict[str, Activity]:
     found = {}
     if cfg.warmdown_iters or cfg.warmdown_frac:
         found["WARMDOWN"] = Activity(
-            scope="learning rates", unit="lr scale", compared="last step against no warmdown"
+            scope="learning rates", unit="lr scale", compared="at the last step"
         )
         if cfg.min_lr:
             found["MIN_LR"] = Activity(
-                scope="learning rates", unit="lr scale", compared="last step against no floor"
+                scope="learning rates", unit="lr scale", compared="at the last step"
             )
     if cfg.muon_wd and cfg.wd_taper_final_mult != 1:
         found["WD_TAPER"] = Activity(
-            scope="weight decay of Muon", unit="x MUON_WD", compared="last step against no taper"
+            scope="weight decay of Muon", unit="x MUON_WD", compared="at the last step"
         )
     if cfg.num_loops:
         found["NUM_LOOPS"] = Activity()  # the report measures it
     if cfg.train_seq_schedule:
         found["TRAIN_SEQ_SCHEDULE"] = Activity(
-            scope="rows", unit="tokens", compared="rows of the last such step against the longest"
+            scope="rows", unit="tokens", compared="against the longest"
         )
     return found
 
@@ -6686,7 +6687,7 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
         cost_per="export",
     )
     nats = [probe.nats(trainer.model, state) for state in (on, off)]
-    probe.measure(activity, "pruned against unpruned", *nats)
+    probe.measure(activity, "against unpruned", *nats)
     measure_cost(run, "PRUNE_PCT", partial(prune, cfg, trained.final, made.pruned))
     saved = 0
     if run.rank == 0:
@@ -6711,7 +6712,7 @@ def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
         latent = enter()
         seen = probe.nats(trainer.model)
         views.leave(latent)
-        probe.measure(activity, "as seen against latent", seen, probe.base)
+        probe.measure(activity, "seen against latent", seen, probe.base)
         activity.cost_per = "step"
         measure_cost(run, name, there_and_back)
         compare_steps(activity, trainer.step_seconds)
@@ -6725,7 +6726,7 @@ def prove_averages(run: Run, trained: Trained, probe: Probe) -> None:
         activity = run.activity[name.upper()]
         average = trainer.averages.on[name]
         averaged = probe.nats(trainer.model, state)
-        probe.measure(activity, "average against live", averaged, probe.base)
+        probe.measure(activity, "against live", averaged, probe.base)
         activity.cost_per = "step" if average.every_step else "snapshot"
         # this changes the run's own average; what is exported and probed was copied before
         measure_cost(run, name.upper(), average.update)
@@ -6831,7 +6832,7 @@ def prove_model_toggles(
             cost_per="step",
         )
         nats = probe.nats(without, kept)
-        probe.measure(activity, "model against itself without", probe.base, nats)
+        probe.measure(activity, "the model without", probe.base, nats)
 
         if run.compile:
             # a launch that only exports has not compiled what trains, and needs not
@@ -6914,7 +6915,7 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
             scope=f"scoring, against {against}",
             unit="bpb",
             steps=[steps],
-            compared=f"scored so against {against}",
+            compared=f"against {against}",
             cost_per="scoring",
             cost_seconds=score.seconds - plain.seconds,
         )
@@ -7126,7 +7127,7 @@ def final_table(r: dict) -> str:
         if r["toggles"][name]["verdict"] == NOT_FINITE:
             did = "its effect is not finite"
         elif r["toggles"][name].get("missing"):
-            did = r["toggles"][name]["verdict"]
+            did = f"never came to {r['toggles'][name]['missing']}"
         parts.append(f"INACTIVE: {name} was requested and {did}")
     for text in r.get("warnings", []):
         parts.append(f"WARNING: {text}")
@@ -7206,19 +7207,24 @@ def toggle_rows(r: dict) -> dict[str, dict]:
 
 
 def effect_text(row: dict) -> str | None:
-    """-0.0155 nats (-0.0172 to -0.0138): all with as many decimals as the largest needs for three
-    digits.
+    """-0.0155 nats (-0.0172 to -0.0138), -5.32e-7 nats (-9.45e-7 to -1.20e-7): all with as many
+    decimals as the largest needs for three digits; below a thousandth each with its power of ten.
     """
     if row["effect"] is None:
         return None
     interval = row["effect_interval"] or []
     largest = max(map(abs, [row["effect"], *interval]))
     decimals = max(2 - math.floor(math.log10(largest)), 0) if largest else 0
-    text = f"{row['effect']:+.{decimals}f} {row['unit']}"
-    if interval:
+
+    def digits(value: float) -> str:
+        if 0 < largest < 1e-3:
+            return f"{value:+.2e}".replace("e-0", "e-")
         # + 0.0: no minus sign on a zero
-        low, high = (f"{round(end, decimals) + 0.0:+.{decimals}f}" for end in interval)
-        text += f" ({low} to {high})"
+        return f"{round(value, decimals) + 0.0:+.{decimals}f}"
+
+    text = f"{digits(row['effect'])} {row['unit']}"
+    if interval:
+        text += f" ({digits(interval[0])} to {digits(interval[1])})"
     return text
 
 

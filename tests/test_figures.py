@@ -375,6 +375,14 @@ def test_the_codes_are_told_in_bits_and_beside_their_entropy():
             ["+0.00262 nats (+0.00024 to +0.00501)", None, None],
         ),
         (
+            dict(effect=-5.32e-7, effect_interval=[-9.45e-7, -1.2e-7]),
+            ["-5.32e-7 nats (-9.45e-7 to -1.20e-7)", None, None],
+        ),
+        (
+            dict(effect=-1e-4, effect_interval=[-9.994e-4, 3e-12]),
+            ["-1.00e-4 nats (-9.99e-4 to +3.00e-12)", None, None],
+        ),
+        (
             dict(effect=-1234.5, effect_interval=[-2468.75, -0.25]),
             ["-1234 nats (-2469 to +0)", None, None],
         ),

@@ -204,6 +204,20 @@ def test_each_toggle_and_each_pair_trains_exports_scores_and_acts_on_two_ranks(
         if names in ALONE:
             _, one = alone(names)
             assert first[names]["val_bpb"] == pytest.approx(one["val_bpb"], rel=1e-3), names
+    assert_the_widest_table_is_read_without_wrapping(first.values())
+
+
+def assert_the_widest_table_is_read_without_wrapping(reports) -> None:
+    """All toggles in one table, late in a long run, of small effects that nothing tells from 0."""
+    rows = {name: row for report in reports for name, row in report["toggles"].items()}
+    for row in rows.values():
+        row |= dict(first_step=10_000, last_step=19_999, verdict=train_gpt.UNCLEAR)
+        if row["effect_interval"]:
+            row |= dict(effect=-5.32e-7, effect_interval=[-9.45e-7, 1.2e-7])
+    table = train_gpt.text_table(
+        train_gpt.titled("toggle", train_gpt.toggle_rows({"toggles": rows}))
+    )
+    assert {*TOGGLES} <= rows.keys() and max(map(len, table.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("names", [("SWA",), ("EMA",), ("SQWA",), ("EMA", "SQWA")], ids="-".join)
