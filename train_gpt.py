@@ -210,6 +210,7 @@ def knob(default, unit: str, doc: str, **more):
 CODE_BITS = (2, 3, 4, 5, 6, 7, 8)
 BITS = (*CODE_BITS, 16)
 QAT_BITS = (0, *CODE_BITS)
+# of the lr scale, of ITERATIONS, of the run as long as it will be
 TRIGGERS = ("always", "lr_scale", "iter_frac", "time_frac")
 STARTS = "lr scale / share of ITERATIONS / of run"
 SCOPES = ("exported", "linears", "small_linears", "block_linears")
@@ -220,6 +221,7 @@ MATRIX = ("muon", "adam")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
 LOADERS = ("rows", "documents", "shuffled", "coprime")
+READS = "rows in order / packed documents / rows at random / in coprime strides"
 
 # What knobs need that is too long for their line
 SNAPSHOTS = "swa_enabled or sqwa_enabled"
@@ -407,7 +409,7 @@ class Config:
     # Document masks
     doc_knob = partial(model_knob, needs="doc_mask")
     doc_mask: bool = model_knob(False, "", "no token attends to another document")
-    doc_max_len: int = doc_knob(0, "tokens", "cuts documents; 0: training, at its row", lo=0)
+    doc_max_len: int = doc_knob(0, "tokens", "attention cuts documents here; 0: by the row", lo=0)
 
     # Norm scale
     ln_scale: bool = model_knob(False, "", "scale the norms of block i by 1 / sqrt(i + 1)")
@@ -446,12 +448,12 @@ class Config:
     sparse_knob = partial(model_knob, needs="sparse_attn_gate_enabled")
     dense_knob = partial(model_knob, needs="gated_attn_enabled")
     sparse_attn_gate_enabled: bool = model_knob(False, "", "head gates that read GATE_WINDOW dims")
-    sparse_attn_gate_scale: float = sparse_knob(1.0, "", "of what the sigmoid reads", lo=0)
+    sparse_attn_gate_scale: float = sparse_knob(1.0, "", "times the sigmoid's input", lo=0)
     sparse_attn_gate_init_std: float = sparse_knob(0.0, "", "of the initial gate weights", lo=0)
     gated_attn_enabled: bool = model_knob(False, "", "head gates that read all dims")
     gated_attn_init_std: float = dense_knob(0.01, "", "of the initial gate weights", lo=0)
     attn_out_gate_enabled: bool = model_knob(False, "", "head gates of 0 to 2, 1 at the start")
-    gate_window: int = model_knob(12, "dims", "first ones, which gates read", lo=1, needs=GATES)
+    gate_window: int = model_knob(12, "dims", "gates read so many first dims", lo=1, needs=GATES)
 
     @rule
     def heads_are_gated_once(sparse_attn_gate_enabled, gated_attn_enabled, attn_out_gate_enabled):
@@ -540,7 +542,7 @@ class Config:
     beta2: float = knob(0.95, "", "AdamW", lo=0, hi=0.9999)
     adam_eps: float = knob(1e-8, "", "AdamW", lo=0)
     adam_wd: float = knob(0.0, "", "AdamW decoupled weight decay", lo=0)
-    embed_wd: float = knob(-1.0, "", "the same of embedding tables; below 0: ADAM_WD", lo=-1)
+    embed_wd: float = knob(-1.0, "", "AdamW decay of embeddings; below 0: ADAM_WD", lo=-1)
     grad_clip_norm: float = knob(0.3, "", "global norm of the averaged gradient; 0: off", lo=0)
 
     @rule
@@ -559,7 +561,7 @@ class Config:
     train_seq_len: int = model_knob(2048, "tokens", "training row", lo=2, hi=1 << 20)
     train_batch_tokens: int = knob(524288, "tokens", "per step, over all ranks", lo=2)
     grad_accum_steps: int = knob(0, "", "micro-batches; 0: 8 // ranks on GPUs, 1 on CPU", lo=0)
-    loader: str = knob("rows", "", "how a step takes its rows from the shards", choices=LOADERS)
+    loader: str = knob("rows", "", READS, choices=LOADERS)
     train_log_every: int = knob(200, "steps", "a line in the log (or 10 s), a check of ranks", lo=1)
     val_loss_every: int = knob(1000, "steps", "score live weights, clock paused; 0: never", lo=0)
 
@@ -576,16 +578,17 @@ class Config:
         refuse(broken, f"TRAIN_BATCH_TOKENS={train_batch_tokens}: {remedy}")
 
     # Weight decay that falls
+    wd_knob = partial(knob, needs="muon_wd")
     taper_knob = partial(knob, needs="wd_taper_final_mult")
-    wd_taper_final_mult: float = knob(1.0, "x", "MUON_WD at last", lo=0, off=(1,), needs="muon_wd")
+    wd_taper_final_mult: float = wd_knob(1.0, "", "x MUON_WD at the end; 1: off", lo=0, off=(1,))
     wd_taper_start_frac: float = taper_knob(0.7, "of run", "MUON_WD falls from here", lo=0, hi=1)
 
     # Loops that begin late
-    LOOPINGS = ("time_frac", "steps")
-    looping_knob = partial(knob, needs="num_loops")
-    looping_kind: str = looping_knob("time_frac", "", "of the next two", choices=LOOPINGS)
-    enable_looping_at: float = looping_knob(0.35, "of run", "begin of the loops", lo=0)
-    loop_phase2_at: float = looping_knob(0.0, "of run", "> 0: one loop before, then all", lo=0)
+    LOOPINGS = ("time_frac", "steps")  # of the run as long as it will be; a number of them
+    late_knob = partial(knob, needs="num_loops")
+    looping_kind: str = late_knob("time_frac", "", "loops begin by time or steps", choices=LOOPINGS)
+    enable_looping_at: float = late_knob(0.35, "", "loops begin: share of the run, or step", lo=0)
+    loop_phase2_at: float = late_knob(0.0, "", "> 0: one loop until here, then all", lo=0)
 
     @rule
     def loops_begin_in_order(num_loops, looping_kind, enable_looping_at, loop_phase2_at):
@@ -604,11 +607,11 @@ class Config:
         refuse(broken, f"{problem}, NUM_LOOPS={num_loops}: needs {remedy}")
 
     # Rows that grow
-    SHARES = ("wallclock", "step")
-    stages_knob = partial(knob, needs="train_seq_schedule")
-    train_seq_schedule: str = knob("", "", "rows until a share of the run: 512@0.1,...", off=("",))
-    train_seq_schedule_mode: str = stages_knob("wallclock", "", "or step", choices=SHARES)
-    seq_change_warmup_steps: int = stages_knob(0, "steps", "lr rises after each change", lo=0)
+    MODES = ("wallclock", "step")  # of the run as long as it will be; of ITERATIONS
+    rows_knob = partial(knob, needs="train_seq_schedule")
+    train_seq_schedule: str = knob("", "", "rows to a share of the run: 512@.1,1024@1", off=("",))
+    train_seq_schedule_mode: str = rows_knob("wallclock", "", "counts time or steps", choices=MODES)
+    seq_change_warmup_steps: int = rows_knob(0, "steps", "lr rises after each change", lo=0)
 
     @rule
     def rows_grow(train_seq_schedule, train_seq_len, train_batch_tokens, loader, eval_only):
@@ -3935,7 +3938,7 @@ class Schedule:
     Care: a trigger that has fired stays on; else jitter of the step time would switch QAT on and
     off. `fired`, trigger -> its step, is all that is remembered, and what a checkpoint must keep.
     So a slow step must not fire one: triggers see the mean speed without stalls (steps_left). The
-    learning rate keeps the seeds' rule, the plain mean: after a slow first step it is low until
+    learning rate keeps the records' rule, the plain mean: after a slow first step it is low until
     the mean has recovered (4 times a typical step, of 8,000: for one step), and nothing stays.
     """
 
@@ -4526,7 +4529,7 @@ class Optimiser:
 def grids_in_scope(
     cfg: Config, model: GPT, exported: dict[str, Grid], scope: str
 ) -> dict[str, Grid]:
-    """Name -> grid of the tensors that a view changes; the seeds had narrower scopes (SCOPES)."""
+    """Name -> grid of the tensors that a view changes; the records had narrower scopes (SCOPES)."""
     if scope == "exported":
         return exported
     grids = {}
@@ -4544,7 +4547,7 @@ class Qat:
     What:   w -> codes(w) * scale(w), the round trip of the export grid.
     Why:    training moves the weights to where rounding costs least.
     Source: #989; toggle QAT_ENABLED, from QAT_START_KIND and QAT_START on.
-    Care:   grids and tensors are those of the exporter, bit for bit; the seeds' own grids were not
+    Care:   grids and tensors are those of the exporter, bit for bit; the records' were not
             (#194), or had other bits (#975), or covered other tensors (#975, #145): QAT_GRID,
             QAT_BITS and QAT_SCOPE rebuild them.
     """
@@ -6793,7 +6796,7 @@ def prove_muon(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
             scope="Muon",
             unit="of the update",
             steps=[*range(trained.trainer.steps)],
-            compared="update of the last weights with against without",
+            compared="the last update",
             effect=((on - without).norm() / without.norm()).item(),
         )
 
@@ -7622,7 +7625,7 @@ def recur_start_step(text: str, env: dict) -> dict[str, str]:
 
 SLOPES = ("NEGATIVE_SLOPE", "LEAKY_SLOPE", "LEAKY_RELU_SLOPE", "MLP_LEAKY_SLOPE")
 
-# Spellings of the seeds and of records for our knobs
+# Spellings of other scripts for our knobs
 ALIASES: dict[str, Meaning] = {
     # The run
     "DATA_DIR": data_dir,
@@ -8080,7 +8083,7 @@ def help_text() -> str:
         f"Exit codes:\n\n{codes}",
         f"VARIABLE=default, meaning (type, unit: choices or range)\n\n{knobs}",
         textwrap.fill(f"BASE takes {bases}", width),
-        textwrap.fill(f"Old spellings of the seeds that also work: {aliases}", width),
+        textwrap.fill(f"Spellings of other scripts that also work: {aliases}", width),
     ]
     return "\n\n".join(parts)
 

@@ -83,7 +83,7 @@ def make_steps(cfg: Config, turns: Connection, threads: int, variables: dict[str
     loader = train_gpt.Loader(cfg, run, split)
     batch = loader.next(cfg.train_seq_len)
     loader.close()
-    now = StepPlan(1.0, cfg.muon_momentum, qat=cfg.qat_enabled)
+    now = StepPlan(1.0, cfg.muon_momentum, qat=cfg.qat_enabled, loops=cfg.num_loops)
     for _ in range(2):
         trainer.step(batch, now)
     turns.send(0.0)

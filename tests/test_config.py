@@ -1190,6 +1190,13 @@ def test_help_lists_every_knob_with_type_default_unit_meaning_and_alias():
     assert all(f"{code} {meaning}" in done.stdout for code, meaning in EXIT_CODES.items())
 
 
+def test_the_meaning_of_a_knob_needs_no_other_line_of_the_help():
+    """Not: of the next two; the same of tables; their coefficients; or step."""
+    pointing = re.compile(r"\b(next|same|their|ones|at last)\b|^(or|none)\b")
+    assert [f.name for f in KNOBS if pointing.search(f.metadata["doc"])] == []
+    assert "Spellings of other scripts that also work: " in train_gpt.help_text()
+
+
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_help_fits_the_terminal(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
