@@ -8558,6 +8558,9 @@ def explain(run: Run, error: BaseException) -> Refusal | None:
     waited = isinstance(error, RuntimeError) or (run.stop and phase not in WAITING)
     silent = []
     if waited and run.world > 1 and not out_of_memory:
+        # The error holds the frames of the broken call, and they the group: it would not end, and
+        # who waits for this rank would not notice
+        traceback.clear_frames(error.__traceback__)
         silent = run.silent_ranks()
 
     # the disk may be full

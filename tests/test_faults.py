@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -267,6 +268,24 @@ def test_a_rank_that_is_not_let_go_hears_the_others_all_the_same(monkeypatch):
     run = SimpleNamespace(rank=0, world=2, cuda=False)
     assert train_gpt.Run.silent_ranks(run, HANG) == []
     held.set()
+
+
+def test_a_rank_that_stops_holds_nothing_of_the_call_that_broke():
+    """Its group of ranks would not end: another rank's all_reduce would wait for ever."""
+    held = []
+
+    def broken_call():
+        group = Config()
+        held.append(weakref.ref(group))
+        raise RuntimeError("connection closed by peer")
+
+    run = SimpleNamespace(phase_name="train", world=2, stop=0, dir=Path("run"))
+    run.log = run.event = run.tick = lambda *_, **__: None
+    run.silent_ranks = lambda: [1] if held[0]() is None else []
+    try:
+        broken_call()
+    except RuntimeError as error:
+        assert str(train_gpt.explain(run, error)).startswith("lost rank 1 in phase 'train'")
 
 
 def at_step(step: int, act) -> None:
