@@ -1214,10 +1214,11 @@ class Run:
         if self.cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
-        self.join(cfg.dist_timeout)
-
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
+        # This imports it, before there is a group: it would keep one that is there, as defaults of
+        # functions, and so the group's threads until the interpreter ends
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        self.join(cfg.dist_timeout)
 
         # phase -> wall seconds of this launch, all until `booked`
         self.seconds = {}

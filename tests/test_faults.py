@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HANG, TINY, read_shard, until, write_shard
+from conftest import HANG, ROOT, TINY, read_shard, until, write_shard
 from launch import codes, finish, launch
 from test_pipeline import events, folder
 from test_resume import BASE, MODES, assert_same_run, go_on
@@ -286,6 +287,28 @@ def test_a_rank_that_stops_holds_nothing_of_the_call_that_broke():
         broken_call()
     except RuntimeError as error:
         assert str(train_gpt.explain(run, error)).startswith("lost rank 1 in phase 'train'")
+
+
+GROUP_OF_ONE = """
+import sys
+from pathlib import Path
+from train_gpt import Config, Run, dist
+group = dict(backend="gloo", init_method=sys.argv[1], rank=0, world_size=1)
+Run.join = lambda run, patience: dist.init_process_group(**group)
+Run(Config(logs_dir=sys.argv[2]))
+tasks = Path("/proc/self/task")
+threads = lambda: sum("gloo" in path.read_text() for path in tasks.glob("*/comm"))
+before = threads()
+dist.destroy_process_group()
+print(before > 0, threads())
+"""
+
+
+def test_the_threads_of_a_group_end_with_it(tmp_path):
+    """torch._dynamo, imported after it, would keep the group: an abort (-6) as Python ends."""
+    command = [sys.executable, "-c", GROUP_OF_ONE, f"file://{tmp_path}/meet", str(tmp_path)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "True 0"
 
 
 def at_step(step: int, act) -> None:
