@@ -23,10 +23,12 @@ ifeq ($(GPUS),0)
 MEASURE := $(if $(filter command,$(origin RANKS))$(OMP_NUM_THREADS),,yes)
 RANKS := $(if $(filter 1,$(CORES)),1,2)
 SIZE = demo
-SIZE_reference := NUM_LAYERS?=11 MODEL_DIM?=96 NUM_HEADS?=4 NUM_KV_HEADS?=2 TRAIN_SEQ_LEN?=256 TRAIN_BATCH_TOKENS?=1024 \
-  KEEP_FLOAT_MAX_NUMEL?=4096 MUON_MOMENTUM?=0.95 MUON_MOMENTUM_WARMUP_STEPS?=100 WARMDOWN_FRAC?=0.5 QAT_ENABLED?=1 \
-  EMA_ENABLED?=1 EMA_DECAY?=0.97
-SIZE_demo := $(SIZE_reference)
+SMALL := NUM_HEADS?=4 NUM_KV_HEADS?=2 TRAIN_SEQ_LEN?=256 TRAIN_BATCH_TOKENS?=1024 KEEP_FLOAT_MAX_NUMEL?=4096 \
+  MUON_MOMENTUM?=0.95 MUON_MOMENTUM_WARMUP_STEPS?=100 WARMDOWN_FRAC?=0.5 QAT_ENABLED?=1 EMA_ENABLED?=1 EMA_DECAY?=0.97
+SIZE_reference := $(SMALL) NUM_LAYERS?=11 MODEL_DIM?=96
+# What two cores learn most with in 90 s: docs/frontier.md
+SIZE_demo := $(SMALL) NUM_LAYERS?=2 MODEL_DIM?=160 NEGATIVE_SLOPE?=0.5 XSA_LAST_N?=2 ROPE_DIMS?=16 BIGRAM_VOCAB_SIZE?=2048 \
+  BIGRAM_DIM?=48 MUON_ROW_NORMALIZE?=1 LOADER?=shuffled
 DEFAULTS := $(or $(SIZE_$(SIZE)),$(error SIZE=$(SIZE): choose demo or reference)) \
   MAX_WALLCLOCK_SECONDS?=90 WARMUP_STEPS?=3 TRAIN_LOG_EVERY?=50 VAL_LOSS_EVERY?=100 VAL_MAX_TOKENS?=32768 EVAL_BATCH_SEQS?=8
 # What torchrun sets too, but with a warning of five lines
@@ -99,7 +101,7 @@ knobs: .venv/installed
 # interruption (130) ends it; the same command goes on. Where data/text is (docs/studies.md), its size of #199 runs too.
 RUN_STUDY = .venv/bin/python ablate.py run studies/$$study.toml
 studies-small: .venv/installed data/demo/manifest.json
-	@for study in $(filter-out bases,$(basename $(notdir $(wildcard studies/*.toml)))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done
+	@for study in $(filter-out bases frontier_training,$(basename $(notdir $(wildcard studies/*.toml)))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done
 	@for study in $(basename $(notdir $(wildcard studies/pr*.toml))); do $(RUN_STUDY) --equal time --seeds 1,2,3 || [ $$? = 1 ] || exit; done
 	@for size in docs $(if $(wildcard data/text/manifest.json),fineweb); do study=pr199_swa_doc_isolated; \
 	  $(RUN_STUDY) --size $$size || [ $$? = 1 ] || exit; done

@@ -33,10 +33,13 @@ STUDIES = [
     ("pr199_swa_doc_isolated", "docs", "steps"),
     ("pr199_swa_doc_isolated", "fineweb", "steps"),
     ("swa_sums_in_bf16", "small", "steps"),
+    ("frontier_training", "small", "steps"),
+    ("frontier_training", "small", "time"),
+    ("frontier_training", "text", "steps"),
 ]
 
 # Studies whose equal time was run with all seeds, others with the first three
-FIVE_SEEDS = ("pr989_qat_x_swa",)
+FIVE_SEEDS = ("pr989_qat_x_swa", "frontier_training")
 
 # How often a run speaks and is scored on the way, and how many windows at a time
 OFTEN = {"train_log_every", "val_loss_every", "eval_batch_seqs"}

@@ -127,6 +127,14 @@ def copy_of(m: Matrix, folder: Path) -> Matrix:
     return matrix(m.study, "small", "steps", out=folder)
 
 
+def made_settings(makefile: str, size: str) -> dict[str, str]:
+    """What SIZE_size of the Makefile sets."""
+    lines = makefile.replace("\\\n", "").splitlines()
+    values = dict(line.split(" := ", 1) for line in lines if " := " in line)
+    words = values[f"SIZE_{size}"].replace("$(SMALL)", values["SMALL"]).split()
+    return dict(word.split("?=") for word in words)
+
+
 # ── Studies ───────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_committed_study_makes_a_matrix_at_every_size_and_budget(path):
@@ -139,7 +147,19 @@ def test_every_committed_study_makes_a_matrix_at_every_size_and_budget(path):
             assert sorted(t.id for group in m.groups() for t in group) == sorted(
                 t.id for t in m.trials
             )
-    assert {"full", "small"} <= set(made.sizes) or path.stem == "swa_sums_in_bf16"
+    small_alone = path.stem in ("swa_sums_in_bf16", "frontier_training")
+    assert {"full", "small"} <= set(made.sizes) or small_alone
+
+
+def test_the_top_of_the_ladder_is_the_demo():
+    """And its first arm is `make train SIZE=reference`."""
+    m = matrix(read_study(ROOT / "studies/frontier_training.toml"), "small", "time", (1,))
+    arms = {trial.arm: trial.cfg for trial in m.trials}
+    makefile = (ROOT / "Makefile").read_text()
+    for size, arm in ("reference", "today"), ("demo", "top"):
+        settings = m.size.env | made_settings(makefile, size)
+        demo = train_gpt.Config.from_env(settings | {"MAX_WALLCLOCK_SECONDS": "90", "SEED": "1"})
+        assert arms[arm].differing(demo.knobs(*train_gpt.COMPARED)) == [], size
 
 
 def test_the_five_pull_requests_have_a_study_with_every_published_row():
