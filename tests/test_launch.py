@@ -297,7 +297,7 @@ def test_the_defaults_of_make_contradict_no_file_and_no_variable(make):
     arguments = make("train", "CHECKPOINT=x/checkpoint.bin", VAL_MAX_TOKENS="5")
     cfg = Config.from_env({"VAL_MAX_TOKENS": "5"}, arguments)
     assert cfg.given == {"CHECKPOINT", "VAL_MAX_TOKENS"}
-    assert (cfg.model_dim, cfg.val_max_tokens, cfg.data_path) == (96, 5, "data/demo")
+    assert (cfg.model_dim, cfg.val_max_tokens, cfg.data_path) == (160, 5, "data/demo")
 
 
 def test_the_reference_architecture_stays_one_word_away(make):

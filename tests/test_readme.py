@@ -175,6 +175,8 @@ def test_every_setting_that_a_page_names_exists():
         "GLOO_SOCKET_IFNAME",
         "NCCL_SOCKET_IFNAME",
         "GPUS",
+        "RANKS",
+        "SIZE",
     }
     assert len(named) > 10 and named <= {f.name.upper() for f in train_gpt.KNOBS} | set(
         train_gpt.ALIASES

@@ -74,7 +74,8 @@ def test_the_first_screen_says_what_ran_what_came_and_what_toggles_did(page):
     text = " ".join(re.sub(r"<[^>]*>", " ", page.read_text().partition("Charts</h2>")[0]).split())
     r = RESULT
     for words in (
-        f"Trained {r['params']:,} parameters for {r['steps']} steps in {r['train_seconds']:.1f} s",
+        f"Trained {r['params']:,} parameters for {r['steps']:,} steps "
+        f"in {r['train_seconds']:.1f} s",
         f"on {r['device']}, {r['world_size']} ranks: seed {r['seed']}, code ",
         f"{r['val_bpb']:.6f} bits per byte ({r['scored']}; lower is better) in "
         f"{r['total_bytes']:,} of {r['cap_bytes']:,} bytes; exit code 0: {EXIT_CODES[0]}.",
@@ -153,7 +154,7 @@ def test_the_stages_are_the_scores_in_their_order(demo):
 def test_the_effects_have_their_intervals(demo):
     figure = figure_of(demo, "effects")
     known = {name: row for name, row in RESULT["toggles"].items() if row["effect_interval"]}
-    assert len(known) == len(figure.axes) == 3
+    assert len(known) == len(figure.axes) == 6
     for ax, (name, row) in zip(figure.axes, known.items(), strict=True):
         assert ax.get_yticklabels()[0].get_text() == name
         ((low, high),) = ax.collections[0].get_segments()
