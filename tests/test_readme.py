@@ -175,6 +175,7 @@ def test_every_setting_that_a_page_names_exists():
         "GLOO_SOCKET_IFNAME",
         "NCCL_SOCKET_IFNAME",
         "GPUS",
+        "NAME",
         "RANKS",
         "SIZE",
     }
