@@ -930,9 +930,20 @@ def setting(name: str, value) -> str:
     return f"{name.upper()}={shlex.quote(text)}"
 
 
+# A setting that scripts read differently -> the knob that says which is meant (`ambiguous` asks)
+SETTLED_BY = {"NUM_LOOPS": "LOOP_START", "QAT_START": "QAT_START_KIND"}
+
+
 def settings_line(cfg: Config) -> str:
-    """All that differs from our defaults, to be pasted before or behind a command."""
-    return " ".join(setting(name, value) for name, value in cfg.non_default().items())
+    """All that differs from our defaults, to be pasted before or behind a command.
+
+    And what a reader of these would have to ask about, though it be a default.
+    """
+    values = cfg.non_default()
+    for name, settles in SETTLED_BY.items():
+        if name in values:
+            values[settles] = getattr(cfg, settles.lower())
+    return " ".join(setting(name, value) for name, value in values.items())
 
 
 def sources_of(checkpoint: str, eval_only: str, resume: bool, run_id: str) -> list[str]:

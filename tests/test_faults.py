@@ -291,6 +291,7 @@ def test_a_rank_that_stops_holds_nothing_of_the_call_that_broke():
 
 GROUP_OF_ONE = """
 import sys
+import time
 from pathlib import Path
 from train_gpt import Config, Run, dist
 group = dict(backend="gloo", init_method=sys.argv[1], rank=0, world_size=1)
@@ -298,17 +299,20 @@ Run.join = lambda run, patience: dist.init_process_group(**group)
 Run(Config(logs_dir=sys.argv[2]))
 tasks = Path("/proc/self/task")
 threads = lambda: sum("gloo" in path.read_text() for path in tasks.glob("*/comm"))
-before = threads()
+while not threads():  # each takes its name itself
+    time.sleep(0.01)
 dist.destroy_process_group()
-print(before > 0, threads())
+print(threads())
 """
 
 
 def test_the_threads_of_a_group_end_with_it(tmp_path):
     """torch._dynamo, imported after it, would keep the group: an abort (-6) as Python ends."""
     command = [sys.executable, "-c", GROUP_OF_ONE, f"file://{tmp_path}/meet", str(tmp_path)]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said.splitlines()[-1] == "True 0"
+    said = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert said.splitlines()[-1] == "0"
 
 
 def at_step(step: int, act) -> None:

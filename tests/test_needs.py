@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import BY_NAME, COMPARED, KNOBS, Config, Refusal, main, read_artifact, settings_line
+from train_gpt import (
+    BY_NAME,
+    COMPARED,
+    KNOBS,
+    SETTLED_BY,
+    Config,
+    Refusal,
+    main,
+    read_artifact,
+    settings_line,
+)
 
 NEEDING = {f.name: f.metadata["needs"] for f in KNOBS if f.metadata["needs"]}
 # The toggle of each technique, by what its knobs begin with
@@ -247,7 +257,14 @@ def test_the_settings_of_a_log_read_back_to_the_same_configuration(cfg):
     variables = dict(word.split("=", 1) for word in words)
     assert Config.from_env(variables) == cfg
     assert Config.from_env({}, words) == cfg
-    assert variables.keys() == cfg.non_default().keys()
+    beside = variables.keys() - cfg.non_default().keys()
+    assert variables.keys() >= cfg.non_default().keys() and beside <= set(SETTLED_BY.values())
+
+
+@pytest.mark.parametrize("told", [{"num_loops": 1}, {"qat_enabled": True, "qat_start": 0.3}])
+def test_what_scripts_read_differently_is_settled_in_the_line(told):
+    cfg = Config(**told)
+    assert Config.from_env({}, shlex.split(settings_line(cfg))) == cfg
 
 
 @pytest.mark.parametrize("base", train_gpt.base_tables())

@@ -22,7 +22,7 @@ from ablation.study import Matrix, matrix, read_study
 from train_gpt import Config, Refusal
 
 EACH_STUDY = pytest.mark.parametrize("name", STUDIES, ids="-".join)
-MAX_FILE_BYTES = 5 << 19  # 185 runs are 2.3 MB
+MAX_BYTES_PER_RUN = 1 << 14  # of each file
 ARMS = {"plain": 0, "qat": 1}
 SEEDS = (1, 2)
 
@@ -184,7 +184,10 @@ def test_a_committed_study_is_three_files_that_can_be_looked_through():
     names = {"ledger.jsonl", "metrics.jsonl", "results.jsonl"}
     assert {path.name for path in paths} == names
     assert len(paths) == len(names) * len(STUDIES)
-    assert max(path.stat().st_size for path in paths) < MAX_FILE_BYTES
+    for name in STUDIES:
+        folder = study(*name).folder
+        runs = len(load_lines(folder))
+        assert all(path.stat().st_size < runs * MAX_BYTES_PER_RUN for path in folder.iterdir())
 
 
 def test_folders_of_runs_become_the_committed_lines_byte_for_byte(tmp_path):
