@@ -899,7 +899,8 @@ class Config:
         others |= without_say(everything, base)
         problems += refused
         heard = itertools.chain(*told.values())
-        problems += ambiguous({said.name: said.value for said in heard}, base)
+        questions = ambiguous({said.name: said.value for said in heard}, base)
+        problems += (problem for _, problem in questions)
 
         given = frozenset(texts)
         texts = defaults | base.settings | texts
@@ -930,19 +931,15 @@ def setting(name: str, value) -> str:
     return f"{name.upper()}={shlex.quote(text)}"
 
 
-# A setting that scripts read differently -> the knob that says which is meant (`ambiguous` asks)
-SETTLED_BY = {"NUM_LOOPS": "LOOP_START", "QAT_START": "QAT_START_KIND"}
-
-
 def settings_line(cfg: Config) -> str:
-    """All that differs from our defaults, to be pasted before or behind a command.
+    """What gives cfg again, pasted before or behind a command.
 
-    And what a reader of these would have to ask about, though it be a default.
+    That is all that differs from our defaults, and a default where it would be asked about.
     """
     values = cfg.non_default()
-    for name, settles in SETTLED_BY.items():
-        if name in values:
-            values[settles] = getattr(cfg, settles.lower())
+    told = {name: str(value) for name, value in values.items()}
+    for knob, _ in ambiguous(told, Base()):
+        values[knob] = getattr(cfg, knob.lower())
     return " ".join(setting(name, value) for name, value in values.items())
 
 
@@ -1226,8 +1223,8 @@ class Run:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         self.compile = cfg.compile == "1" or (cfg.compile == "auto" and self.cuda)
-        # This imports it, before there is a group: it would keep one that is there, as defaults of
-        # functions, and so the group's threads until the interpreter ends
+        # This line imports torch._dynamo. Imported after join(), it would keep the group of ranks
+        # as a default argument, and with it gloo's threads until the interpreter ends
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         self.join(cfg.dist_timeout)
 
@@ -7930,8 +7927,8 @@ def overruled(around: dict[str, list[Said]], said: dict[str, list[Said]]) -> tup
     return tuple(dict.fromkeys(lines))
 
 
-def ambiguous(env: dict, base: Base) -> Iterator[str]:
-    """A problem for each setting that scripts read differently, where nothing says which is meant.
+def ambiguous(env: dict, base: Base) -> Iterator[tuple[str, str]]:
+    """Settings that scripts read differently: the knob that would say which is meant, the problem.
 
     env: what was given, as it is spelt. A base says so only where it says something of the matter.
     """
@@ -7940,26 +7937,28 @@ def ambiguous(env: dict, base: Base) -> Iterator[str]:
     if "SWA" in on and "SWA_START_FRAC" in env and "SWA_START_KIND" not in said:
         told = f"SWA=1 SWA_START_FRAC={env['SWA_START_FRAC']}"
         meant = "a share of ITERATIONS (#199) or an lr scale (#194, #989)"
-        yield f"{told}: {meant}? Set SWA_START_KIND or a BASE that has it"
+        yield "SWA_START_KIND", f"{told}: {meant}? Set SWA_START_KIND or a BASE that has it"
 
     yield from ambiguous_start(env, on, base)
 
     if "BIGRAM_HASH" in on and "BIGRAM_VOCAB_SIZE" not in {*env, *base.fixed}:
         meant = "the hashes of #194 and #199, which we lack"
-        yield f"BIGRAM_HASH=1: {meant}? Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE=pr194, pr199"
+        remedy = "Set BIGRAM_VOCAB_SIZE=4096 for ours, or BASE=pr194, pr199"
+        yield "BIGRAM_VOCAB_SIZE", f"BIGRAM_HASH=1: {meant}? {remedy}"
 
     if env.get("NUM_LOOPS") == "1" and not {"LOOP_START", "LOOP_END", *base.settings} & said:
         meant = "one pass in all (first scripts) or one beside the first (#1394)"
-        yield f"NUM_LOOPS=1: {meant}? Set LOOP_START and LOOP_END for the latter, or a BASE"
+        remedy = "Set LOOP_START and LOOP_END for the latter, or a BASE"
+        yield "LOOP_START", f"NUM_LOOPS=1: {meant}? {remedy}"
 
     details = {"TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"}
     if "TTT_ENABLED" in on and "TTT_MODE" not in {*env, *base.fixed} and not details & said:
         meant = "of all weights (#549) or of adapters (#194), which we lack"
-        yield f"TTT_ENABLED=1: {meant}? Set TTT_MODE=sgd or a BASE that has it"
+        yield "TTT_MODE", f"TTT_ENABLED=1: {meant}? Set TTT_MODE=sgd or a BASE that has it"
 
 
-def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[str]:
-    """The problem with what starts QAT, where nothing says what does."""
+def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[tuple[str, str]]:
+    """The same for what starts QAT."""
     if {"QAT_START_KIND", "LATE_QAT_THRESHOLD", "QAT_THRESHOLD"} & env.keys():
         return
     toggles = {"QAT_ENABLED", "QAT", "ENABLE_QAT", "LATE_QAT"}
@@ -7972,13 +7971,13 @@ def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[str]:
 
     if "LATE_QAT" in on and "LATE_QAT_THRESHOLD" not in base.means:
         remedy = "Set LATE_QAT_THRESHOLD (0.1 or 0.15 in its scripts) or a BASE that has it"
-        yield f"LATE_QAT=1: below which lr scale? {remedy}"
+        yield "QAT_START_KIND", f"LATE_QAT=1: below which lr scale? {remedy}"
     elif quantises and starts and kind in ("", "always"):
         remedy = "of what? lr scale (#989) or share of steps (#117)? Set QAT_START_KIND or BASE"
-        yield f"{starts[0]}={env[starts[0]]}: {remedy}"
+        yield "QAT_START_KIND", f"{starts[0]}={env[starts[0]]}: {remedy}"
     elif "ENABLE_QAT" in on and not kind:
         remedy = "Set QAT_START_KIND (always: from the first step) or a BASE that has it"
-        yield f"ENABLE_QAT=1: from where on? {remedy}"
+        yield "QAT_START_KIND", f"ENABLE_QAT=1: from where on? {remedy}"
 
 
 # First words of our settings and of those in ABSENT that no other program's variables have
@@ -8570,9 +8569,12 @@ def explain(run: Run, error: BaseException) -> Refusal | None:
     waited = isinstance(error, RuntimeError) or (run.stop and phase not in WAITING)
     silent = []
     if waited and run.world > 1 and not out_of_memory:
-        # The error holds the frames of the broken call, and they the group: it would not end, and
-        # who waits for this rank would not notice
-        traceback.clear_frames(error.__traceback__)
+        # Frames of the broken call hold the group of ranks. While it lives, other ranks wait for
+        # this one for ever
+        cause = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
         silent = run.silent_ranks()
 
     # the disk may be full

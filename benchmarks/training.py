@@ -395,11 +395,12 @@ PLAIN = dict(
 
 
 def model_rows(layers: int) -> dict[str, dict]:
-    """Row -> the knobs that the plain model gets: the record's (#1855) of so many layers."""
-    middle = layers // 3
+    """Row -> the knobs that the plain model gets: of 11 layers, those of the record (#1855)."""
+    start = layers // 3
+    end = min(start + 2, layers - 1)
     return {
-        "two more passes of a third of the blocks": dict(
-            num_loops=2, loop_start=middle, loop_end=middle + max(layers // 4, 1) - 1
+        f"two more passes of {end - start + 1} of {layers} blocks": dict(
+            num_loops=2, loop_start=start, loop_end=end
         ),
         "two lanes in the last blocks": dict(parallel_start_layer=3 * layers // 4),
         "gates of skips, heads and smear": dict(

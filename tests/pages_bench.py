@@ -15,13 +15,27 @@ def read(name: str) -> dict:
 
 
 def speed() -> str:
-    return bench.table(read("demo"), markdown=True)
+    return bench.table(read("reference"), markdown=True)
 
 
-def demo_settings() -> str:
-    """What 2 cores do with the demo's model: the whole step, by ranks, threads and compiler."""
+def model_rows() -> str:
+    """What techniques of the records add to a pass through the demo's model, forward and back."""
     rows = []
-    for name in ("demo", "demo_1x2", "demo_compiled"):
+    for row in read("demo")["rows"]:
+        if row["name"].startswith("model: "):
+            # of pairs: with it over without it
+            ratio, low, high = (1 / row[key] for key in ("speedup", "speedup_p90", "speedup_p10"))
+            name = row["name"].removeprefix("model: ")
+            without, with_it = f"{row['twin_ms']:.1f}", f"{row['ms']:.1f}"
+            rows.append([name, without, with_it, f"{ratio:.2f} ({low:.2f} to {high:.2f})"])
+    header = ["", "without, ms", "with, ms", "ratio of pairs: median (10 to 90 %)"]
+    return markdown_table(header, rows)
+
+
+def ranks_and_threads() -> str:
+    """What 2 cores do with the reference model: the whole step, by ranks, threads, compiler."""
+    rows = []
+    for name in ("reference", "reference_1x2", "reference_compiled"):
         report = read(name)
         measured = {row["name"]: row for row in report["rows"]}
         step = measured["step, whole"]
@@ -110,7 +124,7 @@ def soak() -> str:
     return (
         f"`python tests/soak.py --seconds 3700`, {r['device']}, {r['ranks']} ranks, "
         f"torch {r['torch']}, beside other work, code {r['code_sha256'][:12]}: "
-        f"{len(r['runs'])} runs of the demo's settings with 60 s of training each, "
+        f"{len(r['runs'])} runs of the demo's settings of that day with 60 s of training each, "
         f"{r['seconds'] / 60:.0f} minutes, {r['attempts']} launches; "
         f"stopped by {', '.join(stops)}. Every run came to its end. "
         f"Ranks that were still at work 40 s after their launcher had been killed: {orphans}. "

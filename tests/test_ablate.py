@@ -10,6 +10,7 @@ meant (#199), hand-copied figures (#2076).
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -160,6 +161,19 @@ def test_the_top_of_the_ladder_is_the_demo():
         settings = m.size.env | made_settings(makefile, size)
         demo = train_gpt.Config.from_env(settings | {"MAX_WALLCLOCK_SECONDS": "90", "SEED": "1"})
         assert arms[arm].differing(demo.knobs(*train_gpt.COMPARED)) == [], size
+
+
+def test_a_step_of_the_ladder_is_one_setting_and_what_is_left_out_is_one():
+    m = matrix(read_study(ROOT / "studies/frontier_training.toml"), "small", "steps", (1,))
+    arms = {trial.arm: trial.cfg.knobs(*train_gpt.COMPARED) for trial in m.trials}
+    ladder = list(arms)[: list(arms).index("top") + 1]
+    left_out = [("top", arm) for arm in arms if arm.startswith("no_")]
+    changed = {
+        (one, other): [name for name in arms[one] if arms[one][name] != arms[other][name]]
+        for one, other in [*itertools.pairwise(ladder), *left_out]
+    }
+    assert all(len(names) == 1 for names in changed.values()), changed
+    assert len(ladder) == 9 and len(left_out) == 8
 
 
 def test_the_five_pull_requests_have_a_study_with_every_published_row():

@@ -121,8 +121,7 @@ def trainer(tiny):
 @pytest.mark.parametrize("layers", (2, 3, 4, 11, 12))
 def test_rows_of_the_models_techniques_fit_every_depth_and_whatever_is_on(layers):
     """Each changes what the model holds, or how it attends."""
-    record = model_rows(11)
-    on = {name: value for row in record.values() for name, value in row.items()}
+    on = {name: value for row in model_rows(11).values() for name, value in row.items()}
     cfg = Config(smear_gate=False, loader="documents", **on)
     plain = dataclasses.replace(cfg, **PLAIN, num_layers=layers)
 
@@ -133,6 +132,12 @@ def test_rows_of_the_models_techniques_fit_every_depth_and_whatever_is_on(layers
     for knobs in model_rows(layers).values():
         changed = dataclasses.replace(plain, **knobs)
         assert shapes(changed) != shapes(plain) or changed.doc_mask > plain.doc_mask
+
+
+def test_the_looped_blocks_of_11_layers_are_the_records():
+    loops = model_rows(11)["two more passes of 3 of 11 blocks"]
+    record = Config.from_env({"BASE": "pr1855"})
+    assert loops == {name: getattr(record, name) for name in loops}
 
 
 # ── twins ──

@@ -271,22 +271,41 @@ def test_a_rank_that_is_not_let_go_hears_the_others_all_the_same(monkeypatch):
     held.set()
 
 
-def test_a_rank_that_stops_holds_nothing_of_the_call_that_broke():
+class Group:
+    """Stands for a group of ranks: who holds it?"""
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_rank_that_stops_holds_nothing_of_the_call_that_broke(chained):
     """Its group of ranks would not end: another rank's all_reduce would wait for ever."""
     held = []
+    alive_when_asked = []
 
     def broken_call():
-        group = Config()
+        group = Group()
         held.append(weakref.ref(group))
         raise RuntimeError("connection closed by peer")
 
+    def call():
+        try:
+            broken_call()
+        except RuntimeError as error:
+            if chained:
+                raise RuntimeError("all_reduce failed") from error
+            raise
+
+    def silent_ranks():
+        alive_when_asked.append(held[0]() is not None)
+        return [1]
+
     run = SimpleNamespace(phase_name="train", world=2, stop=0, dir=Path("run"))
     run.log = run.event = run.tick = lambda *_, **__: None
-    run.silent_ranks = lambda: [1] if held[0]() is None else []
+    run.silent_ranks = silent_ranks
     try:
-        broken_call()
+        call()
     except RuntimeError as error:
         assert str(train_gpt.explain(run, error)).startswith("lost rank 1 in phase 'train'")
+    assert alive_when_asked == [False]
 
 
 GROUP_OF_ONE = """
