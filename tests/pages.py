@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import pages_bench
 import pages_code
 import pages_demo
+import pages_effects
 import pages_frontier
 from demo_picture import demo_picture
 from fault_table import faults
@@ -38,12 +39,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-summary": pages_demo.demo_summary,
     "demo": pages_demo.demo_log,
     "speed": pages_bench.speed,
+    "demo-in-turn": pages_bench.demo_in_turn,
     "model-rows": pages_bench.model_rows,
     "ranks-and-threads": pages_bench.ranks_and_threads,
     "artifact": pages_bench.artifact,
     "banded": pages_bench.banded,
     "published-rows": published_rows,
     "record-bases": pages_frontier.record_bases,
+    "effects-of-training": pages_effects.effects_of_training,
 }
 for _name in STUDIES:
     BLOCKS["-".join(_name)] = partial(study_tables, *_name)

@@ -18,6 +18,18 @@ def speed() -> str:
     return bench.table(read("reference"), markdown=True)
 
 
+def demo_in_turn() -> str:
+    """`make train` of the demo and of the one before it, in turn on one machine."""
+    rows = []
+    for name in ("reference_1", "demo_1", "reference_2", "demo_2"):
+        run = read(f"demo_in_turn/{name}")
+        size = name.partition("_")[0]
+        command = "make train" if size == "demo" else "make train SIZE=reference RANKS=2"
+        bpb, steps = f"{run['val_bpb']:.4f}", f"{run['steps']:,}"
+        rows.append([f"`{command}`", run["seed"], bpb, steps, f"{run['artifact_bytes']:,}"])
+    return markdown_table(["in turn", "seed", "BPB", "steps", "artifact, bytes"], rows)
+
+
 def model_rows() -> str:
     """What techniques of the records add to a pass through the demo's model, forward and back."""
     rows = []
