@@ -12,7 +12,8 @@ help:
 	@echo "make bench    time every stage beside its floor and its simple twin: logs/bench/NAME.json (NAME=mine; settings as for train)"
 	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
-	@echo "make studies-small   run every study at the small size, about 90 minutes on 2 cores, and renew the pages"
+	@echo "make studies-small   run every study of docs/studies.md at the small size, about 90 minutes on 2 cores, and renew the pages"
+	@echo "make studies-frontier   those of docs/frontier.md, about 2 hours on 2 cores"
 	@echo "make pages    regenerate the tables of README.md and docs/, and the picture, from the code and the logs"
 	@echo "make lock     renew requirements.lock and requirements-cuda.lock from requirements.txt;  make audit: their known holes"
 
@@ -107,6 +108,11 @@ studies-small: .venv/installed data/demo/manifest.json
 	  $(RUN_STUDY) --size $$size || [ $$? = 1 ] || exit; done
 	.venv/bin/python tests/pages.py logs/runs
 
+studies-frontier: .venv/installed data/demo/manifest.json
+	@study=frontier_training; for equal in steps time; do $(RUN_STUDY) --equal $$equal || [ $$? = 1 ] || exit; done; \
+	  if [ -e data/text/manifest.json ]; then $(RUN_STUDY) --size text || [ $$? = 1 ] || exit; fi
+	.venv/bin/python tests/pages.py logs/runs
+
 pages: .venv/installed
 	.venv/bin/python tests/pages.py
 
@@ -140,4 +146,4 @@ audit:
 data/demo/manifest.json: | .venv/installed
 	.venv/bin/python prepare_data.py demo --out data/demo
 
-.PHONY: help train test bench gpu knobs pages studies-small lock audit
+.PHONY: help train test bench gpu knobs pages studies-small studies-frontier lock audit

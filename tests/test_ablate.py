@@ -157,7 +157,7 @@ def test_the_top_of_the_ladder_is_the_demo():
     m = matrix(read_study(ROOT / "studies/frontier_training.toml"), "small", "time", (1,))
     arms = {trial.arm: trial.cfg for trial in m.trials}
     makefile = (ROOT / "Makefile").read_text()
-    for size, arm in ("reference", "today"), ("demo", "top"):
+    for size, arm in ("reference", "before"), ("demo", "top"):
         settings = m.size.env | made_settings(makefile, size)
         demo = train_gpt.Config.from_env(settings | {"MAX_WALLCLOCK_SECONDS": "90", "SEED": "1"})
         assert arms[arm].differing(demo.knobs(*train_gpt.COMPARED)) == [], size
