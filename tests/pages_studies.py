@@ -36,6 +36,7 @@ STUDIES = [
     ("frontier_training", "small", "steps"),
     ("frontier_training", "small", "time"),
     ("frontier_training", "text", "steps"),
+    ("frontier_training", "text4096", "steps"),
 ]
 
 # Studies whose equal time was run with all seeds, others with the first three
