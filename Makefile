@@ -109,7 +109,8 @@ studies-small: .venv/installed data/demo/manifest.json
 	.venv/bin/python tests/pages.py logs/runs
 
 studies-frontier: .venv/installed data/demo/manifest.json
-	@study=frontier_training; for equal in steps time; do $(RUN_STUDY) --equal $$equal || [ $$? = 1 ] || exit; done; \
+	@study=frontier_training; for way in "small --equal steps" "small --equal time" "demo"; do \
+	  $(RUN_STUDY) --size $$way || [ $$? = 1 ] || exit; done; \
 	  if [ -e data/text/manifest.json ]; then $(RUN_STUDY) --size text || [ $$? = 1 ] || exit; fi
 	.venv/bin/python tests/pages.py logs/runs
 

@@ -33,29 +33,22 @@ def times_the_references(found: Finished, arm: str, metric: str) -> float:
 
 
 def effects_of_training() -> str:
-    """The frontier's study: every arm at equal steps and, where it was run, with equal time."""
-    steps, time = (
-        load_matrix(study("frontier_training", "small", equal)) for equal in ("steps", "time")
-    )
-    at_steps, at_time = (beside_reference(found, "val_bpb") for found in (steps, time))
+    """The frontier's study: every arm after few steps and, where it was run, after many."""
+    ways = [("small", "steps"), ("demo", "steps"), ("small", "time")]
+    found = [load_matrix(study("frontier_training", *way)) for way in ways]
+    effects = [beside_reference(each, "val_bpb") for each in found]
     rows = []
-    for arm, one in at_steps.items():
-        cost = times_the_references(steps, arm, "step_ms_median")
-        rows.append(
-            [
-                f"`{arm}`",
-                in_millis(one),
-                f"{one.holm_p:.2g}",
-                in_millis(at_time.get(arm)),
-                f"{cost:.2f}",
-            ]
-        )
-    reference = steps.matrix.study.reference
+    for arm, one in effects[0].items():
+        millis = [in_millis(each.get(arm)) for each in effects]
+        cost = times_the_references(found[0], arm, "step_ms_median")
+        rows.append([f"`{arm}`", millis[0], f"{one.holm_p:.2g}", *millis[1:], f"{cost:.2f}"])
+    reference = found[0].matrix.study.reference
     header = [
-        f"arm - `{reference}`",
-        "150 steps, mBPB (95 % CI)",
+        f"arm - `{reference}`, mBPB (95 % CI)",
+        f"{found[0].matrix.size.steps} steps",
         "Holm p",
-        "90 s, mBPB (95 % CI)",
+        f"{found[1].matrix.size.steps} steps",
+        f"{found[2].matrix.size.seconds:g} s",
         f"a step takes, x that of `{reference}`",
     ]
     return markdown_table(header, rows)

@@ -35,6 +35,7 @@ STUDIES = [
     ("swa_sums_in_bf16", "small", "steps"),
     ("frontier_training", "small", "steps"),
     ("frontier_training", "small", "time"),
+    ("frontier_training", "demo", "steps"),
     ("frontier_training", "text", "steps"),
     ("frontier_training", "text4096", "steps"),
 ]
