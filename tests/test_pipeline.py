@@ -230,8 +230,9 @@ def test_the_average_is_what_is_exported_and_scored(tiny, names):
             **settings, warmdown_iters=0, keep_float_max_numel=10**6 if names[-1] != "SQWA" else 512
         )
     )
-    assert abs(report["averaged_val_bpb"] - report["live_val_bpb"]) > 0.02
-    assert report["quantised_val_bpb"] == pytest.approx(report["averaged_val_bpb"], abs=0.01)
+    away = abs(report["averaged_val_bpb"] - report["live_val_bpb"])
+    assert away > 0.02
+    assert abs(report["quantised_val_bpb"] - report["averaged_val_bpb"]) < away / 2
 
 
 # ── proof of action ───────────────────────────────────────────────────────────────────────────────
@@ -619,7 +620,7 @@ OTHER_SETTINGS = [
     dict(quant_bits_mlp=5, quant_bits_embed=6),
     dict(quant_bits_attn=16),
     dict(quant_clip="amax"),
-    dict(quant_codes="asym"),
+    dict(quant_codes="asym", quant_bits_mlp=4),
     dict(quant_scale_floor=True),
     dict(keep_float_max_numel=10**6),
     dict(fp16_keep_name_patterns="mlp.fc"),
