@@ -5,7 +5,8 @@ folder) and `events` (its metrics.jsonl). It is read from one of two places:
 
     FOLDER/TRIAL/result.json, metrics.jsonl    where it ran; logs/runs is full of these
     FOLDER/results.jsonl, metrics.jsonl        all runs of a study at one size, to be committed:
-                                               a line per run, and a line per event
+                                               a line per run, and a line per event; what goes
+                                               beyond 1 MB follows in results-2.jsonl and so on
 
 Every file is checked for size, form and type before a figure of it is used.
 """
@@ -14,6 +15,7 @@ import contextlib
 import fnmatch
 import glob
 import hashlib
+import itertools
 import json
 import math
 import stat
@@ -29,6 +31,8 @@ METRICS = "metrics.jsonl"
 
 # Of a file, or of a folder, that is worth reading
 MAX_BYTES = 1 << 24
+# Of a file of lines, before the next one is begun
+MAX_PART_BYTES = 1_000_000
 # Of a log
 MAX_LOG_BYTES = 1 << 28
 # Levels of a JSON value
@@ -257,25 +261,39 @@ def load(folder: Path) -> dict:
     return run_of(result, str(folder), source, read_lines(folder / METRICS))
 
 
+def part(folder: Path, name: str, number: int) -> Path:
+    """FOLDER/results.jsonl, FOLDER/results-2.jsonl, and so on: where lines stand."""
+    path = folder / name
+    return path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+
+
+def parts(folder: Path, name: str) -> Iterator[Path]:
+    """The parts of a file of lines, in their order, up to the first that is not there."""
+    paths = (part(folder, name, number) for number in itertools.count(1))
+    return itertools.takewhile(Path.is_file, paths)
+
+
 def load_lines(folder: Path) -> dict[str, dict]:
     """Trial -> run, of results.jsonl and metrics.jsonl; empty where there are none."""
-    lines = read_log(folder / RESULTS).split("\n")
-    if lines == [""]:
-        return {}
     events: dict[str, list[dict]] = {}
-    for event in read_lines(folder / METRICS):
-        events.setdefault(str(event.pop("trial", "")), []).append(event)
+    for path in parts(folder, METRICS):
+        for event in read_lines(path):
+            events.setdefault(str(event.pop("trial", "")), []).append(event)
 
-    runs = {}
-    for number, text in enumerate(lines, start=1):
-        if not text:
-            continue
-        source = f"{folder}/{RESULTS}, line {number}"
-        line = parse_json(text, source, RESULT_LINE_SHAPE)
-        trial = line["trial"]
-        if trial in runs:
-            raise Refusal(f"{source}: {shown(trial)} stands there twice; build it again from runs")
-        runs[trial] = run_of(line["result"], str(folder / trial), source, events.get(trial, []))
+    runs: dict[str, dict] = {}
+    for path in parts(folder, RESULTS):
+        for number, text in enumerate(read_log(path).split("\n"), start=1):
+            if not text:
+                continue
+            source = f"{path}, line {number}"
+            line = parse_json(text, source, RESULT_LINE_SHAPE)
+            trial = line["trial"]
+            if trial in runs:
+                raise Refusal(
+                    f"{source}: {shown(trial)} stands there twice; build it again from runs"
+                )
+            name = str(folder / trial)
+            runs[trial] = run_of(line["result"], name, source, events.get(trial, []))
     return runs
 
 
@@ -310,6 +328,20 @@ def training_of(run: dict) -> str:
     return f"{run['arm']}-s{run.get('seed')}"
 
 
+def write_lines(folder: Path, name: str, lines: list[str]) -> None:
+    """Writes the parts of a file of lines, and removes those that an earlier one had beyond."""
+    written = [b""]
+    for line in map(str.encode, lines):
+        if written[-1] and len(written[-1]) + len(line) > MAX_PART_BYTES:
+            written.append(b"")
+        written[-1] += line
+    old = list(parts(folder, name))
+    for number, content in enumerate(written, start=1):
+        train_gpt.write_atomic(part(folder, name, number), content)
+    for path in old[len(written) :]:
+        path.unlink()
+
+
 def keep(folder: Path, runs: dict[str, dict]) -> None:
     """Writes trial -> run as results.jsonl and metrics.jsonl; load_lines gives them back."""
     results = []
@@ -325,8 +357,8 @@ def keep(folder: Path, runs: dict[str, dict]) -> None:
         results.append(json.dumps(line) + "\n")
         metrics += [json.dumps({"trial": trial, **event}) + "\n" for event in run["events"]]
     folder.mkdir(parents=True, exist_ok=True)
-    train_gpt.write_atomic(folder / RESULTS, "".join(results).encode())
-    train_gpt.write_atomic(folder / METRICS, "".join(metrics).encode())
+    write_lines(folder, RESULTS, results)
+    write_lines(folder, METRICS, metrics)
 
 
 def find_runs(patterns: list[str]) -> list[dict]:

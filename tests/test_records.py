@@ -14,15 +14,24 @@ from conftest import TINY
 from pages_studies import COMMITTED, STUDIES, adopt, study
 
 import train_gpt
+from ablation import records
 from ablation.page import html_page
-from ablation.records import RunStore, find_runs, keep, load_lines
+from ablation.records import (
+    MAX_PART_BYTES,
+    METRICS,
+    RESULTS,
+    RunStore,
+    find_runs,
+    keep,
+    load_lines,
+    parts,
+)
 from ablation.report import how_made, load_matrix, markdown_report, tables
 from ablation.runner import Ledger, Runner
 from ablation.study import Matrix, matrix, read_study
 from train_gpt import Config, Refusal
 
 EACH_STUDY = pytest.mark.parametrize("name", STUDIES, ids="-".join)
-MAX_BYTES_PER_RUN = 1 << 14  # of each file
 ARMS = {"plain": 0, "qat": 1}
 SEEDS = (1, 2)
 
@@ -163,6 +172,23 @@ def test_events_that_a_crash_left_are_passed_over(in_lines):
     assert load_lines(in_lines.folder) == before
 
 
+def test_lines_beyond_a_part_follow_in_the_next_one(in_lines, monkeypatch):
+    runs = load_lines(in_lines.folder)
+    whole = (in_lines.folder / RESULTS).read_bytes()
+    longest = max(map(len, whole.splitlines(keepends=True)))
+    monkeypatch.setattr(records, "MAX_PART_BYTES", 2 * longest)
+    keep(in_lines.folder, runs)
+    found = list(parts(in_lines.folder, RESULTS))
+    assert [path.name for path in found] == ["results.jsonl", "results-2.jsonl"]
+    assert b"".join(path.read_bytes() for path in found) == whole
+    assert load_lines(in_lines.folder) == runs
+
+    monkeypatch.undo()
+    keep(in_lines.folder, runs)
+    names = [path.name for path in in_lines.folder.iterdir()]
+    assert sorted(names) == ["metrics.jsonl", "results.jsonl"]
+
+
 # ── The committed studies ─────────────────────────────────────────────────────────────────────────
 @EACH_STUDY
 def test_every_trial_of_a_committed_study_has_its_line_or_its_reason(name):
@@ -175,24 +201,27 @@ def test_every_trial_of_a_committed_study_has_its_line_or_its_reason(name):
         assert (kinds[0], kinds[-1]) == ("start", "result")
 
 
-def test_a_committed_study_is_three_files_that_can_be_looked_through():
+def test_a_committed_study_is_three_files_in_parts_that_can_be_looked_through():
     # report.md and report.html are what `ablate.py report` makes of them; git ignores those
     files = [path for path in COMMITTED.rglob("*") if path.is_file()]
     paths = [path for path in files if path.stem != "report"]
-    places = {path.parent.relative_to(COMMITTED).as_posix() for path in paths}
-    assert places == {f"{stem}/{size}-{equal}" for stem, size, equal in STUDIES}
-    names = {"ledger.jsonl", "metrics.jsonl", "results.jsonl"}
-    assert {path.name for path in paths} == names
-    assert len(paths) == len(names) * len(STUDIES)
+    wanted = []
     for name in STUDIES:
         folder = study(*name).folder
-        runs = len(load_lines(folder))
-        assert all(path.stat().st_size < runs * MAX_BYTES_PER_RUN for path in folder.iterdir())
+        wanted += [folder / "ledger.jsonl", *parts(folder, RESULTS), *parts(folder, METRICS)]
+    assert sorted(paths) == sorted(wanted)
+    assert max(path.stat().st_size for path in paths) <= MAX_PART_BYTES
 
 
-def test_folders_of_runs_become_the_committed_lines_byte_for_byte(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(("swa_sums_in_bf16", "small", "steps"), id="a file each"),
+        pytest.param(("frontier_training", "small", "steps"), id="parts"),
+    ],
+)
+def test_folders_of_runs_become_the_committed_lines_byte_for_byte(name, tmp_path):
     """What `make studies-small` ends with, on folders made of a committed study."""
-    name = ("swa_sums_in_bf16", "small", "steps")
     made = study(*name, tmp_path / "logs")
     kept = study(*name).folder
     for trial, run in load_lines(kept).items():
