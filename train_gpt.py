@@ -5411,7 +5411,8 @@ class Trainer:
             live = self.score_weights()
             if self.run.rank == 0:
                 weights = dict(self.model.named_parameters())
-                artifact = encode_artifact(self.cfg, weights, self.plan, level=1)
+                parts = quantised(self.cfg, weights, self.plan)
+                artifact = encode_artifact(self.cfg, parts, level=1)
                 size = len(shipped_code(self.cfg)) + len(artifact)
         self.val_bpb = live.bpb
         model = "live, fixed windows"
@@ -5438,8 +5439,9 @@ class Trainer:
 
 # ── 10 Artifact ───────────────────────────────────────────────────────────────────────────────────
 # In: fp32 weights by name, and a plan that says how each is shipped. Out: one file, and back.
-# Promise: what is read back is `as_shipped` of what was given, bit for bit; a damaged or hostile
-# file ends in a Refusal, in bounded time and memory, and nothing in it is ever run (no pickle).
+# Promise: what is read back is `restored` from the parts that were written, bit for bit; a damaged
+# or hostile file ends in a Refusal, in bounded time and memory, and nothing in it is ever run (no
+# pickle).
 
 MAGIC = b"GOLFGPT\n"
 FORMAT_VERSION = 3
@@ -5916,74 +5918,94 @@ def planned(cfg: Config, name: str, p: nn.Parameter) -> Grid | torch.dtype:
     return role_grid(cfg, p.role)
 
 
-def as_shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
-    """The fp32 weights that a reader of the artifact gets for w."""
+# A tensor as it ships: "" is a float; "codes" and "scale" are those of a grid
+Parts = dict[str, Tensor]
+
+
+def rounded(w: Tensor, how: Grid | torch.dtype) -> Parts:
+    """One tensor as planned, each weight rounded for itself."""
     if isinstance(how, Grid):
-        return how.fake_quantise(w)
-    return w.to(how).float()
+        codes, scale = how.quantise(w)
+        return {"codes": codes, "scale": scale}
+    return {"": w.to(how)}
 
 
-def shipped_state(state: State, plan: dict) -> State:
-    return {name: as_shipped(w, plan[name]) for name, w in state.items()}
+def quantised(cfg: Config, state: State, plan: dict) -> dict[str, Parts]:
+    """Name -> parts of every tensor of an artifact. Its inverse is shipped_state."""
+    return {name: rounded(w.detach(), plan[name]) for name, w in state.items()}
 
 
-def encode_artifact(cfg: Config, state: State, plan: dict, level: int | None = None) -> bytes:
-    """A container of codes, scales and floats as planned; its facts: the knobs a reader needs."""
-    parts = {}
-    for name, weights in state.items():
-        how = plan[name]
-        w = weights.detach()
-        if isinstance(how, Grid):
-            parts[name + ":codes"], parts[name + ":scale"] = how.quantise(w)
-        else:
-            parts[name] = w.to(how)
+def restored(parts: Parts) -> Tensor:
+    """The fp32 weights that a reader makes of the parts."""
+    if "" in parts:
+        return parts[""].float()
+    return Grid.dequantise(parts["codes"], parts["scale"])
+
+
+def shipped_state(parts: dict[str, Parts]) -> State:
+    return {name: restored(tensor) for name, tensor in parts.items()}
+
+
+def as_shipped(w: Tensor, how: Grid | torch.dtype) -> Tensor:
+    """The fp32 weights that a reader gets for w, rounded as it is."""
+    return restored(rounded(w, how))
+
+
+def encode_artifact(cfg: Config, parts: dict[str, Parts], level: int | None = None) -> bytes:
+    """A container of the parts; its facts: the knobs that a reader needs."""
+    tensors = {}
+    for name, tensor in parts.items():
+        for part, t in tensor.items():
+            tensors[part_name(name, part)] = t
     facts = cfg.knobs("model", "eval")
     level = cfg.compress_level if level is None else level
-    return encode_container(parts, facts, cfg.compressor, level)
+    return encode_container(tensors, facts, cfg.compressor, level)
+
+
+def part_name(name: str, part: str) -> str:
+    """What a part of a tensor is called in a file."""
+    return f"{name}:{part}" if part else name
 
 
 def read_artifact(path: Path) -> tuple[dict, State]:
     """(knobs, fp32 weights) of an artifact. Refusal as in read_container."""
     knobs, tensors = read_container(path)
-    state = {}
+    parts = {}
     for name, t in tensors.items():
-        base, colon, part = name.partition(":")
-        if colon:
-            fine = part in ("codes", "scale") and is_quantised(tensors, base)
-        else:
-            fine = t.dtype in (torch.float16, torch.float32)
-        refuse(not fine, f"{path}: tensor {name}: not one of our artifacts; export it again")
-
-        if not colon:
-            state[base] = t.float()
-        elif base not in state:
-            state[base] = Grid.dequantise(tensors[base + ":codes"], tensors[base + ":scale"])
-    return knobs, state
+        base, _, part = name.partition(":")
+        refuse(part_name(base, part) != name, f"{path}: tensor {name}: {NOT_OUR_ARTIFACT}")
+        parts.setdefault(base, {})[part] = t
+    for name, tensor in parts.items():
+        refuse(not are_parts(tensor), f"{path}: tensor {name}: {NOT_OUR_ARTIFACT}")
+    return knobs, shipped_state(parts)
 
 
-def is_quantised(tensors: dict[str, Tensor], base: str) -> bool:
-    """Whether these are int8 codes (rows, columns) and fp16 scales (rows, 1), and no floats."""
-    codes = tensors.get(base + ":codes")
-    scale = tensors.get(base + ":scale")
-    if codes is None or scale is None or base in tensors:
+NOT_OUR_ARTIFACT = "not one of our artifacts; export it again"
+
+
+def are_parts(parts: Parts) -> bool:
+    """Whether this is one float, or int8 codes (rows, columns) and fp16 scales (rows, 1)."""
+    types = {part: t.dtype for part, t in parts.items()}
+    if types in ({"": torch.float16}, {"": torch.float32}):
+        return True
+    if types != {"codes": torch.int8, "scale": torch.float16}:
         return False
-    types = (codes.dtype, scale.dtype) == (torch.int8, torch.float16)
-    return types and codes.ndim == 2 and scale.shape == (codes.shape[0], 1)
+    codes = parts["codes"]
+    return codes.ndim == 2 and parts["scale"].shape == (codes.shape[0], 1)
 
 
-def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict:
+def code_size(cfg: Config, parts: dict[str, Parts], total: int) -> dict:
     """How well the codes are compressed in an artifact of `total` bytes; {} where it has none.
 
     Their number, their order-0 entropy in bytes, and the bytes that codes and scales take.
     """
     codes = []
     floats = {}
-    for name, w in state.items():
-        how = plan[name]
-        if isinstance(how, Grid):
-            codes.append(how.quantise(w)[0].flatten())
+    for name, tensor in parts.items():
+        if "codes" in tensor:
+            codes.append(tensor["codes"].flatten())
         else:
-            floats[name] = w
+            floats[name] = tensor
 
     symbols = torch.cat(codes or [torch.empty(0)]).int() + 128
     count = len(symbols)
@@ -5995,13 +6017,15 @@ def code_size(cfg: Config, state: State, plan: dict, total: int) -> dict:
         compressor=cfg.compressor,
         weights=count,
         order0_bytes=int(bits / 8),
-        stored_bytes=total - len(encode_artifact(cfg, floats, plan)),
+        stored_bytes=total - len(encode_artifact(cfg, floats)),
     )
 
 
-def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str, dict]:
+def sizes_by_kind(
+    cfg: Config, model: GPT, state: State, parts: dict[str, Parts]
+) -> dict[str, dict]:
     """Per kind of tensor: how many, parameters, bytes when compressed alone (fast), and the root
-    mean square of the rounding error."""
+    mean square of the rounding error: what the parts restore, minus `state`."""
     kinds = {}
     for name, p in model.named_parameters():
         kind = (p.role.bits or "control").removeprefix("quant_bits_")
@@ -6009,12 +6033,12 @@ def sizes_by_kind(cfg: Config, model: GPT, state: State, plan: dict) -> dict[str
 
     sizes = {}
     for kind, names in kinds.items():
-        part = {name: w for name, w in state.items() if name in names}
-        errors = torch.cat([(as_shipped(w, plan[n]) - w).flatten() for n, w in part.items()])
+        part = {name: parts[name] for name in names}
+        errors = torch.cat([(restored(part[name]) - state[name]).flatten() for name in names])
         sizes[kind] = dict(
             tensors=len(part),
             params=len(errors),
-            bytes=len(encode_artifact(cfg, part, plan, 1)),
+            bytes=len(encode_artifact(cfg, part, 1)),
             rms_error=errors.square().mean(dtype=torch.float64).sqrt().item(),
         )
     return sizes
@@ -6093,6 +6117,7 @@ class Exported(NamedTuple):
     """The artifact, and what it took."""
 
     blob: bytes  # on rank 0; empty on the others
+    parts: dict[str, Parts]  # what it holds; empty where the blob is
     total: int  # bytes with the code
     cfg: Config  # with the COMPRESSOR that was used
     pruned: float  # share of each large matrix
@@ -6122,14 +6147,16 @@ def prune(cfg: Config, state: State, fraction: float) -> State:
 def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: float) -> Exported:
     """One try with this share pruned. Rank 0 does the work and tells the others the size."""
     blob = b""
+    parts = {}
     total = 0
     run.at_work(f"{cfg.compressor}, {fraction:.1%} pruned")
     if run.rank == 0:
-        blob = encode_artifact(cfg, prune(cfg, state, fraction), plan)
+        parts = quantised(cfg, prune(cfg, state, fraction), plan)
+        blob = encode_artifact(cfg, parts)
         total = len(blob) + len(shipped_code(cfg))
     total = run.broadcast(total)
     run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
-    return Exported(blob, total, cfg, fraction)
+    return Exported(blob, parts, total, cfg, fraction)
 
 
 def export(cfg: Config, run: Run, state: State, plan: dict) -> Exported:
@@ -6688,8 +6715,9 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
     trainer = trained.trainer
     made = trained.exported
     pruned = prune(cfg, trained.final, made.pruned)
-    off = shipped_state(trained.final, trainer.plan)
-    on = shipped_state(pruned, trainer.plan)
+    unpruned = quantised(cfg, trained.final, trainer.plan)
+    off = shipped_state(unpruned)
+    on = shipped_state(quantised(cfg, pruned, trainer.plan))
     changed = [int((on[name] != off[name]).sum()) for name in on]
     activity = run.activity["PRUNE_PCT"] = Activity(
         tensors=sum(n > 0 for n in changed),
@@ -6703,7 +6731,7 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
     measure_cost(run, "PRUNE_PCT", partial(prune, cfg, trained.final, made.pruned))
     saved = 0
     if run.rank == 0:
-        saved = len(encode_artifact(made.cfg, trained.final, trainer.plan)) - len(made.blob)
+        saved = len(encode_artifact(made.cfg, unpruned)) - len(made.blob)
     activity.bytes_saved = run.broadcast(saved)
 
 
@@ -8456,9 +8484,8 @@ def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     if run.rank == 0:
         write_atomic(run.dir / "artifact.bin", made.blob)
         run.at_work("bytes by kind of tensor")
-        kinds = sizes_by_kind(cfg, trained.trainer.model, trained.final, plan)
-        pruned = prune(cfg, trained.final, made.pruned)
-        sizes = kinds, code_size(made.cfg, pruned, plan, len(made.blob))
+        kinds = sizes_by_kind(made.cfg, trained.trainer.model, trained.final, made.parts)
+        sizes = kinds, code_size(made.cfg, made.parts, len(made.blob))
     # the broadcast also keeps the other ranks from reading the file before it is written
     trained.kinds, trained.codes = run.broadcast(sizes)
 
@@ -8521,7 +8548,7 @@ def stages_before_the_artifact(
     def score_unfitted() -> Score:
         """Quantised, but without what FIT_TO_CAP pruned."""
         weights = prune(cfg, trained.final, cfg.prune_pct)
-        return score_weights(shipped_state(weights, trained.trainer.plan))
+        return score_weights(shipped_state(quantised(cfg, weights, trained.trainer.plan)))
 
     yield "live", partial(score_weights, trained.live)
     if cfg.shipped_average in trained.averages:

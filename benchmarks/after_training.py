@@ -122,7 +122,8 @@ def exporting(b: Bench, trainer: Trainer) -> None:
     quantisation(b, state, plan)
 
     quick = dataclasses.replace(b.cfg, compressor="zstd")
-    path.write_bytes(train_gpt.encode_artifact(quick, state, plan, level=1))
+    ready = train_gpt.quantised(b.cfg, state, plan)
+    path.write_bytes(train_gpt.encode_artifact(quick, ready, level=1))
     facts, parts = train_gpt.read_container(path)
     for name in COMPRESSORS:
         if name != "none":
@@ -137,7 +138,8 @@ def quantisation(b: Bench, state: dict[str, Tensor], plan: dict) -> None:
     if not coded:
         return
     weights = sum(w.numel() for _, w in coded)
-    entropy = train_gpt.code_size(b.cfg, state, plan, 0)["order0_bytes"]
+    parts = train_gpt.quantised(b.cfg, state, plan)
+    entropy = train_gpt.code_size(b.cfg, parts, 0)["order0_bytes"]
 
     def quantise() -> None:
         for grid, w in coded:
@@ -190,7 +192,8 @@ def packing(b: Bench, state: dict[str, Tensor], plan: dict, path: Path) -> None:
     """Timed: all of the export, as shipped: quantise, compress, write."""
 
     def pack() -> None:
-        path.write_bytes(train_gpt.encode_artifact(b.cfg, state, plan))
+        parts = train_gpt.quantised(b.cfg, state, plan)
+        path.write_bytes(train_gpt.encode_artifact(b.cfg, parts))
 
     seconds = b.time(pack, **SLOW)
     note = f"COMPRESSOR={b.cfg.compressor}, as shipped"

@@ -303,7 +303,7 @@ def artifact_file(compressor: str) -> bytes:
     cfg, state = product(compressor=compressor)
     with torch.device("meta"):
         plan = train_gpt.export_plan(cfg, train_gpt.GPT(cfg))
-    return train_gpt.encode_artifact(cfg, state, plan)
+    return train_gpt.encode_artifact(cfg, train_gpt.quantised(cfg, state, plan))
 
 
 @functools.cache

@@ -57,6 +57,7 @@ from train_gpt import (
     export_plan,
     main,
     prune,
+    quantised,
     read_artifact,
     read_container,
     sizes_by_kind,
@@ -83,8 +84,9 @@ def product(tiny):
 @pytest.fixture
 def artifact(product, tmp_path):
     """A good artifact of the tiny configuration on disk."""
+    cfg, state, plan = product()
     path = tmp_path / "artifact.bin"
-    path.write_bytes(encode_artifact(*product()))
+    path.write_bytes(encode_artifact(cfg, quantised(cfg, state, plan)))
     return path
 
 
@@ -117,7 +119,7 @@ def test_an_artifact_is_always_compressed():
 def test_what_is_read_back_is_exactly_what_was_shipped(product, tmp_path, compressor, knobs):
     cfg, state, plan = product(compressor=compressor, **ALL_ON, **knobs)
     path = tmp_path / "a.bin"
-    path.write_bytes(encode_artifact(cfg, state, plan))
+    path.write_bytes(encode_artifact(cfg, quantised(cfg, state, plan)))
     found, weights = read_artifact(path)
     assert found == cfg.knobs("model", "eval") and weights.keys() == state.keys()
     for name, w in state.items():
@@ -129,9 +131,8 @@ def test_what_is_read_back_is_exactly_what_was_shipped(product, tmp_path, compre
 @pytest.mark.parametrize("compressor", CHOICES)
 def test_the_same_weights_give_the_same_bytes_whatever_their_order(product, compressor):
     cfg, state, plan = product(compressor=compressor)
-    assert encode_artifact(cfg, state, plan) == encode_artifact(
-        cfg, dict(reversed(state.items())), plan
-    )
+    parts = quantised(cfg, state, plan)
+    assert encode_artifact(cfg, parts) == encode_artifact(cfg, dict(reversed(parts.items())))
 
 
 @pytest.mark.parametrize("level", [1, 9])
@@ -139,8 +140,9 @@ def test_the_level_reaches_the_compressor_and_the_reader_needs_no_setting(produc
     sizes = {}
     for compressor in CHOICES:
         cfg, state, plan = product(compressor=compressor, compress_level=level)
-        (tmp_path / compressor).write_bytes(blob := encode_artifact(cfg, state, plan))
-        assert blob == encode_artifact(product(compressor=compressor)[0], state, plan, level)
+        parts = quantised(cfg, state, plan)
+        (tmp_path / compressor).write_bytes(blob := encode_artifact(cfg, parts))
+        assert blob == encode_artifact(product(compressor=compressor)[0], parts, level)
         sizes[compressor] = len(blob)
         assert read_artifact(tmp_path / compressor)[1].keys() == state.keys()
     assert len(set(sizes.values())) == len(CHOICES) == 4
@@ -351,20 +353,17 @@ def test_the_codes_entropy_and_their_share_of_the_artifact_are_reported(product,
             if isinstance(how, Grid)
         ]
     )
-    total = len(encode_artifact(cfg, state, plan))
-    found = code_size(cfg, state, plan, total)
-    floats = len(
-        encode_artifact(
-            cfg, {name: w for name, w in state.items() if not isinstance(plan[name], Grid)}, plan
-        )
-    )
+    parts = quantised(cfg, state, plan)
+    total = len(encode_artifact(cfg, parts))
+    found = code_size(cfg, parts, total)
+    floats = {name: parts[name] for name, how in plan.items() if not isinstance(how, Grid)}
     assert found == dict(
         compressor=compressor,
         weights=len(codes),
         order0_bytes=pytest.approx(order0_bytes(codes), abs=1),
-        stored_bytes=total - floats,
+        stored_bytes=total - len(encode_artifact(cfg, floats)),
     )
-    assert code_size(cfg, {}, plan, total) == {}
+    assert code_size(cfg, {}, total) == {}
 
 
 # ── Names that stay in fp16 ───────────────────────────────────────────────────────────────────────
@@ -476,7 +475,7 @@ def test_control_tensors_come_back_as_their_dtype_holds_them(product, tmp_path):
     for dtype, precision in (("fp16", torch.float16), ("fp32", torch.float32)):
         cfg, state, plan = product(control_dtype=dtype)
         path = tmp_path / dtype
-        path.write_bytes(encode_artifact(cfg, state, plan))
+        path.write_bytes(encode_artifact(cfg, quantised(cfg, state, plan)))
         sizes[dtype] = path.stat().st_size
         _, read = read_artifact(path)
         for name in ("skip_weights", "blocks.0.resid_mix", "blocks.1.attn.q_gain", "smear.gate"):
@@ -782,7 +781,7 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
     knobs = dict(compressor=compressor, quant_clip="amax", control_dtype="fp32")
     cfg, state, plan = product(**ALL_ON, **knobs)
     model = GPT(cfg)
-    groups = sizes_by_kind(cfg, model, state, plan)
+    groups = sizes_by_kind(cfg, model, state, quantised(cfg, state, plan))
     assert groups.keys() == {"mlp", "attn", "bigram", "embed", "control"}
     members = {kind: of_kind(state, kind) for kind in KINDS}
     members["control"] = state.keys() - set().union(*members.values())
@@ -813,9 +812,9 @@ def test_group_sizes_count_every_parameter_once_with_its_bytes_and_its_error(pro
 
 def test_group_sizes_follow_the_bits_of_each_kind_and_are_in_the_result(product, tiny):
     groups = {
-        bits: sizes_by_kind(cfg, GPT(cfg), *rest)
+        bits: sizes_by_kind(cfg, GPT(cfg), state, quantised(cfg, state, plan))
         for bits in (4, 6, 8, 16)
-        for cfg, *rest in [product(quant_bits_mlp=bits)]
+        for cfg, state, plan in [product(quant_bits_mlp=bits)]
     }
     sizes, errors = (
         [groups[bits]["mlp"][key] for bits in (4, 6, 8, 16)] for key in ("bytes", "rms_error")
@@ -940,11 +939,11 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
     """Each artifact of these weights is made once: every cap meets the same ones."""
     made_before = {}
 
-    def encode_once(coder, state, plan, **options) -> bytes:
-        zeros = sum(int((w == 0).sum()) for w in state.values())
+    def encode_once(coder, parts, **options) -> bytes:
+        zeros = sum(int((part == 0).sum()) for tensor in parts.values() for part in tensor.values())
         key = (coder.compressor, coder.compress_level, zeros)
         if key not in made_before:
-            made_before[key] = encode_artifact(coder, state, plan, **options)
+            made_before[key] = encode_artifact(coder, parts, **options)
         return made_before[key]
 
     monkeypatch.setattr(train_gpt, "encode_artifact", encode_once)
@@ -953,7 +952,7 @@ def test_fit_to_cap_takes_the_first_step_of_half_a_percent_that_fits(
     code, steps = len(train_gpt.shipped_code(cfg)), round((0.9 - start) / 0.005)
 
     def size(coder, share: float) -> int:
-        return code + len(encode_once(coder, prune(cfg, state, share), plan))
+        return code + len(encode_once(coder, quantised(cfg, prune(cfg, state, share), plan)))
 
     ans = dataclasses.replace(cfg, compressor="ans", compress_level=-1)
     smaller = cfg if compressor == "ans" else min(cfg, ans, key=lambda coder: size(coder, start))
@@ -991,7 +990,7 @@ def test_only_rank_0_prunes_and_packs(product, monkeypatch):
     cfg, state, plan = product(prune_pct=0.5)
     run = Run(cfg)
     run.rank = 1
-    for name in ("prune", "encode_artifact", "shipped_code"):
+    for name in ("prune", "quantised", "encode_artifact", "shipped_code"):
         monkeypatch.setattr(train_gpt, name, never)
     assert export(cfg, run, state, plan).blob == b""
 

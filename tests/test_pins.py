@@ -29,7 +29,7 @@ import zstandard
 from conftest import write_shard
 from launch import finish
 
-from train_gpt import GPT, Config, encode_artifact, export_plan, main, read_artifact
+from train_gpt import GPT, Config, encode_artifact, export_plan, main, quantised, read_artifact
 
 FILE = Path(__file__).parent / "golden" / "pins.json"
 WRITE = os.environ.get("WRITE_PINS") == "1"
@@ -296,7 +296,7 @@ def fixed_artifact(monkeypatch, grid: str, compressor: str) -> bytes:
     for name, p in sorted(model.named_parameters()):
         rows = np.exp(random.standard_normal((len(p), 1))) if p.ndim == 2 else 1.0
         state[name] = torch.tensor(0.1 * rows * random.standard_normal(p.shape)).to(torch.float32)
-    return encode_artifact(cfg, state, export_plan(cfg, model))
+    return encode_artifact(cfg, quantised(cfg, state, export_plan(cfg, model)))
 
 
 @pytest.mark.parametrize("compressor", ["zlib", "zstd", "lzma", "ans"])

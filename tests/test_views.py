@@ -27,6 +27,7 @@ from train_gpt import (
     build_model,
     encode_artifact,
     export_plan,
+    quantised,
     read_artifact,
     sdpa,
 )
@@ -201,15 +202,15 @@ def test_forward_sees_what_the_artifact_will_hold(bench, tmp_path, bits, clip, c
         quant_scale_floor=floor,
     )
     b = bench(**ALL, **grid, qat_enabled=True, keep_float_max_numel=0)
-    (tmp_path / "a").write_bytes(encode_artifact(b.cfg, b.latent, b.plan))
-    shipped, seen, quantised = (
+    (tmp_path / "a").write_bytes(encode_artifact(b.cfg, quantised(b.cfg, b.latent, b.plan)))
+    shipped, seen, rounded = (
         read_artifact(tmp_path / "a")[1],
         b.seen(qat=True),
         BLOCK_LINEARS | SMALL_LINEARS | TABLES,
     )
-    assert changed(b, seen) == quantised and shipped.keys() == seen.keys()
+    assert changed(b, seen) == rounded and shipped.keys() == seen.keys()
     for name in shipped:
-        assert torch.equal(seen[name], shipped[name] if name in quantised else b.latent[name]), name
+        assert torch.equal(seen[name], shipped[name] if name in rounded else b.latent[name]), name
 
 
 def test_different_bits_per_kind_reach_their_tensors(bench):
