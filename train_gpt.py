@@ -195,7 +195,8 @@ class Knob:
     choices: tuple = ()
     # A toggle that makes the training depend on the quantisation grid
     on_grid: bool = False
-    # What it can do nothing without: other knobs, joined by "or", each perhaps behind "not"
+    # What it can do nothing without: other knobs, joined by "or", each perhaps behind "not" or with
+    # the value that it must have, as ttt_mode=sgd
     needs: str = ""
     # Values at which it gives the knobs that need it nothing to do
     off: tuple = (0, "none")
@@ -220,6 +221,7 @@ FLOATS = ("fp16", "fp32")
 MATRIX = ("muon", "adam")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
+TTT = ("none", "sgd", "lora")
 LOADERS = ("rows", "documents", "shuffled", "coprime")
 READS = "rows in order / packed documents / rows at random / in coprime strides"
 
@@ -306,6 +308,23 @@ def row_stages(text: str) -> list[tuple[int, float]]:
     refuse(len(stages) < 2, f"{told}: one length grows into none; set TRAIN_SEQ_LEN={lengths[-1]}")
     refuse(ends[-1] != 1, f"{told}: its last share must be 1, the end of the run")
     return stages
+
+
+def short_document_chunks(text: str) -> list[tuple[int, int]]:
+    """[(most tokens of a document, tokens of its chunks)], shortest first, of a
+    TTT_SHORT_SCORE_FIRST_STEPS.
+    """
+    steps = []
+    for step in filter(None, text.split(",")):
+        longest, _, chunk = step.strip().partition(":")
+        try:
+            steps.append((int(longest), int(chunk)))
+        except ValueError:
+            told = f"TTT_SHORT_SCORE_FIRST_STEPS={text}: {step}"
+            raise Refusal(f"{told}: write LENGTH:CHUNK, as 256:8,2000:24") from None
+    broken = any(number < 1 for step in steps for number in step)
+    refuse(broken, f"TTT_SHORT_SCORE_FIRST_STEPS={text}: lengths and chunks must be 1 or more")
+    return sorted(steps)
 
 
 def rule(check: Callable[..., None]) -> staticmethod:
@@ -734,8 +753,8 @@ class Config:
         refuse(eval_stride > window, f"EVAL_STRIDE={eval_stride}: {remedy}")
 
     # Test-time training
-    ttt_knob = partial(eval_knob, needs="ttt_mode")
-    ttt_mode: str = eval_knob("none", "", "score-first test-time training", choices=("none", "sgd"))
+    ttt_knob = partial(eval_knob, needs="ttt_mode=sgd")
+    ttt_mode: str = eval_knob("none", "", "train while scoring: weights / adapters", choices=TTT)
     ttt_lr: float = ttt_knob(0.002, "", "SGD, cosine over chunks", lo=0)
     ttt_epochs: int = ttt_knob(3, "", "passes over a chunk once it is scored", lo=1)
     ttt_chunk_tokens: int = ttt_knob(32768, "tokens", "scored, then trained on", lo=1)
@@ -746,8 +765,58 @@ class Config:
     def windows_fill_a_chunk(ttt_mode, ttt_chunk_tokens, eval_seq_len, train_seq_len):
         window = eval_seq_len or train_seq_len
         remedy = f"is no multiple of the window of {window} tokens"
-        broken = ttt_mode != "none" and ttt_chunk_tokens % window
+        broken = ttt_mode == "sgd" and ttt_chunk_tokens % window
         refuse(broken, f"TTT_CHUNK_TOKENS={ttt_chunk_tokens}: {remedy}")
+
+    # Test-time training of adapters, and of all weights between its batches
+    lora_knob = partial(eval_knob, needs="ttt_mode=lora")
+    phase_knob = partial(eval_knob, needs="phased_ttt_enabled")
+    ttt_batch_size: int = lora_knob(64, "documents", "alike in length, over all ranks", lo=1)
+    ttt_chunk_size: int = lora_knob(48, "tokens", "of a document: scored, then learned", lo=1)
+    ttt_short_score_first_steps: str = lora_knob("", "csv", "for short documents: 256:8,2000:24")
+    ttt_q_lora: bool = lora_knob(True, "", "adapters of the queries")
+    ttt_k_lora: bool = lora_knob(True, "", "adapters of the keys")
+    ttt_v_lora: bool = lora_knob(True, "", "adapters of the values")
+    ttt_o_lora: bool = lora_knob(True, "", "adapters beside attention")
+    ttt_mlp_lora: bool = lora_knob(True, "", "adapters beside the MLPs")
+    ttt_lora_rank: int = lora_knob(96, "", "columns of A and B", lo=1)
+    ttt_lora_alpha: float = lora_knob(144.0, "", "they count alpha / rank times; 0: once", lo=0)
+    ttt_warm_start_a: bool = lora_knob(True, "", "a batch goes on with the A of the one before")
+    ttt_lora_lr: float = lora_knob(1e-4, "", "AdamW, one step after each chunk", lo=0)
+    ttt_beta1: float = lora_knob(0.0, "", "AdamW", lo=0, hi=0.9999)
+    ttt_beta2: float = lora_knob(0.999, "", "AdamW", lo=0, hi=0.9999)
+    ttt_weight_decay: float = lora_knob(1.0, "", "AdamW, also of adapters at rest", lo=0)
+    phased_ttt_enabled: bool = lora_knob(False, "", "SGD of all weights on what is scored")
+    phased_ttt_prefix_docs: int = phase_knob(2000, "documents", "that it learns at most", lo=1)
+    phased_ttt_num_phases: int = phase_knob(1, "", "each on all that is scored by then", lo=1)
+    global_ttt_lr: float = phase_knob(0.001, "", "SGD, cosine over chunks", lo=0)
+    global_ttt_momentum: float = phase_knob(0.9, "", "SGD", lo=0, hi=0.9999)
+    global_ttt_epochs: int = phase_knob(1, "", "passes over a chunk", lo=1)
+    global_ttt_chunk_tokens: int = phase_knob(32768, "tokens", "of one lr; the last rests", lo=1)
+    global_ttt_batch_seqs: int = phase_knob(32, "windows", "per SGD step", lo=1)
+    global_ttt_grad_clip: float = phase_knob(1.0, "", "of the gradient's norm; 0: off", lo=0)
+
+    @rule
+    def a_window_holds_a_chunk(
+        ttt_mode, ttt_chunk_size, ttt_short_score_first_steps, eval_seq_len, train_seq_len
+    ):
+        if ttt_mode != "lora":
+            return
+        window = eval_seq_len or train_seq_len
+        remedy = f"must not exceed the window of {window} tokens"
+        refuse(ttt_chunk_size > window, f"TTT_CHUNK_SIZE={ttt_chunk_size}: {remedy}")
+        for _, chunk in short_document_chunks(ttt_short_score_first_steps):
+            told = f"TTT_SHORT_SCORE_FIRST_STEPS={ttt_short_score_first_steps}"
+            refuse(chunk > window, f"{told}: {chunk} {remedy}")
+
+    @rule
+    def a_global_chunk_holds_a_window(
+        ttt_mode, phased_ttt_enabled, global_ttt_chunk_tokens, eval_seq_len, train_seq_len
+    ):
+        window = eval_seq_len or train_seq_len
+        broken = ttt_mode == "lora" and phased_ttt_enabled and global_ttt_chunk_tokens < window
+        told = f"GLOBAL_TTT_CHUNK_TOKENS={global_ttt_chunk_tokens}"
+        refuse(broken, f"{told}: holds no window of {window} tokens; raise it")
 
     # No knobs: the names that this launch set, and whether the rest is complete. It is not
     # while a checkpoint or an artifact that is still to be read has a say; rules wait for it.
@@ -836,15 +905,17 @@ class Config:
         wants = [want.split() for want in f.metadata["needs"].split(" or ") if want]
         if not wants or any(self.holds(want, idle) for want in wants):
             return ""
-        names = [want[-1] for want in wants]
+        names = [want[-1].partition("=")[0] for want in wants]
         reasons = [idle.get(name) or setting(name, getattr(self, name)) for name in names]
         return " ".join(dict.fromkeys(reasons))
 
     def holds(self, want: list[str], idle: dict[str, str]) -> bool:
-        """Whether [a knob] is on, or ["not", a knob] is off."""
-        name = want[-1]
+        """Whether [a knob] is on, or ["not", a knob] is off, or [knob=value] so."""
+        name, _, value = want[-1].partition("=")
         off = BY_NAME[name.upper()].metadata["off"]
         on = getattr(self, name) not in off and name not in idle
+        if value:
+            on = on and str(getattr(self, name)) == value
         return on == (len(want) == 1)
 
     def differing(self, values: dict) -> list[str]:
@@ -1930,6 +2001,8 @@ def step_shape(cfg: Config, run: Run, length: int) -> StepShape:
 def longest_row(cfg: Config, run: Run) -> int:
     """Tokens of the longest row that training and scoring give the model."""
     longest = max(cfg.train_seq_len, cfg.window)
+    if cfg.ttt_mode == "lora" and cfg.phased_ttt_enabled and cfg.doc_mask:
+        longest = max(longest, global_step_windows(cfg) * cfg.window)
     if cfg.loader == "documents" and not cfg.eval_only:
         longest = max(longest, step_shape(cfg, run, cfg.train_seq_len).length)
     return longest
@@ -3338,6 +3411,23 @@ def choose_attention(cfg: Config, run: Run) -> Attend:
     return found[run.attention]
 
 
+class Adapter(NamedTuple):
+    """A low-rank addition to a projection, another one for each row of the batch.
+
+    In the arguments of GPT.forward `visits` come first; a block gets those of its visit.
+    """
+
+    a: Tensor  # (batch, rank, columns)
+    b: Tensor  # (batch, rows, rank)
+
+
+def adapted(y: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
+    """y (batch, time, rows) with what its adapter makes of x (batch, time, columns); None: y."""
+    if adapter is None:
+        return y
+    return y + x @ adapter.a.mT.to(x.dtype) @ adapter.b.mT.to(x.dtype)
+
+
 class Context(NamedTuple):
     """What every block reads beside the stream."""
 
@@ -3345,6 +3435,7 @@ class Context(NamedTuple):
     cos: Tensor  # of the rotary angles, (longest row, 1, dims)
     sin: Tensor
     value_bias: dict[int, Tensor]  # block -> (batch, time, kv_dim), added to its V
+    adapters: dict[str, Adapter]  # of this visit: of q, k, v, o and mlp those that there are
     documents: Any = None  # what the attention kernel reads of them; None: no masks
 
 
@@ -3380,13 +3471,14 @@ class Attention(nn.Module):
         self.finish.append(gate)
 
     def forward(self, x: Tensor, seen: Context) -> Tensor:
-        v = self.c_v(x)
+        adapters = seen.adapters
+        v = adapted(self.c_v(x), x, adapters.get("v"))
         if self.layer in seen.value_bias:
             v = v + seen.value_bias[self.layer]
 
         # (batch, time, heads, head_dim): the layout of FlashAttention
-        q = self.c_q(x).unflatten(2, (-1, self.head_dim))
-        k = self.c_k(x).unflatten(2, (-1, self.head_dim))
+        q = adapted(self.c_q(x), x, adapters.get("q")).unflatten(2, (-1, self.head_dim))
+        k = adapted(self.c_k(x), x, adapters.get("k")).unflatten(2, (-1, self.head_dim))
         v = v.unflatten(2, (-1, self.head_dim))
 
         q = apply_rotary(rms_norm(q), seen.cos, seen.sin) * self.q_gain.to(x.dtype)[:, None]
@@ -3394,7 +3486,8 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, seen.documents)
         for part in self.finish:
             y = part(y, v, x)
-        return self.proj(y.flatten(2))
+        # the adapter beside an output projection reads what enters its part, as in #1530
+        return adapted(self.proj(y.flatten(2)), x, adapters.get("o"))
 
 
 @technique("NEGATIVE_SLOPE")
@@ -3455,7 +3548,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seen: Context) -> Tensor:
         x = self.mixed(x, seen)
         x = x + self.attention_update(x, seen)
-        return x + self.mlp_update(x)
+        return x + self.mlp_update(x, seen)
 
     def mixed(self, x: Tensor, seen: Context) -> Tensor:
         """The stream with the input embedding mixed in."""
@@ -3466,9 +3559,11 @@ class Block(nn.Module):
         """What attention adds to the stream."""
         return self.attn_scale.to(x.dtype) * self.attn(self.norm(x), seen)
 
-    def mlp_update(self, x: Tensor) -> Tensor:
+    def mlp_update(self, x: Tensor, seen: Context) -> Tensor:
         """What the MLP adds to the stream."""
-        return self.mlp_scale.to(x.dtype) * self.mlp(self.norm(x))
+        normed = self.norm(x)
+        update = adapted(self.mlp(normed), normed, seen.adapters.get("mlp"))
+        return self.mlp_scale.to(x.dtype) * update
 
 
 # Techniques around the blocks: their order, what decoders take back, the streams, the logits
@@ -3511,12 +3606,13 @@ class SkipGates(nn.Module):
         return torch.lerp(skip, x, torch.sigmoid(self.gate[visit]).to(x.dtype))
 
 
-def one_lane(x: Tensor, blocks: list[Block], take_back: Callable, seen: Context) -> Tensor:
+def one_lane(x: Tensor, visits: list[tuple[Block, Context]], take_back: Callable) -> Tensor:
     """The decoders: the stream (batch, time, model_dim) behind all of them.
 
+    visits: each block with what it reads beside the stream.
     take_back: (stream, visit) -> the stream with what an encoder kept, if this visit has any.
     """
-    for visit, block in enumerate(blocks):
+    for visit, (block, seen) in enumerate(visits):
         x = block(take_back(x, visit), seen)
     return x
 
@@ -3543,10 +3639,12 @@ class Lanes(nn.Module):
         self.post = parameter(torch.ones(cfg.num_layers, 2, 2), CONTROL)
         self.residual = parameter(torch.full((cfg.num_layers, 2), 1.1), CONTROL)
 
-    def forward(self, x: Tensor, blocks: list[Block], take_back: Callable, seen: Context) -> Tensor:
+    def forward(
+        self, x: Tensor, visits: list[tuple[Block, Context]], take_back: Callable
+    ) -> Tensor:
         """As one_lane. The stream is lane a; lane b is the MLPs' own, from `start` on."""
         b = None
-        for visit, block in enumerate(blocks):
+        for visit, (block, seen) in enumerate(visits):
             if block.layer == self.start:
                 b = x
             x = take_back(x, visit)
@@ -3563,7 +3661,7 @@ class Lanes(nn.Module):
         residual = self.residual[block.layer].to(a.dtype)
         post = self.post[block.layer].to(a.dtype)
         attention = block.attention_update(block.mixed(a, seen), seen)
-        mlp = block.mlp_update(b)
+        mlp = block.mlp_update(b, seen)
         return (
             residual[0] * a + post[0, 0] * attention + post[1, 0] * mlp,
             residual[1] * b + post[0, 1] * attention + post[1, 1] * mlp,
@@ -3594,6 +3692,19 @@ class TwoSoftcaps(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return softcap(z, self.middle + torch.where(z > 0, self.positive, self.negative))
+
+
+def with_adapters(
+    visits: list[tuple[Block, Context]], adapters: dict[str, Adapter]
+) -> list[tuple[Block, Context]]:
+    """The visits, each with its own adapters; that of the head belongs to none."""
+    each = {name: [pair.a.unbind(), pair.b.unbind()] for name, pair in adapters.items()}
+    del each["head"]
+    found = []
+    for visit, (block, seen) in enumerate(visits):
+        own = {name: Adapter(a[visit], b[visit]) for name, (a, b) in each.items()}
+        found.append((block, seen._replace(adapters=own)))
+    return found
 
 
 class GPT(nn.Module):
@@ -3677,7 +3788,7 @@ class GPT(nn.Module):
         half = len(visits) // 2
         return visits[:half], visits[half:]
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, adapters: dict[str, Adapter] | None = None) -> Tensor:
         """Ids (batch, time) -> (batch, time, model_dim): the only forward path."""
         x = F.embedding(ids, self.tok_emb).to(self.dtype)
         for part in self.entry:
@@ -3688,12 +3799,15 @@ class GPT(nn.Module):
         documents = None
         if self.prepare_documents:
             documents = self.prepare_documents(document_pieces(ids, self.longest_piece), self.dtype)
-        seen = Context(x, self.cos, self.sin, value_bias, documents)
+        seen = Context(x, self.cos, self.sin, value_bias, {}, documents)
 
         encoder, decoder = self.order(self.loops)
+        visits = [(self.blocks[layer], seen) for layer in encoder + decoder]
+        if adapters:
+            visits = with_adapters(visits, adapters)
         skips = []
-        for layer in encoder:
-            x = self.blocks[layer](x, seen)
+        for block, seen in visits[: len(encoder)]:
+            x = block(x, seen)
             skips.append(x)
 
         skip_weights = self.skip_weights.to(self.dtype)
@@ -3703,20 +3817,29 @@ class GPT(nn.Module):
                 return x
             return self.skip(x, skip_weights[visit] * skips.pop(), visit)
 
-        x = self.lanes(x, [self.blocks[layer] for layer in decoder], take_back, seen)
+        x = self.lanes(x, visits[len(encoder) :], take_back)
         return rms_norm(x)
 
-    def forward(self, ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        adapters: dict[str, Adapter] | None = None,
+    ) -> Tensor:
         """Nats of each target, fp32, of the shape of `targets`.
 
         ids (batch, time). positions (batch, slots): where logits are computed, for targets
-        (batch, slots); None: everywhere, for targets (batch, time).
+        (batch, slots); None: everywhere, for targets (batch, time). adapters: only while they are
+        trained; those of the blocks with one more dimension in front, that of the visits.
         """
-        h = self.hidden(ids)
+        h = self.hidden(ids, adapters)
         if positions is not None:
             h = h.take_along_dim(positions[..., None], dim=1)
-        logits = F.linear(h, self.tok_emb.to(h.dtype)).float()
-        logits = self.softcap(logits)
+        logits = F.linear(h, self.tok_emb.to(h.dtype))
+        if adapters:
+            logits = adapted(logits, h, adapters["head"])
+        logits = self.softcap(logits.float())
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return nats.view(targets.shape)
 
@@ -6212,6 +6335,7 @@ class Score(NamedTuple):
     """Sums over all targets: bits per byte of text, nats per target, and what was counted.
 
     blocks: nats of each of BLOCKS stretches of the text, by which two scores are compared.
+    acted: whether a way of scoring did what makes it another than plain scoring.
     """
 
     bpb: float
@@ -6220,11 +6344,12 @@ class Score(NamedTuple):
     bytes: int
     seconds: float = 0.0  # of its phase: the row of the ledger
     blocks: tuple[float, ...] = ()
+    acted: bool = True
 
     def figures(self) -> dict:
         """For result.json."""
         figures = self._asdict()
-        del figures["blocks"]
+        del figures["blocks"], figures["acted"]
         return figures
 
 
@@ -6317,13 +6442,14 @@ class ScoreSheet:
     def batches(self, rows: np.ndarray) -> Iterator[tuple[Tensor, int, int | None]]:
         """This rank's (windows (batch, 3) on the device, tokens per window, logits or None: all).
 
-        Windows of one shape go together; the batches are dealt to the ranks in turn. A compiled
+        Windows of one shape go together, the longest first; the batches are dealt to the ranks in
+        turn, so that each has as much of each length. A compiled
         forward pass gets full batches only: windows with first = end, which score nothing, fill up.
         """
         size, world, rank = self.cfg.eval_batch_seqs, self.run.world, self.run.rank
         shapes = self.shapes(rows)
         turn = 0
-        for tokens, slots in np.unique(shapes, axis=0).tolist():
+        for tokens, slots in np.unique(shapes, axis=0)[::-1].tolist():
             alike = rows[(shapes == (tokens, slots)).all(axis=1)]
             filled = self.filled + len(alike)
             if self.run.compile:
@@ -6341,31 +6467,40 @@ class ScoreSheet:
         if turn % world > rank:
             yield own
 
-    @torch.no_grad()
-    def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
-        """Scores these windows: forward(ids, targets, positions) -> nats, as in GPT.forward.
+    def read(
+        self, batch: Tensor, tokens: int, slots: int | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+        """((ids, targets, positions) of these windows, for GPT.forward; where their nats belong).
 
         Behind a window's end stands one token again and again, which is no BOS: that would be a
         document each time. Attention is causal, so that changes nothing before it, and what is
         computed there goes to the extra slot.
         """
         val = self.val.tokens
-        device = self.run.device
-        for batch, tokens, slots in self.batches(rows):
-            start, end, first = batch.split(1, dim=1)  # (batch, 1) each
-            read = start + torch.arange(tokens, device=device)  # (batch, tokens)
-            ids = val[read.minimum(end - 1)].long().where(read < end, BOS - 1)
-            target = first + torch.arange(slots or tokens, device=device)  # (batch, slots)
-            inside = target.minimum(end - 1)
-            positions = inside - start if slots else None
-            nats = forward(ids, val[inside + 1].long(), positions)
+        start, end, first = batch.split(1, dim=1)  # (batch, 1) each
+        read = start + torch.arange(tokens, device=val.device)  # (batch, tokens)
+        ids = val[read.minimum(end - 1)].long().where(read < end, BOS - 1)
+        target = first + torch.arange(slots or tokens, device=val.device)  # (batch, slots)
+        inside = target.minimum(end - 1)
+        positions = inside - start if slots else None
+        place = torch.where(target < end, target, self.n)
+        return (ids, val[inside + 1].long(), positions), place
 
-            slot = torch.where(target < end, target, self.n)
-            self.run.tick()
-            self.nats[slot] = nats
-            self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
-            left = (time.monotonic() - self.began) * (self.windows / self.filled - 1)
-            self.run.at_work(f"{self.filled:,} of {self.windows:,} windows, {left:.0f} s left")
+    @torch.no_grad()
+    def write(self, place: Tensor, nats: Tensor) -> None:
+        """Writes nats where they belong, and counts them: every score passes here."""
+        self.run.tick()
+        self.nats[place] = nats
+        self.hits.index_add_(0, place.flatten(), torch.ones_like(nats.flatten()))
+        left = (time.monotonic() - self.began) * (self.windows / self.filled - 1)
+        self.run.at_work(f"{self.filled:,} of {self.windows:,} windows, {left:.0f} s left")
+
+    @torch.no_grad()
+    def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
+        """Scores these windows: forward(ids, targets, positions) -> nats, as in GPT.forward."""
+        for batch, tokens, slots in self.batches(rows):
+            arguments, place = self.read(batch, tokens, slots)
+            self.write(place, forward(*arguments))
         return self
 
     def total(self) -> Score:
@@ -6408,15 +6543,19 @@ class ScoringWay(NamedTuple):
 SCORING_WAYS: dict[str, ScoringWay] = {}
 
 
-def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
-    """The targets of windows(0, val.n, ...), none with context from before its document.
+def document_spans(val: Validation) -> np.ndarray:
+    """(n, 2): the targets [low, high) of each document, in the order of the text.
 
     The last target of a document is the BOS of the next one.
     """
     starts = np.flatnonzero(val.tokens[: val.n].cpu().numpy() == BOS)
     edges = np.unique([0, *starts, val.n])
-    parts = [windows(a, b, length, stride) for a, b in itertools.pairwise(edges)]
-    return np.concatenate(parts)
+    return np.stack((edges[:-1], edges[1:]), axis=1)
+
+
+def document_windows(val: Validation, length: int, stride: int) -> np.ndarray:
+    """The targets of windows(0, val.n, ...), none with context from before its document."""
+    return np.concatenate([windows(a, b, length, stride) for a, b in document_spans(val)])
 
 
 def score_documents(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
@@ -6433,13 +6572,13 @@ def score_documents(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
 SCORING_WAYS["documents"] = ScoringWay("DOC_ISOLATED_EVAL", score_documents)
 
 
-def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
-    """Test-time training: each chunk of the validation text is scored, then learned from.
+def train_on_stream(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
+    """Test-time training of the weights: each chunk of the text is scored, then learned from.
 
     What:   SGD (momentum 0.9, clip 1, cosine over the chunks) on TTT_CHUNK_TOKENS tokens at a
             time, TTT_EPOCHS passes, all but the first TTT_FREEZE_BLOCKS blocks.
     Why:    later text resembles the text before it.
-    Source: #549, #975; toggle TTT_MODE.
+    Source: #549, #975; toggle TTT_MODE=sgd.
     Care:   score first: a target is never learned before it is scored (#568, #677). A rank without
             rows takes part in every step all the same, or the others wait for ever (#975).
             The model is changed, so it must be scored otherwise before; and not compiled.
@@ -6479,6 +6618,375 @@ def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]
     targets = tokens[1:].view(-1, cfg.window).split(cfg.ttt_batch_seqs)
     for _ in range(cfg.ttt_epochs):
         yield from zip(ids, targets, strict=True)
+
+
+# TTT_MODE=lora. The documents, in the order of their lengths; batches of neighbours, the one with
+# the longest first. Document i of a batch has the i-th set of adapters, on rank i modulo the ranks:
+# so the score is the same on any number of them, and no rank waits for another but at a phase.
+
+# Part of the model -> the knob that gives it adapters; the head has them always
+ADAPTED = {
+    "q": "ttt_q_lora",
+    "k": "ttt_k_lora",
+    "v": "ttt_v_lora",
+    "o": "ttt_o_lora",
+    "mlp": "ttt_mlp_lora",
+}
+# AdamW's, of the adapters
+ADAPTER_EPS = 1e-10
+
+
+class Adapters:
+    """The sets of adapters of this rank, and what trains them.
+
+    pairs: part -> Adapter; a (visits, sets, rank, columns), b (visits, sets, rows, rank). The head
+    has one visit. fresh: whether the next batch begins with another A.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT):
+        self.run = run
+        self.sets = cfg.ttt_batch_size
+        self.own = slice(run.rank, self.sets, run.world)
+        self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
+        self.random = torch.Generator(run.device).manual_seed(cfg.seed)
+        self.fresh = True
+        self.pairs = {}
+        own = len(range(self.sets)[self.own])
+        for part, (visits, rows) in adapted_parts(cfg, model).items():
+            a = torch.zeros(visits, own, cfg.ttt_lora_rank, cfg.model_dim, device=run.device)
+            b = torch.zeros(visits, own, rows, cfg.ttt_lora_rank, device=run.device)
+            self.pairs[part] = Adapter(a.requires_grad_(), b.requires_grad_())
+        self.optimiser = torch.optim.AdamW(
+            [tensor for pair in self.pairs.values() for tensor in pair],
+            lr=cfg.ttt_lora_lr,
+            betas=(cfg.ttt_beta1, cfg.ttt_beta2),
+            eps=ADAPTER_EPS,
+            weight_decay=cfg.ttt_weight_decay,
+            fused=run.cuda,
+        )
+        # behind each batch, of B: sum of squares and entries
+        self.moved = torch.zeros(2, dtype=torch.double, device=run.device)
+
+    def draw(self, part: str, shape: Sequence[int]) -> Tensor:
+        """A for the sets of all ranks: uniform in +-1 / sqrt(columns)."""
+        numbers = torch.rand(shape, generator=self.random, device=self.run.device)
+        return (2 * numbers - 1) / math.sqrt(shape[-1])
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """For the next batch: B = 0, the optimiser knows nothing, A as `fresh` says."""
+        self.optimiser.state.clear()
+        for part, pair in self.pairs.items():
+            pair.b.zero_()
+            if self.fresh:
+                visits, _, *matrix = pair.a.shape
+                pair.a.copy_(self.draw(part, (visits, self.sets, *matrix))[:, self.own])
+
+    def of_first(self, documents: int) -> dict[str, Adapter]:
+        """The first sets, so many, as GPT.forward takes them."""
+        found = {}
+        for part, (a, b) in self.pairs.items():
+            found[part] = Adapter(a[:, :documents], self.scale * b[:, :documents])
+        a, b = found["head"]
+        found["head"] = Adapter(a[0], b[0])
+        return found
+
+    @torch.no_grad()
+    def count_moves(self, documents: int) -> None:
+        """Adds what the first sets have learned to `moved`."""
+        for pair in self.pairs.values():
+            b = pair.b[:, :documents]
+            self.moved[0] += b.double().square().sum()
+            self.moved[1] += b.numel()
+
+    def root_mean_square(self) -> float:
+        """Of all B of all batches, when they had learned all."""
+        if self.run.world > 1:
+            dist.all_reduce(self.moved)
+        squares, entries = self.moved.tolist()
+        return math.sqrt(squares / entries)
+
+
+def adapted_parts(cfg: Config, model: GPT) -> dict[str, tuple[int, int]]:
+    """Part -> (visits with an adapter, rows of its B)."""
+    attention = model.blocks[0].attn
+    rows = dict.fromkeys(ADAPTED, cfg.model_dim)
+    rows["k"] = rows["v"] = len(attention.c_k.weight)
+    encoder, decoder = model.order(model.loops)
+    visits = len(encoder) + len(decoder)
+    parts = {part: (visits, rows[part]) for part, name in ADAPTED.items() if getattr(cfg, name)}
+    return parts | {"head": (1, cfg.vocab_size)}
+
+
+class DocumentBatch(NamedTuple):
+    """Documents that are scored together, chunk by chunk."""
+
+    spans: np.ndarray  # (documents, 2): their targets [low, high), the shortest document first
+    chunk: int  # tokens
+
+    @property
+    def chunks(self) -> np.ndarray:
+        """How many each document has."""
+        lengths = self.spans[:, 1] - self.spans[:, 0]
+        return -(-lengths // self.chunk)
+
+
+def document_batches(cfg: Config, val: Validation) -> list[DocumentBatch]:
+    """Documents of alike length together, the longest first, so that the end waits for short ones.
+
+    Only the first batch may have fewer than TTT_BATCH_SIZE.
+    """
+    spans = document_spans(val)
+    lengths = spans[:, 1] - spans[:, 0]
+    spans = spans[np.argsort(lengths, kind="stable")]
+    size = cfg.ttt_batch_size
+    batches = []
+    for start in range(0, len(spans), size):
+        some = spans[start : start + size]
+        longest = int(some[-1, 1] - some[-1, 0])
+        batches.append((longest, DocumentBatch(some, chunk_size(cfg, longest))))
+    batches.sort(key=lambda pair: -pair[0])
+    return [batch for _, batch in batches]
+
+
+def chunk_size(cfg: Config, longest: int) -> int:
+    """Tokens of a chunk in a batch whose longest document has so many targets.
+
+    What:   TTT_SHORT_SCORE_FIRST_STEPS=LENGTH:CHUNK,...: the CHUNK of the first LENGTH that holds
+            them all; else TTT_CHUNK_SIZE.
+    Why:    a document of one chunk is over before it has taught anything.
+    Source: #2014.
+    Care:   LENGTH counts tokens: a document has one more than targets.
+    """
+    for most, chunk in short_document_chunks(cfg.ttt_short_score_first_steps):
+        if longest < most:
+            return chunk
+    return cfg.ttt_chunk_size
+
+
+class DocumentLearner:
+    """Scores documents chunk by chunk, each with adapters that have learned its chunks before.
+
+    What:   every projection gets a low-rank addition, another one for each document: the targets of
+            a chunk are scored, then their mean nats are the loss of one step of AdamW. A window
+            ends where its chunk ends, and reads up to EVAL_SEQ_LEN tokens of its document.
+    Why:    a document goes on as it began.
+    Source: #1530; alpha, and A that stays warm: #1767; toggle TTT_MODE=lora.
+    Care:   score first: one forward pass gives both the score and the gradient. The adapters beside
+            the outputs read what enters their part. Sets of documents that are over decay on.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, forward: Callable, sheet: ScoreSheet):
+        self.cfg = cfg
+        self.run = run
+        self.forward = forward
+        self.sheet = sheet
+        self.adapters = Adapters(cfg, run, model)
+        self.steps = 0
+
+    def work_through(self, batch: DocumentBatch) -> None:
+        """Scores the documents of a batch that are this rank's."""
+        adapters = self.adapters
+        full = len(batch.spans) == adapters.sets
+        adapters.fresh |= not (full and self.cfg.ttt_warm_start_a)
+        adapters.reset()
+        # as if a batch with fewer documents had had sets of its own
+        adapters.fresh = not full
+
+        turns = int(batch.chunks.max())
+        self.steps += turns - 1
+        own = batch._replace(spans=batch.spans[adapters.own])
+        for turn in range(turns if len(own.spans) else 0):
+            self.sheet.filled += int((batch.chunks > turn).sum())
+            nats, weight = self.score(own, turn)
+            if turn + 1 < turns:
+                adapters.optimiser.zero_grad()
+                (nats[:, : batch.chunk].sum(1) * weight).sum().backward()
+                adapters.optimiser.step()
+        adapters.count_moves(len(own.spans))
+
+    def score(self, batch: DocumentBatch, turn: int) -> tuple[Tensor, Tensor]:
+        """Scores one chunk of each document that has so many, on this rank.
+
+        (nats (rows, slots), the weight of each row's sum in the loss (rows,): 1 / chunk of those
+        documents that go on behind it.)
+        """
+        low, high = torch.from_numpy(batch.spans).to(self.run.device).unbind(1)
+        first = (low + turn * batch.chunk).minimum(high)
+        end = (first + batch.chunk).minimum(high)
+        start = (end - self.cfg.window).maximum(low)
+        rows, tokens, slots = self.shape(batch, turn)
+        idle = rows - len(batch.spans)
+        windows = torch.stack((start, end, first), dim=1)
+        windows = torch.cat((windows, windows[:1, [0, 1, 1]].expand(idle, 3)))
+
+        arguments, place = self.sheet.read(windows, tokens, slots)
+        nats = self.forward(*arguments, self.adapters.of_first(rows))
+        self.sheet.write(place, nats.detach())
+        return nats, F.pad((end < high) / batch.chunk, (0, idle))
+
+    def shape(self, batch: DocumentBatch, turn: int) -> tuple[int, int, int]:
+        """(rows, tokens, slots) of a forward pass: few such shapes where each would compile."""
+        window = self.cfg.window
+        tokens = min((turn + 1) * batch.chunk, window)
+        if not self.run.compile:
+            return len(batch.spans), tokens, batch.chunk
+        steps = short_document_chunks(self.cfg.ttt_short_score_first_steps)
+        slots = max([self.cfg.ttt_chunk_size, *(chunk for _, chunk in steps)])
+        padded = [size for size in (window // 4, window // 2, window) if size >= tokens]
+        return len(range(self.adapters.sets)[self.adapters.own]), padded[0], slots
+
+
+def global_step_windows(cfg: Config) -> int:
+    """Windows of one step of the global SGD."""
+    return min(cfg.global_ttt_batch_seqs, cfg.global_ttt_chunk_tokens // cfg.window)
+
+
+class GlobalPhases:
+    """Phases in which all weights learn from the documents that are scored.
+
+    What:   once PHASED_TTT_PREFIX_DOCS * i / PHASED_TTT_NUM_PHASES documents are scored, SGD goes
+            over so many of them, the shortest first, in chunks of GLOBAL_TTT_CHUNK_TOKENS with a
+            cosine over these; then scoring goes on, with other adapters.
+    Why:    documents resemble each other, too.
+    Source: #1610; several phases: #1626; toggle PHASED_TTT_ENABLED.
+    Care:   as there, a document brings the BOS behind it, so that two stand side by side; the last
+            chunk and what fills no window teach nothing; momentum starts anew in each phase. With
+            DOC_MASK the windows of a step are one row, cut at document starts and behind a window.
+            Every rank does all of it: sharing it would be a wait for each other at every step.
+    """
+
+    def __init__(self, cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation):
+        self.cfg = cfg
+        self.run = run
+        self.model = model
+        self.forward = forward
+        self.val = val
+        self.masks = model.prepare_documents
+        self.scored: list[tuple[int, int]] = []
+        self.steps = 0
+        self.boundaries = []
+        if cfg.phased_ttt_enabled:
+            prefix = min(cfg.phased_ttt_prefix_docs, len(document_spans(val)))
+            phases = cfg.phased_ttt_num_phases
+            self.boundaries = [prefix * (i + 1) // phases for i in range(phases)]
+
+    def follow(self, batch: DocumentBatch) -> bool:
+        """Takes in a batch that is scored; whether that was enough for a phase."""
+        self.scored += batch.spans.tolist()
+        if not self.boundaries or len(self.scored) < self.boundaries[0]:
+            return False
+        self.scored.sort(key=lambda span: (span[1] - span[0], span[0]))
+        documents = self.scored[: self.boundaries.pop(0)]
+        self.learn(torch.cat([self.val.tokens[low : high + 1] for low, high in documents]).long())
+        return True
+
+    def learn(self, tokens: Tensor) -> None:
+        """One phase, on the texts of these documents (n,)."""
+        cfg = self.cfg
+        model = self.model
+        chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
+        optimiser = torch.optim.SGD(
+            model.parameters(), lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum
+        )
+        with prepared(model, True, self.masks, cfg.window):
+            for chunk in range(chunks - 1):
+                self.run.at_work(f"chunk {chunk + 1} of {chunks - 1} of a phase")
+                scale = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
+                optimiser.param_groups[0]["lr"] = cfg.global_ttt_lr * scale
+                for ids, targets in self.rows(tokens[chunk * cfg.global_ttt_chunk_tokens :]):
+                    optimiser.zero_grad()
+                    self.forward(ids, targets).mean().backward()
+                    if cfg.global_ttt_grad_clip:
+                        nn.utils.clip_grad_norm_(model.parameters(), cfg.global_ttt_grad_clip)
+                    optimiser.step()
+                    self.steps += 1
+                    self.run.tick()
+        if self.run.world > 1:
+            # kernels that add up in any order may have rounded otherwise elsewhere
+            for p in model.parameters():
+                dist.broadcast(p.data, 0)
+        for p in model.parameters():
+            p.grad = None
+
+    def rows(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(ids, targets) of each step of the first chunk of these tokens."""
+        window = self.cfg.window
+        there = self.cfg.global_ttt_chunk_tokens // window
+        size = global_step_windows(self.cfg)
+        for _ in range(self.cfg.global_ttt_epochs):
+            for first in range(0, there, size):
+                n = min(size, there - first)
+                rows = 1 if self.cfg.doc_mask else n
+                part = tokens[first * window : (first + n) * window + 1]
+                yield part[:-1].view(rows, -1), part[1:].view(rows, -1)
+
+
+@contextlib.contextmanager
+def prepared(model: GPT, trains: bool, masks: Callable | None, longest: int = 0) -> Iterator[None]:
+    """Within: whether the weights have gradients, and how documents are kept apart.
+
+    masks: what prepares them for the attention kernel; None: not at all. longest: see Documents.
+    """
+    before = model.prepare_documents, model.longest_piece
+    model.requires_grad_(trains)
+    model.prepare_documents, model.longest_piece = masks, longest
+    yield
+    model.requires_grad_(not trains)
+    model.prepare_documents, model.longest_piece = before
+
+
+def train_on_documents(
+    cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation
+) -> Score:
+    """Test-time training of adapters, and between batches of all weights: see DocumentLearner."""
+    batches = document_batches(cfg, val)
+    sheet = ScoreSheet(cfg, run, val, sum(int(batch.chunks.sum()) for batch in batches))
+    learner = DocumentLearner(cfg, run, model, forward, sheet)
+    phases = GlobalPhases(cfg, run, model, forward, val)
+
+    # a row is the text of one document alone, which needs no masks
+    with prepared(model, trains=False, masks=None):
+        for batch in batches:
+            learner.work_through(batch)
+            # behind the last one there is nothing to gain
+            if batch is not batches[-1] and phases.follow(batch):
+                learner.adapters.fresh = True
+    found = sheet.total()
+    return found._replace(acted=tell_what_was_learned(cfg, run, learner, phases))
+
+
+def tell_what_was_learned(
+    cfg: Config, run: Run, learner: DocumentLearner, phases: GlobalPhases
+) -> bool:
+    """Logs and warns; returns whether anything was."""
+    size = learner.adapters.root_mean_square()
+    run.log(
+        f"ttt: {learner.steps:,} steps of adapters, root mean square of B behind a batch "
+        f"{size:.3g}; {phases.steps:,} steps of all weights"
+    )
+    if not size:
+        why = setting("ttt_lora_lr", cfg.ttt_lora_lr)
+        if cfg.ttt_lora_lr:
+            why = (
+                f"no document has a second chunk of {setting('ttt_chunk_size', cfg.ttt_chunk_size)}"
+            )
+        run.warn(f"TTT_MODE=lora: the adapters learned nothing: {why}")
+    if cfg.phased_ttt_enabled and not phases.steps:
+        run.warn(
+            "PHASED_TTT_ENABLED=1: no step was taken: a phase needs scored documents of more than "
+            f"{setting('global_ttt_chunk_tokens', cfg.global_ttt_chunk_tokens)}, and some behind it"
+        )
+    return bool(size or phases.steps)
+
+
+# TTT_MODE -> what it trains
+TEST_TIME_TRAINING = {"sgd": train_on_stream, "lora": train_on_documents}
+
+
+def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
+    """Scores, and learns from what is scored, in the way of TTT_MODE."""
+    return TEST_TIME_TRAINING[cfg.ttt_mode](cfg, run, model, forward, val)
 
 
 SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train)
@@ -6954,7 +7462,7 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
         activity = run.activity[way.toggle] = Activity(
             scope=f"scoring, against {against}",
             unit="bpb",
-            steps=[steps],
+            steps=[steps] if score.acted else [],
             compared=f"against {against}",
             cost_per="scoring",
             cost_seconds=score.seconds - plain.seconds,
@@ -7660,6 +8168,43 @@ def recur_start_step(text: str, env: dict) -> dict[str, str]:
     return {"LOOPING_KIND": "steps", "ENABLE_LOOPING_AT": text}
 
 
+def ttt_enabled(text: str, env: dict) -> dict[str, str]:
+    """An old 0 / 1 variable; on is the mode that its script has, or else the older one."""
+    mode = env.get("TTT_MODE", "none")
+    return switch("TTT_MODE", off="none", on="sgd" if mode == "none" else mode)(text, env)
+
+
+def times(name: str) -> Meaning:
+    """An old variable that multiplies NAME."""
+
+    def meaning(text: str, env: dict) -> dict[str, str]:
+        try:
+            product = float(text) * float(env.get(name, BY_NAME[name].default))
+        except ValueError:
+            return {name: Unreadable("must be a number")}
+        return {name: f"{product:.10g}"}
+
+    return meaning
+
+
+def ttt_mask(text: str, env: dict) -> dict[str, str]:
+    """A word for the adapters that there are not."""
+    without = {"": "", "all": "", "baseline_all": "", "no_q": "Q", "no_v": "V", "no_qv": "QV"}
+    if text not in without:
+        return {"TTT_Q_LORA": Unreadable(f"choose one of {', '.join(filter(None, without))}")}
+    return {f"TTT_{part}_LORA": "0" for part in without[text]}
+
+
+def short_chunks(text: str, env: dict) -> dict[str, str]:
+    """An old 0 / 1 variable beside TTT_SHORT_SCORE_FIRST_STEPS, or else a length and a chunk."""
+    steps = env.get("TTT_SHORT_SCORE_FIRST_STEPS", "")
+    if SWITCHES.get(text) == "1" and steps:
+        return {}
+    length = env.get("TTT_SHORT_DOC_LEN", "512")
+    chunk = env.get("TTT_SHORT_CHUNK_SIZE", env.get("TTT_CHUNK_SIZE", str(Config.ttt_chunk_size)))
+    return switch("TTT_SHORT_SCORE_FIRST_STEPS", off="", on=f"{length}:{chunk}")(text, env)
+
+
 SLOPES = ("NEGATIVE_SLOPE", "LEAKY_SLOPE", "LEAKY_RELU_SLOPE", "MLP_LEAKY_SLOPE")
 
 # Spellings of other scripts for our knobs
@@ -7717,13 +8262,18 @@ ALIASES: dict[str, Meaning] = {
     "SLIDING_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
     "EVAL_BATCH_SIZE": renamed("EVAL_BATCH_SEQS"),
     "SW_EVAL_BATCH": renamed("EVAL_BATCH_SEQS"),
-    "TTT_ENABLED": switch("TTT_MODE", off="none", on="sgd"),
+    "TTT_ENABLED": ttt_enabled,
+    "TTT_EVAL_SEQ_LEN": renamed("EVAL_SEQ_LEN"),
+    "TTT_LOCAL_LR_MULT": times("TTT_LORA_LR"),
+    "TTT_MASK": ttt_mask,
+    "TTT_SHORT_SCORE_FIRST_ENABLED": short_chunks,
 }
 
 # Spellings that may say nothing -> why
 WINS = {
     "DATA_DIR": "DATA_PATH and TOKENIZER_PATH win",
     "MLP_HIDDEN": "0: the width is MLP_MULT's",
+    "TTT_SHORT_SCORE_FIRST_ENABLED": "TTT_SHORT_SCORE_FIRST_STEPS has the chunks",
 }
 
 # Beside names: whatever the value is, the result is the same / is another
@@ -7743,39 +8293,42 @@ ABSENT_AT = {
         SEQ_LEN_START BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED
         FORCE_STOP_STEP QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA GPTQ_ENABLED
         USE_GPTQ GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS LQER_ENABLED LQER_RANK AWQ_LITE_ENABLED
-        CASEOPS_ENABLED SLOT_ENABLED HASH_EMBED_ENABLED ETLB_ENABLED TTT_WEIGHT_DECAY
-        TTT_DEBUG_BYPASS TTT_LORA_RANK TTT_LORA_LR TTT_SHORT_LORA_ENABLED
-        TTT_SHORT_SCORE_FIRST_ENABLED TTT_WARM_START_MEAN_ENABLED TTT_DOC_LIMIT
-        TTT_GRAD_STEPS_CLEAN TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN TTT_ADAMW_WD
-        PHASED_TTT_ENABLED PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY
-        TTT_ONLY TTT_ONLY_EVAL SKIP_POST_TRAIN_EVAL""",
+        CASEOPS_ENABLED SLOT_ENABLED HASH_EMBED_ENABLED ETLB_ENABLED TTT_DEBUG_BYPASS
+        TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN
+        TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN TTT_ADAMW_WD TTT_LORA_EMA_DECAY
+        GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_WARMUP_CHUNKS PREQUANT_ONLY QUANTIZE_ONLY
+        POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL SKIP_POST_TRAIN_EVAL""",
     "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
     "none": "REPEAT_UNTIE_MLP",
     "": """
         CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE MIDRUN_CAP_SCHEDULE INT4_LAYERS
-        CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS INT5_LAYERS TTT_MASK
+        CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS INT5_LAYERS
         TTT_EVAL_BATCHES ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR EVAL_ONLY_PATH
         EVAL_ONLY_QUANTIZED_PATH""",
     "1": """
         TIE_EMBEDDINGS PARALLEL_START_LAYER_IS_PHYSICAL PARALLEL_IDENTITY_INIT
         PARALLEL_SKIP_LANE0_ONLY CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE CLIP_MULT_LOOP
-        TTT_GRAD_CLIP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL""",
+        TTT_GRAD_CLIP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_STEPS TTT_UPDATE_EVERY
+        GLOBAL_TTT_RESPECT_DOC_BOUNDARIES""",
     "0.9": "TTT_MOMENTUM",
     "proj": "ATTN_OUT_GATE_SRC GATE_ATTN_SRC",
     "standard": "ATTN_PROJ_TYPE LOGIT_HEAD_TYPE",
     "tanh": "SOFTCAP_TYPE",
     "rope": "ROPE_TYPE",
     "muon": "MATRIX_OPTIMIZER",
-    "sgd": "TTT_OPTIMIZER",
+    "sgd": "TTT_OPTIMIZER GLOBAL_TTT_OPTIMIZER",
     "default": "COMPILE_MODE",
-    # read and never used, or for speed, memory and messages
+    # read and never used, read by another of these alone, or for speed, memory and messages
     ANY: """
         ROPE_TRAIN_SEQ_LEN RECUR_WARMUP_STEPS EMBED_LR HEAD_LR MUON_BETA2 MIDRUN_CAP_LOG_UPDATES
         TTT_HEARTBEAT_SECONDS VAL_BATCH_SIZE VAL_BATCH_TOKENS LOGIT_CHUNK_TOKENS
         FUSED_CE_ENABLED MLX_MAX_MICROBATCH_TOKENS MLX_EAGER_EVAL PERGROUP_ROUNDTRIP_CHECK
         COMPILE_SHAPE_WARMUP COMPILE_SHAPE_WARMUP_ITERS COMPILE_SHAPE_WARMUP_LOOP_MODES
         DYNAMO_CACHE_SIZE_LIMIT DYNAMO_ACCUMULATED_CACHE_SIZE_LIMIT CHURN_LOG_EVERY
-        SAVE_QUANT_STATE""",
+        SAVE_QUANT_STATE GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS
+        GLOBAL_TTT_WARMUP_START_LR TTT_SHORT_BETA2 TTT_SHORT_LORA_LR TTT_SHORT_LORA_RANK
+        TTT_SHORT_WEIGHT_DECAY TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM
+        TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE""",
     NEVER: """
         EMBEDDING_DIM BITNET_GROUP_SIZE TVERSKY_MEMBERSHIP REFINER_KERNEL USE_SMEARGATE SMEAR
         BIGRAM_BUCKETS NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD
@@ -7791,18 +8344,8 @@ ABSENT_AT = {
         GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE LQER_ASYM_ENABLED LQER_ASYM_GROUP
         LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE LQER_TOP_K AWQ_LITE_BITS
         AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K GPTQ_DAMP GPTQ_CALIBRATION_MODE SLOT_LR
-        SLOT_STEPS ETLB_CLIP ETLB_LR ETLB_STEPS HASH_EMBED_SIZE TTT_BATCH_SIZE TTT_CHUNK_SIZE
-        TTT_NS_STEPS TTT_UPDATE_EVERY TTT_LOCAL_LR_MULT TTT_GRAD_STEPS TTT_ENTROPY_HIGH
-        TTT_ENTROPY_LOW TTT_EVAL_SEQ_LEN TTT_LORA_ALPHA TTT_LORA_EMA_DECAY TTT_BETA1 TTT_BETA2
-        TTT_K_LORA TTT_MLP_LORA TTT_O_LORA TTT_Q_LORA TTT_V_LORA TTT_WARM_START_A
-        TTT_SHORT_BETA2 TTT_SHORT_CHUNK_SIZE TTT_SHORT_DOC_LEN TTT_SHORT_LORA_LR
-        TTT_SHORT_LORA_RANK TTT_SHORT_SCORE_FIRST_STEPS TTT_SHORT_WEIGHT_DECAY
-        TTT_WARM_START_MEAN_DOC_LEN TTT_WARM_START_MEAN_MOMENTUM PHASED_TTT_NUM_PHASES
-        PHASED_TTT_PREFIX_DOCS GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_CHUNK_TOKENS
-        GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_EPOCHS GLOBAL_TTT_GRAD_CLIP GLOBAL_TTT_LR
-        GLOBAL_TTT_MOMENTUM GLOBAL_TTT_MUON_NESTEROV GLOBAL_TTT_MUON_NS_STEPS
-        GLOBAL_TTT_OPTIMIZER GLOBAL_TTT_RESPECT_DOC_BOUNDARIES GLOBAL_TTT_WARMUP_CHUNKS
-        GLOBAL_TTT_WARMUP_START_LR TRAIN_FILES VAL_FILES""",
+        SLOT_STEPS ETLB_CLIP ETLB_LR ETLB_STEPS HASH_EMBED_SIZE TTT_NS_STEPS
+        TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TRAIN_FILES VAL_FILES""",
 }
 
 # Name -> the value at which nothing is lost without it
@@ -7833,8 +8376,7 @@ INSTEAD_OF = {
     "TARGET_MB": "set FIT_TO_CAP=1 and CAP_BYTES",
     "GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS": "lower MAX_WALLCLOCK_SECONDS by it",
     "VAL_DOC_FRACTION": "set VAL_MAX_TOKENS",
-    "TTT_GRAD_STEPS": "see TTT_EPOCHS",
-    "TTT_EVAL_SEQ_LEN": "set EVAL_SEQ_LEN={text}",
+    "TTT_GRAD_STEPS TTT_UPDATE_EVERY": "see TTT_CHUNK_SIZE: one step after each",
     "TRAIN_FILES VAL_FILES": "set DATA_PATH to their folder",
     "ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR": "set LOGS_DIR={text}",
     "EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH": "see EVAL_ONLY, CHECKPOINT",
@@ -7981,8 +8523,8 @@ def ambiguous(env: dict, base: Base) -> Iterator[tuple[str, str]]:
 
     details = {"TTT_LR", "TTT_EPOCHS", "TTT_CHUNK_TOKENS", "TTT_FREEZE_BLOCKS"}
     if "TTT_ENABLED" in on and "TTT_MODE" not in {*env, *base.fixed} and not details & said:
-        meant = "of all weights (#549) or of adapters (#194), which we lack"
-        yield "TTT_MODE", f"TTT_ENABLED=1: {meant}? Set TTT_MODE=sgd or a BASE that has it"
+        meant = "of all weights (#549, TTT_MODE=sgd) or of adapters (#1530, TTT_MODE=lora)"
+        yield "TTT_MODE", f"TTT_ENABLED=1: {meant}? Set TTT_MODE or a BASE that has it"
 
 
 def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[tuple[str, str]]:
@@ -8510,7 +9052,9 @@ def score_all(
             found = job()
         scores[name] = found._replace(seconds=run.ledger()[phase])
         run.log(f"{name:10s} val bpb {scores[name].bpb:.6f}  ({scores[name].seconds:.1f} s)")
-        remedy = "lower TTT_LR" if name == "ttt" else "lower the learning rates"
+        remedy = "lower the learning rates"
+        if name == "ttt":
+            remedy = {"sgd": "lower TTT_LR", "lora": "lower TTT_LORA_LR"}[cfg.ttt_mode]
         remedy = with_slots(remedy, attend.prepare if cfg.doc_mask else None)
         broken = not math.isfinite(scores[name].bpb)
         refuse(broken, f"score {name}: a target's nats are not finite; {remedy}", 5)

@@ -172,6 +172,7 @@ LONGEST = [
     "prepare_data",
     "proof",
     "frontier_model",
+    "lora",
     "bench",
     "stages",
     "average",

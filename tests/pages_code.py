@@ -30,6 +30,7 @@ TUNED_BY = {
     "SQWA": ("SWA_",),
     "FIT": ("CAP_",),
     "DOC_ISOLATED_EVAL": ("EVAL_",),
+    "TTT_MODE": ("TTT_", "PHASED_", "GLOBAL_"),
     "NUM": ("LOOP_", "LOOPING_", "ENABLE_LOOPING_"),
     "MUON_COEFFS": ("MUON_BACKEND_",),
     "MUON_ROW_NORMALIZE": (),
@@ -68,7 +69,8 @@ def needed(name: str, toggles: set[str]) -> set[str]:
     needs = train_gpt.BY_NAME[name].metadata["needs"].upper().split()
     if not needs:
         return toggles
-    above = [word for word in needs if word in train_gpt.BY_NAME]
+    words = [word.partition("=")[0] for word in needs]
+    above = [word for word in words if word in train_gpt.BY_NAME]
     return {*above, *(other for word in above for other in needed(word, set()))}
 
 

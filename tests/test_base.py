@@ -240,6 +240,7 @@ def test_the_hash_of_a_configuration_depends_on_the_values_and_not_on_their_base
         ("ENABLE_QAT=1", "pr989", {"qat_start_kind": "lr_scale", "qat_start": 0.7}),
         ("LATE_QAT=1", "pr975", {"qat_start_kind": "lr_scale", "qat_start": 0.15}),
         ("TTT_ENABLED=1", "pr975", {"ttt_mode": "sgd"}),
+        ("TTT_ENABLED=1", "pr1855", {"ttt_mode": "lora"}),
     ],
 )
 def test_a_pair_that_scripts_read_differently_is_read_as_its_script_did_or_asked_about(
@@ -345,8 +346,8 @@ def test_what_we_have_under_the_same_name_but_otherwise_is_refused_under_that_ba
     [
         ("pr1285", "RECUR_LAYERS=4,5", "unset RECUR_LAYERS"),
         ("pr1285", "NUM_LOOPS=1", "set NUM_LOOPS=0"),
-        ("pr1855", "TTT_ENABLED=1", "unset TTT_ENABLED"),
-        ("pr1855", "TTT_MODE=sgd", "set TTT_MODE=none"),
+        ("pr1412", "TTT_ENABLED=1", "unset TTT_ENABLED"),
+        ("pr1412", "TTT_MODE=sgd", "set TTT_MODE=none"),
     ],
 )
 def test_what_a_base_refuses_is_named_as_it_was_spelt(base, command, remedy):

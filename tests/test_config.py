@@ -238,6 +238,14 @@ OLD_SPELLINGS = {
     "EVAL_BATCH_SIZE": ("64", {}, {"EVAL_BATCH_SEQS": 64}),
     "SW_EVAL_BATCH": ("64", {}, {"EVAL_BATCH_SEQS": 64}),
     "TTT_ENABLED": ("1", {"TTT_LR": "0.3"}, {"TTT_MODE": "sgd", "TTT_LR": 0.3}),
+    "TTT_EVAL_SEQ_LEN": ("1024", {}, {"EVAL_SEQ_LEN": 1024}),
+    "TTT_LOCAL_LR_MULT": ("0.75", {}, {"TTT_LORA_LR": 7.5e-05}),
+    "TTT_MASK": ("no_qv", {}, {"TTT_Q_LORA": False, "TTT_V_LORA": False}),
+    "TTT_SHORT_SCORE_FIRST_ENABLED": (
+        "1",
+        {"TTT_SHORT_DOC_LEN": "256"},
+        {"TTT_SHORT_SCORE_FIRST_STEPS": "256:48"},
+    ),
 }
 
 
@@ -327,7 +335,8 @@ def test_an_old_spelling_that_contradicts_the_new_name_is_refused(old):
     assert message.startswith(f"{old}={value} contradicts {new}=") and f"set only {new}" in message
 
 
-@pytest.mark.parametrize("old", OLD_SPELLINGS)
+# One that multiplies what the new name says cannot agree with it
+@pytest.mark.parametrize("old", [old for old in OLD_SPELLINGS if old != "TTT_LOCAL_LR_MULT"])
 def test_an_old_spelling_that_agrees_with_the_new_name_is_accepted(old):
     value, others, changed = OLD_SPELLINGS[old]
     both = {name: str(int(v) if isinstance(v, bool) else v) for name, v in changed.items()}
@@ -344,6 +353,13 @@ def test_a_bad_value_is_blamed_on_the_variable_that_the_user_wrote(old):
     assert "must be" in message or "choose one of" in message
 
 
+def test_a_spelling_that_multiplies_a_knob_does_so_and_takes_no_other_value_of_it():
+    env = {"TTT_LOCAL_LR_MULT": "0.5", "BASE": "pr1953"}
+    assert Config.from_env(env).ttt_lora_lr == 5e-5
+    message = refused({"TTT_LOCAL_LR_MULT": "0.75", "TTT_LORA_LR": "8e-5"})
+    assert message == "TTT_LOCAL_LR_MULT=0.75 contradicts TTT_LORA_LR=8e-5; set only TTT_LORA_LR"
+
+
 # ── Settings of other scripts ─────────────────────────────────────────────────────────────────────
 # Name -> (a value at which nothing is lost without it or None, why), for the names of the record
 # commands. Read off the scripts, and not off the table in train_gpt.py.
@@ -353,7 +369,7 @@ UNUSED = "changes no result there either"
 OFF_AT_0 = """MTP_HEADS MTP_NUM_HEADS DIFF_ATTN REFINER
  MLP_GROUPS UNTIE_AT_FRACTION LORA_RANK TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS SEQ_LEN_START
  BATCH_TOKENS_START POST_GPTQ_EVAL_ONLY USE_GPTQ TRAINING_DEPTH_RECURRENCE
- EVAL_DEPTH_RECURRENCE NGRAM_WITHIN_BETA PHASED_TTT_ENABLED LQER_ENABLED"""
+ EVAL_DEPTH_RECURRENCE NGRAM_WITHIN_BETA LQER_ENABLED"""
 OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
     "TIE_EMBEDDINGS": ("1", BUILT_IN),
     "TTT_MOMENTUM": (".90", BUILT_IN),
@@ -376,7 +392,7 @@ OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
 # At 0 a clip of so many sigmas makes all weights 0, a filter takes all or nothing, and one step is
 # no pass over a chunk
 NOT_OFF = """ATTN_CLIP_SIGMAS=0 MLP_CLIP_SIGMAS=0 MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0
- TTT_ENTROPY_HIGH=0 TTT_EVAL_SEQ_LEN=0 BITNET_GROUP_SIZE=0 TTT_GRAD_STEPS=1 SMEAR=0
+ TTT_ENTROPY_HIGH=0 BITNET_GROUP_SIZE=0 TTT_GRAD_STEPS=2 SMEAR=0
  TTT_MOMENTUM=0 TTT_OPTIMIZER=adam TIE_EMBEDDINGS=0 SOFTCAP_TYPE=poly
  GPTQ_RESERVE_SECONDS=0.5 QAT_INT6=0"""
 
@@ -572,12 +588,11 @@ def test_a_mistyped_variable_is_refused_with_the_right_suggestion(name, suggesti
 @pytest.mark.parametrize(
     "name",
     [
-        "PHASED_TTT_ENABLED",
         "GATED_ATTENTION",
         "VALUE_RESIDUAL",
         "DTG_ENABLED",
         "CURRICULUM",
-        "TTT_LORA_RANK",
+        "TTT_LORA_EMA_DECAY",
         "GRAD_CLIP_LOCAL",
         "CONTROL_TENSOR_NAME_PATTERNS",
     ],
@@ -925,6 +940,27 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
     ("QAT_ENABLED=1 QAT_START=0.7", "QAT_START", "QAT_START_KIND=lr_scale"),
     ("QAT=1 QAT_START_FRAC=0.7", "QAT_START_FRAC", "QAT_START_KIND=iter_frac"),
     ("TTT_MODE=sgd TTT_CHUNK_TOKENS=3000", "TTT_CHUNK_TOKENS", "TTT_CHUNK_TOKENS=4096"),
+    ("TTT_MODE=lora TTT_CHUNK_SIZE=4096", "TTT_CHUNK_SIZE", "EVAL_SEQ_LEN=4096"),
+    (
+        "TTT_MODE=lora TTT_SHORT_SCORE_FIRST_STEPS=256:8,9999:4096",
+        "TTT_SHORT_SCORE_FIRST_STEPS",
+        "TTT_SHORT_SCORE_FIRST_STEPS=256:8,9999:2048",
+    ),
+    (
+        "TTT_MODE=lora TTT_SHORT_SCORE_FIRST_STEPS=256",
+        "TTT_SHORT_SCORE_FIRST_STEPS",
+        "TTT_SHORT_SCORE_FIRST_STEPS=256:8",
+    ),
+    (
+        "TTT_MODE=lora TTT_SHORT_SCORE_FIRST_STEPS=256:0",
+        "TTT_SHORT_SCORE_FIRST_STEPS",
+        "TTT_SHORT_SCORE_FIRST_STEPS=256:1",
+    ),
+    (
+        "TTT_MODE=lora PHASED_TTT_ENABLED=1 GLOBAL_TTT_CHUNK_TOKENS=2047",
+        "GLOBAL_TTT_CHUNK_TOKENS",
+        "GLOBAL_TTT_CHUNK_TOKENS=2048",
+    ),
     ("MODEL_DIM=64 MLP_MULT=0.01", "MLP_MULT", "MODEL_DIM=128"),
     ("COMPRESSOR=lzma COMPRESS_LEVEL=22", "COMPRESS_LEVEL", "COMPRESSOR=zstd"),
     ("COMPRESSOR=zlib COMPRESS_LEVEL=10", "COMPRESS_LEVEL", "COMPRESS_LEVEL=9"),

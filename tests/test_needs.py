@@ -41,6 +41,8 @@ TOGGLES = {
     "swa": "swa_enabled",
     "ema": "ema_enabled",
     "ttt": "ttt_mode",
+    "phased_ttt": "phased_ttt_enabled",
+    "global_ttt": "phased_ttt_enabled",
 }
 # Toggles that no knob tunes alone
 UNTUNED = {
@@ -65,11 +67,14 @@ def test_every_knob_of_a_technique_says_that_it_needs_it():
 def test_what_a_knob_needs_is_a_knob():
     for name, needs in NEEDING.items():
         for word in needs.split():
-            assert word in ("or", "not") or word.upper() in BY_NAME, name
+            knob, _, value = word.partition("=")
+            assert word in ("or", "not") or knob.upper() in BY_NAME, name
+            assert not value or value in BY_NAME[knob.upper()].metadata["choices"], name
 
 
 def test_a_number_other_than_zero_leaves_nothing_idle_but_16_bits_do():
-    for name in {word for needs in NEEDING.values() for word in needs.split()} - {"or", "not"}:
+    words = {word.partition("=")[0] for needs in NEEDING.values() for word in needs.split()}
+    for name in words - {"or", "not"}:
         off = BY_NAME[name.upper()].metadata["off"]
         numbers = {16} if name.startswith("quant_bits_") else {0}
         # a taper to the whole weight decay is none
@@ -141,6 +146,9 @@ def vain(command: str) -> dict[str, str]:
             "TTT_LR=0.1 TTT_EPOCHS=1",
             {"TTT_LR": "TTT_MODE=none", "TTT_EPOCHS": "TTT_MODE=none"},
         ),
+        ("TTT_LR=0.1 TTT_MODE=sgd TTT_LORA_LR=0.1", {"TTT_LORA_LR": "TTT_MODE=sgd"}),
+        ("TTT_LR=0.1 TTT_MODE=lora TTT_LORA_LR=0.1", {"TTT_LR": "TTT_MODE=lora"}),
+        ("TTT_MODE=lora GLOBAL_TTT_LR=0.1", {"GLOBAL_TTT_LR": "PHASED_TTT_ENABLED=0"}),
         ("WARMDOWN_ITERS=9 WARMDOWN_FRAC=0.5", {"WARMDOWN_ITERS": "WARMDOWN_FRAC=0.5"}),
         ("WARMDOWN_ITERS=9", {}),
         ("MIN_LR=.1 WARMDOWN_ITERS=0", {"MIN_LR": "WARMDOWN_FRAC=0.0 WARMDOWN_ITERS=0"}),

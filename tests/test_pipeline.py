@@ -256,6 +256,7 @@ NEVER = [
     ("TRAIN_SEQ_SCHEDULE", dict(train_seq_schedule="32@0.99,64@1")),
     ("PRUNE_PCT", dict(prune_pct=0.1, keep_float_max_numel=10**6)),
     ("TTT_MODE", dict(ttt_mode="sgd", ttt_chunk_tokens=6400)),
+    ("TTT_MODE", dict(ttt_mode="lora", ttt_lora_lr=0.0)),
     ("DOC_ISOLATED_EVAL", dict(doc_isolated_eval=True, val_max_tokens=100)),
 ]
 
