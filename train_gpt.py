@@ -6469,8 +6469,8 @@ class ScoreSheet:
 
     def read(
         self, batch: Tensor, tokens: int, slots: int | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
-        """((ids, targets, positions) of these windows, for GPT.forward; where their nats belong).
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+        """((ids, targets, positions) of these windows, for GPT.forward; where its nats belong).
 
         Behind a window's end stands one token again and again, which is no BOS: that would be a
         document each time. Attention is causal, so that changes nothing before it, and what is
@@ -6483,15 +6483,17 @@ class ScoreSheet:
         target = first + torch.arange(slots or tokens, device=val.device)  # (batch, slots)
         inside = target.minimum(end - 1)
         positions = inside - start if slots else None
-        place = torch.where(target < end, target, self.n)
-        return (ids, val[inside + 1].long(), positions), place
+        return (ids, val[inside + 1].long(), positions), (inside, target < end)
 
-    @torch.no_grad()
-    def write(self, place: Tensor, nats: Tensor) -> None:
-        """Writes nats where they belong, and counts them: every score passes here."""
+    def write(self, target: Tensor, real: Tensor, nats: Tensor) -> None:
+        """Keeps the nats of these targets and counts them; where they are not real, nowhere."""
+        slot = torch.where(real, target, self.n)
+        self.nats[slot] = nats
+        self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
+
+    def tell(self) -> None:
+        """How far the scoring is, for those who watch."""
         self.run.tick()
-        self.nats[place] = nats
-        self.hits.index_add_(0, place.flatten(), torch.ones_like(nats.flatten()))
         left = (time.monotonic() - self.began) * (self.windows / self.filled - 1)
         self.run.at_work(f"{self.filled:,} of {self.windows:,} windows, {left:.0f} s left")
 
@@ -6499,8 +6501,9 @@ class ScoreSheet:
     def fill(self, forward: Callable, rows: np.ndarray) -> ScoreSheet:
         """Scores these windows: forward(ids, targets, positions) -> nats, as in GPT.forward."""
         for batch, tokens, slots in self.batches(rows):
-            arguments, place = self.read(batch, tokens, slots)
-            self.write(place, forward(*arguments))
+            arguments, places = self.read(batch, tokens, slots)
+            self.write(*places, forward(*arguments))
+            self.tell()
         return self
 
     def total(self) -> Score:
@@ -6820,9 +6823,10 @@ class DocumentLearner:
         windows = torch.stack((start, end, first), dim=1)
         windows = torch.cat((windows, windows[:1, [0, 1, 1]].expand(idle, 3)))
 
-        arguments, place = self.sheet.read(windows, tokens, slots)
+        arguments, places = self.sheet.read(windows, tokens, slots)
         nats = self.forward(*arguments, self.adapters.of_first(rows))
-        self.sheet.write(place, nats.detach())
+        self.sheet.write(*places, nats.detach())
+        self.sheet.tell()
         return nats, F.pad((end < high) / batch.chunk, (0, idle))
 
     def shape(self, batch: DocumentBatch, turn: int) -> tuple[int, int, int]:
