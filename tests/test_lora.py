@@ -7,6 +7,7 @@ last chunk; a global phase that begins with the longest documents, or goes on wi
 """
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from roles import WIDTH, generator, golden_model
+from test_score import documents, setting  # noqa: F401
 
 import train_gpt
-from train_gpt import BOS, Adapters, Config, Run, ScoreSheet
+from train_gpt import BOS, Adapters, Config, Run, ScoreSheet, main
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "ttt.json").read_text())
 CASES = {case["name"]: case for case in GOLDEN["cases"]}
@@ -131,7 +133,12 @@ def run_case(case: dict, logs: Path, monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(train_gpt.DocumentLearner, "work_through", watched)
     score = train_gpt.test_time_train(cfg, run, model, model, val)
     return SimpleNamespace(
-        nats=sheets[0].nats[:-1], adapters=adapters, batches=batches, model=model, score=score
+        nats=sheets[0].nats[:-1],
+        adapters=adapters,
+        batches=batches,
+        model=model,
+        score=score,
+        warnings=run.warnings,
     )
 
 
@@ -180,7 +187,10 @@ def test_in_float32_the_scores_are_as_near_as_the_records_own(tmp_path, monkeypa
     found = run_case(case, tmp_path, monkeypatch)
     sums = [sum(each) for each in chunk_sums(found.nats)]
     assert sums == pytest.approx(case["nats_per_document"], abs=2e-3)
-    assert found.score.acted == (case["settings"]["lr"] > 0 or bool(case["settings"]["global_sgd"]))
+    settings = case["settings"]
+    assert found.score.acted == (settings["lr"] > 0 or bool(settings["global_sgd"]))
+    still = "TTT_MODE=lora: the adapters learned nothing: TTT_LORA_LR=0.0"
+    assert found.warnings == ([] if settings["lr"] else [still])
 
 
 # ── Order and shapes ──────────────────────────────────────────────────────────────────────────────
@@ -214,3 +224,40 @@ def test_each_switch_takes_away_the_adapters_of_its_part_alone(part):
     parts = train_gpt.adapted_parts(cfg, train_gpt.GPT(cfg))
     assert parts.keys() == {*train_gpt.ADAPTED, "head"} - {part}
     assert {visits for name, (visits, _) in parts.items() if name != "head"} == {2}
+
+
+# ── A whole run ───────────────────────────────────────────────────────────────────────────────────
+def test_a_run_says_what_was_learned_and_its_artifact_is_scored_alike_by_itself(setting):  # noqa: F811
+    knobs = dict(
+        iterations=2,
+        smear_gate=False,
+        eval_stride=0,
+        ttt_mode="lora",
+        ttt_batch_size=2,
+        ttt_chunk_size=16,
+        ttt_lora_rank=2,
+        ttt_lora_lr=0.01,
+        phased_ttt_enabled=True,
+        phased_ttt_num_phases=2,
+        phased_ttt_prefix_docs=8,
+        global_ttt_chunk_tokens=64,
+        global_ttt_lr=0.1,
+    )
+    cfg = setting(**knobs)
+    report = main(cfg)
+    folder = Path(cfg.logs_dir) / cfg.run_id
+    row = report["toggles"]["TTT_MODE"]
+    scores = report["scores"]
+    assert row["active"] and row["effect"] == scores["ttt"]["bpb"] - scores["quantised"]["bpb"]
+    assert (report["scored"], report["val_tokens"]) == ("ttt", 700)
+    log = (folder / "train.log").read_text()
+    steps, size, phases = re.search(
+        r"ttt: (\S+) steps of adapters, .* B behind a batch (\S+); (\S+) steps of all", log
+    ).groups()
+    assert int(steps) > 9 and float(size) > 0 and int(phases) > 1
+
+    artifact = folder / "artifact.bin"
+    before = artifact.read_bytes()
+    # which knows these settings
+    again = main(setting(eval_only=str(artifact)))
+    assert again["val_bpb"] == report["val_bpb"] and artifact.read_bytes() == before

@@ -457,6 +457,64 @@ def test_a_chunk_of_part_windows_is_refused(setting):
         setting(**MODES["ttt"] | dict(ttt_chunk_tokens=100))
 
 
+# ── test-time training of adapters (their numbers: test_lora.py) ──────────────────────────────────
+@pytest.mark.parametrize("compiled_shapes", [False, True])
+def test_adapters_that_learn_nothing_score_documents_by_themselves(setting, compiled_shapes):
+    cfg = setting(**MODES["lora"] | dict(ttt_lora_lr=0.0))
+    run = Run(cfg)
+    val, model = validation(cfg, run), lively_model(cfg, run)
+    expected = one_by_one(model, val, document_windows(val, cfg.window, cfg.ttt_chunk_size))
+    run.compile = compiled_shapes
+    nats, _ = nats_of(cfg, run, val, model, "lora")
+    torch.testing.assert_close(nats, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_filled_up_teach_nothing(setting):
+    cfg = setting(**MODES["lora"], ttt_short_score_first_steps="40:4")
+    run = Run(cfg)
+    val, model = validation(cfg, run), lively_model(cfg, run)
+    shapes = set()
+    forward = model.forward
+
+    def watched(ids, targets, positions, adapters):
+        shapes.add((ids.shape, targets.shape, adapters["head"].a.shape))
+        return forward(ids, targets, positions, adapters)
+
+    model.forward = watched
+    found = []
+    for compiled_shapes in (False, True):
+        run.compile = compiled_shapes
+        shapes.clear()
+        found.append(nats_of(cfg, run, val, model, "lora")[0])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    # windows of a quarter, of a half, and full ones
+    assert {ids for ids, *_ in shapes} == {(3, 16), (3, 32), (3, 64)} and len(shapes) == 3
+
+
+def test_a_warm_a_tells_a_later_document_of_an_earlier_one(setting):
+    """In the order of the batches: the n-th of the next batch goes on with the A of the n-th."""
+    cfg = setting(**MODES["lora"] | dict(ttt_warm_start_a=True))
+    run = Run(cfg)
+    val, model = validation(cfg, run), lively_model(cfg, run)
+    before = nats_of(cfg, run, val, model, "lora")[0]
+    batches = [batch.spans for batch in train_gpt.document_batches(cfg, val)]
+    full = [spans for spans in batches if len(spans) == 3]
+    (start, end), (later, stop) = full[0][0], full[1][0]
+    assert later + cfg.ttt_chunk_size < stop
+
+    changed = validation(cfg, run)
+    changed.tokens[start + 2] = 5 if val.tokens[start + 2] != 5 else 6
+    differs = nats_of(cfg, run, changed, model, "lora")[0] != before
+    assert differs[start + 1 : end].any() and not differs[: start + 1][-1:].any()
+    # its first chunk is scored with B = 0
+    assert not differs[later : later + cfg.ttt_chunk_size].any()
+    assert differs[later + cfg.ttt_chunk_size : stop].any()
+    others = torch.ones_like(differs)
+    for spans in full:
+        others[spans[0, 0] : spans[0, 1]] = False
+    assert not differs[others].any()
+
+
 # ── ranks ─────────────────────────────────────────────────────────────────────────────────────────
 def enter_rank(rank: int, job, port: int, folder: str, arguments: tuple) -> None:
     place = dict(
