@@ -195,8 +195,8 @@ class Knob:
     choices: tuple = ()
     # A toggle that makes the training depend on the quantisation grid
     on_grid: bool = False
-    # What it can do nothing without: other knobs, joined by "or", each perhaps behind "not" or with
-    # the value that it must have, as ttt_mode=sgd
+    # What it can do nothing without: other knobs, each perhaps behind "not" or with the value that
+    # it must have, as ttt_mode=sgd; joined by "and" and then by "or"
     needs: str = ""
     # Values at which it gives the knobs that need it nothing to do
     off: tuple = (0, "none")
@@ -231,6 +231,7 @@ TABLES = "bigram_vocab_size or ve_enabled"
 WARMDOWN = "warmdown_frac or warmdown_iters"
 SHARED = "quant_clip_mlp or quant_clip_attn or quant_clip_bigram or quant_clip_embed"
 SMEARS = "smear_gate or smear_gate_enabled"
+HEAD_GATES = "sparse_attn_gate_enabled or gated_attn_enabled or attn_out_gate_enabled"
 GATES = "smear_gate_enabled or sparse_attn_gate_enabled or attn_out_gate_enabled"
 CODES = "quant_bits_mlp or quant_bits_attn or quant_bits_bigram or quant_bits_embed"
 
@@ -270,9 +271,12 @@ CLIP_QUANTILES = {
     "quantile": (0.9999984,),
     "search5": (0.999, 0.9995, 0.9999, 0.99999, 1.0),
 }
-CLIPS = tuple(CLIP_QUANTILES)
+QUANTILES = tuple(CLIP_QUANTILES)
+# The last one: a multiple of a row's standard deviation
+CLIPS = (*QUANTILES, "sigma")
 # at a choice of its own it leaves QUANT_CLIP nothing to say
-clip_knob = partial(grid_knob, choices=("auto", *CLIPS), off=CLIPS)
+clip_knob = partial(grid_knob, choices=("auto", *QUANTILES), off=QUANTILES)
+sigma_knob = partial(grid_knob, lo=0.1, hi=1e3)
 
 # MUON_COEFFS -> (a, b, c) of each iteration that orthogonalises; one alone is that of all
 COEFFICIENTS = {
@@ -726,6 +730,47 @@ class Config:
     fp16_keep_name_patterns: str = code_knob("", "csv", "fp16 if its name contains one of these")
     control_dtype: str = grid_knob("fp16", "", "of gains, gates and scales", choices=FLOATS)
 
+    # SDClip: the largest code of a row is so many of its standard deviations
+    MLP_SIGMA = "quant_clip_mlp and quant_clip=sigma"
+    ATTN_SIGMA = "quant_clip_attn and quant_clip=sigma"
+    REST_SIGMA = "quant_clip_bigram and quant_clip=sigma"
+    EMBED_SIGMA = "quant_clip_embed and quant_clip=sigma"
+    mlp_clip_sigmas: float = sigma_knob(11.5, "sigma", "QUANT_CLIP=sigma, MLP", needs=MLP_SIGMA)
+    attn_clip_sigmas: float = sigma_knob(13.0, "sigma", "attention", needs=ATTN_SIGMA)
+    bigram_clip_sigmas: float = sigma_knob(12.85, "sigma", "QUANT_BITS_BIGRAM", needs=REST_SIGMA)
+    embed_clip_sigmas: float = sigma_knob(14.0, "sigma", "token tables", needs=EMBED_SIGMA)
+
+    @rule
+    def sigma_has_no_floor(quant_clip, quant_scale_floor):
+        remedy = "the floor would be the step of most rows; set QUANT_SCALE_FLOOR=0"
+        refuse(quant_clip == "sigma" and quant_scale_floor, f"QUANT_CLIP=sigma: {remedy}")
+
+    # Gates of attention heads as codes
+    gated_attn_quant_gate: bool = grid_knob(False, "", "head gates in 8 bits", needs=HEAD_GATES)
+
+    # Looped blocks of their own fineness
+    looped_knob = partial(grid_knob, needs="num_loops")
+    loop_layer_bits: int = looped_knob(0, "bits", "0: as others", choices=QAT_BITS)
+    loop_layer_clip_sigmas: float = looped_knob(0.0, "sigma", "0: as others", lo=0, hi=1e3)
+
+    # GPTQ. A batch has TRAIN_BATCH_TOKENS
+    gptq_knob = partial(export_knob, needs="gptq_enabled")
+    reserve_knob = partial(knob, needs="gptq_enabled")
+    gptq_enabled: bool = export_knob(False, "", "rounds by what is multiplied", needs=CODES)
+    gptq_calibration_batches: int = gptq_knob(16, "batches", "of training text, read for it", lo=1)
+    gptq_reserve_seconds: float = reserve_knob(-1.0, "s", "of the budget; < 0: measured", lo=-1)
+    gptq_block_size: int = gptq_knob(128, "columns", "done at a time", lo=1, hi=1 << 20)
+    gptq_damp: float = gptq_knob(0.01, "", "x mean of a Hessian's diagonal, added", lo=1e-6, hi=1e6)
+    gptq_refit: bool = gptq_knob(False, "", "then fits the steps to the codes")
+
+    @rule
+    def calibration_leaves_time_for_steps(
+        gptq_enabled, gptq_reserve_seconds, max_wallclock_seconds
+    ):
+        broken = gptq_enabled and 0 < max_wallclock_seconds <= gptq_reserve_seconds
+        remedy = f"takes all of MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"
+        refuse(broken, f"GPTQ_RESERVE_SECONDS={gptq_reserve_seconds}: {remedy}")
+
     # Export: pruning, compression, size
     prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
     compressor: str = export_knob("zstd", "", "of the artifact", choices=CODERS)
@@ -902,10 +947,13 @@ class Config:
             if getattr(self, source) and f.metadata["scope"] in scopes:
                 return setting(source, getattr(self, source))
 
-        wants = [want.split() for want in f.metadata["needs"].split(" or ") if want]
-        if not wants or any(self.holds(want, idle) for want in wants):
-            return ""
-        names = [want[-1].partition("=")[0] for want in wants]
+        names = []
+        for needed in f.metadata["needs"].split(" or "):
+            wants = [want.split() for want in needed.split(" and ") if want]
+            missing = [want[-1] for want in wants if not self.holds(want, idle)]
+            if not missing:
+                return ""
+            names += [want.partition("=")[0] for want in missing]
         reasons = [idle.get(name) or setting(name, getattr(self, name)) for name in names]
         return " ".join(dict.fromkeys(reasons))
 
@@ -2619,9 +2667,11 @@ class Grid(NamedTuple):
     """Uniform grid with one step per row: weight = code * scale, the scale stored as fp16.
 
     For weights (..., rows, columns), so that a whole stack of matrices is quantised at once.
-    clip:  which quantile of a row's magnitudes gets the largest code (CLIP_QUANTILES).
+    clip:  which quantile of a row's magnitudes gets the largest code (CLIP_QUANTILES); "sigma":
+           so many of its standard deviations do (SDClip).
     codes: "sym" -top..top, "asym" one more below.
     floor: the step is at least 1 / top.
+    sigmas: of "sigma".
 
     Care: with the floor all rows of weights below 1 share one fixed step. That makes their
     codes small, so cheap to compress, and the grid of small weights coarse. #145, #199, #194
@@ -2632,6 +2682,7 @@ class Grid(NamedTuple):
     clip: str = "amax"
     codes: str = "sym"
     floor: bool = False
+    sigmas: float = 0.0
 
     @property
     def top(self) -> int:
@@ -2643,6 +2694,8 @@ class Grid(NamedTuple):
 
         Of several quantiles each matrix takes the one with the least squared error.
         """
+        if self.clip == "sigma":
+            return self.step(self.deviations(w))
         magnitude = w.abs()
         steps = [self.step(row_quantile(magnitude, q)) for q in CLIP_QUANTILES[self.clip]]
         if len(steps) == 1:
@@ -2651,6 +2704,23 @@ class Grid(NamedTuple):
         errors = torch.stack([self.squared_error(w, step) for step in steps])
         best = errors.argmin(0)[None, ..., None, None]
         return torch.take_along_dim(torch.stack(steps), best, 0)[0]
+
+    def deviations(self, w: Tensor) -> Tensor:
+        """SDClip: `sigmas` standard deviations of each row, (..., rows, 1) fp64.
+
+        What:   k std(row), with n - 1: the steps are those of a normal row, however long it is,
+                and few codes are far from 0, so cheap to store: k sets the size of the file.
+        Why:    coarse steps and cheap codes beat a fine grid of fewer weights at equal bytes.
+        Source: #1394; toggle QUANT_CLIP=sigma; k: MLP_CLIP_SIGMAS and its like.
+        Care:   where all of a row would be cut, as its weights are one number or nearly so, the
+                mean is added. The records divide by 0 there. Cost: one pass over fp64 copies, so
+                that no device rounds a step otherwise.
+        """
+        spread, mean = torch.std_mean(
+            w.double(), -1, correction=min(w.shape[-1] - 1, 1), keepdim=True
+        )
+        reach = self.sigmas * spread
+        return torch.where(mean.abs() > reach, mean.abs() + reach, reach)
 
     def step(self, largest: Tensor) -> Tensor:
         """The step with which `largest` (..., rows, 1) gets the top code, as fp16 can hold it.
@@ -2670,7 +2740,7 @@ class Grid(NamedTuple):
     def levels(self, w: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """The codes, still as fp32."""
         lowest = -self.top - 1 if self.codes == "asym" else -self.top
-        return torch.div(w.float(), scale, out=out).round_().clamp_(lowest, self.top)
+        return torch.div(w, scale, out=out).round_().clamp_(lowest, self.top)
 
     def quantise(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(..., rows, columns) -> int8 codes of that shape, fp16 scales (..., rows, 1)."""
@@ -2694,6 +2764,93 @@ class Grid(NamedTuple):
         self.levels(w, scale, out=w).mul_(scale)
 
 
+def gptq(grid: Grid, w: Tensor, hessian: Tensor, damp: float, block: int) -> tuple[Tensor, Tensor]:
+    """GPTQ: codes that make up for each other's rounding, on the same grid.
+
+    What:   one column after the other is rounded, the one with the largest input first; what that
+            does wrong is taken from the columns still to come: E = (w - code step) / U_jj times
+            row j of U, the upper Cholesky factor of the inverse Hessian. Clipping counts too.
+    Why:    of w only x w matters: errors that cancel on the inputs x cost nothing.
+    Source: Frantar 2022, arXiv:2210.17323; #1019, as in #1394 on; toggle GPTQ_ENABLED.
+    Care:   steps are those of rounding to nearest, from w as it was. A weight that is 0, as pruning
+            leaves it, stays 0 and what would move it goes on. An input that is always 0 has code 0.
+            Columns of a block feed each other one by one, later blocks all at once: no difference
+            but in speed.
+
+    w (n, rows, columns), hessian (n, columns, columns): the mean of x x' over inputs x. damp: what
+    is added to its diagonal, of the mean there. Returns int8 codes like w and fp16 scales
+    (n, rows, 1).
+    """
+    scale = grid.scale(w)
+    factor, order = inverse_factor(hessian, damp)
+    # as exact as the weights, and no more
+    factor = factor.to(w.dtype)
+    spread_order = order[:, None].expand_as(w)
+    left = w.take_along_dim(spread_order, -1)
+    dead = hessian.diagonal(dim1=-2, dim2=-1) == 0
+    zero = (left == 0) | dead.take_along_dim(order, -1)[:, None]
+    codes = torch.zeros_like(left)
+    for begin in range(0, w.shape[-1], block):
+        end = min(begin + block, w.shape[-1])
+        errors = torch.zeros_like(left[..., begin:end])
+        for j in range(begin, end):
+            column = left[..., j : j + 1]
+            code = grid.levels(column, scale).masked_fill_(zero[..., j : j + 1], 0)
+            error = (column - code * scale) / factor[:, j, j, None, None]
+            left[..., j + 1 : end] -= error * factor[:, None, j, j + 1 : end]
+            codes[..., j : j + 1] = code
+            errors[..., j - begin : j - begin + 1] = error
+        left[..., end:] -= errors @ factor[:, begin:end, end:]
+    placed = torch.zeros_like(codes).scatter_(-1, spread_order, codes)
+    return placed.to(torch.int8), scale.half()
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """(U, order) of Hessians (n, columns, columns): U' U is the inverse, its columns in order.
+
+    The diagonal falls in that order; an entry of 0 counts as 1, and `damp` of the mean is added.
+    fp64 (n, columns, columns), upper triangles; (n, columns).
+
+    How: H = R R' with R upper is Cholesky from the last column to the first; then U is R inverse,
+    without the inverse of H.
+    """
+    h = hessian.double()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
+    diagonal = diagonal + damp * diagonal.mean(-1, keepdim=True)
+    order = diagonal.argsort(stable=True, dim=-1, descending=True)
+    h = h.diagonal_scatter(diagonal, dim1=-2, dim2=-1)
+    h = h.take_along_dim(order[:, :, None], -2).take_along_dim(order[:, None], -1)
+    root = torch.linalg.cholesky(h.flip(-2, -1)).flip(-2, -1)
+    identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device).expand_as(h)
+    return torch.linalg.solve_triangular(root, identity, upper=True), order
+
+
+def weighted_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """(n, rows, columns), (n, columns, columns) -> (n,) fp64: mean squared error of the outputs."""
+    error = error.double()
+    return ((error @ hessian.double()) * error).sum((-2, -1))
+
+
+def refitted(w: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+    """Refit: the steps that suit these codes best, by the outputs.
+
+    What:   step = q H w / q H q for each row of codes q: least squares, in closed form.
+    Why:    GPTQ chose codes for a step that was chosen without inputs; a better one costs no byte.
+    Source: our own; toggle GPTQ_REFIT.
+    Care:   fp16 rounds it again; a row without codes, or whose step would not be positive, keeps
+            its own. Twice the same codes have the same step, so once is enough.
+
+    w, codes (n, rows, columns), scale (n, rows, 1) fp16, hessian (n, columns, columns).
+    """
+    q = codes.double()
+    through = q @ hessian.double()
+    step = (through * w).sum(-1, keepdim=True) / (through * q).sum(-1, keepdim=True)
+    step = step.half()
+    fine = (step >= torch.finfo(torch.float16).tiny) & step.isfinite()
+    return torch.where(fine, step, scale)
+
+
 # ── 5 Model ───────────────────────────────────────────────────────────────────────────────────────
 # In: token ids (batch, time). Out: nats per target.
 # Promise: one forward path for training and scoring, and a causal one. A technique that is off is
@@ -2706,6 +2863,7 @@ class Role(NamedTuple):
 
     optimiser: str  # "muon", or one of ADAMW_GROUPS
     bits: str | None = None  # the knob with its bits; None: a float of CONTROL_DTYPE
+    gate: bool = False  # with GATED_ATTN_QUANT_GATE, codes of GATE_GRID
 
 
 class AdamwKnobs(NamedTuple):
@@ -2722,6 +2880,8 @@ ADAMW_GROUPS = {
 }
 
 CONTROL = Role("scalar")
+HEAD_GATE_ROLE = Role("scalar", gate=True)
+GATE_GRID = Grid(8, "amax")
 ATTN_ROLE = Role("muon", "quant_bits_attn")
 MLP_ROLE = Role("muon", "quant_bits_mlp")
 EMBED_ROLE = Role("embed", "quant_bits_embed")
@@ -2948,7 +3108,7 @@ class HeadGate(nn.Module):
 
     def __init__(self, weight: Tensor, scale: float = 1.0, gain: float = 1.0):
         super().__init__()
-        self.weight = parameter(weight, CONTROL)
+        self.weight = parameter(weight, HEAD_GATE_ROLE)
         self.scale = scale
         self.gain = gain
 
@@ -4667,9 +4827,9 @@ def grids_in_scope(
     grids = {}
     for name, p in model.named_parameters():
         place = "block_linears" if name.startswith("blocks.") else "small_linears"
-        linear = name.endswith(".weight") and getattr(cfg, p.role.bits) < 16
+        linear = name.endswith(".weight") and p.role.bits and getattr(cfg, p.role.bits) < 16
         if linear and scope in ("linears", place):
-            grids[name] = role_grid(cfg, p.role)
+            grids[name] = role_grid(cfg, name, p.role)
     return grids
 
 
@@ -5022,6 +5182,7 @@ class Trainer:
         "skipped",
         "resumed",
         "elapsed",
+        "reserve",
         "step_seconds",
         "warmed",
         "recompiles",
@@ -5068,6 +5229,7 @@ class Trainer:
         self.skipped: list[int] = []  # steps that were left out, as they were not finite
         self.resumed: list[int] = []  # steps done when the run went on
         self.elapsed = 0.0  # seconds of training
+        self.keep_back(0.0)
         self.step_seconds: list[float] = []
         self.agreed = 0.0  # `elapsed` after the steps whose seconds all ranks know
         self.own_elapsed: float | None = None  # `elapsed` by this rank's clock, if one is unknown
@@ -5077,11 +5239,19 @@ class Trainer:
         self.told = -math.inf  # `elapsed` of the last line about a step
         self.code_sha256 = CODE_SHA256
 
+    def keep_back(self, seconds: float) -> None:
+        """Leaves so much of the budget for what reads training text after the last step."""
+        self.reserve = seconds
+        budget = max(self.cfg.max_wallclock_seconds - seconds, 0.0)
+        # the settings by which steps are planned
+        self.paced = without_part(self.cfg, "max_wallclock_seconds", budget)
+        self.schedule.cfg = self.paced
+
     def done(self) -> bool:
         if self.steps >= self.cfg.iterations:
             return True
         coming = careful_step(self.step_seconds) if self.step_seconds else 0.0
-        return budget_spent(self.cfg, self.steps, self.elapsed, coming)
+        return budget_spent(self.paced, self.steps, self.elapsed, coming)
 
     @property
     def tokens_seen(self) -> int:
@@ -5191,6 +5361,7 @@ class Trainer:
         )
         for name, value in kept.items():
             setattr(self, name, value)
+        self.keep_back(self.reserve)
 
     def check_rows(self) -> None:
         """Refusal where the steps to come would cut the text otherwise than those before."""
@@ -5336,6 +5507,7 @@ class Trainer:
             # the run begins with steps of the first form
             self.warmed = next(iter(seconds.values()))[1:]
             self.usual = {form: statistics.median(s[1:] or s) for form, s in seconds.items()}
+            self.keep_back(self.calibration_seconds())
             self.foretell("warm-up", warn=not saved)
         if saved:
             self.restore(*saved)  # again: the warm-up has undone it
@@ -5366,7 +5538,7 @@ class Trainer:
 
         At the speed of the warm-up, for each form of a step, times this ratio.
         """
-        seen = forecast(self.cfg, lambda now: ratio * self.usual[now.loops, now.length])
+        seen = forecast(self.paced, lambda now: ratio * self.usual[now.loops, now.length])
         self.run.log(f"schedule ({speed} speed): {timeline(seen)}")
         if warn:
             for text in averaging_warnings(self.cfg, seen):
@@ -5400,7 +5572,7 @@ class Trainer:
         self.own_elapsed = self.run.tick()
         typical = typical_step(self.step_seconds)
         self.elapsed = self.agreed + typical
-        last = 0 < self.cfg.max_wallclock_seconds < self.elapsed + LAST_SECONDS
+        last = 0 < self.paced.max_wallclock_seconds < self.elapsed + LAST_SECONDS
         if self.run.world == 1 or last or not typical:
             self.agree()
 
@@ -5504,7 +5676,7 @@ class Trainer:
         seconds, speed = self.speed()
         left = (cfg.iterations - self.steps) * seconds
         if cfg.max_wallclock_seconds:
-            left = min(left, cfg.max_wallclock_seconds - self.elapsed)
+            left = min(left, self.paced.max_wallclock_seconds - self.elapsed)
         val = f"val bpb {self.val_bpb:.4f}, " if math.isfinite(self.val_bpb) else ""
         return f"step {self.steps:,}, loss {self.loss:.4f}, {val}{speed}, {left:.0f} s left"
 
@@ -5554,10 +5726,106 @@ class Trainer:
             size_estimate=size,
         )
 
+    def calibration_seconds(self) -> float:
+        """GPTQ_RESERVE_SECONDS; or what a calibration will take, as measured, and a tenth."""
+        cfg, run = self.cfg, self.run
+        if not (cfg.gptq_enabled and cfg.max_wallclock_seconds):
+            return 0.0
+        if cfg.gptq_reserve_seconds >= 0:
+            return cfg.gptq_reserve_seconds
+        run.at_work("how long a calibration takes")
+        one, three = (run.milliseconds(partial(self.hessians, n)) / 1e3 for n in (1, 3))
+        each = max(three - one, 0.0) / 2
+        # the first one also has what comes once
+        seconds = run.broadcast(1.1 * (one + (cfg.gptq_calibration_batches - 1) * each))
+        run.log(f"GPTQ: {seconds:.2f} s of the budget are kept back for its calibration")
+        most = 0.5 * cfg.max_wallclock_seconds
+        refuse(
+            seconds > most,
+            f"GPTQ_CALIBRATION_BATCHES={cfg.gptq_calibration_batches}: would take {seconds:.1f} s, "
+            f"over half of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower it",
+        )
+        return seconds
+
+    def hessians(self, batches: int) -> dict[str, Tensor]:
+        """What collect_hessians finds on so many more steps of training rows, of all ranks.
+
+        Per token, with the masks of training and the weights and loops that the model has now.
+        Refusal of all ranks where one has no rows, or where the inputs are not finite (5).
+        """
+        cfg, run = self.cfg, self.run
+        coded = [name for name, how in self.plan.items() if isinstance(how, Grid)]
+        loader = Loader(cfg, run, self.split, self.lengths)
+        refusals = []
+
+        def own_ids() -> Iterator[Tensor]:
+            for n in range(batches):
+                run.at_work(f"batch {n + 1} of {batches}")
+                batch = loader.next(cfg.train_seq_len)
+                if isinstance(batch, Refusal):
+                    refusals.append(batch)
+                    return
+                yield from batch[0].tensor_split(self.accumulate)
+
+        self.model.longest_piece = cfg.longest_piece(cfg.train_seq_len)
+        totals = collect_hessians(self.model, own_ids(), coded)
+        self.model.longest_piece = cfg.doc_max_len
+        loader.close()
+
+        refused = torch.tensor(float(len(refusals)))
+        if run.world > 1:
+            dist.all_reduce(refused)
+        if refused:
+            raise run.first_refusal(next(iter(refusals), None))
+        for name, total in totals.items():
+            if run.world > 1:
+                dist.all_reduce(total)
+            total.div_(batches * cfg.train_batch_tokens)
+            problem = f"GPTQ: the inputs of {name} are not finite; lower the learning rates"
+            refuse(not total.isfinite().all(), problem, 5)
+        return totals
+
     def score_weights(self, state: State | None = None) -> Score:
         """These (default: the live, latent) weights on fixed windows, with the loops of now."""
         self.model.load_state_dict(state or {}, strict=False)
         return score(self.cfg, self.run, self.forward, self.val)
+
+
+@torch.no_grad()
+def collect_hessians(
+    model: GPT, batches: Iterable[Tensor], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Name -> the sum of x x' over the inputs x of this matrix, (columns, columns) fp32.
+
+    Of each of these names that is the weight of a Linear, or the token embedding: as a head, which
+    reads the final hidden state. Looped blocks add up over their visits. batches: ids (rows, time).
+    """
+    totals = {}
+
+    def add(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        if name not in totals:
+            totals[name] = x.new_zeros(x.shape[1], x.shape[1])
+        totals[name].addmm_(x.T, x)
+
+    def watch(module: Linear, inputs: tuple[Tensor], name: str) -> None:
+        add(name, inputs[0])
+
+    wanted = set(names)
+    hooks = []
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(module, Linear) and weight in wanted:
+            hooks.append(module.register_forward_pre_hook(partial(watch, name=weight)))
+    try:
+        for ids in batches:
+            hidden = model.hidden(ids)
+            if "tok_emb" in wanted:
+                add("tok_emb", hidden)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return totals
 
 
 # ── 10 Artifact ───────────────────────────────────────────────────────────────────────────────────
@@ -5992,13 +6260,28 @@ def write_atomic(path: Path, *pieces: Piece) -> None:
         temporary.unlink(missing_ok=True)  # there only if something failed
 
 
-def role_grid(cfg: Config, role: Role) -> Grid:
-    """The grid of tensors with this role: QUANT_BITS_MLP and QUANT_CLIP_MLP, say."""
+def role_grid(cfg: Config, name: str, role: Role) -> Grid:
+    """The grid of a tensor with this role: QUANT_BITS_MLP and QUANT_CLIP_MLP, say."""
+    kind = role.bits.removeprefix("quant_bits_")
     bits = getattr(cfg, role.bits)
-    clip = getattr(cfg, role.bits.replace("bits", "clip"))
+    clip = getattr(cfg, f"quant_clip_{kind}")
     if clip == "auto":
         clip = cfg.quant_clip
-    return Grid(bits, clip, cfg.quant_codes, cfg.quant_scale_floor)
+    sigmas = getattr(cfg, f"{kind}_clip_sigmas")
+    if is_looped(cfg, name):
+        bits = cfg.loop_layer_bits or bits
+        sigmas = cfg.loop_layer_clip_sigmas or sigmas
+    if clip != "sigma":
+        sigmas = 0.0
+    return Grid(bits, clip, cfg.quant_codes, cfg.quant_scale_floor, sigmas)
+
+
+def is_looped(cfg: Config, name: str) -> bool:
+    """Whether a parameter belongs to a block that is passed several times."""
+    words = name.split(".")
+    if not cfg.num_loops or words[0] != "blocks":
+        return False
+    return cfg.loop_start <= int(words[1]) <= cfg.loop_end
 
 
 def export_plan(cfg: Config, model: GPT) -> dict[str, Grid | torch.dtype]:
@@ -6032,13 +6315,15 @@ def unknown_pattern(pattern: str, names: Iterable[str]) -> str:
 
 
 def planned(cfg: Config, name: str, p: nn.Parameter) -> Grid | torch.dtype:
+    if p.role.gate and cfg.gated_attn_quant_gate:
+        return GATE_GRID
     if p.role.bits is None:
         return torch.float16 if cfg.control_dtype == "fp16" else torch.float32
     kept = any(pattern in name for pattern in kept_patterns(cfg))
     small = p.ndim < 2 or p.numel() <= cfg.keep_float_max_numel
     if kept or small or getattr(cfg, p.role.bits) == 16:
         return torch.float16
-    return role_grid(cfg, p.role)
+    return role_grid(cfg, name, p.role)
 
 
 # A tensor as it ships: "" is a float; "codes" and "scale" are those of a grid
@@ -6053,9 +6338,32 @@ def rounded(w: Tensor, how: Grid | torch.dtype) -> Parts:
     return {"": w.to(how)}
 
 
-def quantised(cfg: Config, state: State, plan: dict) -> dict[str, Parts]:
-    """Name -> parts of every tensor of an artifact. Its inverse is shipped_state."""
-    return {name: rounded(w.detach(), plan[name]) for name, w in state.items()}
+Hessians = dict[str, Tensor]  # what Trainer.hessians makes
+
+
+def quantised(
+    cfg: Config, state: State, plan: dict, hessians: Hessians | None = None
+) -> dict[str, Parts]:
+    """Name -> parts of every tensor of an artifact. Its inverse is shipped_state.
+
+    With GPTQ_ENABLED what has a Hessian is rounded by it: matrices of one grid and shape at once.
+    """
+    parts = {name: {} for name in state}
+    stacks = {}
+    for name, w in state.items():
+        if hessians and name in hessians and cfg.gptq_enabled:
+            stacks.setdefault((plan[name], w.shape), []).append(name)
+        else:
+            parts[name] = rounded(w.detach(), plan[name])
+    for (grid, _), names in stacks.items():
+        w = torch.stack([state[name].detach() for name in names])
+        h = torch.stack([hessians[name] for name in names])
+        codes, scales = gptq(grid, w, h, cfg.gptq_damp, cfg.gptq_block_size)
+        if cfg.gptq_refit:
+            scales = refitted(w, codes, scales, h)
+        for name, *coded in zip(names, codes, scales, strict=True):
+            parts[name] = dict(zip(("codes", "scale"), coded, strict=True))
+    return parts
 
 
 def restored(parts: Parts) -> Tensor:
@@ -6267,14 +6575,16 @@ def prune(cfg: Config, state: State, fraction: float) -> State:
     return pruned
 
 
-def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: float) -> Exported:
+def export_pruned(
+    cfg: Config, run: Run, state: State, plan: dict, hessians: Hessians, fraction: float
+) -> Exported:
     """One try with this share pruned. Rank 0 does the work and tells the others the size."""
     blob = b""
     parts = {}
     total = 0
     run.at_work(f"{cfg.compressor}, {fraction:.1%} pruned")
     if run.rank == 0:
-        parts = quantised(cfg, prune(cfg, state, fraction), plan)
+        parts = quantised(cfg, prune(cfg, state, fraction), plan, hessians)
         blob = encode_artifact(cfg, parts)
         total = len(blob) + len(shipped_code(cfg))
     total = run.broadcast(total)
@@ -6282,11 +6592,13 @@ def export_pruned(cfg: Config, run: Run, state: State, plan: dict, fraction: flo
     return Exported(blob, parts, total, cfg, fraction)
 
 
-def export(cfg: Config, run: Run, state: State, plan: dict) -> Exported:
+def export(
+    cfg: Config, run: Run, state: State, plan: dict, hessians: Hessians | None = None
+) -> Exported:
     """The artifact of these weights. Over the cap it is shipped too: the exit code tells."""
-    made = export_pruned(cfg, run, state, plan, cfg.prune_pct)
+    made = export_pruned(cfg, run, state, plan, hessians, cfg.prune_pct)
     if cfg.fit_to_cap and made.total > cfg.cap_bytes:
-        made = fit_to_cap(run, state, plan, made)
+        made = fit_to_cap(run, state, plan, hessians, made)
     return made
 
 
@@ -6294,7 +6606,7 @@ PRUNE_STEP = 0.005
 PRUNE_MOST = 0.9
 
 
-def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
+def fit_to_cap(run: Run, state: State, plan: dict, hessians: Hessians, made: Exported) -> Exported:
     """Fit to cap: what has become too large is exported again until it fits.
 
     What:   first with the compressor that makes the smallest files; then, with the smaller of
@@ -6309,7 +6621,7 @@ def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
     smallest = list(COMPRESSORS)[-1]
     if cfg.compressor != smallest:
         other = dataclasses.replace(cfg, compressor=smallest, compress_level=-1)
-        made = export_pruned(other, run, state, plan, cfg.prune_pct)
+        made = export_pruned(other, run, state, plan, hessians, cfg.prune_pct)
         if made.total <= cfg.cap_bytes:
             return made
         if made.total < smaller.total:
@@ -6318,7 +6630,7 @@ def fit_to_cap(run: Run, state: State, plan: dict, made: Exported) -> Exported:
     steps = int((PRUNE_MOST - cfg.prune_pct) / PRUNE_STEP + 1.5)
     for step in range(1, steps):
         fraction = cfg.prune_pct + step * PRUNE_STEP
-        made = export_pruned(smaller.cfg, run, state, plan, fraction)
+        made = export_pruned(smaller.cfg, run, state, plan, hessians, fraction)
         if made.total <= cfg.cap_bytes:
             return made
     return smaller
@@ -7027,6 +7339,8 @@ GPU_LIMITS = {
 }
 NVIDIA_SMI_SECONDS = 5.0
 
+# The phase that reads training text after the last step
+CALIBRATE = "calibrate"
 # The contest's limit on the seconds of training, and on those of scoring
 LIMIT_SECONDS = 600
 # The GPUs that it is meant for
@@ -7041,6 +7355,7 @@ class Trained:
     live: State
     averages: dict[str, State]
     final: State  # the weights that are shipped, before pruning and quantisation
+    hessians: Hessians = field(default_factory=dict)  # of `final`, where GPTQ is on
     exported: Exported | None = None
     # kind of tensor -> how many, bytes, rounding error
     kinds: dict = field(default_factory=dict)
@@ -7189,6 +7504,7 @@ def prove_toggles(
     run.log(f"toggles are measured on {tokens:,} tokens of validation text")
     probe.toggles = len(trained.trainer.views.techniques) + len(trained.averages)
     probe.toggles += len(model_parts(cfg)) + len(muon_parts(cfg)) + bool(trained.exported.pruned)
+    probe.toggles += bool(trained.hessians)
     prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
     # room for a second model: nothing reads the copies any more
@@ -7198,6 +7514,8 @@ def prove_toggles(
     prove_model_toggles(cfg, run, trained, probe, attend)
     if trained.exported.pruned:
         prove_pruning(cfg, run, trained, probe)
+    if trained.hessians:
+        prove_gptq(cfg, run, trained, probe)
     schedule = trained.trainer.schedule
     for name, activity in run.activity.items():
         activity.missing = schedule.missing().get(name, "")
@@ -7227,9 +7545,9 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
     trainer = trained.trainer
     made = trained.exported
     pruned = prune(cfg, trained.final, made.pruned)
-    unpruned = quantised(cfg, trained.final, trainer.plan)
+    unpruned = quantised(cfg, trained.final, trainer.plan, trained.hessians)
     off = shipped_state(unpruned)
-    on = shipped_state(quantised(cfg, pruned, trainer.plan))
+    on = shipped_state(quantised(cfg, pruned, trainer.plan, trained.hessians))
     changed = [int((on[name] != off[name]).sum()) for name in on]
     activity = run.activity["PRUNE_PCT"] = Activity(
         tensors=sum(n > 0 for n in changed),
@@ -7245,6 +7563,43 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
     if run.rank == 0:
         saved = len(encode_artifact(made.cfg, unpruned)) - len(made.blob)
     activity.bytes_saved = run.broadcast(saved)
+
+
+def prove_gptq(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
+    """GPTQ: the shipped weights against the same weights rounded to nearest, on the same grids.
+
+    A tensor counts where its weighted error is the smaller one. The effect is in nats.
+    """
+    probe.begin("GPTQ")
+    trainer = trained.trainer
+    weights = prune(cfg, trained.final, trained.exported.pruned)
+    by_inputs = partial(quantised, cfg, weights, trainer.plan, trained.hessians)
+    to_nearest = partial(quantised, cfg, weights, trainer.plan)
+    on, off = (shipped_state(work()) for work in (by_inputs, to_nearest))
+
+    def error(name: str, shipped: State) -> float:
+        e = shipped[name] - weights[name]
+        return weighted_error(e[None], trained.hessians[name][None]).item()
+
+    errors = {name: [error(name, shipped) for shipped in (on, off)] for name in trained.hessians}
+    better = [name for name, (ours, theirs) in errors.items() if ours < theirs]
+    worse = [name for name in errors if name not in better]
+    if worse:
+        run.warn(
+            f"GPTQ: {len(worse)} of {len(errors)} tensors are no nearer to their outputs than "
+            f"rounded to nearest, {worse[0]} among them"
+        )
+    share = sum(ours for ours, _ in errors.values()) / sum(theirs for _, theirs in errors.values())
+    activity = run.activity["GPTQ"] = Activity(
+        tensors=len(better),
+        params=sum(int((on[name] != off[name]).sum()) for name in errors),
+        scope=f"export, {share:.3f} x the weighted error",
+        steps=[trainer.steps],
+        cost_per="export",
+    )
+    nats = [probe.nats(trainer.model, state) for state in (on, off)]
+    probe.measure(activity, "against rounding to nearest", *nats)
+    measure_cost(run, "GPTQ", by_inputs, to_nearest)
 
 
 def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
@@ -7483,6 +7838,13 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
             f"{len(trainer.skipped)} of {trainer.steps} steps were not finite and were left out, "
             f"the first of them step {trainer.skipped[0]}"
         )
+    spent = run.ledger().get(CALIBRATE, 0.0)
+    over = trainer.elapsed + spent - cfg.max_wallclock_seconds
+    if cfg.checkpoint and spent and cfg.max_wallclock_seconds and over > 0:
+        run.warn(
+            f"GPTQ: training ended {over:.1f} s too late for the {spent:.1f} s of its calibration: "
+            "nothing for the leaderboard; train with GPTQ_ENABLED=1"
+        )
     live = scores["live"]
     averaged = scores.get("averaged", live)
     worse = averaged.bpb - live.bpb
@@ -7610,13 +7972,18 @@ def time_limits(
 ) -> dict[str, dict[str, float]]:
     """Row of the ledger -> its seconds, its limit, and what is left: negative when it is over.
 
-    Training is held to its budget, wherever it runs. Scoring is held to the contest's limit on the
-    contest's number of GPUs, or more. With fewer, or on a CPU, the same scoring takes longer
-    without being too slow for the contest, so that there no limit is claimed.
+    Training is held to its budget, wherever it runs, and with it what reads training text after
+    the last step; not where another launch trained, which may have kept nothing back. Scoring is
+    held to the contest's limit on the contest's number of GPUs, or more. With fewer, or on a CPU,
+    the same scoring takes longer without being too slow for the contest, so that there no limit is
+    claimed.
     """
     held = {}
     if elapsed is not None and cfg.max_wallclock_seconds:
         held["train"] = elapsed, cfg.max_wallclock_seconds
+        ledger = run.ledger()
+        if CALIBRATE in ledger and not cfg.checkpoint:
+            held[CALIBRATE] = ledger[CALIBRATE], cfg.max_wallclock_seconds - elapsed
     if run.cuda and run.world >= SCORE_GPUS:
         held[f"score {mode}"] = seconds, LIMIT_SECONDS
     return {
@@ -8209,6 +8576,20 @@ def short_chunks(text: str, env: dict) -> dict[str, str]:
     return switch("TTT_SHORT_SCORE_FIRST_STEPS", off="", on=f"{length}:{chunk}")(text, env)
 
 
+def matrix_clip_sigmas(text: str, env: dict) -> dict[str, str]:
+    """An old variable of all matrices (#1394), or of those that have none of their own (#1626)."""
+    kinds = ("MLP_CLIP_SIGMAS", "ATTN_CLIP_SIGMAS", "BIGRAM_CLIP_SIGMAS")
+    return {name: text for name in kinds if name not in env}
+
+
+def gptq_reserve_ms(text: str, env: dict) -> dict[str, str]:
+    """An old variable in milliseconds."""
+    try:
+        return {"GPTQ_RESERVE_SECONDS": f"{float(text) / 1e3:.10g}"}
+    except ValueError:
+        return {"GPTQ_RESERVE_SECONDS": text}
+
+
 SLOPES = ("NEGATIVE_SLOPE", "LEAKY_SLOPE", "LEAKY_RELU_SLOPE", "MLP_LEAKY_SLOPE")
 
 # Spellings of other scripts for our knobs
@@ -8254,6 +8635,9 @@ ALIASES: dict[str, Meaning] = {
     "QUANT_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN", "QUANT_BITS_BIGRAM"),
     "MATRIX_BITS": renamed("QUANT_BITS_MLP", "QUANT_BITS_ATTN"),
     "EMBED_BITS": renamed("QUANT_BITS_EMBED"),
+    "MATRIX_CLIP_SIGMAS": matrix_clip_sigmas,
+    "USE_GPTQ": renamed("GPTQ_ENABLED"),
+    "GPTQ_RESERVE_MS": gptq_reserve_ms,
     "FP16_EMBED": switch("QUANT_BITS_EMBED", off="8", on="16"),
     "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", off="8", on="16"),
     "FP16_PASSTHROUGH_PATTERNS": renamed("FP16_KEEP_NAME_PATTERNS"),
@@ -8278,6 +8662,7 @@ WINS = {
     "DATA_DIR": "DATA_PATH and TOKENIZER_PATH win",
     "MLP_HIDDEN": "0: the width is MLP_MULT's",
     "TTT_SHORT_SCORE_FIRST_ENABLED": "TTT_SHORT_SCORE_FIRST_STEPS has the chunks",
+    "MATRIX_CLIP_SIGMAS": "MLP_, ATTN_ and BIGRAM_CLIP_SIGMAS win",
 }
 
 # Beside names: whatever the value is, the result is the same / is another
@@ -8289,19 +8674,19 @@ ABSENT_AT = {
     "0": """
         EMBED_DIM UNTIE_AT_FRACTION MLP_GROUPS FP_STORAGE DISABLE_LAYER0_ATTN REFINER
         TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS OPTROT_ENABLED TEMP_SCALING DIFF_ATTN
-        ASYMMETRIC_LOGIT GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS
-        GATED_ATTN_QUANT_GATE GATE_MLP_OUT GATED_ATTN GATED_SKIPS TRIGRAM NGRAM_TILT_ENABLED
-        NGRAM_WITHIN_BETA NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA
-        LORA_RANK TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL
-        PARALLEL_FREEZE_LANE0 PARALLEL_MLP_READ_MIX MUON_HUBER_WD BLOCK_LARS_TRUST CAUTIOUS_WD
-        SEQ_LEN_START BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED
-        FORCE_STOP_STEP QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA GPTQ_ENABLED
-        USE_GPTQ GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS LQER_ENABLED LQER_RANK AWQ_LITE_ENABLED
-        CASEOPS_ENABLED SLOT_ENABLED HASH_EMBED_ENABLED ETLB_ENABLED TTT_DEBUG_BYPASS
-        TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED TTT_DOC_LIMIT TTT_GRAD_STEPS_CLEAN
-        TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN TTT_ADAMW_WD TTT_LORA_EMA_DECAY
-        GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_WARMUP_CHUNKS PREQUANT_ONLY QUANTIZE_ONLY
-        POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL SKIP_POST_TRAIN_EVAL""",
+        ASYMMETRIC_LOGIT GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS GATE_MLP_OUT
+        GATED_ATTN GATED_SKIPS TRIGRAM NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA
+        AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA LORA_RANK
+        TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL PARALLEL_FREEZE_LANE0
+        PARALLEL_MLP_READ_MIX MUON_HUBER_WD BLOCK_LARS_TRUST CAUTIOUS_WD SEQ_LEN_START
+        BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED FORCE_STOP_STEP
+        QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA LQER_ENABLED LQER_RANK
+        AWQ_LITE_ENABLED CASEOPS_ENABLED SLOT_ENABLED HASH_EMBED_ENABLED ETLB_ENABLED
+        TTT_DEBUG_BYPASS TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED TTT_DOC_LIMIT
+        TTT_GRAD_STEPS_CLEAN TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN TTT_ADAMW_WD
+        TTT_LORA_EMA_DECAY GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_WARMUP_CHUNKS PREQUANT_ONLY
+        QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL
+        SKIP_POST_TRAIN_EVAL""",
     "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
     "none": "REPEAT_UNTIE_MLP",
     "": """
@@ -8339,16 +8724,14 @@ ABSENT_AT = {
         WITHIN_TAU WORD_BOOST WORD_NORMALIZE WORD_ORDER WORD_TAU NGRAM_AGREE_BONUS
         NGRAM_BASE_BETA NGRAM_OPEN_TABLE_BITS NGRAM_ORDER_STRIDE NGRAM_WITHIN_THRESHOLD
         NGRAM_WORD_THRESHOLD YARN_MAX_LEN NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH DEPTH_LORA_RANK
-        LOOP_LAYER_BITS LOOP_LAYER_CLIP_SIGMAS UNTIE_LOOP_MLPS LORA_LR REPEAT_UNTIE_MLP_LAYERS
-        MATRIX_LR_EARLY MATRIX_LR_LATE BANK_SPLIT CORR_WEIGHT_LR ADAM_LR MUON_HUBER_DELTA
-        BLOCK_LARS_MIN_SCALE SEQ_SCHEDULE_FRACTION BATCH_SCHEDULE_FRACTION TRAIN_MAX_SEQ_LEN
-        MTP_LOSS_WEIGHT LAWA_FREQ LAWA_K QAT_INT6 USE_INT6 QUANT_CLIP_RANGE TARGET_MB
-        MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS MATRIX_CLIP_SIGMAS EMBED_CLIP_SIGMAS N_INT6_LAYERS
-        INT4_STEP GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_BLOCK_SIZE GPTQ_CALIBRATION_BATCHES
-        GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE LQER_ASYM_ENABLED LQER_ASYM_GROUP
-        LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE LQER_TOP_K AWQ_LITE_BITS
-        AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K GPTQ_DAMP GPTQ_CALIBRATION_MODE SLOT_LR
-        SLOT_STEPS ETLB_CLIP ETLB_LR ETLB_STEPS HASH_EMBED_SIZE TTT_NS_STEPS
+        UNTIE_LOOP_MLPS LORA_LR REPEAT_UNTIE_MLP_LAYERS MATRIX_LR_EARLY MATRIX_LR_LATE
+        BANK_SPLIT CORR_WEIGHT_LR ADAM_LR MUON_HUBER_DELTA BLOCK_LARS_MIN_SCALE
+        SEQ_SCHEDULE_FRACTION BATCH_SCHEDULE_FRACTION TRAIN_MAX_SEQ_LEN MTP_LOSS_WEIGHT
+        LAWA_FREQ LAWA_K QAT_INT6 USE_INT6 QUANT_CLIP_RANGE TARGET_MB N_INT6_LAYERS INT4_STEP
+        GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE
+        LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE
+        LQER_TOP_K AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K GPTQ_CALIBRATION_MODE
+        SLOT_LR SLOT_STEPS ETLB_CLIP ETLB_LR ETLB_STEPS HASH_EMBED_SIZE TTT_NS_STEPS
         TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TRAIN_FILES VAL_FILES""",
 }
 
@@ -8378,7 +8761,6 @@ INSTEAD_OF = {
     "QUANT_CLIP_RANGE": "set QUANT_BITS (6 for 31, 8 for 127)",
     "PRUNE_RATIO": "see PRUNE_PCT",
     "TARGET_MB": "set FIT_TO_CAP=1 and CAP_BYTES",
-    "GPTQ_RESERVE_MS GPTQ_RESERVE_SECONDS": "lower MAX_WALLCLOCK_SECONDS by it",
     "VAL_DOC_FRACTION": "set VAL_MAX_TOKENS",
     "TTT_GRAD_STEPS TTT_UPDATE_EVERY": "see TTT_CHUNK_SIZE: one step after each",
     "TRAIN_FILES VAL_FILES": "set DATA_PATH to their folder",
@@ -8952,6 +9334,10 @@ def train_and_export(
 
     with run.phase("average"):
         trained = collect_averages(cfg, run, trainer)
+    if cfg.gptq_enabled:
+        with run.phase(CALIBRATE):
+            trainer.model.load_state_dict(trained.final)
+            trained.hessians = trainer.hessians(cfg.gptq_calibration_batches)
     with run.phase("quantise and compress"):
         write_artifact(cfg, run, trained)
     return trained
@@ -9024,7 +9410,7 @@ def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     """Exports the final weights to artifact.bin and measures what the bytes are spent on."""
     plan = trained.trainer.plan
     refuse_what_no_artifact_holds(cfg, trained.trainer.model, trained.final, plan)
-    made = export(cfg, run, trained.final, plan)
+    made = export(cfg, run, trained.final, plan, trained.hessians)
     trained.exported = made
     sizes = None
     if run.rank == 0:
@@ -9096,7 +9482,8 @@ def stages_before_the_artifact(
     def score_unfitted() -> Score:
         """Quantised, but without what FIT_TO_CAP pruned."""
         weights = prune(cfg, trained.final, cfg.prune_pct)
-        return score_weights(shipped_state(quantised(cfg, weights, trained.trainer.plan)))
+        parts = quantised(cfg, weights, trained.trainer.plan, trained.hessians)
+        return score_weights(shipped_state(parts))
 
     yield "live", partial(score_weights, trained.live)
     if cfg.shipped_average in trained.averages:

@@ -233,6 +233,13 @@ OLD_SPELLINGS = {
     "FP16_PASSTHROUGH_PATTERNS": ("tok_emb", {}, {"FP16_KEEP_NAME_PATTERNS": "tok_emb"}),
     "USE_ZSTD": ("0", {}, {"COMPRESSOR": "zlib"}),
     "ZSTD_LEVEL": ("19", {}, {"COMPRESS_LEVEL": 19}),
+    "MATRIX_CLIP_SIGMAS": (
+        "9",
+        {"ATTN_CLIP_SIGMAS": "10"},
+        {"ATTN_CLIP_SIGMAS": 10.0, "MLP_CLIP_SIGMAS": 9.0, "BIGRAM_CLIP_SIGMAS": 9.0},
+    ),
+    "USE_GPTQ": ("1", {}, {"GPTQ_ENABLED": True}),
+    "GPTQ_RESERVE_MS": ("500", {}, {"GPTQ_RESERVE_SECONDS": 0.5}),
     "SLIDING_EVAL_STRIDE": ("16", {}, {"EVAL_STRIDE": 16}),
     "SLIDING_BATCH_SIZE": ("64", {}, {"EVAL_BATCH_SEQS": 64}),
     "EVAL_BATCH_SIZE": ("64", {}, {"EVAL_BATCH_SEQS": 64}),
@@ -324,7 +331,24 @@ def test_no_hidden_width_leaves_the_multiple():
     assert cfg.without_effect() == {"MLP_HIDDEN": "0: the width is MLP_MULT's"}
 
 
-@pytest.mark.parametrize("old", sorted(OLD_SPELLINGS.keys() - {"DATA_DIR"}))
+def test_a_clip_of_all_matrices_yields_to_the_clips_of_some():
+    told = {"MATRIX_CLIP_SIGMAS": "9", "MLP_CLIP_SIGMAS": "10", "ATTN_CLIP_SIGMAS": "11"}
+    cfg = Config.from_env(told)
+    clips = (cfg.mlp_clip_sigmas, cfg.attn_clip_sigmas, cfg.bigram_clip_sigmas)
+    assert clips == (10, 11, 9)
+    cfg = Config.from_env(told | {"BIGRAM_CLIP_SIGMAS": "12"})
+    assert cfg.without_effect()["MATRIX_CLIP_SIGMAS"] == train_gpt.WINS["MATRIX_CLIP_SIGMAS"]
+    # in the scripts from #1626 on it is that of the other matrices alone
+    cfg = Config.from_env({"BASE": "pr1855", "MATRIX_CLIP_SIGMAS": "9"})
+    clips = (cfg.mlp_clip_sigmas, cfg.attn_clip_sigmas, cfg.bigram_clip_sigmas)
+    assert clips == (10, 13, 9)
+
+
+# These give way to what is said of a part of what they mean
+YIELDING = {"DATA_DIR", "MATRIX_CLIP_SIGMAS"}
+
+
+@pytest.mark.parametrize("old", sorted(OLD_SPELLINGS.keys() - YIELDING))
 def test_an_old_spelling_that_contradicts_the_new_name_is_refused(old):
     value, others, changed = OLD_SPELLINGS[old]
     new = next(iter(changed))
@@ -368,7 +392,7 @@ BUILT_IN = "what is built in here"
 UNUSED = "changes no result there either"
 OFF_AT_0 = """MTP_HEADS MTP_NUM_HEADS DIFF_ATTN REFINER
  MLP_GROUPS UNTIE_AT_FRACTION LORA_RANK TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS SEQ_LEN_START
- BATCH_TOKENS_START POST_GPTQ_EVAL_ONLY USE_GPTQ TRAINING_DEPTH_RECURRENCE
+ BATCH_TOKENS_START POST_GPTQ_EVAL_ONLY TRAINING_DEPTH_RECURRENCE
  EVAL_DEPTH_RECURRENCE NGRAM_WITHIN_BETA LQER_ENABLED"""
 OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
     "TIE_EMBEDDINGS": ("1", BUILT_IN),
@@ -389,12 +413,9 @@ OF_RECORDS = {name: ("0", OFF) for name in OFF_AT_0.split()} | {
     "FUSED_CE_ENABLED": ("1", UNUSED),
     "CHURN_LOG_EVERY": ("0", UNUSED),
 }
-# At 0 a clip of so many sigmas makes all weights 0, a filter takes all or nothing, and one step is
-# no pass over a chunk
-NOT_OFF = """ATTN_CLIP_SIGMAS=0 MLP_CLIP_SIGMAS=0 MATRIX_CLIP_SIGMAS=0 EMBED_CLIP_SIGMAS=0
- TTT_ENTROPY_HIGH=0 BITNET_GROUP_SIZE=0 TTT_GRAD_STEPS=2 SMEAR=0
- TTT_MOMENTUM=0 TTT_OPTIMIZER=adam TIE_EMBEDDINGS=0 SOFTCAP_TYPE=poly
- GPTQ_RESERVE_SECONDS=0.5 QAT_INT6=0"""
+# At 0 a filter takes all or nothing, and one step is no pass over a chunk
+NOT_OFF = """TTT_ENTROPY_HIGH=0 BITNET_GROUP_SIZE=0 TTT_GRAD_STEPS=2 SMEAR=0
+ TTT_MOMENTUM=0 TTT_OPTIMIZER=adam TIE_EMBEDDINGS=0 SOFTCAP_TYPE=poly QAT_INT6=0"""
 
 
 @pytest.mark.parametrize("name", OF_RECORDS)
@@ -955,6 +976,12 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
         "TTT_MODE=lora TTT_SHORT_SCORE_FIRST_STEPS=256:0",
         "TTT_SHORT_SCORE_FIRST_STEPS",
         "TTT_SHORT_SCORE_FIRST_STEPS=256:1",
+    ),
+    ("QUANT_CLIP=sigma", "QUANT_CLIP", "QUANT_SCALE_FLOOR=0"),
+    (
+        "GPTQ_ENABLED=1 GPTQ_RESERVE_SECONDS=600",
+        "GPTQ_RESERVE_SECONDS",
+        "MAX_WALLCLOCK_SECONDS=601",
     ),
     (
         "TTT_MODE=lora PHASED_TTT_ENABLED=1 GLOBAL_TTT_CHUNK_TOKENS=2047",

@@ -40,6 +40,7 @@ TOGGLES = {
     "qna": "qna_enabled",
     "swa": "swa_enabled",
     "ema": "ema_enabled",
+    "gptq": "gptq_enabled",
     "ttt": "ttt_mode",
     "phased_ttt": "phased_ttt_enabled",
     "global_ttt": "phased_ttt_enabled",
@@ -50,7 +51,14 @@ UNTUNED = {
     "smear_gate_enabled",
     "attn_out_gate_enabled",
     "skip_gates_enabled",
+    "gated_attn_quant_gate",
 }
+
+
+def needed_by(name: str) -> set[str]:
+    """The knobs that this one needs, and those that these need."""
+    words = [word.partition("=")[0] for word in NEEDING.get(name, "").split()]
+    return set(words).union(*map(needed_by, words))
 
 
 # ── The declaration ───────────────────────────────────────────────────────────────────────────────
@@ -58,8 +66,7 @@ def test_every_knob_of_a_technique_says_that_it_needs_it():
     for f in KNOBS:
         toggles = [TOGGLES[word] for word in TOGGLES if f.name.startswith(f"{word}_")]
         for toggle in toggles if f.name not in {*toggles, *UNTUNED} else ():
-            needs = NEEDING.get(f.name, "")
-            assert toggle in needs or toggle in NEEDING.get(needs, ""), f.name
+            assert toggle in needed_by(f.name), f.name
     techniques = {f.name for f in KNOBS if f.name.endswith(("_enabled", "_gate", "_mode"))}
     assert techniques <= {*TOGGLES.values(), *UNTUNED, "train_seq_schedule_mode"}
 
@@ -68,13 +75,13 @@ def test_what_a_knob_needs_is_a_knob():
     for name, needs in NEEDING.items():
         for word in needs.split():
             knob, _, value = word.partition("=")
-            assert word in ("or", "not") or knob.upper() in BY_NAME, name
+            assert word in ("or", "and", "not") or knob.upper() in BY_NAME, name
             assert not value or value in BY_NAME[knob.upper()].metadata["choices"], name
 
 
 def test_a_number_other_than_zero_leaves_nothing_idle_but_16_bits_do():
     words = {word.partition("=")[0] for needs in NEEDING.values() for word in needs.split()}
-    for name in words - {"or", "not"}:
+    for name in words - {"or", "and", "not"}:
         off = BY_NAME[name.upper()].metadata["off"]
         numbers = {16} if name.startswith("quant_bits_") else {0}
         # a taper to the whole weight decay is none

@@ -56,7 +56,8 @@ HARD_CODED = {
      QNA_SCOPE=exported QNA_GRID=export""",
     "pr1285": "MUON_ROW_NORMALIZE=1 LOADER=coprime",
     "pr1334": "MUON_ROW_NORMALIZE=1 LOADER=coprime",
-    "pr1394": "VE_ENABLED=0 LOADER=shuffled NEGATIVE_SLOPE=0.5 DOC_MASK=0",
+    "pr1394": """VE_ENABLED=0 LOADER=shuffled NEGATIVE_SLOPE=0.5 DOC_MASK=0 GPTQ_ENABLED=1
+     QUANT_CLIP=sigma QUANT_CLIP_BIGRAM=auto QUANT_CLIP_EMBED=auto QUANT_SCALE_FLOOR=0""",
     "pr1529": "TTT_MODE=sgd LOADER=shuffled DOC_MASK=0",
     "pr1530": """LOADER=documents DOC_MASK=1 EVAL_STRIDE=0 SMEAR_GATE_ENABLED=0 TTT_LORA_ALPHA=0
      TTT_WARM_START_A=0 PHASED_TTT_ENABLED=0""",
@@ -99,9 +100,7 @@ def test_every_variable_of_a_record_is_a_setting_or_refused_by_name(name):
 # ── Their commands ────────────────────────────────────────────────────────────────────────────────
 # What commands say of techniques that are still to come, and that is refused by name until then
 TO_COME = """
-    GPTQ_RESERVE_SECONDS GPTQ_RESERVE_MS GPTQ_CALIBRATION_BATCHES USE_GPTQ TARGET_MB
-    MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS EMBED_CLIP_SIGMAS MATRIX_CLIP_SIGMAS GATED_ATTN_QUANT_GATE
-    HESSIAN_CLIP_LAMBDA MIXED_QUANT N_INT6_LAYERS COMPRESSOR
+    TARGET_MB HESSIAN_CLIP_LAMBDA MIXED_QUANT N_INT6_LAYERS COMPRESSOR
     LQER_ENABLED LQER_ASYM_ENABLED LQER_RANK LQER_FACTOR_BITS LQER_ASYM_GROUP LQER_TOP_K
     AWQ_LITE_ENABLED CASEOPS_ENABLED
     NGRAM_TILT_ENABLED NGRAM_HINT_PRECOMPUTE_OUTSIDE ARTIFACT_DIR"""
@@ -218,6 +217,16 @@ RECORD_1855 = dict(
     quant_bits_mlp=6,
     quant_bits_attn=6,
     quant_bits_embed=7,
+    quant_clip="sigma",
+    mlp_clip_sigmas=11.5,
+    attn_clip_sigmas=13,
+    embed_clip_sigmas=14,
+    quant_scale_floor=False,
+    gated_attn_quant_gate=True,
+    gptq_enabled=True,
+    gptq_calibration_batches=16,
+    gptq_reserve_seconds=0.5,
+    gptq_damp=0.01,
     # scoring
     eval_stride=0,
     window=2048,
@@ -247,8 +256,7 @@ RECORD_1855 = dict(
 )
 # Of its 43 variables: what is still to come (TO_COME), and so is taken out here
 NOT_YET_1855 = """
-    CASEOPS_ENABLED MLP_CLIP_SIGMAS ATTN_CLIP_SIGMAS EMBED_CLIP_SIGMAS GPTQ_RESERVE_SECONDS
-    GPTQ_CALIBRATION_BATCHES GATED_ATTN_QUANT_GATE COMPRESSOR
+    CASEOPS_ENABLED COMPRESSOR
     LQER_ENABLED LQER_ASYM_ENABLED LQER_RANK LQER_FACTOR_BITS LQER_ASYM_GROUP LQER_TOP_K"""
 
 
