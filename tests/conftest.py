@@ -182,6 +182,7 @@ LONGEST = [
     "needs",
     "launch",
     "views",
+    "gptq",
     "gpu",
     "dependencies",
     "progress",

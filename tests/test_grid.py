@@ -19,6 +19,9 @@ from train_gpt import CLIP_QUANTILES, Grid, row_quantile
 GRIDS = [
     Grid(*g) for g in itertools.product(range(2, 9), CLIP_QUANTILES, ("sym", "asym"), (False, True))
 ]
+GRIDS += [
+    Grid(bits, "sigma", codes, sigmas=2.5) for bits in range(2, 9) for codes in ("sym", "asym")
+]
 every_grid = pytest.mark.parametrize(
     "grid", GRIDS, ids=lambda g: f"{g.bits}{g.clip}-{g.codes}-{'floor' * g.floor}"
 )
