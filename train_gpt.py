@@ -7183,6 +7183,8 @@ class GlobalPhases:
         self.steps = 0
         self.boundaries = []
         if cfg.phased_ttt_enabled:
+            # the weights that were scored first
+            self.start = [p.detach().clone() for p in model.parameters()]
             prefix = min(cfg.phased_ttt_prefix_docs, len(document_spans(val)))
             phases = cfg.phased_ttt_num_phases
             self.boundaries = [prefix * (i + 1) // phases for i in range(phases)]
@@ -7224,6 +7226,22 @@ class GlobalPhases:
                 dist.broadcast(p.data, 0)
         for p in model.parameters():
             p.grad = None
+
+    @torch.no_grad()
+    def proof(self) -> Activity:
+        """How far the weights have moved."""
+        pairs = zip(self.model.parameters(), self.start, strict=True)
+        moved = torch.stack([(p - start).norm() for p, start in pairs]).norm()
+        size = torch.stack([start.norm() for start in self.start]).norm()
+        return Activity(
+            tensors=len(self.start),
+            params=sum(w.numel() for w in self.start),
+            scope="scoring, its own steps",
+            unit="of the weights",
+            steps=[*range(self.steps)],
+            effect=(moved / size).item(),
+            compared="those that were scored first",
+        )
 
     def rows(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """(ids, targets) of each step of the first chunk of these tokens."""
@@ -7288,11 +7306,12 @@ def tell_what_was_learned(
                 f"no document has a second chunk of {setting('ttt_chunk_size', cfg.ttt_chunk_size)}"
             )
         run.warn(f"TTT_MODE=lora: the adapters learned nothing: {why}")
+    if cfg.phased_ttt_enabled:
+        run.activity["PHASED_TTT_ENABLED"] = phases.proof()
     if cfg.phased_ttt_enabled and not phases.steps:
-        run.warn(
-            "PHASED_TTT_ENABLED=1: no step was taken: a phase needs scored documents of more than "
-            f"{setting('global_ttt_chunk_tokens', cfg.global_ttt_chunk_tokens)}, and some behind it"
-        )
+        tokens = setting("global_ttt_chunk_tokens", cfg.global_ttt_chunk_tokens)
+        why = f"no phase had more than {tokens} of documents, with others behind it"
+        run.warn(f"PHASED_TTT_ENABLED=1: no step was taken: {why}")
     return bool(size or phases.steps)
 
 

@@ -23,6 +23,7 @@ OTHER_TOGGLES = (
     "FIT_TO_CAP",
     "DOC_ISOLATED_EVAL",
     "TTT_MODE",
+    "PHASED_TTT_ENABLED",
 )
 
 # The knobs that tune a toggle begin as it does, but for these
@@ -30,7 +31,7 @@ TUNED_BY = {
     "SQWA": ("SWA_",),
     "FIT": ("CAP_",),
     "DOC_ISOLATED_EVAL": ("EVAL_",),
-    "TTT_MODE": ("TTT_", "PHASED_", "GLOBAL_"),
+    "PHASED": ("PHASED_", "GLOBAL_"),
     "NUM": ("LOOP_", "LOOPING_", "ENABLE_LOOPING_"),
     "MUON_COEFFS": ("MUON_BACKEND_",),
     "MUON_ROW_NORMALIZE": (),

@@ -255,6 +255,8 @@ def test_a_run_says_what_was_learned_and_its_artifact_is_scored_alike_by_itself(
         r"ttt: (\S+) steps of adapters, .* B behind a batch (\S+); (\S+) steps of all", log
     ).groups()
     assert int(steps) > 9 and float(size) > 0 and int(phases) > 1
+    row = report["toggles"]["PHASED_TTT_ENABLED"]
+    assert row["active"] and 0 < row["effect"] < 1 and row["last_step"] == int(phases) - 1
 
     artifact = folder / "artifact.bin"
     before = artifact.read_bytes()

@@ -257,6 +257,7 @@ NEVER = [
     ("PRUNE_PCT", dict(prune_pct=0.1, keep_float_max_numel=10**6)),
     ("TTT_MODE", dict(ttt_mode="sgd", ttt_chunk_tokens=6400)),
     ("TTT_MODE", dict(ttt_mode="lora", ttt_lora_lr=0.0)),
+    ("PHASED_TTT_ENABLED", dict(ttt_mode="lora", phased_ttt_enabled=True)),
     ("DOC_ISOLATED_EVAL", dict(doc_isolated_eval=True, val_max_tokens=100)),
 ]
 
