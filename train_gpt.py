@@ -218,6 +218,7 @@ SCOPES = ("exported", "linears", "small_linears", "block_linears")
 NOISES = ("export", "row")
 SUM_TYPES = ("fp32", "native", "bf16")
 FLOATS = ("fp16", "fp32")
+FITS = ("svd", "refit")
 MATRIX = ("muon", "adam")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
 CODERS = ("zlib", "zstd", "lzma", "ans")
@@ -248,6 +249,8 @@ bits_knob = partial(grid_knob, choices=BITS, off=(16,))
 code_knob = partial(grid_knob, needs=CODES)
 
 # The knobs of several techniques
+lqer_knob = partial(export_knob, needs="lqer_enabled")
+svd_knob = partial(export_knob, needs="lqer_fit")
 snapshot_knob = partial(knob, needs=SNAPSHOTS)
 start_knob = partial(knob, choices=TRIGGERS, off=("always",))
 
@@ -771,13 +774,22 @@ class Config:
         remedy = f"takes all of MAX_WALLCLOCK_SECONDS={max_wallclock_seconds}"
         refuse(broken, f"GPTQ_RESERVE_SECONDS={gptq_reserve_seconds}: {remedy}")
 
+    # Low-rank correction
+    lqer_enabled: bool = export_knob(False, "", "corrects the worst matrices by thin factors")
+    lqer_rank: int = lqer_knob(4, "", "of the correction", lo=1, hi=64)
+    lqer_top_k: int = lqer_knob(3, "matrices", "that are corrected, the largest error first", lo=1)
+    lqer_fit: str = lqer_knob("svd", "", "refit: to the codes", choices=FITS, off=("refit",))
+    lqer_asym_enabled: bool = svd_knob(True, "", "2 bits and 4; 0: LQER_FACTOR_BITS")
+    lqer_asym_group: int = svd_knob(64, "values", "of the right factor that share a step", lo=1)
+    lqer_factor_bits: int = lqer_knob(4, "bits", "of both factors otherwise", choices=CODE_BITS)
+
     # Export: pruning, compression, size
     prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
     compressor: str = export_knob("zstd", "", "of the artifact", choices=CODERS)
     compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
     pack_code: str = size_knob("lzma", "", "of the script that ships", choices=("lzma", "none"))
     cap_bytes: int = size_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
-    fit_to_cap: bool = export_knob(False, "", "over the cap: add the least pruning that fits")
+    fit_to_cap: bool = export_knob(False, "", "over the cap: a larger k of SDClip, then pruning")
 
     @rule
     def compressor_knows_the_level(compressor, compress_level):
@@ -2849,6 +2861,98 @@ def refitted(w: Tensor, codes: Tensor, scale: Tensor, hessian: Tensor) -> Tensor
     step = step.half()
     fine = (step >= torch.finfo(torch.float16).tiny) & step.isfinite()
     return torch.where(fine, step, scale)
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """left (rows, rank) and right (rank, columns) whose product is nearest to the matrix.
+
+    The signs of an SVD are free, and codes depend on them: here the largest entry of each row of
+    `right` is positive.
+    """
+    u, size, v = torch.linalg.svd(matrix, full_matrices=False)
+    left = u[:, :rank] * size[:rank]
+    right = v[:rank]
+    largest = right.abs().argmax(1, keepdim=True)
+    sign = right.gather(1, largest).sign()
+    return left * sign.T, right * sign
+
+
+def uneven_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """int8 codes from -half to half - 1, and one fp16 step for each row of x: its largest
+    magnitude is half a step inside of -half and half a step beyond half - 1."""
+    half = 2 ** (bits - 1)
+    largest = x.abs().amax(-1, keepdim=True)
+    step = (largest / (half - 0.5)).clamp_min(torch.finfo(torch.float16).tiny).half()
+    codes = (x / step.float()).round().clamp(-half, half - 1)
+    return codes.to(torch.int8), step
+
+
+def svd_correction(cfg: Config, error: Tensor) -> dict[str, Tensor]:
+    """The parts of a low-rank correction of the error, as #1797 packs the factors of its SVD.
+
+    left (rows, rank): 2 bits and one step for all, or LQER_FACTOR_BITS and one for each row.
+    right (rank, columns): 4 bits and one step for LQER_ASYM_GROUP values that follow each other,
+    or LQER_FACTOR_BITS and one for each row.
+    """
+    left, right = truncated_svd(error, cfg.lqer_rank)
+    if cfg.lqer_asym_enabled and right.numel() % cfg.lqer_asym_group == 0:
+        left_codes, left_scale = uneven_codes(left.reshape(1, -1), 2)
+        right_codes, right_scale = uneven_codes(right.reshape(-1, cfg.lqer_asym_group), 4)
+    else:
+        grid = Grid(cfg.lqer_factor_bits)
+        left_codes, left_scale = grid.quantise(left)
+        right_codes, right_scale = grid.quantise(right)
+    return {
+        "left": left_codes.view_as(left),
+        "left_scale": left_scale,
+        "right": right_codes.view_as(right),
+        "right_scale": right_scale,
+    }
+
+
+REFITS = 3
+
+
+def refit_correction(cfg: Config, error: Tensor, hessian: Tensor | None) -> dict[str, Tensor]:
+    """The same parts, in LQER_FACTOR_BITS with one step for each triple, and fitted to the codes.
+
+    hessian (columns, columns): of the layer's inputs, damped as for GPTQ: which errors count. None:
+    all alike.
+    In turns each factor becomes the least-squares solution beside the codes of the other.
+    """
+    root = torch.eye(error.shape[1], device=error.device)
+    if hessian is not None:
+        damp = cfg.gptq_damp * hessian.diagonal().mean()
+        root = torch.linalg.cholesky(hessian + damp * root)
+    grid = Grid(cfg.lqer_factor_bits)
+    _, right = truncated_svd(error @ root, cfg.lqer_rank)
+    right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    for _ in range(REFITS):
+        seen = grid.fake_quantise(right) @ root
+        left = error @ root @ torch.linalg.pinv(seen)
+        left_codes, left_scale = grid.quantise(left.T)
+        right = torch.linalg.pinv(grid.dequantise(left_codes, left_scale).T) @ error
+    right_codes, right_scale = grid.quantise(right)
+    return {
+        "left": left_codes.T.contiguous(),
+        "left_scale": left_scale.T.contiguous(),
+        "right": right_codes,
+        "right_scale": right_scale,
+    }
+
+
+def correction(parts: dict[str, Tensor]) -> Tensor:
+    """left @ right, (rows, columns) fp32, of the parts that either has made.
+
+    Term by term: a matrix product has other last bits on other machines.
+    """
+    left = parts["left"].float() * parts["left_scale"].float()
+    steps = parts["right_scale"].float()
+    right = (parts["right"].float().view(len(steps), -1) * steps).view(parts["right"].shape)
+    total = torch.zeros(len(left), right.shape[1], device=left.device)
+    for column, row in zip(left.T, right, strict=True):
+        total += column[:, None] * row
+    return total
 
 
 # ── 5 Model ───────────────────────────────────────────────────────────────────────────────────────
@@ -6326,7 +6430,8 @@ def planned(cfg: Config, name: str, p: nn.Parameter) -> Grid | torch.dtype:
     return role_grid(cfg, name, p.role)
 
 
-# A tensor as it ships: "" is a float; "codes" and "scale" are those of a grid
+# A tensor as it ships: "" is a float; "codes" and "scale" are those of a grid, and "left" and
+# "right", each with its "_scale", what corrects them
 Parts = dict[str, Tensor]
 
 
@@ -6363,14 +6468,43 @@ def quantised(
             scales = refitted(w, codes, scales, h)
         for name, *coded in zip(names, codes, scales, strict=True):
             parts[name] = dict(zip(("codes", "scale"), coded, strict=True))
+    if cfg.lqer_enabled:
+        add_corrections(cfg, state, parts, hessians or {})
     return parts
+
+
+def add_corrections(cfg: Config, state: State, parts: dict[str, Parts], hessians: Hessians) -> None:
+    """LQER: a low-rank correction of the matrices that rounding has changed most.
+
+    What:   weight = codes * scale + left @ right, where left (rows, rank) and right (rank, columns)
+            are the rank largest singular triples of the error, in few bits. Of all matrices with
+            codes the LQER_TOP_K with the largest Frobenius norm of the error.
+    Why:    what GPTQ feeds forward piles up in a few directions, and those cost few bytes.
+    Source: LQER (arXiv 2402.02446), #1797; toggle LQER_ENABLED. LQER_FIT=refit is our own.
+    Care:   as #1797 packs it, with 2 bits, -2..1, and the step that the largest entry asks for,
+            the left factor has -1, 0 and 1 alone, and of most triples nothing but zeros.
+    """
+    errors = {}
+    for name, tensor in parts.items():
+        if "codes" in tensor:
+            errors[name] = (state[name].detach() - restored(tensor)).norm().item()
+    for name in sorted(errors, key=errors.get, reverse=True)[: cfg.lqer_top_k]:
+        error = state[name].detach() - restored(parts[name])
+        if cfg.lqer_fit == "refit":
+            factors = refit_correction(cfg, error, hessians.get(name))
+        else:
+            factors = svd_correction(cfg, error)
+        parts[name] |= factors
 
 
 def restored(parts: Parts) -> Tensor:
     """The fp32 weights that a reader makes of the parts."""
     if "" in parts:
         return parts[""].float()
-    return Grid.dequantise(parts["codes"], parts["scale"])
+    w = Grid.dequantise(parts["codes"], parts["scale"])
+    if "left" in parts:
+        w += correction(parts)
+    return w
 
 
 def shipped_state(parts: dict[str, Parts]) -> State:
@@ -6400,6 +6534,12 @@ def part_name(name: str, part: str) -> str:
 
 def read_artifact(path: Path) -> tuple[dict, State]:
     """(knobs, fp32 weights) of an artifact. Refusal as in read_container."""
+    knobs, parts = read_parts(path)
+    return knobs, shipped_state(parts)
+
+
+def read_parts(path: Path) -> tuple[dict, dict[str, Parts]]:
+    """(knobs, parts by name) of an artifact. Refusal as in read_container."""
     knobs, tensors = read_container(path)
     parts = {}
     for name, t in tensors.items():
@@ -6408,21 +6548,45 @@ def read_artifact(path: Path) -> tuple[dict, State]:
         parts.setdefault(base, {})[part] = t
     for name, tensor in parts.items():
         refuse(not are_parts(tensor), f"{path}: tensor {name}: {NOT_OUR_ARTIFACT}")
-    return knobs, shipped_state(parts)
+    return knobs, parts
 
 
 NOT_OUR_ARTIFACT = "not one of our artifacts; export it again"
 
 
 def are_parts(parts: Parts) -> bool:
-    """Whether this is one float, or int8 codes (rows, columns) and fp16 scales (rows, 1)."""
+    """Whether this is one float, or int8 codes (rows, columns) and fp16 scales (rows, 1), perhaps
+    with a correction of their shape."""
     types = {part: t.dtype for part, t in parts.items()}
     if types in ({"": torch.float16}, {"": torch.float32}):
         return True
-    if types != {"codes": torch.int8, "scale": torch.float16}:
+    grid = {"codes": torch.int8, "scale": torch.float16}
+    factors = {f"{part}{more}": t for part in ("left", "right") for more, t in FACTOR_TYPES.items()}
+    if types not in (grid, grid | factors):
         return False
     codes = parts["codes"]
-    return codes.ndim == 2 and parts["scale"].shape == (codes.shape[0], 1)
+    if codes.ndim != 2 or parts["scale"].shape != (codes.shape[0], 1):
+        return False
+    return "left" not in parts or is_correction(parts)
+
+
+FACTOR_TYPES = {"": torch.int8, "_scale": torch.float16}
+
+
+def is_correction(parts: Parts) -> bool:
+    """Whether the factors fit the codes, and the steps of each fit the factor: of the left one a
+    step for all, for each row or each column, of the right one a step for so many values."""
+    rows, columns = parts["codes"].shape
+    left, right = parts["left"], parts["right"]
+    if left.ndim != 2 or not 0 < left.shape[1] <= min(rows, columns):
+        return False
+    rank = left.shape[1]
+    if left.shape != (rows, rank) or right.shape != (rank, columns):
+        return False
+    steps = parts["right_scale"]
+    shared = steps.ndim == 2 and steps.shape[1] == 1 and len(steps)
+    fits = shared and right.numel() % len(steps) == 0
+    return bool(fits and parts["left_scale"].shape in ((1, 1), (rows, 1), (1, rank)))
 
 
 def code_size(cfg: Config, parts: dict[str, Parts], total: int) -> dict:
@@ -6544,6 +6708,72 @@ def write_code(cfg: Config, folder: Path) -> None:
         write_atomic(folder / PACKED_NAME, shipped_code(cfg))
 
 
+# Compressor -> its bytes / the order-0 entropy of the codes, on trained matrices
+OVER_ENTROPY = {"zlib": 1.157, "zstd": 1.017, "lzma": 1.067, "brotli": 1.01, "ans": 1.0}
+# Bytes of an fp16 step, and of another fp16 number, once compressed; files of records
+STEP_BYTES = 1.34
+FLOAT_BYTES = 1.8
+
+
+class SizeForecast(NamedTuple):
+    """Bytes of an artifact before there are weights: from their shapes and grids."""
+
+    entropy: float  # of the codes of normal rows, order 0
+    rest: float  # steps, floats and corrections, compressed
+    at_most: bool  # a floor of the steps makes codes smaller, as the weights are small
+
+    def artifact(self, compressor: str) -> int:
+        return round(self.entropy * OVER_ENTROPY[compressor] + self.rest)
+
+
+@cache
+def normal_bits(grid: Grid, columns: int) -> float:
+    """Order-0 entropy, in bits per weight, of the codes of normally distributed rows.
+
+    SDClip fixes the step in standard deviations; elsewhere the largest of a row has the top code,
+    and of so many columns that is about the median of their maximum.
+    """
+    normal = statistics.NormalDist()
+    reach = grid.sigmas
+    if grid.clip != "sigma":
+        reach = normal.inv_cdf((1 + 0.5 ** (1 / columns)) / 2)
+    step = reach / grid.top
+    lowest = -grid.top - (grid.codes == "asym")
+    below = [normal.cdf((code + 0.5) * step) for code in range(lowest, grid.top)]
+    shares = [high - low for low, high in itertools.pairwise([0.0, *below, 1.0])]
+    return -sum(p * math.log2(p) for p in shares if p > 0)
+
+
+def forecast_size(cfg: Config, plan: dict, shapes: dict[str, Sequence[int]]) -> SizeForecast:
+    """What an artifact of tensors of these shapes will take, as planned.
+
+    Rows of trained matrices are normal to three digits, so that k of SDClip sets the size.
+    """
+    entropy = 0.0
+    rest = 0.0
+    floor = False
+    coded = []
+    for name, shape in shapes.items():
+        how = plan[name]
+        count = math.prod(shape)
+        if isinstance(how, Grid):
+            rows, columns = shape
+            entropy += count * normal_bits(how, columns) / 8
+            rest += rows * STEP_BYTES
+            floor = floor or how.floor
+            coded.append((count, rows, columns))
+        else:
+            rest += count * FLOAT_BYTES * how.itemsize / 2
+    if cfg.lqer_enabled:
+        # of the largest matrices, which are mostly those with the largest error
+        for _, rows, columns in sorted(coded)[-cfg.lqer_top_k :]:
+            left, right = cfg.lqer_factor_bits, cfg.lqer_factor_bits
+            if cfg.lqer_fit == "svd" and cfg.lqer_asym_enabled:
+                left, right = 2, 4
+            rest += cfg.lqer_rank * (rows * left + columns * right) / 8
+    return SizeForecast(entropy, rest, floor)
+
+
 class Exported(NamedTuple):
     """The artifact, and what it took."""
 
@@ -6552,6 +6782,9 @@ class Exported(NamedTuple):
     total: int  # bytes with the code
     cfg: Config  # with the COMPRESSOR that was used
     pruned: float  # share of each large matrix
+    plan: dict  # how each tensor ships
+    stretch: float = 1.0  # x the standard deviations of SDClip, to fit the cap
+    stretch_saved: int = 0  # bytes, by that
 
 
 def prune(cfg: Config, state: State, fraction: float) -> State:
@@ -6589,7 +6822,7 @@ def export_pruned(
         total = len(blob) + len(shipped_code(cfg))
     total = run.broadcast(total)
     run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
-    return Exported(blob, parts, total, cfg, fraction)
+    return Exported(blob, parts, total, cfg, fraction, plan)
 
 
 def export(
@@ -6606,15 +6839,71 @@ PRUNE_STEP = 0.005
 PRUNE_MOST = 0.9
 
 
+# k of SDClip is raised at most so far, in so many tries, each but the first by as much as takes at
+# least this share of the file
+STRETCH_MOST = 2.0
+STRETCH_TRIES = 8
+STRETCH_LEAST = 0.001
+
+
+def stretched(plan: dict, stretch: float) -> dict:
+    """The plan with k of each grid of SDClip so many times as large."""
+    wider = dict(plan)
+    for name, how in plan.items():
+        if isinstance(how, Grid) and how.clip == "sigma":
+            wider[name] = how._replace(sigmas=how.sigmas * stretch)
+    return wider
+
+
+def stretch_that_saves(cfg: Config, plan: dict, shapes: dict, stretch: float, size: float) -> float:
+    """The least stretch, at most STRETCH_MOST, that is forecast to take `size` bytes less than
+    this one."""
+
+    def forecast(stretch: float) -> int:
+        return forecast_size(cfg, stretched(plan, stretch), shapes).artifact(cfg.compressor)
+
+    wanted = forecast(stretch) - size
+    low, high = stretch, STRETCH_MOST
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        if forecast(middle) > wanted:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def stretch_to_cap(run: Run, state: State, hessians: Hessians, made: Exported) -> Exported:
+    """The export with k of SDClip raised until it fits; the last try where none does."""
+    cfg = made.cfg
+    plan = made.plan
+    shapes = {name: w.shape for name, w in state.items()}
+    before = made.total
+    for attempt in range(STRETCH_TRIES):
+        size = made.total - cfg.cap_bytes
+        if attempt:
+            size = max(size, STRETCH_LEAST * made.total)
+        stretch = stretch_that_saves(cfg, plan, shapes, made.stretch, size)
+        run.log(f"fit to cap: the standard deviations of SDClip x {stretch:.4f}")
+        wider = stretched(plan, stretch)
+        made = export_pruned(cfg, run, state, wider, hessians, cfg.prune_pct)
+        made = made._replace(stretch=stretch, stretch_saved=before - made.total)
+        if made.total <= cfg.cap_bytes or stretch == STRETCH_MOST:
+            break
+    return made
+
+
 def fit_to_cap(run: Run, state: State, plan: dict, hessians: Hessians, made: Exported) -> Exported:
     """Fit to cap: what has become too large is exported again until it fits.
 
     What:   first with the compressor that makes the smallest files; then, with the smaller of
-            the two, with the least extra pruning that fits, in steps of 0.5 %.
-    Why:    a run that ends over the cap is lost, one that has lost a little accuracy is not.
+            the two, with k of SDClip raised, to at most twice; then with the least extra pruning
+            that fits, in steps of 0.5 %.
+    Why:    a run that ends over the cap is lost, one that has lost a little accuracy is not; and a
+            coarser grid costs less of it than weights that become 0.
     Source: our own; toggle FIT_TO_CAP.
     Care:   sizes do not fall steadily as more is pruned, so no bisection. Where nothing fits,
-            the smaller one without extra pruning is returned.
+            the smaller one of the first two is returned.
     """
     cfg = made.cfg
     smaller = made
@@ -6627,12 +6916,18 @@ def fit_to_cap(run: Run, state: State, plan: dict, hessians: Hessians, made: Exp
         if made.total < smaller.total:
             smaller = made
 
+    widest = smaller
+    if stretched(plan, 2.0) != plan:
+        widest = stretch_to_cap(run, state, hessians, smaller)
+        if widest.total <= cfg.cap_bytes:
+            return widest
+
     steps = int((PRUNE_MOST - cfg.prune_pct) / PRUNE_STEP + 1.5)
     for step in range(1, steps):
         fraction = cfg.prune_pct + step * PRUNE_STEP
-        made = export_pruned(smaller.cfg, run, state, plan, hessians, fraction)
+        made = export_pruned(widest.cfg, run, state, widest.plan, hessians, fraction)
         if made.total <= cfg.cap_bytes:
-            return made
+            return made._replace(stretch=widest.stretch, stretch_saved=widest.stretch_saved)
     return smaller
 
 
@@ -7376,6 +7671,7 @@ class Trained:
     final: State  # the weights that are shipped, before pruning and quantisation
     hessians: Hessians = field(default_factory=dict)  # of `final`, where GPTQ is on
     exported: Exported | None = None
+    forecast: int = 0  # bytes of the artifact, from its shapes and grids
     # kind of tensor -> how many, bytes, rounding error
     kinds: dict = field(default_factory=dict)
     codes: dict = field(default_factory=dict)  # the codes beside their order-0 entropy
@@ -7524,6 +7820,7 @@ def prove_toggles(
     probe.toggles = len(trained.trainer.views.techniques) + len(trained.averages)
     probe.toggles += len(model_parts(cfg)) + len(muon_parts(cfg)) + bool(trained.exported.pruned)
     probe.toggles += bool(trained.hessians)
+    probe.toggles += cfg.lqer_enabled + (trained.exported.stretch > 1)
     prove_views(run, trained, probe)
     prove_averages(run, trained, probe)
     # room for a second model: nothing reads the copies any more
@@ -7533,8 +7830,12 @@ def prove_toggles(
     prove_model_toggles(cfg, run, trained, probe, attend)
     if trained.exported.pruned:
         prove_pruning(cfg, run, trained, probe)
+    if trained.exported.stretch > 1:
+        prove_stretch(cfg, run, trained, probe)
     if trained.hessians:
         prove_gptq(cfg, run, trained, probe)
+    if cfg.lqer_enabled:
+        prove_lqer(cfg, run, trained, probe)
     schedule = trained.trainer.schedule
     for name, activity in run.activity.items():
         activity.missing = schedule.missing().get(name, "")
@@ -7564,9 +7865,9 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
     trainer = trained.trainer
     made = trained.exported
     pruned = prune(cfg, trained.final, made.pruned)
-    unpruned = quantised(cfg, trained.final, trainer.plan, trained.hessians)
+    unpruned = quantised(cfg, trained.final, made.plan, trained.hessians)
     off = shipped_state(unpruned)
-    on = shipped_state(quantised(cfg, pruned, trainer.plan, trained.hessians))
+    on = shipped_state(quantised(cfg, pruned, made.plan, trained.hessians))
     changed = [int((on[name] != off[name]).sum()) for name in on]
     activity = run.activity["PRUNE_PCT"] = Activity(
         tensors=sum(n > 0 for n in changed),
@@ -7592,8 +7893,8 @@ def prove_gptq(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
     probe.begin("GPTQ")
     trainer = trained.trainer
     weights = prune(cfg, trained.final, trained.exported.pruned)
-    by_inputs = partial(quantised, cfg, weights, trainer.plan, trained.hessians)
-    to_nearest = partial(quantised, cfg, weights, trainer.plan)
+    by_inputs = partial(quantised, cfg, weights, trained.exported.plan, trained.hessians)
+    to_nearest = partial(quantised, cfg, weights, trained.exported.plan)
     on, off = (shipped_state(work()) for work in (by_inputs, to_nearest))
 
     def error(name: str, shipped: State) -> float:
@@ -7619,6 +7920,65 @@ def prove_gptq(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
     nats = [probe.nats(trainer.model, state) for state in (on, off)]
     probe.measure(activity, "against rounding to nearest", *nats)
     measure_cost(run, "GPTQ", by_inputs, to_nearest)
+
+
+def prove_stretch(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
+    """FIT_TO_CAP: the shipped weights against the same with k of SDClip as it was asked for."""
+    probe.begin("FIT_TO_CAP")
+    trainer = trained.trainer
+    made = trained.exported
+    weights = prune(cfg, trained.final, made.pruned)
+    plans = (made.plan, trainer.plan)
+    on, off = (shipped_state(quantised(cfg, weights, plan, trained.hessians)) for plan in plans)
+    changed = [int((on[name] != off[name]).sum()) for name in on]
+    activity = run.activity["FIT_TO_CAP"] = Activity(
+        tensors=sum(n > 0 for n in changed),
+        params=sum(changed),
+        scope=f"export, SDClip x {made.stretch:.4f}",
+        steps=[trainer.steps],
+        cost_per="export",
+        bytes_saved=made.stretch_saved,
+    )
+    nats = [probe.nats(trainer.model, state) for state in (on, off)]
+    probe.measure(activity, "against the k asked for", *nats)
+
+
+def prove_lqer(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
+    """LQER: the shipped weights against the same codes without their corrections, in nats.
+
+    In its scope: what is left of the squared error of the corrected matrices.
+    """
+    probe.begin("LQER")
+    trainer = trained.trainer
+    _, parts = read_parts(run.dir / "artifact.bin")
+    plain, factors = {}, {}
+    for name, tensor in parts.items():
+        is_factor = {part: part.startswith(("left", "right")) for part in tensor}
+        plain[name] = {part: t for part, t in tensor.items() if not is_factor[part]}
+        if "left" in tensor:
+            factors[name] = {part: t for part, t in tensor.items() if is_factor[part]}
+    on, off = shipped_state(parts), shipped_state(plain)
+
+    weights = prune(cfg, trained.final, trained.exported.pruned)
+
+    def error(shipped: State) -> float:
+        errors = [shipped[name].to(weights[name]) - weights[name] for name in factors]
+        return sum(e.square().sum(dtype=torch.float64).item() for e in errors)
+
+    share = error(on) / error(off) if factors else 1.0
+    activity = run.activity["LQER"] = Activity(
+        tensors=len(factors),
+        params=sum(on[name].numel() for name in factors),
+        scope=f"export, {share:.3f} x the squared error",
+        steps=[trainer.steps] if factors else [],
+        cost_per="export",
+    )
+    nats = [probe.nats(trainer.model, state) for state in (on, off)]
+    probe.measure(activity, "against the codes alone", *nats)
+    made = trained.exported
+    activity.bytes_saved = len(encode_artifact(made.cfg, {})) - len(
+        encode_artifact(made.cfg, factors)
+    )
 
 
 def prove_views(run: Run, trained: Trained, probe: Probe) -> None:
@@ -7892,6 +8252,8 @@ def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]
         groups=trained.kinds,
         codes=trained.codes,
         pruned=trained.exported.pruned,
+        stretch=trained.exported.stretch,
+        forecast_artifact_bytes=trained.forecast,
         resumed=trainer.resumed,
         skipped=trainer.skipped,
         steps=trainer.steps,
@@ -7919,7 +8281,7 @@ def gap_figures(bpb: dict[str, float]) -> dict:
 
 
 # Key of result.json -> what it is
-GAP_FIGURES = {"quant_gap_bpb": "quantising costs", "fit_cost_bpb": "pruning to the cap costs"}
+GAP_FIGURES = {"quant_gap_bpb": "quantising costs", "fit_cost_bpb": "fitting the cap costs"}
 
 
 def size_figures(cfg: Config, run: Run, path: Path) -> dict:
@@ -8699,7 +9061,7 @@ ABSENT_AT = {
         TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL PARALLEL_FREEZE_LANE0
         PARALLEL_MLP_READ_MIX MUON_HUBER_WD BLOCK_LARS_TRUST CAUTIOUS_WD SEQ_LEN_START
         BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED FORCE_STOP_STEP
-        QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA LQER_ENABLED LQER_RANK
+        QAT_FRACTION MIXED_QUANT PRUNE_RATIO HESSIAN_CLIP_LAMBDA
         AWQ_LITE_ENABLED CASEOPS_ENABLED SLOT_ENABLED HASH_EMBED_ENABLED ETLB_ENABLED
         TTT_DEBUG_BYPASS TTT_SHORT_LORA_ENABLED TTT_WARM_START_MEAN_ENABLED TTT_DOC_LIMIT
         TTT_GRAD_STEPS_CLEAN TTT_TRAIN_MIN_DOC_LEN TTT_TRAIN_MAX_DOC_LEN TTT_ADAMW_WD
@@ -8748,8 +9110,8 @@ ABSENT_AT = {
         SEQ_SCHEDULE_FRACTION BATCH_SCHEDULE_FRACTION TRAIN_MAX_SEQ_LEN MTP_LOSS_WEIGHT
         LAWA_FREQ LAWA_K QAT_INT6 USE_INT6 QUANT_CLIP_RANGE TARGET_MB N_INT6_LAYERS INT4_STEP
         GPTQ_AR_SELFGEN GPTQ_BATCH_SIZE GPTQ_CALIB_BATCHES GPTQ_CALIB_SAMPLES GPTQ_TEMPERATURE
-        LQER_ASYM_ENABLED LQER_ASYM_GROUP LQER_FACTOR_BITS LQER_GAIN_SELECT LQER_SCOPE
-        LQER_TOP_K AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K GPTQ_CALIBRATION_MODE
+        LQER_GAIN_SELECT LQER_SCOPE
+        AWQ_LITE_BITS AWQ_LITE_GROUP_SIZE AWQ_LITE_GROUP_TOP_K GPTQ_CALIBRATION_MODE
         SLOT_LR SLOT_STEPS ETLB_CLIP ETLB_LR ETLB_STEPS HASH_EMBED_SIZE TTT_NS_STEPS
         TTT_ENTROPY_HIGH TTT_ENTROPY_LOW TRAIN_FILES VAL_FILES""",
 }
@@ -9370,6 +9732,22 @@ def log_model(run: Run, trainer: Trainer) -> None:
         f"model: {parameters:,} parameters, {len(bits)} of {len(trainer.plan)} tensors quantised "
         f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step"
     )
+    if run.rank == 0:
+        log_forecast(run, trainer)
+
+
+def log_forecast(run: Run, trainer: Trainer) -> None:
+    """Says what the file will take beside the cap, and warns before it is trained too large."""
+    cfg = trainer.cfg
+    shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
+    size = forecast_size(cfg, trainer.plan, shapes)
+    total = size.artifact(cfg.compressor) + len(shipped_code(cfg))
+    words = "at most" if size.at_most else "about"
+    run.log(f"size: {words} {total:,} bytes forecast, code included; CAP_BYTES={cfg.cap_bytes:,}")
+    if total > cfg.cap_bytes and not size.at_most and not cfg.fit_to_cap:
+        over = total - cfg.cap_bytes
+        remedy = "a smaller model, fewer bits, a larger k (MLP_CLIP_SIGMAS, ...) or FIT_TO_CAP=1"
+        run.warn(f"size: forecast {over:,} bytes over CAP_BYTES={cfg.cap_bytes:,}: {remedy}")
 
 
 def collect_averages(cfg: Config, run: Run, trainer: Trainer) -> Trained:
@@ -9431,9 +9809,14 @@ def write_artifact(cfg: Config, run: Run, trained: Trained) -> None:
     refuse_what_no_artifact_holds(cfg, trained.trainer.model, trained.final, plan)
     made = export(cfg, run, trained.final, plan, trained.hessians)
     trained.exported = made
+    shapes = {name: w.shape for name, w in trained.final.items()}
+    size = forecast_size(made.cfg, made.plan, shapes)
+    trained.forecast = size.artifact(made.cfg.compressor)
     sizes = None
     if run.rank == 0:
         write_atomic(run.dir / "artifact.bin", made.blob)
+        words = "at most " if size.at_most else ""
+        run.log(f"artifact: {len(made.blob):,} bytes, forecast {words}{trained.forecast:,}")
         run.at_work("bytes by kind of tensor")
         kinds = sizes_by_kind(made.cfg, trained.trainer.model, trained.final, made.parts)
         sizes = kinds, code_size(made.cfg, made.parts, len(made.blob))
@@ -9499,7 +9882,7 @@ def stages_before_the_artifact(
     score_weights = trained.trainer.score_weights
 
     def score_unfitted() -> Score:
-        """Quantised, but without what FIT_TO_CAP pruned."""
+        """Quantised, but without what FIT_TO_CAP pruned, and on the grids asked for."""
         weights = prune(cfg, trained.final, cfg.prune_pct)
         parts = quantised(cfg, weights, trained.trainer.plan, trained.hessians)
         return score_weights(shipped_state(parts))
@@ -9507,7 +9890,7 @@ def stages_before_the_artifact(
     yield "live", partial(score_weights, trained.live)
     if cfg.shipped_average in trained.averages:
         yield "averaged", partial(score_weights, trained.final)
-    if trained.exported.pruned > cfg.prune_pct:
+    if trained.exported.pruned > cfg.prune_pct or trained.exported.stretch > 1:
         yield "unfitted", score_unfitted
 
 

@@ -20,6 +20,7 @@ OTHER_TOGGLES = (
     "TRAIN_SEQ_SCHEDULE",
     "LOADER",
     "PRUNE_PCT",
+    "LQER_ENABLED",
     "FIT_TO_CAP",
     "DOC_ISOLATED_EVAL",
     "TTT_MODE",

@@ -41,6 +41,7 @@ TOGGLES = {
     "swa": "swa_enabled",
     "ema": "ema_enabled",
     "gptq": "gptq_enabled",
+    "lqer": "lqer_enabled",
     "ttt": "ttt_mode",
     "phased_ttt": "phased_ttt_enabled",
     "global_ttt": "phased_ttt_enabled",
@@ -68,7 +69,8 @@ def test_every_knob_of_a_technique_says_that_it_needs_it():
         for toggle in toggles if f.name not in {*toggles, *UNTUNED} else ():
             assert toggle in needed_by(f.name), f.name
     techniques = {f.name for f in KNOBS if f.name.endswith(("_enabled", "_gate", "_mode"))}
-    assert techniques <= {*TOGGLES.values(), *UNTUNED, "train_seq_schedule_mode"}
+    parts = {"train_seq_schedule_mode", "lqer_asym_enabled"}
+    assert techniques <= {*TOGGLES.values(), *UNTUNED, *parts}
 
 
 def test_what_a_knob_needs_is_a_knob():
