@@ -43,7 +43,7 @@ MAX_ROWS = 40  # of phases or groups in a chart: ours have a dozen
 STAGE_WORDS = {
     "live": "live weights",
     "averaged": "averaged",
-    "unfitted": "quantised, before pruning to the cap",
+    "unfitted": "quantised, before it was made to fit the cap",
     "quantised": "quantised, read back",
     "sliding": "the same, sliding windows",
     "documents": "the same, each document by itself",

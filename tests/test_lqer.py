@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from roles import draw32
+from test_gptq import golden_case
 
 import train_gpt
 from train_gpt import (
@@ -34,33 +34,19 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "gptq.json").read_text()
 
 
 # ── #1855's own numbers ───────────────────────────────────────────────────────────────────────────
-def golden_error(name: str, sigmas: float) -> torch.Tensor:
-    """(rows, columns) fp32: the weights of this case minus what its GPTQ made of them."""
+def golden_error(name: str, sigmas: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) fp32, the weights of this case minus what its GPTQ made of them, and its
+    Hessian (columns, columns)."""
     (case,) = [c for c in GOLDEN["cases"] if (c["name"], c["clip_sigmas"]) == (name, sigmas)]
-    w = draw32(f"gptq.{name}.weight", case["shape"], 0.05)
+    w, hessian = golden_case(case, torch.float32)
     codes = np.frombuffer(base64.b64decode(case["codes_fp64"]), np.int8).reshape(case["shape"])
     scale = np.array(case["scales_fp16_bits"], np.uint16).view(np.float16)[:, None]
-    return torch.from_numpy(w - codes * scale.astype(np.float32))
-
-
-def golden_hessian(name: str) -> torch.Tensor:
-    """(columns, columns) fp32 of this case: X'X / 4 of its activations."""
-    case = next(c for c in GOLDEN["cases"] if c["name"] == name)
-    columns = case["shape"][1]
-    dead, (twin, copy) = case["dead_column"], case["twin_columns"]
-    x = draw32(f"gptq.{name}.activation", (case["samples"], columns)).astype(np.float64)
-    mix = draw32(f"gptq.{name}.mix", (columns, columns), 0.5 / columns**0.5)
-    x = x @ (np.eye(columns) + mix) * np.exp(draw32(f"gptq.{name}.column_scale", (columns,), 0.7))
-    noise = draw32(f"gptq.{name}.twin_noise", (case["samples"],))
-    x[:, copy] = 0.95 * x[:, twin] + 0.1 * noise
-    x[:, dead] = 0
-    x = x.astype(np.float32).astype(np.float64)
-    return torch.from_numpy((x.T @ x / 4).astype(np.float32))
+    return w[0] - torch.from_numpy(codes * scale.astype(np.float32)), hessian[0]
 
 
 @pytest.mark.parametrize("case", GOLDEN["lqer"], ids=lambda c: f"{c['case']}-{c['rank']}")
 def test_the_factors_are_packed_as_1855_packs_them(case, monkeypatch):
-    error = golden_error(case["case"], case["clip_sigmas"])
+    error, H = golden_error(case["case"], case["clip_sigmas"])
     rank = case["rank"]
     left, right = truncated_svd(error, rank)
     A = torch.tensor(case["A"]).view(-1, rank)
@@ -75,7 +61,6 @@ def test_the_factors_are_packed_as_1855_packs_them(case, monkeypatch):
     for name, bits in (("left_scale", "A_scale_fp16_bits"), ("right_scale", "B_scale_fp16_bits")):
         assert parts[name].view(torch.int16).flatten().tolist() == case[bits]
 
-    H = golden_hessian(case["case"])
     weighted = [torch.trace(e @ H @ e.T).item() for e in (error, error - correction(parts))]
     wanted = [case["weighted_error_before"], case["weighted_error_after"]]
     assert weighted == pytest.approx(wanted, rel=1e-4)
@@ -96,8 +81,7 @@ def test_a_group_of_zeros_is_zeros():
 def test_refitted_factors_leave_less_of_the_error_that_counts_than_those_of_the_svd():
     """#1855's own errors and Hessians, at the same rank."""
     for name, sigmas in (("small", 12.85), ("large", 12.85), ("large", 2.5)):
-        error = golden_error(name, sigmas)
-        hessian = golden_hessian(name)
+        error, hessian = golden_error(name, sigmas)
         cfg = Config(lqer_enabled=True, lqer_asym_group=12)
         left = {
             how: error - correction(parts)
