@@ -70,7 +70,7 @@ KINDS = {
     ),
     "1855": Kind(
         "record #1855 without test-time training and lrzip; ours trains the same model on the same "
-        "schedule, and has no CaseOps, GPTQ, SDClip, LQER and brotli",
+        "schedule, is without CaseOps here, and has no GPTQ, SDClip, LQER and brotli",
         # EMA_DECAY: its memory in steps.
         {"MUON_MOMENTUM_WARMUP_STEPS": 1500, "EMA_DECAY": 1 / (1 - 0.9965)},
         shared=SIZE + "MLP_MULT=4 TRAIN_BATCH_TOKENS=786432 ROPE_DIMS=16 XSA_LAST_N=11 LN_SCALE=1 "

@@ -179,6 +179,7 @@ LONGEST = [
     "peers",
     "config",
     "data",
+    "caseops",
     "needs",
     "launch",
     "views",

@@ -534,10 +534,9 @@ def test_byte_counts_beside_the_shards_are_no_shards_and_must_agree(data, tmp_pa
         val = validation_of(tmp_path, tokens, data / "tokenizer.model", limit)
         assert val.n == (limit or len(tokens) - 1)
         assert val.facts()["side_car"] == "states the same bytes"
-    sizes[50] += 1
-    write_shard(side_car, sizes)
+    write_shard(side_car, np.roll(sizes, 1))
     message = refused(validation_of, tmp_path, tokens, data / "tokenizer.model")
-    assert side_car.name in message and "CaseOps" in message
+    assert side_car.name in message and "of another text" in message
 
 
 @pytest.mark.parametrize("name", ["fineweb_val_copy", "fineweb_val_0.old", "fineweb_val_"])

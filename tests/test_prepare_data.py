@@ -1358,6 +1358,7 @@ def test_fineweb_of_a_larger_vocabulary_comes_from_the_repository_that_has_it(hu
     line = fetch(hub, tmp_path, "--variant", variant, code=2)
     assert "choose one of byte260, sp1024, or another --repo" in line
     hub.repo = "kevclark/parameter-golf"
+    assert prepare_data.EXPORTS[variant].repo == hub.repo
     listing = hub.files["datasets/manifest.json"].decode()
     hub.files = {
         name.replace("sp1024", variant).replace("fineweb_1024", f"fineweb_{size}"): content
@@ -1377,6 +1378,46 @@ def test_fineweb_of_a_larger_vocabulary_comes_from_the_repository_that_has_it(hu
     assert (cfg.data_path, cfg.tokenizer_path) == (str(folder), str(tokenizer))
     assert train_gpt.Split(cfg, "train").tokens == 1000
     assert manifest_of(folder)["settings"]["repo"] == hub.repo
+
+
+def test_fineweb_of_caseops_lies_where_the_records_commands_look_for_it(hub, tmp_path):
+    """With its side-car, from its own repository: --variant caseops names none."""
+    hub.repo = "romeerp/parameter-golf-caseops-v1"
+    name = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+    pieces = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved"
+    listing = hub.files.pop("datasets/manifest.json").decode()
+    listing = listing.replace("fineweb10B_sp1024", name).replace("fineweb_1024_bpe", pieces)
+    listing = listing.replace('"stats"', '"val_bytes_glob": "fineweb_val_bytes_*.bin", "stats"')
+    hub.files = {
+        path.replace("fineweb10B_sp1024", name).replace("fineweb_1024_bpe", pieces): content
+        for path, content in hub.files.items()
+    }
+    hub.files["datasets/manifest.json"] = listing.encode()
+    shard = hub.files[f"datasets/datasets/{name}/fineweb_val_000000.bin"]
+    remote = f"datasets/datasets/{name}/fineweb_val_bytes_000000.bin"
+    header = np.array([20240520, 1, 999, *[0] * 253], "<i4").tobytes()
+    hub.files[remote] = header + b"\xff\xff" * 999
+
+    options = ("--variant", "caseops", "--train-shards", "1", "--repo", "")
+    root = tmp_path / prepare_data.EXPORTS[prepare_data.CASEOPS_VARIANT].out
+    line = fetch(hub, root, *options, code=2)
+    assert "fineweb_val_bytes_000000.bin has 999 numbers for the 1000 tokens of" in line
+    hub.files[remote] = shard[:1024] + b"\xff\xff" * 1000
+    fetch(hub, root, *options, code=0)
+    cfg = train_gpt.Config.from_env({}, [f"DATA_DIR={tmp_path / 'data'}", "CASEOPS_ENABLED=1"])
+    folder = Path(cfg.data_path)
+    assert folder == root / "datasets" / name and Path(cfg.tokenizer_path).exists()
+    side_car = "fineweb_val_bytes_000000.bin"
+    assert names_in(folder) == [
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+        side_car,
+        "manifest.json",
+    ]
+    manifest = manifest_of(folder)
+    assert [e["split"] for e in manifest["shards"]] == ["val", "val_bytes", "train"]
+    assert manifest["settings"]["repo"] == hub.repo
+    assert manifest["splits"]["val"]["tokens"] == 1000
 
 
 def test_fineweb_damaged_listing_is_refused(hub, tmp_path):
