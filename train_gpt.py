@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import base64
 import bisect
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -234,6 +235,7 @@ SHARED = "quant_clip_mlp or quant_clip_attn or quant_clip_bigram or quant_clip_e
 SMEARS = "smear_gate or smear_gate_enabled"
 HEAD_GATES = "sparse_attn_gate_enabled or gated_attn_enabled or attn_out_gate_enabled"
 GATES = "smear_gate_enabled or sparse_attn_gate_enabled or attn_out_gate_enabled"
+WAYS = "eval_stride or doc_isolated_eval or ttt_mode"
 CODES = "quant_bits_mlp or quant_bits_attn or quant_bits_bigram or quant_bits_embed"
 
 run_knob = partial(knob, scope="run")
@@ -818,6 +820,8 @@ class Config:
     ttt_chunk_tokens: int = ttt_knob(32768, "tokens", "scored, then trained on", lo=1)
     ttt_batch_seqs: int = ttt_knob(32, "windows", "per SGD step, over all ranks", lo=1)
     ttt_freeze_blocks: int = ttt_knob(2, "blocks", "first blocks that do not adapt", lo=0)
+    ttt_momentum: float = ttt_knob(0.9, "", "of SGD", lo=0, hi=1)
+    ttt_grad_clip: float = ttt_knob(1.0, "", "norm of its gradient; 0: none", lo=0)
 
     @rule
     def windows_fill_a_chunk(ttt_mode, ttt_chunk_tokens, eval_seq_len, train_seq_len):
@@ -875,6 +879,13 @@ class Config:
         broken = ttt_mode == "lora" and phased_ttt_enabled and global_ttt_chunk_tokens < window
         told = f"GLOBAL_TTT_CHUNK_TOKENS={global_ttt_chunk_tokens}"
         refuse(broken, f"{told}: holds no window of {window} tokens; raise it")
+
+    # Tilting by n-grams
+    tilt_knob = partial(eval_knob, needs="ngram_tilt_enabled")
+    ngram_tilt_enabled: bool = eval_knob(False, "", "tilts the last way of scoring", needs=WAYS)
+    token_order: int = tilt_knob(16, "tokens", "n-gram: the context is one less", lo=2, hi=1 << 20)
+    token_threshold: float = tilt_knob(0.8, "share", "of its context, for a hint", lo=0, hi=1)
+    token_boost: float = tilt_knob(2.625, "nats", "added to the logit of a hint", lo=0, hi=80)
 
     # No knobs: the names that this launch set, and whether the rest is complete. It is not
     # while a checkpoint or an artifact that is still to be read has a say; rules wait for it.
@@ -1030,9 +1041,9 @@ class Config:
         others, refused = settings_of_others(everything, base)
         others |= without_say(everything, base)
         problems += refused
-        heard = itertools.chain(*told.values())
-        questions = ambiguous({said.name: said.value for said in heard}, base)
-        problems += (problem for _, problem in questions)
+        heard = {said.name: said.value for said in itertools.chain(*told.values())}
+        heard |= {name: everything[name] for name in base.absent() & everything.keys()}
+        problems += (problem for _, problem in ambiguous(heard, base))
 
         given = frozenset(texts)
         texts = defaults | base.settings | texts
@@ -2697,8 +2708,10 @@ class SideCar:
 class Validation:
     """The validation targets: target t is token t + 1.
 
-    tokens: (n + 1,) int32 on the device. target_bytes: (n,).
+    tokens: (n + 1,) int32 on the device. target_bytes: (n,). tilt: what changes their nats.
     """
+
+    tilt: NgramTilt | None = None
 
     def __init__(self, cfg: Config, run: Run, split: Split):
         table = ByteTable(cfg)
@@ -4192,8 +4205,9 @@ class GPT(nn.Module):
         """Nats of each target, fp32, of the shape of `targets`.
 
         ids (batch, time). positions (batch, slots): where logits are computed, for targets
-        (batch, slots); None: everywhere, for targets (batch, time). adapters: only while they are
-        trained; those of the blocks with one more dimension in front, that of the visits.
+        (batch, slots); None: everywhere, for targets (batch, time). Targets (k, batch, slots) are
+        k tokens at each place. adapters: only while they are trained; those of the blocks with one
+        more dimension in front, that of the visits.
         """
         h = self.hidden(ids, adapters)
         if positions is not None:
@@ -4202,6 +4216,8 @@ class GPT(nn.Module):
         if adapters:
             logits = adapted(logits, h, adapters["head"])
         logits = self.softcap(logits.float())
+        if targets.ndim == 3:
+            return -logits.log_softmax(-1).gather(-1, targets.movedim(0, -1)).movedim(-1, 0)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return nats.view(targets.shape)
 
@@ -7041,6 +7057,8 @@ class Score(NamedTuple):
 
     blocks: nats of each of BLOCKS stretches of the text, by which two scores are compared.
     acted: whether a way of scoring did what makes it another than plain scoring.
+    plain: the same without the tilt, where there is one.
+    pace: seconds per window, without the batch that compiled.
     """
 
     bpb: float
@@ -7050,12 +7068,21 @@ class Score(NamedTuple):
     seconds: float = 0.0  # of its phase: the row of the ledger
     blocks: tuple[float, ...] = ()
     acted: bool = True
+    plain: tuple[float, ...] = ()
+    pace: float = 0.0
 
     def figures(self) -> dict:
         """For result.json."""
-        figures = self._asdict()
-        del figures["blocks"], figures["acted"]
-        return figures
+        named = ("bpb", "loss", "targets", "bytes", "seconds")
+        return {name: getattr(self, name) for name in named}
+
+    def without_tilt(self) -> Score:
+        """What the model alone scores."""
+        if not self.plain:
+            return self
+        nats = math.fsum(self.plain)
+        bpb = nats / math.log(2) / self.bytes
+        return self._replace(bpb=bpb, loss=nats / self.targets, blocks=self.plain, plain=())
 
 
 # Of paired differences: so many that their mean is nearly normal, each of many tokens
@@ -7119,9 +7146,11 @@ class ScoreSheet:
         self.n = val.n
         self.windows = windows
         self.filled = 0  # of these, on all ranks, where each has done as many batches as this one
-        self.began = time.monotonic()
-        self.both = torch.zeros(2, self.n + 1, device=run.device)
-        self.nats, self.hits = self.both
+        self.compiled = run.tick(), 0  # seconds and windows until nothing new compiles
+        # nats of the model, how often scored, and nats that are tilted
+        self.table = torch.zeros(2 + bool(val.tilt), self.n + 1, device=run.device)
+        self.plain, self.hits = self.table[:2]
+        self.nats = self.table[2 if val.tilt else 0]
 
     def shapes(self, rows: np.ndarray) -> np.ndarray:
         """(n, 2): tokens that the forward pass reads for each window, and logits it computes.
@@ -7188,18 +7217,39 @@ class ScoreSheet:
         target = first + torch.arange(slots or tokens, device=val.device)  # (batch, slots)
         inside = target.minimum(end - 1)
         positions = inside - start if slots else None
-        return (ids, val[inside + 1].long(), positions), (inside, target < end)
+        return (ids, self.wanted(inside), positions), (inside, target < end)
 
-    def write(self, target: Tensor, real: Tensor, nats: Tensor) -> None:
-        """Keeps the nats of these targets and counts them; where they are not real, nowhere."""
+    def wanted(self, target: Tensor) -> Tensor:
+        """The tokens whose nats these targets (batch, slots) need, as GPT.forward takes them."""
+        tokens = self.val.tokens[target + 1].long()
+        if not self.val.tilt:
+            return tokens
+        return torch.stack((tokens, self.val.tilt.tokens(target)))
+
+    def write(self, target: Tensor, real: Tensor, nats: Tensor) -> Tensor:
+        """Keeps the nats that wanted(target) asked for; where they are not real, nowhere.
+
+        Returns those of the targets alone, without a tilt.
+        """
         slot = torch.where(real, target, self.n)
-        self.nats[slot] = nats
-        self.hits.index_add_(0, slot.flatten(), torch.ones_like(nats.flatten()))
+        plain = nats
+        if self.val.tilt:
+            plain = nats[0]
+            self.nats[slot] = self.val.tilt.tilted(target, *nats.detach())
+        self.plain[slot] = plain.detach()
+        self.hits.index_add_(0, slot.flatten(), torch.ones_like(plain.flatten()))
+        return plain
+
+    def pace(self) -> float:
+        """Seconds per window until now, on all ranks."""
+        seconds, filled = self.compiled
+        return (self.run.tick() - seconds) / max(self.filled - filled, 1)
 
     def tell(self) -> None:
         """How far the scoring is, for those who watch."""
-        self.run.tick()
-        left = (time.monotonic() - self.began) * (self.windows / self.filled - 1)
+        if self.run.compile and not self.compiled[1]:
+            self.compiled = self.run.tick(), self.filled
+        left = self.pace() * (self.windows - self.filled)
         self.run.at_work(f"{self.filled:,} of {self.windows:,} windows, {left:.0f} s left")
 
     @torch.no_grad()
@@ -7214,13 +7264,16 @@ class ScoreSheet:
     def total(self) -> Score:
         """Sums over all ranks, in fp64. RuntimeError unless every target was scored once."""
         if self.run.world > 1:
-            dist.all_reduce(self.both)
+            dist.all_reduce(self.table)
         if not bool((self.hits[:-1] == 1).all()):
             raise RuntimeError("a target was scored never or twice")
+        plain = block_sums(self.plain[:-1]) if self.val.tilt else ()
         nats = self.nats[:-1].double().sum().item()
         blocks = block_sums(self.nats[:-1])
         size = int(self.val.target_bytes.sum())
-        return Score(nats / math.log(2) / size, nats / self.n, self.n, size, blocks=blocks)
+        bpb = nats / math.log(2) / size
+        sums = Score(bpb, nats / self.n, self.n, size, blocks=blocks, plain=plain)
+        return sums._replace(pace=self.pace())
 
 
 def score(
@@ -7233,22 +7286,45 @@ def score(
 
 
 class ScoringWay(NamedTuple):
-    """A way of scoring beside fixed and sliding windows, and the knob that asks for it.
+    """A way of scoring beside fixed windows, and the knob that asks for it.
 
     score(cfg, run, model, forward, val): the model, and its compiled forward pass.
+    cost(cfg, run, val): (how many full windows of the fixed ones take as long, what makes it less).
+    A backward pass counts as two forward ones, or as one where it is not of the weights.
     """
 
     toggle: str
     score: Callable[[Config, Run, GPT, Callable, Validation], Score]
+    cost: Callable[[Config, Run, Validation], tuple[float, str]]
 
     def wanted(self, cfg: Config) -> bool:
-        """Whether the knob is set; its default is off."""
-        knob_name = self.toggle.lower()
-        return getattr(cfg, knob_name) != getattr(Config, knob_name)
+        """Whether the knob is on."""
+        knob = BY_NAME[self.toggle]
+        return getattr(cfg, knob.name) not in knob.metadata["off"]
 
 
 # In this order, as the last one changes the model; the last one that is on gives the result.
 SCORING_WAYS: dict[str, ScoringWay] = {}
+
+
+def full_windows(cfg: Config, run: Run, rows: np.ndarray) -> float:
+    """So many full windows read as much as these rows. Each is padded to one where it compiles."""
+    if run.compile:
+        return len(rows)
+    return (rows[:, 1] - rows[:, 0]).sum() / cfg.window
+
+
+def score_sliding(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
+    """The score over sliding windows: see windows()."""
+    return score(cfg, run, forward, val, windows(0, val.n, cfg.window, cfg.eval_stride))
+
+
+def sliding_cost(cfg: Config, run: Run, val: Validation) -> tuple[float, str]:
+    rows = windows(0, val.n, cfg.window, cfg.eval_stride)
+    return full_windows(cfg, run, rows), "raise EVAL_STRIDE"
+
+
+SCORING_WAYS["sliding"] = ScoringWay("EVAL_STRIDE", score_sliding, sliding_cost)
 
 
 def document_spans(val: Validation) -> np.ndarray:
@@ -7277,14 +7353,19 @@ def score_documents(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
     return score(cfg, run, forward, val, document_windows(val, cfg.window, cfg.eval_stride))
 
 
-SCORING_WAYS["documents"] = ScoringWay("DOC_ISOLATED_EVAL", score_documents)
+def documents_cost(cfg: Config, run: Run, val: Validation) -> tuple[float, str]:
+    rows = document_windows(val, cfg.window, cfg.eval_stride)
+    return full_windows(cfg, run, rows), "raise EVAL_STRIDE"
+
+
+SCORING_WAYS["documents"] = ScoringWay("DOC_ISOLATED_EVAL", score_documents, documents_cost)
 
 
 def train_on_stream(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
     """Test-time training of the weights: each chunk of the text is scored, then learned from.
 
-    What:   SGD (momentum 0.9, clip 1, cosine over the chunks) on TTT_CHUNK_TOKENS tokens at a
-            time, TTT_EPOCHS passes, all but the first TTT_FREEZE_BLOCKS blocks.
+    What:   SGD (cosine over the chunks) on TTT_CHUNK_TOKENS tokens at a time, TTT_EPOCHS passes,
+            all but the first TTT_FREEZE_BLOCKS blocks.
     Why:    later text resembles the text before it.
     Source: #549, #975; toggle TTT_MODE=sgd.
     Care:   score first: a target is never learned before it is scored (#568, #677). A rank without
@@ -7297,7 +7378,7 @@ def train_on_stream(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
     for p in frozen:
         p.requires_grad_(False)
     flat = FlatParameters(adapted, run)
-    optimiser = torch.optim.SGD(adapted.values(), lr=cfg.ttt_lr, momentum=0.9)
+    optimiser = torch.optim.SGD(adapted.values(), lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)
     sheet = ScoreSheet(cfg, run, val, len(rows))
 
     chunk_of = rows[:, 2] // cfg.ttt_chunk_tokens  # by a window's first target
@@ -7313,11 +7394,18 @@ def train_on_stream(cfg: Config, run: Run, model: GPT, forward: Callable, val: V
             if len(mine):
                 nats = model(mine, targets[run.rank :: run.world]).sum()
                 (nats * (run.world / targets.numel())).backward()
-            flat.reduce(clip=1.0)
+            flat.reduce(clip=cfg.ttt_grad_clip)
             optimiser.step()
     for p in frozen:
         p.requires_grad_(True)
     return sheet.fill(model, rows[chunk_of == last]).total()
+
+
+def stream_cost(cfg: Config, run: Run, val: Validation) -> tuple[float, str]:
+    sliding, wider = sliding_cost(cfg, run, val)
+    learned = (val.n - 1) // cfg.ttt_chunk_tokens * cfg.ttt_chunk_tokens
+    windows = sliding + 3 * cfg.ttt_epochs * learned / cfg.window
+    return windows, f"lower TTT_EPOCHS or {wider}"
 
 
 def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -7530,7 +7618,7 @@ class DocumentLearner:
 
         arguments, places = self.sheet.read(windows, tokens, slots)
         nats = self.forward(*arguments, self.adapters.of_first(rows))
-        self.sheet.write(*places, nats.detach())
+        nats = self.sheet.write(*places, nats)
         self.sheet.tell()
         return nats, F.pad((end < high) / batch.chunk, (0, idle))
 
@@ -7549,6 +7637,15 @@ class DocumentLearner:
 def global_step_windows(cfg: Config) -> int:
     """Windows of one step of the global SGD."""
     return min(cfg.global_ttt_batch_seqs, cfg.global_ttt_chunk_tokens // cfg.window)
+
+
+def phase_boundaries(cfg: Config, documents: int) -> list[int]:
+    """How many of so many documents are scored when a phase begins."""
+    if not cfg.phased_ttt_enabled:
+        return []
+    prefix = min(cfg.phased_ttt_prefix_docs, documents)
+    phases = cfg.phased_ttt_num_phases
+    return [prefix * (i + 1) // phases for i in range(phases)]
 
 
 class GlobalPhases:
@@ -7574,13 +7671,10 @@ class GlobalPhases:
         self.masks = model.prepare_documents
         self.scored: list[tuple[int, int]] = []
         self.steps = 0
-        self.boundaries = []
+        self.boundaries = phase_boundaries(cfg, len(document_spans(val)))
         if cfg.phased_ttt_enabled:
             # the weights that were scored first
             self.start = [p.detach().clone() for p in model.parameters()]
-            prefix = min(cfg.phased_ttt_prefix_docs, len(document_spans(val)))
-            phases = cfg.phased_ttt_num_phases
-            self.boundaries = [prefix * (i + 1) // phases for i in range(phases)]
 
     def follow(self, batch: DocumentBatch) -> bool:
         """Takes in a batch that is scored; whether that was enough for a phase."""
@@ -7708,16 +7802,126 @@ def tell_what_was_learned(
     return bool(size or phases.steps)
 
 
-# TTT_MODE -> what it trains
-TEST_TIME_TRAINING = {"sgd": train_on_stream, "lora": train_on_documents}
+def documents_learned_cost(cfg: Config, run: Run, val: Validation) -> tuple[float, str]:
+    """Behind the last chunk of a batch there is no backward pass. Every rank does all phases."""
+    tokens = 0
+    for batch in document_batches(cfg, val):
+        turns = np.arange(1, int(batch.chunks.max()) + 1)
+        read = np.minimum(turns * batch.chunk, cfg.window)
+        tokens += len(batch.spans) * (2 * read.sum() - read[-1])
+    longest_first = np.sort(np.diff(document_spans(val))[:, 0])[::-1]
+    phases = phase_boundaries(cfg, len(longest_first))
+    learned = sum(longest_first[:documents].sum() for documents in phases)
+    tokens += 3 * cfg.global_ttt_epochs * run.world * learned
+    return tokens / cfg.window, "raise TTT_CHUNK_SIZE"
+
+
+# TTT_MODE -> what it trains, and what that costs
+TEST_TIME_TRAINING = {
+    "sgd": (train_on_stream, stream_cost),
+    "lora": (train_on_documents, documents_learned_cost),
+}
 
 
 def test_time_train(cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation) -> Score:
     """Scores, and learns from what is scored, in the way of TTT_MODE."""
-    return TEST_TIME_TRAINING[cfg.ttt_mode](cfg, run, model, forward, val)
+    train, _ = TEST_TIME_TRAINING[cfg.ttt_mode]
+    return train(cfg, run, model, forward, val)
 
 
-SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train)
+def test_time_cost(cfg: Config, run: Run, val: Validation) -> tuple[float, str]:
+    _, cost = TEST_TIME_TRAINING[cfg.ttt_mode]
+    return cost(cfg, run, val)
+
+
+SCORING_WAYS["ttt"] = ScoringWay("TTT_MODE", test_time_train, test_time_cost)
+
+
+def scoring_work(
+    cfg: Config, run: Run, model: GPT, forward: Callable
+) -> dict[str, Callable[[Validation], Score]]:
+    """Name -> what scores in that way, of all that are wanted; the last one with the tilt."""
+    ways = {name: way for name, way in SCORING_WAYS.items() if way.wanted(cfg)}
+    work = {name: partial(way.score, cfg, run, model, forward) for name, way in ways.items()}
+    if work and cfg.ngram_tilt_enabled:
+        last = [*work][-1]
+        work[last] = partial(score_tilted, cfg, run, work[last])
+    return work
+
+
+class NgramTilt:
+    """Tilting: where the text before names one next token, that token becomes more likely.
+
+    What:   p'(t) = p(t) e^(b [t = hint]) / (1 + p(hint) (e^b - 1)), b = TOKEN_BOOST, of the
+            targets with a hint (ngram_hints), in the last way of scoring and in what it reports.
+    Why:    a long run of tokens that has come up before goes on as it did then.
+    Source: #1514, #2135; toggle NGRAM_TILT_ENABLED, TOKEN_ORDER, TOKEN_THRESHOLD, TOKEN_BOOST.
+    Care:   a distribution over all tokens, which the target has no part in. Test-time training
+            learns from the model's own nats. The hints are made on the clock of scoring.
+    """
+
+    def __init__(self, cfg: Config, val: Validation):
+        self.boost = cfg.token_boost
+        self.hints = ngram_hints(val.tokens, cfg.token_order, cfg.token_threshold)
+        self.hits = self.hints == val.tokens[1:]
+
+    def tokens(self, target: Tensor) -> Tensor:
+        """The hints of these targets; any token where there is none."""
+        return self.hints[target].clamp(min=0)
+
+    def tilted(self, target: Tensor, nats: Tensor, of_hint: Tensor) -> Tensor:
+        """Nats of these targets, from the model's, and from its nats of their hints."""
+        spread = torch.log1p((-of_hint).exp() * math.expm1(self.boost))
+        change = spread - self.boost * self.hits[target]
+        return nats + change.where(self.hints[target] >= 0, 0.0)
+
+
+def score_tilted(cfg: Config, run: Run, work: Callable, val: Validation) -> Score:
+    """work(val) with an NgramTilt; what its hints cost is booked where the toggle is proved."""
+    began = run.tick()
+    tilted = copy.copy(val)
+    tilted.tilt = NgramTilt(cfg, val)
+    run.activity["NGRAM_TILT_ENABLED"] = Activity(cost_seconds=run.tick() - began)
+    return work(tilted)
+
+
+def ngram_hints(tokens: Tensor, order: int, threshold: float) -> Tensor:
+    """(n,) int64: a token for each target t, which is tokens[t + 1] of tokens (n + 1,); -1: none.
+
+    The hint is what followed most often, and of several first so often, wherever the order - 1
+    tokens before the target have stood before; in at least this share of those places.
+    """
+    length = order - 1
+    hints = tokens.new_full((len(tokens) - 1,), -1, dtype=torch.int64)
+    if len(hints) < length:
+        return hints
+
+    # contexts[i]: a number of tokens[i : i + length]. What is twice as long has the numbers of two
+    contexts = tokens.long()
+    known = 1
+    while known < length:
+        shift = min(known, length - known)
+        pairs = contexts[:-shift] * (contexts.max() + 1) + contexts[shift:]
+        contexts = torch.unique(pairs, return_inverse=True)[1]
+        known += shift
+    contexts = contexts[:-1]
+    # most contexts stand in one place alone
+    places = (torch.bincount(contexts)[contexts] > 1).nonzero()[:, 0]
+
+    found = []
+    best = {}  # context -> its hint
+    counts = collections.Counter()  # of contexts, and of (context, next token)
+    following = tokens[places + length].tolist()
+    for context, token in zip(contexts[places].tolist(), following, strict=True):
+        hint = best.get(context, -1)
+        share = counts[context, hint] / max(counts[context], 1)
+        found.append(hint if share >= threshold else -1)
+        counts[context] += 1
+        counts[context, token] += 1
+        if counts[context, token] > counts[context, hint]:
+            best[context] = token
+    hints[places + length - 1] = torch.tensor(found, dtype=torch.int64, device=tokens.device)
+    return hints
 
 
 # ── 12 Report ─────────────────────────────────────────────────────────────────────────────────────
@@ -8290,11 +8494,11 @@ def peak_memory(run: Run) -> int:
 def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
     """Ways of scoring that are toggles: effect in BPB, and seconds, against plain scoring."""
     against = "sliding" if "sliding" in scores else "quantised"
-    plain = scores[against]
+    plain = scores[against].without_tilt()
     for name, way in SCORING_WAYS.items():
-        if name not in scores:
+        if name not in scores or name == against:
             continue
-        score = scores[name]
+        score = scores[name].without_tilt()
         activity = run.activity[way.toggle] = Activity(
             scope=f"scoring, against {against}",
             unit="bpb",
@@ -8303,8 +8507,22 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
             cost_per="scoring",
             cost_seconds=score.seconds - plain.seconds,
         )
-        margin = paired_margin(score.blocks, plain.blocks, math.log(2) * score.bytes)
-        set_effect(activity, score.bpb - plain.bpb, margin)
+        compare_scores(activity, score, plain)
+
+    if "NGRAM_TILT_ENABLED" in run.activity:
+        name, score = list(scores.items())[-1]
+        activity = run.activity["NGRAM_TILT_ENABLED"]
+        activity.scope = f"scoring {name}"
+        activity.unit = "bpb"
+        activity.steps = [steps]
+        activity.compared = "the pass without"
+        compare_scores(activity, score, score.without_tilt())
+
+
+def compare_scores(activity: Activity, on: Score, off: Score) -> None:
+    """Fills in the effect in BPB of the same targets."""
+    margin = paired_margin(on.blocks, off.blocks, math.log(2) * on.bytes)
+    set_effect(activity, on.bpb - off.bpb, margin)
 
 
 def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, Score]) -> None:
@@ -8975,6 +9193,11 @@ def data_dir(text: str, env: dict) -> dict[str, str]:
     return {name: path for name, path in parts.items() if name not in env}
 
 
+def artifact_dir(text: str, env: dict) -> dict[str, str]:
+    """An old variable of a folder for all that a run leaves; empty: logs."""
+    return {"LOGS_DIR": text} if text else {}
+
+
 def mlp_hidden(text: str, env: dict) -> dict[str, str]:
     """An old variable of the MLP's hidden width, our multiple of MODEL_DIM; 0: as MLP_MULT says."""
     try:
@@ -9084,6 +9307,7 @@ ALIASES: dict[str, Meaning] = {
     # The run
     "DATA_DIR": data_dir,
     "DATASETS_DIR": renamed("DATA_PATH"),
+    "ARTIFACT_DIR": artifact_dir,
     # The model
     "MLP_HIDDEN": mlp_hidden,
     "MLP_ACT": activation,
@@ -9162,8 +9386,8 @@ ABSENT_AT = {
         EMBED_DIM UNTIE_AT_FRACTION MLP_GROUPS FP_STORAGE DISABLE_LAYER0_ATTN REFINER
         TVERSKY_NUM_FEATURES TVERSKY_FEATURE_POOLS OPTROT_ENABLED TEMP_SCALING DIFF_ATTN
         ASYMMETRIC_LOGIT GATED_ATTENTION VALUE_RESIDUAL DTG_ENABLED LATE_K_LAYERS GATE_MLP_OUT
-        GATED_ATTN GATED_SKIPS TRIGRAM NGRAM_TILT_ENABLED NGRAM_WITHIN_BETA NGRAM_WORD_BETA
-        AGREE_ADD_BOOST WITHIN_BOOST ROPE_YARN EVAL_NTK_ALPHA LORA_RANK
+        GATED_ATTN GATED_SKIPS TRIGRAM NGRAM_HINT_PRECOMPUTE_OUTSIDE NGRAM_WITHIN_BETA
+        NGRAM_WORD_BETA AGREE_ADD_BOOST WITHIN_BOOST WORD_BOOST ROPE_YARN EVAL_NTK_ALPHA LORA_RANK
         TRAINING_DEPTH_RECURRENCE EVAL_DEPTH_RECURRENCE PARALLEL_RESIDUAL PARALLEL_FREEZE_LANE0
         PARALLEL_MLP_READ_MIX MUON_HUBER_WD BLOCK_LARS_TRUST CAUTIOUS_WD SEQ_LEN_START
         BATCH_TOKENS_START CURRICULUM MTP_NUM_HEADS MTP_HEADS LAWA_ENABLED FORCE_STOP_STEP
@@ -9179,14 +9403,13 @@ ABSENT_AT = {
     "": """
         CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE MIDRUN_CAP_SCHEDULE INT4_LAYERS
         CONTROL_TENSOR_NAME_PATTERNS INT8_KEEP_FLOAT_FP32_NAME_PATTERNS INT5_LAYERS
-        TTT_EVAL_BATCHES ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR EVAL_ONLY_PATH
+        TTT_EVAL_BATCHES OUT_DIR TTT_OUTPUT_DIR EVAL_ONLY_PATH
         EVAL_ONLY_QUANTIZED_PATH""",
     "1": """
         TIE_EMBEDDINGS PARALLEL_START_LAYER_IS_PHYSICAL PARALLEL_IDENTITY_INIT
         PARALLEL_SKIP_LANE0_ONLY CLIP_MULT_EARLY CLIP_MULT_MID CLIP_MULT_LATE CLIP_MULT_LOOP
-        TTT_GRAD_CLIP VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_STEPS TTT_UPDATE_EVERY
+        VAL_DOC_FRACTION EVAL_INCLUDE_TAIL TTT_GRAD_STEPS TTT_UPDATE_EVERY
         GLOBAL_TTT_RESPECT_DOC_BOUNDARIES""",
-    "0.9": "TTT_MOMENTUM",
     "proj": "ATTN_OUT_GATE_SRC GATE_ATTN_SRC",
     "standard": "ATTN_PROJ_TYPE LOGIT_HEAD_TYPE",
     "tanh": "SOFTCAP_TYPE",
@@ -9207,8 +9430,7 @@ ABSENT_AT = {
         TTT_SHORT_DOC_LEN TTT_SHORT_CHUNK_SIZE""",
     NEVER: """
         EMBEDDING_DIM BITNET_GROUP_SIZE TVERSKY_MEMBERSHIP REFINER_KERNEL USE_SMEARGATE SMEAR
-        BIGRAM_BUCKETS NGRAM_HINT_PRECOMPUTE_OUTSIDE TOKEN_BOOST TOKEN_ORDER TOKEN_THRESHOLD
-        WITHIN_TAU WORD_BOOST WORD_NORMALIZE WORD_ORDER WORD_TAU NGRAM_AGREE_BONUS
+        BIGRAM_BUCKETS WITHIN_TAU WORD_NORMALIZE WORD_ORDER WORD_TAU NGRAM_AGREE_BONUS
         NGRAM_BASE_BETA NGRAM_OPEN_TABLE_BITS NGRAM_ORDER_STRIDE NGRAM_WITHIN_THRESHOLD
         NGRAM_WORD_THRESHOLD YARN_MAX_LEN NUM_UNIQUE_BLOCKS EFFECTIVE_DEPTH DEPTH_LORA_RANK
         UNTIE_LOOP_MLPS LORA_LR REPEAT_UNTIE_MLP_LAYERS MATRIX_LR_EARLY MATRIX_LR_LATE
@@ -9251,7 +9473,7 @@ INSTEAD_OF = {
     "VAL_DOC_FRACTION": "set VAL_MAX_TOKENS",
     "TTT_GRAD_STEPS TTT_UPDATE_EVERY": "see TTT_CHUNK_SIZE: one step after each",
     "TRAIN_FILES VAL_FILES": "set DATA_PATH to their folder",
-    "ARTIFACT_DIR OUT_DIR TTT_OUTPUT_DIR": "set LOGS_DIR={text}",
+    "OUT_DIR TTT_OUTPUT_DIR": "set LOGS_DIR={text}",
     "EVAL_ONLY_PATH EVAL_ONLY_QUANTIZED_PATH": "see EVAL_ONLY, CHECKPOINT",
     "PREQUANT_ONLY QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY": "see CHECKPOINT",
     "TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL": "see EVAL_ONLY",
@@ -9398,6 +9620,12 @@ def ambiguous(env: dict, base: Base) -> Iterator[tuple[str, str]]:
     if "TTT_ENABLED" in on and "TTT_MODE" not in {*env, *base.fixed} and not details & said:
         meant = "of all weights (#549, TTT_MODE=sgd) or of adapters (#1530, TTT_MODE=lora)"
         yield "TTT_MODE", f"TTT_ENABLED=1: {meant}? Set TTT_MODE or a BASE that has it"
+
+    tilts = {"NGRAM_WITHIN_BETA", "NGRAM_WORD_BETA", "NGRAM_BASE_BETA"} & env.keys()
+    if "NGRAM_TILT_ENABLED" in on and tilts:
+        meant = "by one order (#2135) or by orders 8 to 16 (#1514), which we lack"
+        remedy = f"Unset {', '.join(sorted(tilts))} for the first"
+        yield "NGRAM_TILT_ENABLED", f"NGRAM_TILT_ENABLED=1: {meant}? {remedy}"
 
 
 def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[tuple[str, str]]:
@@ -9963,20 +10191,29 @@ def score_all(
     model = build_model(cfg, run, attend)
     model.load_state_dict(state)
     forward = run.compiled(model)
-    measure = partial(score, cfg, run, forward, val)
-    keep("quantised", measure)
+    keep("quantised", partial(score, cfg, run, forward, val))
 
-    sliding = windows(0, val.n, cfg.window, cfg.eval_stride)
-    if cfg.eval_stride:
-        fixed = -(-val.n // cfg.window)
-        seconds = scores["quantised"].seconds * len(sliding) / fixed
-        speed = "at the speed of the fixed ones"
-        run.log(f"score sliding: {len(sliding):,} windows, about {seconds:.0f} s {speed}")
-        keep("sliding", partial(measure, sliding))
-    for name, way in SCORING_WAYS.items():
-        if way.wanted(cfg):
-            keep(name, partial(way.score, cfg, run, model, forward, val))
+    for name, work in scoring_work(cfg, run, model, forward).items():
+        count, cheaper = SCORING_WAYS[name].cost(cfg, run, val)
+        tell_seconds(run, name, scores["quantised"].pace * count, cheaper)
+        keep(name, partial(work, val))
     return scores
+
+
+def tell_seconds(run: Run, name: str, seconds: float, cheaper: str) -> None:
+    """How long a way of scoring will take; a warning where the contest's limit is shorter.
+
+    What fewer GPUs than the contest's do is done by those in a share of the time.
+    """
+    text = f"score {name}: about {seconds:.0f} s at the speed of the fixed windows"
+    gpus = max(run.world, SCORE_GPUS)
+    there = seconds * run.world / gpus
+    if run.cuda and gpus > run.world:
+        text += f", {there:.0f} s on {gpus} GPUs"
+    run.log(text)
+    if run.cuda and there > LIMIT_SECONDS:
+        over = f"about {there:.0f} s on {gpus} GPUs, over the limit of {LIMIT_SECONDS} s"
+        run.warn(f"score {name}: {over}; {cheaper}")
 
 
 def stages_before_the_artifact(

@@ -187,6 +187,7 @@ LONGEST = [
     "gpu",
     "dependencies",
     "progress",
+    "conditions",
     "figures",
     "ledger",
 ]

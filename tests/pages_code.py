@@ -25,6 +25,7 @@ OTHER_TOGGLES = (
     "DOC_ISOLATED_EVAL",
     "TTT_MODE",
     "PHASED_TTT_ENABLED",
+    "NGRAM_TILT_ENABLED",
 )
 
 # The knobs that tune a toggle begin as it does, but for these
@@ -33,6 +34,7 @@ TUNED_BY = {
     "FIT": ("CAP_",),
     "DOC_ISOLATED_EVAL": ("EVAL_",),
     "PHASED": ("PHASED_", "GLOBAL_"),
+    "NGRAM": ("TOKEN_",),
     "NUM": ("LOOP_", "LOOPING_", "ENABLE_LOOPING_"),
     "MUON_COEFFS": ("MUON_BACKEND_",),
     "MUON_ROW_NORMALIZE": (),

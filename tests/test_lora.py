@@ -109,7 +109,7 @@ def run_case(case: dict, logs: Path, monkeypatch) -> SimpleNamespace:
     longest = train_gpt.longest_row(cfg, run)
     model.cos, model.sin = train_gpt.rotary_tables(cfg, model.dtype, longest)
     ones = torch.ones(len(TOKENS) - 1)
-    val = SimpleNamespace(n=len(TOKENS) - 1, tokens=TOKENS, target_bytes=ones)
+    val = SimpleNamespace(n=len(TOKENS) - 1, tokens=TOKENS, target_bytes=ones, tilt=None)
     monkeypatch.setattr(Adapters, "draw", golden_draw)
     sheets, adapters, batches = [], [], []
     total = ScoreSheet.total
@@ -198,7 +198,7 @@ def text_of(lengths) -> SimpleNamespace:
     """Documents with so many targets; the last has one fewer, as no other stands behind it."""
     tokens = torch.full((sum(lengths) + 1,), 5, dtype=torch.int32)
     tokens[np.cumsum([0, *lengths[:-1]]).tolist()] = BOS
-    return SimpleNamespace(n=sum(lengths), tokens=tokens)
+    return SimpleNamespace(n=sum(lengths), tokens=tokens, tilt=None)
 
 
 def test_the_longest_documents_go_first_and_short_ones_have_short_chunks():

@@ -45,6 +45,7 @@ TOGGLES = {
     "ttt": "ttt_mode",
     "phased_ttt": "phased_ttt_enabled",
     "global_ttt": "phased_ttt_enabled",
+    "token": "ngram_tilt_enabled",
 }
 # Toggles that no knob tunes alone
 UNTUNED = {

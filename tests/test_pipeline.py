@@ -100,6 +100,7 @@ TOGGLES = {
     "PRUNE_PCT": dict(prune_pct=0.3),
     "DOC_ISOLATED_EVAL": dict(doc_isolated_eval=True),
     "TTT_MODE": dict(ttt_mode="sgd", ttt_chunk_tokens=128, ttt_epochs=1, ttt_freeze_blocks=1),
+    "NGRAM_TILT_ENABLED": dict(ngram_tilt_enabled=True, token_order=2, token_threshold=0.3),
 }
 HEAD_GATES = ("SPARSE_ATTN_GATE_ENABLED", "GATED_ATTN_ENABLED", "ATTN_OUT_GATE_ENABLED")
 REFUSED = [
