@@ -8533,13 +8533,14 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
             f"{len(trainer.skipped)} of {trainer.steps} steps were not finite and were left out, "
             f"the first of them step {trainer.skipped[0]}"
         )
-    spent = run.ledger().get(CALIBRATE, 0.0)
-    over = trainer.elapsed + spent - cfg.max_wallclock_seconds
-    if cfg.checkpoint and spent and cfg.max_wallclock_seconds and over > 0:
-        run.warn(
-            f"GPTQ: training ended {over:.1f} s too late for the {spent:.1f} s of its calibration: "
-            "nothing for the leaderboard; train with GPTQ_ENABLED=1"
-        )
+    if cfg.checkpoint and cfg.gptq_enabled and cfg.max_wallclock_seconds:
+        spent = run.ledger()[CALIBRATE]
+        over = trainer.elapsed + spent - cfg.max_wallclock_seconds
+        if over > 0:
+            run.warn(
+                f"GPTQ: training ended {over:.1f} s too late for the {spent:.1f} s of its "
+                "calibration: nothing for the leaderboard; train with GPTQ_ENABLED=1"
+            )
     live = scores["live"]
     averaged = scores.get("averaged", live)
     worse = averaged.bpb - live.bpb

@@ -475,3 +475,15 @@ def test_a_calibration_that_ends_too_late_breaks_the_limit(tiny):
     assert limits["calibrate"] == {"spent": 2.0, "limit": 1.5, "slack": -0.5}
     cfg = tiny(**GPTQ, max_wallclock_seconds=100.0, checkpoint="checkpoint.bin")
     assert train_gpt.time_limits(cfg, run, 98.5, "sliding", 1.0).keys() == {"train"}
+    # of a training that has kept nothing back, the log says so
+    warned = []
+    run.warn = warned.append
+    scores = {"live": types.SimpleNamespace(bpb=1.0)}
+    for elapsed in (97.5, 98.5):
+        trainer = types.SimpleNamespace(skipped=[], steps=9, elapsed=elapsed)
+        trained = types.SimpleNamespace(trainer=trainer)
+        train_gpt.closing_warnings(cfg, run, trained, scores)
+    (warning,) = warned
+    assert warning.startswith(
+        "GPTQ: training ended 0.5 s too late for the 2.0 s of its calibration"
+    )
