@@ -182,6 +182,8 @@ LONGEST = [
     "caseops",
     "needs",
     "launch",
+    "size",
+    "lqer",
     "views",
     "gptq",
     "gpu",

@@ -20,8 +20,10 @@ from train_gpt import (
     are_parts,
     correction,
     encode_artifact,
+    main,
     quantised,
     read_artifact,
+    read_parts,
     refit_correction,
     restored,
     shipped_state,
@@ -141,6 +143,27 @@ def test_a_correction_has_no_more_rank_than_its_matrix():
     state, plan = state_and_plan()
     parts = quantised(Config(lqer_enabled=True, lqer_rank=64), state, plan)
     assert parts["b"]["left"].shape == (24, 24) and are_parts(parts["b"])
+
+
+def test_a_run_says_what_the_correction_did_and_took(tiny, monkeypatch):
+    weighted = []
+
+    def spy(cfg, error, hessian):
+        weighted.append(hessian is not None)
+        return refit_correction(cfg, error, hessian)
+
+    monkeypatch.setattr(train_gpt, "refit_correction", spy)
+    knobs = dict(gptq_enabled=True, gptq_calibration_batches=1, quant_bits_mlp=4, iterations=3)
+    cfg = tiny(lqer_enabled=True, lqer_fit="refit", **knobs)
+    report = main(cfg)
+    # the export; GPTQ is proved against weights without
+    assert weighted[: cfg.lqer_top_k] == [True] * 3
+    row = report["toggles"]["LQER"]
+    assert row["active"] and row["tensors"] == 3 and row["bytes_saved"] < 0
+    what, share, unit = row["scope"].split(" ", 2)
+    assert (what, unit) == ("export,", "x the squared error") and 0 < float(share) < 1
+    _, parts = read_parts(Path(report["artifact_path"]))
+    assert row["params"] == sum(t["codes"].numel() for t in parts.values() if "left" in t)
 
 
 HALF = torch.float16
