@@ -99,6 +99,7 @@ if __name__ == "__main__":
     if os.environ.get("LOCAL_RANK", "0") == "0":
         threading.Thread(target=tell_of_imports, daemon=True).start()
 
+import brotli
 import numpy as np
 import safetensors.torch
 import sentencepiece
@@ -222,7 +223,7 @@ FLOATS = ("fp16", "fp32")
 FITS = ("svd", "refit")
 MATRIX = ("muon", "adam")
 BACKENDS = ("auto", "sdpa", "cudnn", "flash", "flex", "fa3", "fa2")
-CODERS = ("zlib", "zstd", "lzma", "ans")
+CODERS = ("zlib", "zstd", "lzma", "brotli", "ans")
 TTT = ("none", "sgd", "lora")
 LOADERS = ("rows", "documents", "shuffled", "coprime")
 READS = "rows in order / packed documents / rows at random / in coprime strides"
@@ -789,15 +790,16 @@ class Config:
     # Export: pruning, compression, size
     prune_pct: float = export_knob(0.0, "fraction", "set to 0 in each large matrix", lo=0, hi=0.9)
     compressor: str = export_knob("zstd", "", "of the artifact", choices=CODERS)
-    compress_level: int = export_knob(-1, "", "-1: zlib 9, zstd and ans 22, lzma 6", lo=-1, hi=22)
+    compress_level: int = export_knob(-1, "", "-1: the largest, but lzma 6", lo=-1, hi=22)
     pack_code: str = size_knob("lzma", "", "of the script that ships", choices=("lzma", "none"))
     cap_bytes: int = size_knob(16_000_000, "bytes", "code + artifact, decimal", lo=1)
     fit_to_cap: bool = export_knob(False, "", "over the cap: a larger k of SDClip, then pruning")
 
     @rule
     def compressor_knows_the_level(compressor, compress_level):
-        broken = compressor in ("zlib", "lzma") and compress_level > 9
-        refuse(broken, f"COMPRESS_LEVEL={compress_level}: zlib and lzma know 0 to 9")
+        highest = {"zlib": 9, "lzma": 9, "brotli": 11, "ans": 11}.get(compressor, 22)
+        remedy = f"{compressor} knows 0 to {highest}"
+        refuse(compress_level > highest, f"COMPRESS_LEVEL={compress_level}: {remedy}")
 
     # Scoring
     eval_seq_len: int = eval_knob(0, "tokens", "window; 0: TRAIN_SEQ_LEN", lo=0, hi=1 << 20)
@@ -6053,20 +6055,25 @@ def collect_hessians(
 # pickle).
 
 MAGIC = b"GOLFGPT\n"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 HEADER = struct.Struct("<8sHHQ32s")  # its fields: see container
 MAX_FILE_BYTES = 1 << 33
 MAX_RAW_BYTES = 1 << 28  # of a compressed file, once decompressed
 LZMA_MEMORY = 1 << 27
 ZSTD_FRAME = 1 << 17  # bytes
+BROTLI_WINDOW = 24  # log2 of bytes
 
 
 class Compressor(NamedTuple):
-    """compress(raw, level) -> blob; decompress(blob, n) -> its first n bytes; the usual level."""
+    """compress(raw, level) -> blob; decompress(blob, n) -> its first n bytes; the usual level.
+
+    arranges: its payload is `arranged`.
+    """
 
     compress: Callable[[bytes, int], bytes]
     decompress: Callable[[bytes, int], bytes]
     level: int
+    arranges: bool = False
 
 
 def store(raw: bytes, level: int) -> bytes:
@@ -6102,12 +6109,29 @@ def lzma_decompress(blob: bytes, n: int) -> bytes:
     return lzma.LZMADecompressor(memlimit=LZMA_MEMORY).decompress(blob, n)
 
 
+def brotli_compress(raw: bytes, level: int) -> bytes:
+    return brotli.compress(raw, quality=level, lgwin=BROTLI_WINDOW)
+
+
+def brotli_decompress(blob: bytes, n: int) -> bytes:
+    decoder = brotli.Decompressor()
+    pieces = [decoder.process(blob, output_buffer_limit=n)]
+    left = n - len(pieces[0])
+    while left > 0 and not decoder.is_finished() and not decoder.can_accept_more_data():
+        pieces.append(decoder.process(b"", output_buffer_limit=left))
+        left -= len(pieces[-1])
+    return b"".join(pieces)[:n]
+
+
 # A file names its compressor by the place in this table; the last one makes the smallest files.
 COMPRESSORS = {
     "none": Compressor(store, first_bytes, 0),
     "zlib": Compressor(zlib.compress, zlib_decompress, 9),
     "zstd": Compressor(zstd_compress, zstd_decompress, 22),
     "lzma": Compressor(lzma_compress, lzma_decompress, 6),
+    "brotli": Compressor(brotli_compress, brotli_decompress, 11, arranges=True),
+    # brotli too, for what is not in the stream of codes
+    "ans": Compressor(brotli_compress, brotli_decompress, 11, arranges=True),
 }
 
 
@@ -6120,138 +6144,265 @@ def demand(fine, problem: str) -> None:
         raise NotOurs(problem)
 
 
-# ANS. The codes become one stream of its own (below); zstd takes the rest of the file.
-COMPRESSORS["ans"] = COMPRESSORS["zstd"]
-MAX_CODES = 1 << 27  # that a stream may hold
+# ANS. The codes become one stream of their own (below); brotli takes the rest of the file.
+MAX_CODES = 1 << 26  # that a stream may hold
+MAX_LINES = 1 << 20  # rows and columns of its matrices
+SHORTEST = 8  # row or column
 LANE = 1 << 14  # codes per lane
-FINE_CODES = 1 << 22  # more codes than this pay for finer contexts
-RANS_BITS = 14
-RANS_TOTAL = 1 << RANS_BITS  # to which the frequencies of one context sum
+RESIDUES = 251  # a prime: see CodeModel.groups
+GROUP_CODES = 1 << 20
+RANS_BITS = 15
+RANS_TOTAL = 1 << RANS_BITS  # to which the frequencies of one level sum
 WORD_BITS = 16
 WORD_MASK = (1 << WORD_BITS) - 1
 STATE_MIN = 1 << WORD_BITS  # a lane's state stays in [2^16, 2^32)
 STATE_BITS = 32
+VARIANCE_BITS = 16  # of the fraction of a variance
+FINEST = 4  # fine levels of variance to one level
+MAX_TRUST = 12
+SEEN = 16  # what a code that was seen adds to its count
+EXPECTED = 128 * SEEN  # what a level's counts sum to before
 
 
 def ans_encode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ANS: all codes of the file in one stream of a range asymmetric numeral system.
+    """ANS: the codes of the file in one stream of a range asymmetric numeral system.
 
-    What:   in place of each `NAME:codes`, int8 (rows, columns), the spreads of its rows and
-            columns; and once `:frequency`, (contexts, symbols), and `:stream`, 16-bit words.
-    Why:    rows and columns differ in spread. With its own frequencies for each spread a code
-            takes close to its entropy, which no general compressor reaches.
+    What:   in place of each `NAME:codes`, int8 (rows, columns), its share of `:stream`, 16-bit
+            words, and a line in `:coded`, JSON as int8.
+    Why:    rows and columns differ in spread. With frequencies for each spread, learnt on the way,
+            a code takes close to its entropy, which no general compressor reaches.
     Source: Duda 2013, arXiv:1311.2540; toggle COMPRESSOR=ans.
-    Care:   everything from the spreads on is integers, so the decoder of another machine sees
-            the same contexts. A symbol of frequency 0 cannot be coded: see ans_frequencies.
+    Care:   all of CodeModel is integers, but for a few operations that IEEE 754 rounds the same
+            everywhere, so the decoder of another machine sees the same frequencies. A matrix of
+            which brotli makes less stays as it is: rows that are alike, as of tokens never seen.
     """
-    codes = {name: t.cpu() for name, t in sorted(tensors.items()) if name.endswith(":codes")}
-    parts = {name: t for name, t in tensors.items() if name not in codes}
+    codes = {}
+    room = np.array([MAX_CODES, MAX_LINES])
+    for name, t in sorted(tensors.items()):
+        takes = np.array([t.numel(), sum(t.shape)])
+        matrix = name.endswith(":codes") and t.ndim == 2 and min(t.shape) >= SHORTEST
+        if matrix and (takes <= room).all() and not alike_rows(t):
+            codes[name] = t.cpu().numpy()
+            room -= takes
     if not codes:
-        return parts
+        return tensors
 
-    parts |= code_spreads(codes)
-    _, contexts = code_contexts(parts)
-    flat = np.concatenate([t.numpy().ravel() for t in codes.values()])
-    symbols = in_lanes(flat.view(np.uint8) ^ 0x80)  # -128..127 -> 0..255
-    frequency = ans_frequencies(contexts, symbols)
-    stream = ans_stream(contexts, symbols, frequency)
-    return parts | {
-        ":frequency": torch.from_numpy(frequency.astype(np.int16)),
-        ":stream": torch.from_numpy(stream.view(np.int16)),
-    }
+    model = CodeModel(described(codes))
+    slots = model.coded(np.concatenate([t.ravel() for t in codes.values()]))
+    parts = {name: t for name, t in tensors.items() if name not in codes}
+    text = json.dumps(model.facts, separators=(",", ":")).encode()
+    parts[":coded"] = torch.frombuffer(bytearray(text), dtype=torch.int8)
+    parts[":stream"] = torch.from_numpy(rans_encode(slots, model.lanes).view(np.int16))
+    return parts
 
 
 def ans_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """What ans_encode was given.
 
-    Raises ValueError, LookupError or RuntimeError on parts that ans_encode would not have made.
+    Raises ValueError, LookupError, TypeError or RuntimeError on parts that it would not have made.
     """
-    shapes, contexts = code_contexts(parts)
-    frequency, words = ans_model(parts, lanes=contexts.shape[1])
-    sizes = [shape.numel() for shape in shapes.values()]
-    symbols = ans_symbols(contexts, frequency, words).ravel()[: sum(sizes)]
-    flat = torch.from_numpy((symbols ^ 0x80).view(np.int8))
+    model = CodeModel(json.loads(parts[":coded"].numpy().tobytes()))
+    stream = parts[":stream"]
+    if stream.dtype != torch.int16 or stream.ndim != 1 or len(stream) < 2 * model.lanes:
+        raise ValueError("a stream that does not fit")
+    flat = model.decoded(RansDecoder(stream.numpy().view(np.uint16).astype(int), model.lanes))
 
-    tensors = {}
-    for name, t in parts.items():
-        if ":codes:" not in name and name not in (":frequency", ":stream"):
-            tensors[name] = t
-    for (name, shape), codes in zip(shapes.items(), flat.split(sizes), strict=True):
-        tensors[name] = codes.view(shape)
+    tensors = {name: t for name, t in parts.items() if name not in (":coded", ":stream")}
+    sizes = (model.rows * model.columns).tolist()
+    for name, codes in zip(model.facts["codes"], torch.from_numpy(flat).split(sizes), strict=True):
+        if name in tensors:
+            raise ValueError("codes that are there twice")
+        tensors[name] = codes.view(model.facts["codes"][name][:2])
     return tensors
 
 
-def code_spreads(codes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`NAME:rows` (rows, 1) and `NAME:columns` (1, columns), int8, of each matrix of codes.
+def alike_rows(codes: Tensor) -> bool:
+    """Whether one row in 16 correlates above 0.8 with another, among at most 1,024 of them.
 
-    The mean |code| of a row, and of a column against that of the matrix, in parts of an octave.
+    Such are embeddings of tokens never seen: all have been moved alike. Rows of less than 32 codes
+    may look alike by chance.
     """
-    count = sum(t.numel() for t in codes.values())
-    parts_per_octave = 4 if count > FINE_CODES else 2
+    if codes.shape[1] < 32:
+        return False
+    rows = codes[:: -(-len(codes) // 1024)].cpu().float()
+    rows = F.normalize(rows - rows.mean(0), dim=1)
+    correlation = (rows @ rows.T).fill_diagonal_(0)
+    return bool((correlation.amax(1) > 0.8).float().mean() > 1 / 16)
 
-    def spread(magnitude: Tensor, dim) -> Tensor:
-        mean = magnitude.mean(dim, keepdim=True) + 1 / 16  # zeros alone: 4 octaves below 1
-        return parts_per_octave * mean.log2()
 
-    spreads = {}
+def described(codes: dict[str, np.ndarray]) -> dict:
+    """The facts of a CodeModel.
+
+    symbols: the least and the largest code. codes: name -> rows, columns, fine level of the
+    variance; then for rows and for columns the fine level of a usual one, and log2 of the trust in
+    it. Trust is the number of codes that a line must show before its own variance counts as much.
+    """
+    facts = {}
     for name, t in codes.items():
-        magnitude = t.double().abs()
-        rows = spread(magnitude, -1)
-        columns = spread(magnitude, 0) - spread(magnitude, (0, 1))
-        spreads[name + ":rows"] = rows.round().char()
-        spreads[name + ":columns"] = columns.round().char()
-    return spreads
+        squares = t.astype(np.float64) ** 2
+        variance = squares.mean() + 1 / 64
+        facts[name] = [*t.shape, fine_level(variance)]
+        chance = squares.var() / variance**2  # of one code
+        for axis in (1, 0):
+            logs = np.log(squares.mean(axis) + 1 / 64)
+            apart = logs.var() - chance / t.shape[axis]
+            trust = round(math.log2(2 / max(apart, 1e-9)))
+            usual = fine_level(math.exp(logs.mean()))
+            facts[name] += [usual, min(max(trust, 0), MAX_TRUST)]
+    lowest = min(int(t.min()) for t in codes.values())
+    largest = max(int(t.max()) for t in codes.values())
+    return {"symbols": [lowest, largest], "codes": facts}
 
 
-def code_contexts(parts: dict[str, Tensor]) -> tuple[dict[str, torch.Size], np.ndarray]:
-    """Name -> shape of each matrix of codes; and the context of every code, (steps, lanes) uint8.
+def fine_level(variance: float) -> int:
+    return int(np.searchsorted(fine_levels(), int(variance * (1 << VARIANCE_BITS))))
 
-    The context of a code is the spread of its row plus that of its column. Nothing is allocated
-    before the spreads have been checked: they may come from a hostile file.
+
+@cache
+def fine_levels() -> np.ndarray:
+    """Variances in units of 2^-16, from 2^-6 to 2^14, 16 to an octave: integers on any machine."""
+    levels = [1 << VARIANCE_BITS - 6]
+    while levels[-1] < 1 << VARIANCE_BITS + 14:
+        levels.append(levels[-1] + levels[-1] * 45 // 1024)
+    return np.array(levels)
+
+
+def expected_counts(lowest: int, largest: int) -> np.ndarray:
+    """(levels, symbols) of a normal distribution of each level's variance, before a code is seen.
+
+    Only operations that IEEE 754 rounds the same everywhere. exp(-x) is a fraction to the 8th.
     """
-    spreads = {}
-    for name, rows in sorted(parts.items()):
-        if name.endswith(":codes:rows"):
-            columns = parts[name.removesuffix("rows") + "columns"]
-            spreads[name.removesuffix(":rows")] = (rows, columns)
-
-    count = 0
-    fits = True
-    for rows, columns in spreads.values():
-        count += rows.numel() * columns.numel()
-        fits = fits and rows.dtype == columns.dtype == torch.int8
-        fits = fits and rows.shape[1:] == (1,) and columns.shape[:-1] == (1,)
-    if not fits or not 0 < count <= MAX_CODES:
-        raise ValueError(f"{count:,} codes with spreads that do not fit")
-
-    sums = {name: rows + columns for name, (rows, columns) in spreads.items()}
-    flat = np.concatenate([t.view(torch.uint8).numpy().ravel() for t in sums.values()])
-    return {name: t.shape for name, t in sums.items()}, in_lanes(flat)
+    middle = fine_levels()[FINEST // 2 :: FINEST] / (1 << VARIANCE_BITS)
+    x = 1 / (2 * np.maximum(middle, 1 / 8))
+    decay = (16 - x) / (16 + x)
+    for _ in range(3):
+        decay = decay * decay
+    powers = np.cumprod(np.where(np.arange(129) == 0, 1, decay[:, None]), axis=1)
+    odd_powers = powers[:, 1:] * powers[:, :-1]  # decay^(2 distance - 1)
+    density = np.cumprod(np.concatenate((np.ones((len(x), 1)), odd_powers), axis=1), axis=1)
+    weights = (density * (1 << 20)).astype(np.int64)
+    weights = weights[:, np.abs(np.arange(lowest, largest + 1))]
+    return weights * EXPECTED // weights.sum(1, keepdims=True).clip(1)
 
 
-def in_lanes(values: np.ndarray) -> np.ndarray:
-    """(n,) -> (steps, lanes), at most LANE steps; repeats the last value to fill the last step."""
-    lanes = -(-len(values) // LANE)
-    return np.pad(values, (0, -len(values) % lanes), mode="edge").reshape(-1, lanes)
+class CodeModel:
+    """The frequencies of codes, from those already known: the same for encoder and decoder.
 
-
-def ans_keys(contexts: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-    """Where the frequency of a symbol in its context stands in the flat table, uint16."""
-    return contexts.astype(np.uint16) << 8 | symbols
-
-
-def ans_frequencies(contexts: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-    """(256 contexts, 256 symbols): their counts scaled so that each context sums to RANS_TOTAL.
-
-    A symbol that occurs gets 1 at least; what rounding leaves goes to the most frequent one.
+    facts: see described; ValueError or TypeError where it would not have made them. The codes of
+    all matrices lie one after the other, by rows. They are coded in groups; with each the
+    variances of rows and columns become better known. A code's level is that of its row plus that
+    of its column minus that of the matrix; each level counts its symbols.
     """
-    counts = np.bincount(ans_keys(contexts, symbols).ravel(), minlength=1 << 16)
-    counts = counts.reshape(256, 256)
-    occurs = counts > 0
-    to_share = RANS_TOTAL - occurs.sum(1, keepdims=True)
-    frequency = counts * to_share // counts.sum(1, keepdims=True).clip(1) + occurs
-    frequency[range(256), frequency.argmax(1)] += RANS_TOTAL - frequency.sum(1)
-    return frequency
+
+    def __init__(self, facts: dict):
+        self.facts = facts
+        self.lowest, largest = facts["symbols"]
+        table = np.array(list(dict(facts["codes"]).values()))
+        symbols_fit = -128 <= self.lowest <= largest < 128
+        if table.dtype != int or table.shape[1:] != (7,) or not symbols_fit:
+            raise ValueError("facts of codes that do not fit")
+        self.rows, self.columns, self.level, *of_lines = table.T
+        level = len(fine_levels()) - 1
+        most = [MAX_LINES, MAX_LINES, level, level, MAX_TRUST, level, MAX_TRUST]
+        fits = (table >= [SHORTEST, SHORTEST, 0, 0, 0, 0, 0]).all() and (table <= most).all()
+        self.count = sum(rows * columns for rows, columns, *_ in table.tolist())
+        lines = int(table[:, :2].sum())
+        if not fits or self.count > MAX_CODES or lines > MAX_LINES:
+            raise ValueError(f"{self.count:,} codes with facts that do not fit")
+
+        self.lanes = -(-self.count // LANE)
+        self.starts = np.cumsum(self.rows * self.columns) - self.rows * self.columns
+        self.counts = expected_counts(self.lowest, largest)
+        self.lines = [Lines(self.rows, *of_lines[:2]), Lines(self.columns, *of_lines[2:])]
+
+    def groups(self) -> Iterator[np.ndarray]:
+        """The places of the codes that are coded together, in rising order.
+
+        Places with the same remainder are spread evenly over rows and columns, unless a matrix has
+        a multiple of RESIDUES columns. A group has a seventh of what is known: each learns much.
+        """
+        most = max(1, GROUP_CODES * RESIDUES // self.count)
+        start = 0
+        while start < RESIDUES:
+            end = min(RESIDUES, start + min(most, max(1, start // 7)))
+            blocks = np.arange(0, self.count, RESIDUES)
+            places = (blocks[:, None] + np.arange(start, end)).ravel()
+            yield places[places < self.count]
+            start = end
+
+    def levels(self, places: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """([row, column], level) of the codes there."""
+        ends = np.searchsorted(places, np.append(self.starts, self.count))
+        matrix = np.repeat(np.arange(len(self.starts)), np.diff(ends))
+        row, column = np.divmod(places - self.starts[matrix], self.columns[matrix])
+        where = []
+        fine = -self.level[matrix]
+        for lines, line in zip(self.lines, (row, column), strict=True):
+            where.append(line + lines.starts[matrix])
+            fine = fine + lines.levels()[where[-1]]
+        return where, (fine // FINEST).clip(0, len(self.counts) - 1)
+
+    def frequency(self) -> np.ndarray:
+        """(levels, symbols): their counts scaled so that each level sums to RANS_TOTAL, each >= 1.
+
+        What rounding leaves goes to the most frequent one.
+        """
+        to_share = RANS_TOTAL - self.counts.shape[1]
+        frequency = self.counts * to_share // self.counts.sum(1, keepdims=True) + 1
+        frequency[range(len(frequency)), frequency.argmax(1)] += RANS_TOTAL - frequency.sum(1)
+        return frequency
+
+    def learn(self, where: list[np.ndarray], keys: np.ndarray, codes: np.ndarray) -> None:
+        """The codes at these lines, with their keys: level times symbols, plus symbol."""
+        seen = np.bincount(keys, minlength=self.counts.size)
+        self.counts += SEEN * seen.reshape(self.counts.shape)
+        for lines, line in zip(self.lines, where, strict=True):
+            lines.learn(line, codes)
+
+    def coded(self, codes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Frequency and slots before it, of each code's symbol, uint16, group by group."""
+        slots = []
+        for places in self.groups():
+            where, level = self.levels(places)
+            frequency = self.frequency()
+            keys = level * frequency.shape[1] + codes[places] - self.lowest
+            both = (frequency, slots_before(frequency))
+            slots.append(tuple(values.ravel()[keys].astype(np.uint16) for values in both))
+            self.learn(where, keys, codes[places])
+        return slots
+
+    def decoded(self, decoder: RansDecoder) -> np.ndarray:
+        """(codes,) int8, all that the decoder's stream holds."""
+        codes = np.empty(self.count, np.int8)
+        for places in self.groups():
+            where, level = self.levels(places)
+            keys = decoder.keys(level, self.frequency())
+            codes[places] = keys % self.counts.shape[1] + self.lowest
+            self.learn(where, keys, codes[places])
+        decoder.finish()
+        return codes
+
+
+class Lines:
+    """The variances of the rows (or columns) of all matrices, from the codes known so far.
+
+    lengths, levels, trusts: of each matrix, the number of its lines and its facts.
+    """
+
+    def __init__(self, lengths: np.ndarray, levels: np.ndarray, trusts: np.ndarray):
+        self.starts = np.cumsum(lengths) - lengths
+        self.known = np.repeat(1 << trusts, lengths)
+        self.squares = np.repeat(fine_levels()[levels] << trusts, lengths)
+
+    def levels(self) -> np.ndarray:
+        """Fine level of each line."""
+        return np.searchsorted(fine_levels(), self.squares // self.known)
+
+    def learn(self, line: np.ndarray, codes: np.ndarray) -> None:
+        lines = len(self.known)
+        self.known += np.bincount(line, minlength=lines)
+        squares = np.bincount(line, codes.astype(np.float64) ** 2, lines)
+        self.squares += squares.astype(np.int64) << VARIANCE_BITS
 
 
 def slots_before(frequency: np.ndarray) -> np.ndarray:
@@ -6259,72 +6410,71 @@ def slots_before(frequency: np.ndarray) -> np.ndarray:
     return frequency.cumsum(1) - frequency
 
 
-# How it works. A state x is one number that holds all symbols so far. In 2^14 slots a symbol owns
-# `f`, from slot `before` on. To code it: x -> (x // f) * 2^14 + before + x % f; x grows by the
-# symbol's log2(2^14 / f) bits. To decode: slot = x % 2^14 tells the symbol, and its inverse is
-# x -> f * (x // 2^14) + slot - before. Last in, first out: the encoder goes backwards.
+# How it works. A state x is one number that holds all symbols so far. In 2^15 slots a symbol owns
+# `f`, from slot `before` on. To code it: x -> (x // f) * 2^15 + before + x % f; x grows by the
+# symbol's log2(2^15 / f) bits. To decode: slot = x % 2^15 tells the symbol, and its inverse is
+# x -> f * (x // 2^15) + slot - before. Last in, first out: the encoder goes backwards.
 # A state too large for 32 bits first sends 16 of them to the stream; the decoder fetches them when
 # a state is too small. Many states, the lanes, go side by side, so that numpy has work to do.
-def ans_stream(contexts: np.ndarray, symbols: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-    """The encoder: contexts and symbols (steps, lanes) -> (words,) uint16.
+def rans_encode(slots: list[tuple[np.ndarray, np.ndarray]], lanes: int) -> np.ndarray:
+    """The encoder: frequency and slots before, of each symbol of each group -> (words,) uint16.
 
-    First the upper halves of the final states, then the lower, then the words of step 0, 1, ...
+    First the upper halves of the final states, then the lower, then the words in the order in which
+    the decoder wants them.
     """
-    owned = frequency.ravel()
-    before = slots_before(frequency).ravel()
-    state = np.full(contexts.shape[1], STATE_MIN)
+    states = np.full(lanes, STATE_MIN)
     sent = []
-    for key in ans_keys(contexts, symbols)[::-1]:
-        full = state >= owned[key] << (STATE_BITS - RANS_BITS)
-        sent.append(state[full] & WORD_MASK)
-        state[full] >>= WORD_BITS
-        state = (state // owned[key] << RANS_BITS) + state % owned[key] + before[key]
-    words = np.concatenate((state >> WORD_BITS, state & WORD_MASK, *reversed(sent)))
+    for group in reversed(slots):
+        owned, before = (values.astype(np.int64) for values in group)
+        for start in reversed(range(0, len(owned), lanes)):
+            f = owned[start : start + lanes]
+            state = states[: len(f)]
+            full = state >= f << (STATE_BITS - RANS_BITS)
+            sent.append(state[full] & WORD_MASK)
+            state[full] >>= WORD_BITS
+            whole, rest = np.divmod(state, f)
+            state[:] = (whole << RANS_BITS) + rest + before[start : start + lanes]
+    words = np.concatenate((states >> WORD_BITS, states & WORD_MASK, *reversed(sent)))
     return words.astype(np.uint16)
 
 
-def ans_symbols(contexts: np.ndarray, frequency: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """The decoder: contexts (steps, lanes) and the stream -> symbols (steps, lanes) uint8."""
-    lanes = contexts.shape[1]
-    owned = frequency.ravel()
-    before = slots_before(frequency).ravel()
-    every_symbol = np.tile(np.arange(256, dtype=np.uint8), 256)
-    # (context, slot) -> symbol
-    owner = np.repeat(every_symbol, owned).reshape(256, RANS_TOTAL)
+class RansDecoder:
+    """The decoder. words: the stream, int64, at least two per lane."""
 
-    state = words[:lanes] << WORD_BITS | words[lanes : 2 * lanes]
-    place = 2 * lanes
-    symbols = []
-    for context in contexts:
-        slot = state & (RANS_TOTAL - 1)
-        symbol = owner[context, slot]
-        symbols.append(symbol)
-        key = ans_keys(context, symbol)
-        state = owned[key] * (state >> RANS_BITS) + slot - before[key]
-        small = np.flatnonzero(state < STATE_MIN)
-        state[small] = state[small] << WORD_BITS | words[place : place + len(small)]
-        place += len(small)
-    if place != len(words) or (state != STATE_MIN).any():
-        raise ValueError("the stream does not end with its codes")
-    return np.stack(symbols)
+    def __init__(self, words: np.ndarray, lanes: int):
+        self.words = words
+        self.states = words[:lanes] << WORD_BITS | words[lanes : 2 * lanes]
+        self.place = 2 * lanes
 
+    def keys(self, levels: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+        """Level times symbols, plus symbol, of the next codes, which have these levels."""
+        owned = frequency.ravel()
+        before = slots_before(frequency).ravel()
+        # level times slots, plus slot -> key; of the levels from the least that occurs on
+        least = levels.min()
+        present = np.arange(frequency.size, dtype=np.uint16).reshape(frequency.shape)
+        present = present[least : levels.max() + 1].ravel()
+        owner = np.repeat(present, owned[present])
+        keys = np.empty(len(levels), np.int64)
+        lanes = len(self.states)
+        for start in range(0, len(levels), lanes):
+            level = levels[start : start + lanes]
+            state = self.states[: len(level)]
+            slot = state & (RANS_TOTAL - 1)
+            key = owner[(level - least << RANS_BITS) + slot]
+            keys[start : start + lanes] = key
+            state = owned[key] * (state >> RANS_BITS) + slot - before[key]
+            small = np.flatnonzero(state < STATE_MIN)
+            fetched = self.words[self.place : self.place + len(small)]
+            state[small] = state[small] << WORD_BITS | fetched
+            self.place += len(small)
+            self.states[: len(level)] = state
+        return keys
 
-def ans_model(parts: dict[str, Tensor], lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(frequencies (256, 256), words of the stream), int64, once they are known to fit."""
-    frequency = parts[":frequency"]
-    stream = parts[":stream"]
-    fits = [
-        frequency.dtype == stream.dtype == torch.int16,
-        frequency.shape == (256, 256),
-        stream.ndim == 1,
-        stream.numel() >= 2 * lanes,
-        frequency.min() >= 0,
-        (frequency.sum(-1) == RANS_TOTAL).all(),
-    ]
-    if not all(fits):
-        raise ValueError("frequencies or a stream that do not fit")
-    words = stream.numpy().view(np.uint16)
-    return frequency.numpy().astype(int), words.astype(int)
+    def finish(self) -> None:
+        """ValueError unless this is where the encoder began."""
+        if self.place != len(self.words) or (self.states != STATE_MIN).any():
+            raise ValueError("the stream does not end with its codes")
 
 
 # Bytes, or uint8 (n,)
@@ -6340,8 +6490,35 @@ FILE_TYPES = {
 }
 
 
-def serialise(tensors: dict[str, Tensor], facts: dict) -> list[Piece]:
+def arranged(tensors: dict[str, Tensor], undo: bool = False) -> dict[str, Tensor]:
+    """Tensors of the same names, types and shapes, whose bytes lie so that brotli makes less.
+
+    Of all floats of a type first each one's first byte, then each one's second: exponents are much
+    alike, and the rest is noise. Codes wider than tall lie by columns: hidden units, which differ
+    in spread, are then read one after the other. undo: the inverse.
+    """
+    found = dict(tensors)
+    for name, t in tensors.items():
+        if t.dtype == torch.int8 and t.ndim == 2 and t.shape[1] > t.shape[0]:
+            by_columns = t.reshape(t.shape[::-1]).T if undo else t.T.reshape(t.shape)
+            found[name] = by_columns.contiguous()
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        names = sorted(name for name, t in tensors.items() if t.dtype == dtype)
+        if names:
+            flat = torch.cat([tensors[name].detach().cpu().flatten() for name in names])
+            sides = (dtype.itemsize, len(flat)) if undo else (len(flat), dtype.itemsize)
+            planes = flat.view(torch.uint8).reshape(sides).T.flatten().view(dtype)
+            pieces = planes.split([tensors[name].numel() for name in names])
+            for name, piece in zip(names, pieces, strict=True):
+                found[name] = piece.view(tensors[name].shape)
+    return found
+
+
+def serialise(tensors: dict[str, Tensor], facts: dict, arrange: bool = False) -> list[Piece]:
     """safetensors with the facts as JSON in its metadata, in pieces: the header, then each tensor.
+
+    arrange: they lie as `arranged`, and the metadata says so.
 
     Byte for byte what safetensors.torch.save makes. That copies all tensors, and other threads wait
     for it; here those in the host's memory are not copied.
@@ -6349,6 +6526,9 @@ def serialise(tensors: dict[str, Tensor], facts: dict) -> list[Piece]:
     order = list(FILE_TYPES)
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     header = {"__metadata__": {"facts": json.dumps(facts)}}
+    if arrange:
+        header["__metadata__"]["arranged"] = "1"
+        tensors = arranged(tensors)
     pieces = []
     end = 0
     for name in names:
@@ -6367,12 +6547,14 @@ def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
     """(facts, tensors) that serialise was given."""
     tensors = safetensors.torch.load(raw)
     (length,) = struct.unpack_from("<Q", raw)
-    header = json.loads(raw[8 : 8 + length])
+    metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
+    if "arranged" in metadata:
+        tensors = arranged(tensors, undo=True)
     if ":stream" in tensors:
         tensors = ans_decode(tensors)
     for name, t in tensors.items():
         demand(t.isfinite().all(), f"tensor {name} is not finite")
-    return dict(json.loads(header["__metadata__"]["facts"])), tensors
+    return dict(json.loads(metadata["facts"])), tensors
 
 
 def container(
@@ -6390,9 +6572,9 @@ def container(
     """
     if compressor == "ans":
         tensors = ans_encode(tensors)
-    payload = serialise(tensors, facts)
-    size = sum(map(len, payload))
     how = COMPRESSORS[compressor]
+    payload = serialise(tensors, facts, how.arranges)
+    size = sum(map(len, payload))
     if compressor != "none":
         payload = [how.compress(b"".join(payload), how.level if level < 0 else level)]
 
@@ -6429,6 +6611,7 @@ def read_container(path: Path) -> tuple[dict, dict[str, Tensor]]:
         zlib.error,
         lzma.LZMAError,
         zstandard.ZstdError,
+        brotli.error,
         safetensors.SafetensorError,
     ) as error:
         problem = f"unreadable ({type(error).__name__})"

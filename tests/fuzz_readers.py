@@ -325,7 +325,10 @@ def good(kind: str) -> tuple[dict, dict]:
         artifact_file(kind)[train_gpt.HEADER.size :], 1 << 20
     )
     header = json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]])
-    return json.loads(header["__metadata__"]["facts"]), safetensors.torch.load(bytes(raw))
+    tensors = safetensors.torch.load(bytes(raw))
+    if train_gpt.COMPRESSORS[kind].arranges:
+        tensors = train_gpt.arranged(tensors, undo=True)
+    return json.loads(header["__metadata__"]["facts"]), tensors
 
 
 def sealed(blob: bytes, compressor: str = "none", size: int | None = None) -> bytes:

@@ -285,7 +285,7 @@ def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, 
         if isinstance(plan[name], Grid):
             w[:8] = telling_rows(plan[name].top, w.shape[1])[: len(w)]
     moved = {name: w.to(device) for name, w in state.items()}
-    for compressor in ("zstd", "ans"):
+    for compressor in ("zstd", "brotli", "ans"):
         cfg = dataclasses.replace(cfg, compressor=compressor)
         here, there = (
             encode_artifact(cfg, quantised(cfg, weights, plan)) for weights in (state, moved)

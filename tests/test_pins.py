@@ -22,6 +22,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import brotli
 import numpy as np
 import pytest
 import torch
@@ -68,7 +69,7 @@ def machine() -> dict:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "libraries": [zlib.ZLIB_RUNTIME_VERSION, zstandard.__version__],
+        "libraries": [zlib.ZLIB_RUNTIME_VERSION, zstandard.__version__, brotli.__version__],
         "arithmetic": arithmetic(),
     }
 
@@ -299,7 +300,7 @@ def fixed_artifact(monkeypatch, grid: str, compressor: str) -> bytes:
     return encode_artifact(cfg, quantised(cfg, state, export_plan(cfg, model)))
 
 
-@pytest.mark.parametrize("compressor", ["zlib", "zstd", "lzma", "ans"])
+@pytest.mark.parametrize("compressor", ["zlib", "zstd", "lzma", "brotli", "ans"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_artifact_of_fixed_weights(tmp_path, monkeypatch, grid, compressor):
     """Another machine may have another zlib, but the weights that a reader gets are close."""

@@ -17,7 +17,6 @@ NAMES.sort(key=list(RECORDS).index)
 # Variables that we have, whose default there is no setting of ours -> why
 NOT_A_SETTING = {
     "QAT_ENABLED": "0 leaves the late QAT on, which LATE_QAT_THRESHOLD starts",
-    "COMPRESSOR": "brotli is still to come",
     "EVAL_STRIDE": "64 is nothing where SLIDING_WINDOW_ENABLED is 0, or is not read",
 }
 
@@ -49,7 +48,7 @@ def ours(name: str, variables: dict[str, str]) -> dict[str, str]:
 HARD_CODED = {
     "pr549": "SWA_DTYPE=native AVERAGE=ema EMA_ENABLED=1 EMA_DECAY=0.997 NEGATIVE_SLOPE=0.5",
     "pr1060": "LOADER=coprime QAT_ENABLED=0 EMA_DECAY=0.997",
-    "pr1204": "LOADER=coprime SKIP_GATES_ENABLED=1 NEGATIVE_SLOPE=0.5",
+    "pr1204": "LOADER=coprime SKIP_GATES_ENABLED=1 NEGATIVE_SLOPE=0.5 COMPRESSOR=brotli",
     "pr1218": """SMEAR_GATE=0 BIGRAM_VOCAB_SIZE=0 ROPE_NTK_LEN=0 LOADER=coprime QAT_ENABLED=0
      SWA_ENABLED=0 AVERAGE=auto EMA_ENABLED=1 NEGATIVE_SLOPE=0.5 MUON_ROW_NORMALIZE=0
      QAT_START_KIND=always QAT_START=0 QAT_SCOPE=exported QAT_GRID=export QAT_BITS=0
