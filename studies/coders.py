@@ -49,6 +49,7 @@ def normal_bits() -> float:
     step = GRID.sigmas / GRID.top
     edges = [(code - 0.5) * step for code in range(-GRID.top + 1, GRID.top + 1)]
     shares = np.diff([0.0, *map(statistics.NormalDist().cdf, edges), 1.0])
+    shares = shares[shares > 0]
     return float(-(shares * np.log2(shares)).sum())
 
 
