@@ -230,13 +230,15 @@ def test_every_knob_is_read_outside_its_declaration_and_its_checks():
         if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
     }
     # getattr(cfg, role.bits) and the like read knobs whose names stand as text; or NAME_ENABLED; or
-    # the clip beside a role's bits
+    # the clip and the k beside a role's bits
     for top in tree.body:
         if not ast.unparse(top).startswith(("ALIASES", "ABSENT")) and top is not config:
             texts = [n.value for n in ast.walk(top) if isinstance(n, ast.Constant)]
             names = {text.lower() for text in texts if isinstance(text, str)}
             read |= names | {f"{name}_enabled" for name in names}
             read |= {name.replace("quant_bits", "quant_clip") for name in names}
+            kinds = (re.fullmatch("quant_bits_(.+)", name) for name in names)
+            read |= {f"{kind[1]}_clip_sigmas" for kind in kinds if kind}
     assert [f.name for f in KNOBS if f.name not in read] == []
 
 

@@ -71,7 +71,8 @@ def test_every_knob_of_a_technique_says_that_it_needs_it():
             assert toggle in needed_by(f.name), f.name
     techniques = {f.name for f in KNOBS if f.name.endswith(("_enabled", "_gate", "_mode"))}
     parts = {"train_seq_schedule_mode", "lqer_asym_enabled"}
-    assert techniques <= {*TOGGLES.values(), *UNTUNED, *parts}
+    checks = {"caseops_enabled"}  # what data must be, and nothing that is done
+    assert techniques <= {*TOGGLES.values(), *UNTUNED, *parts, *checks}
 
 
 def test_what_a_knob_needs_is_a_knob():
