@@ -804,7 +804,8 @@ class CaseOps:
 
     OPERATORS = "\ue001\ue002\ue003\ue004"
     TITLE, ALLCAPS, NEXT, ESCAPE = OPERATORS
-    RUN = re.compile(f"[A-Za-z]+|[{OPERATORS}]")
+    # a whole run that has a capital; one without stays as it is
+    RUN = re.compile(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{OPERATORS}]")
     MARKED = re.compile(
         f"{ESCAPE}(?P<literal>.?)|{ALLCAPS}(?P<word>[a-z]*)|[{TITLE}{NEXT}](?P<letter>[^{OPERATORS}]?)",
         re.DOTALL,
