@@ -8717,14 +8717,8 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
             f"{len(trainer.skipped)} of {trainer.steps} steps were not finite and were left out, "
             f"the first of them step {trainer.skipped[0]}"
         )
-    if cfg.checkpoint and cfg.gptq_enabled and cfg.max_wallclock_seconds:
-        spent = run.ledger()[CALIBRATE]
-        over = trainer.elapsed + spent - cfg.max_wallclock_seconds
-        if over > 0:
-            run.warn(
-                f"GPTQ: training ended {over:.1f} s too late for the {spent:.1f} s of its "
-                "calibration: nothing for the leaderboard; train with GPTQ_ENABLED=1"
-            )
+    if cfg.gptq_enabled and cfg.max_wallclock_seconds:
+        warn_of_late_calibration(cfg, run, trainer)
     live = scores["live"]
     averaged = scores.get("averaged", live)
     worse = averaged.bpb - live.bpb
@@ -8740,6 +8734,21 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
         f"{averaged.bpb:.6f} against {live.bpb:.6f} BPB, {worse:+.6f}{sure} (fixed windows, "
         "before quantisation); "
         f"{setting('checkpoint', saved)} AVERAGE=none exports the live ones"
+    )
+
+
+def warn_of_late_calibration(cfg: Config, run: Run, trainer: Trainer) -> None:
+    """Where training has not left the seconds that GPTQ took of its budget."""
+    spent = run.ledger()[CALIBRATE]
+    over = trainer.elapsed + spent - cfg.max_wallclock_seconds
+    if over <= 0:
+        return
+    remedy = f"train with GPTQ_RESERVE_SECONDS={math.ceil(trainer.reserve + over)}"
+    if cfg.checkpoint:
+        remedy = "nothing for the leaderboard; train with GPTQ_ENABLED=1"
+    run.warn(
+        f"GPTQ: training ended {over:.1f} s too late for the {spent:.1f} s of its calibration: "
+        + remedy
     )
 
 
@@ -8854,10 +8863,11 @@ def time_limits(
 ) -> dict[str, dict[str, float]]:
     """Row of the ledger -> its seconds, its limit, and what is left: negative when it is over.
 
-    Training is held to its budget, wherever it runs, and with it what reads training text after
-    the last step; not where another launch trained, which may have kept nothing back. Scoring is
-    held to the contest's limit on the contest's number of GPUs, or more. With fewer, or on a CPU,
-    the same scoring takes longer without being too slow for the contest, so that there no limit is
+    Training is held to its budget, wherever it runs. What reads training text after the last step
+    is held to what the contest's limit leaves, or a larger budget: beyond a smaller budget it is
+    warned of. Not where another launch trained, which may have kept nothing back. Scoring is held
+    to the contest's limit on the contest's number of GPUs, or more. With fewer, or on a CPU, the
+    same scoring takes longer without being too slow for the contest, so that there no limit is
     claimed.
     """
     held = {}
@@ -8865,7 +8875,8 @@ def time_limits(
         held["train"] = elapsed, cfg.max_wallclock_seconds
         ledger = run.ledger()
         if CALIBRATE in ledger and not cfg.checkpoint:
-            held[CALIBRATE] = ledger[CALIBRATE], cfg.max_wallclock_seconds - elapsed
+            most = max(cfg.max_wallclock_seconds, LIMIT_SECONDS)
+            held[CALIBRATE] = ledger[CALIBRATE], most - elapsed
     if run.cuda and run.world >= SCORE_GPUS:
         held[f"score {mode}"] = seconds, LIMIT_SECONDS
     return {

@@ -28,7 +28,14 @@ from ablation.records import (
     shown,
 )
 from ablation.report import markdown_table
-from train_gpt import LIMIT_SECONDS, PACKED_NAME, READABLE_NAME, Refusal, unpack_code
+from train_gpt import (
+    CALIBRATE,
+    LIMIT_SECONDS,
+    PACKED_NAME,
+    READABLE_NAME,
+    Refusal,
+    unpack_code,
+)
 
 # sha256 of fineweb_1024_bpe.model; any other tokenizer lies in the folder under this name
 OFFICIAL_TOKENIZER = "4f5e8adb109c66b4886963bc75a7befd73bda36d27fd7102df8e9e66503b0e2a"
@@ -230,6 +237,11 @@ def deviation(results: Results, key: str) -> float | None:
     return statistics.stdev(column(results, key))
 
 
+def training_seconds(r: dict) -> float:
+    """Seconds in which training text was read: of the steps, and of a calibration behind them."""
+    return r["train_seconds"] + r["seconds"].get(CALIBRATE, 0.0)
+
+
 def documents_come_back(results: Results) -> bool | None:
     """Whether validation can be decoded from its tokens; None: the manifest does not say."""
     if any(map(lost_documents, results.values())):
@@ -242,7 +254,7 @@ def compliance_of(results: Results) -> dict[str, bool | None]:
     """Each rule of the contest that figures can show; None: it does not apply."""
     first = next(iter(results.values()))
     return dict(
-        train_under_600s=max(column(results, "train_seconds")) <= LIMIT_SECONDS,
+        train_under_600s=max(map(training_seconds, results.values())) <= LIMIT_SECONDS,
         three_seeds=len(results) >= 3,
         artifact_under_16mb=max(column(results, "total_bytes")) <= CAP_BYTES,
         eval_under_600s=max(column(results, "eval_seconds")) <= LIMIT_SECONDS,
@@ -397,7 +409,7 @@ def compliance_list(results: Results, summary: dict) -> str:
     """The rules, whether they were kept, and the figure that shows it."""
     first = next(iter(results.values()))
     kept = {key: VERDICTS[value] for key, value in summary["compliance"].items()}
-    train = max(column(results, "train_seconds"))
+    train = max(map(training_seconds, results.values()))
     evaluation = max(column(results, "eval_seconds"))
     back = kept["documents_come_back"]
     if summary["compliance"]["documents_come_back"] is None:

@@ -98,8 +98,11 @@ def test_ema_is_its_recurrence_from_the_initial_weights(bench, decay):
 
 
 @pytest.mark.parametrize("ema", (False, True))
-def test_sqwa_is_the_mean_of_what_the_artifact_would_have_held(bench, ema):
-    b, taken = bench(sqwa_enabled=True, ema_enabled=ema, ema_decay=0.6), []
+@pytest.mark.parametrize("clip", ("amax", "sigma"))
+def test_sqwa_is_the_mean_of_what_the_artifact_would_have_held(bench, ema, clip):
+    grid = dict(quant_clip=clip, quant_scale_floor=False)
+    b, taken = bench(sqwa_enabled=True, ema_enabled=ema, ema_decay=0.6, **grid), []
+    assert {how.clip for how in b.plan.values() if isinstance(how, train_gpt.Grid)} == {clip}
     recurrence = {name: p.detach().clone() for name, p in b.params.items()}
     for step in range(12):
         b.move(step)

@@ -384,7 +384,7 @@ def test_steps_alone_have_no_limit(world, tiny, monkeypatch):
 
 def test_scoring_is_held_to_the_limit_where_the_contest_holds_it():
     def held(cuda: bool, world: int, seconds: float) -> dict:
-        run = SimpleNamespace(cuda=cuda, world=world)
+        run = SimpleNamespace(cuda=cuda, world=world, ledger=dict)
         return time_limits(Config(), run, 590.0, "sliding", seconds)
 
     train = {"spent": 590.0, "limit": 600.0, "slack": 10.0}

@@ -72,7 +72,11 @@ MODES = {  # what is on when the run is stopped
         ema_enabled=True,
         ema_decay=0.8,
     ),
-    "QNA, SQWA": dict(
+    "QNA, SQWA, GPTQ": dict(
+        quant_clip="sigma",
+        quant_scale_floor=False,
+        gptq_enabled=True,
+        gptq_calibration_batches=2,
         loader="documents",
         doc_mask=True,
         qna_enabled=True,

@@ -549,7 +549,7 @@ def test_the_first_problem_does_not_end_the_check(folder):
     (folder / "result_seed1337.json").write_text("{")
     found = "\n".join(errors(folder))
     for words in (
-        "requirements.txt: lists no package of numpy",
+        "requirements.txt: lists no package of brotli, numpy",
         "pipe: a link",
         "over the cap of 16,000,000",
         "result_seed1337.json: no good JSON",
@@ -586,6 +586,12 @@ def test_about_texts_that_are_not_required_have_a_default(runs, tmp_path, trusti
     assert "QAT" in s["blurb"] and s["track"].startswith("none") and errors(tmp_path / "out") == []
 
 
+def test_a_calibration_within_its_limit_is_no_problem(folder):
+    forge(folder, "seconds.calibrate", 4.5, [7])
+    limit(folder, calibrate=(4.5, 5.0))
+    assert errors(folder) == []
+
+
 def test_the_leaderboard_track_needs_eight_h100(folder):
     results = results_of(folder)
     for r in results.values():
@@ -596,6 +602,11 @@ def test_the_leaderboard_track_needs_eight_h100(folder):
     late = summarise(results, texts)
     assert late["track"].startswith("none") and late["compliance"]["eval_under_600s"] is False
     assert "scoring at most 600 s: **NO**, the longest took 600.5 s" in render(results, texts)
+    results[7].update(eval_seconds=1.0, train_seconds=596.0, seconds={"calibrate": 4.0})
+    assert summarise(results, texts)["compliance"]["train_under_600s"] is True
+    results[7]["seconds"]["calibrate"] = 4.5
+    assert summarise(results, texts)["compliance"]["train_under_600s"] is False
+    assert "training at most 600 s: **NO**, the longest took 600.5 s" in render(results, texts)
 
 
 # ── What the builder refuses ──────────────────────────────────────────────────────────────────────
@@ -952,6 +963,21 @@ CAUGHT = {  # what is done to a good folder -> words of one line about it
     "training over its own limit": (
         lambda f: (forge(f, "train_seconds", 9.5, [7]), limit(f, train=(9.5, 9.0))),
         [SEED7, "train took 9.5 s, over 9 s"],
+    ),
+    "a calibration too long for the contest": (
+        lambda f: (
+            forge(f, "train_seconds", 596.0, [7]),
+            forge(f, "seconds.calibrate", 4.5, [7]),
+            claim(f),
+        ),
+        [
+            "submission.json.track, seed 7",
+            "but train_seconds with calibration is 600.5, over 600",
+        ],
+    ),
+    "a calibration over its limit": (
+        lambda f: (forge(f, "seconds.calibrate", 4.5, [7]), limit(f, calibrate=(4.5, 4.0))),
+        [SEED7, "calibrate took 4.5 s, over 4 s"],
     ),
     "a limit that was held against other seconds": (
         lambda f: limit(f, train=(3.5, 9.0)),
