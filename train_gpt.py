@@ -9496,6 +9496,11 @@ def gptq_reserve_ms(text: str, env: dict) -> dict[str, str]:
         return {"GPTQ_RESERVE_SECONDS": text}
 
 
+def record_coder(text: str, env: dict) -> dict[str, str]:
+    """A word of records (from #1855 on) for their order of rows with lrzip and brotli."""
+    return {"COMPRESSOR": "brotli" if text == "pergroup" else text}
+
+
 SLOPES = ("NEGATIVE_SLOPE", "LEAKY_SLOPE", "LEAKY_RELU_SLOPE", "MLP_LEAKY_SLOPE")
 
 # Spellings of other scripts for our knobs
@@ -9548,6 +9553,7 @@ ALIASES: dict[str, Meaning] = {
     "FP16_EMBED": switch("QUANT_BITS_EMBED", off="8", on="16"),
     "FP16_EMBED_EXPORT": switch("QUANT_BITS_EMBED", off="8", on="16"),
     "FP16_PASSTHROUGH_PATTERNS": renamed("FP16_KEEP_NAME_PATTERNS"),
+    "COMPRESSOR": record_coder,
     "USE_ZSTD": switch("COMPRESSOR", off="zlib", on="zstd"),
     "ZSTD_LEVEL": renamed("COMPRESS_LEVEL"),
     # Scoring and test-time training
