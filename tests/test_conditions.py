@@ -30,15 +30,27 @@ WAYS = {
 }
 ADAPTERS = dict(ttt_lora_rank=4, ttt_lora_lr=0.1)
 WAYS["lora"] = SLIDING | dict(ttt_mode="lora", ttt_chunk_size=4, ttt_batch_size=2, **ADAPTERS)
+PHASES = dict(phased_ttt_enabled=True, phased_ttt_prefix_docs=1, global_ttt_lr=0.5)
+WAYS["lora, phased"] = WAYS["lora"] | PHASES | dict(eval_seq_len=8, global_ttt_chunk_tokens=8)
+WAYS["lora, short chunks"] = WAYS["lora"] | dict(ttt_short_score_first_steps="19:2")
 # name -> the knob that is its learning rate, which targets it scores before it learns
 LEARNS = {
     "ttt": ("ttt_lr", range(16)),
     "lora": ("ttt_lora_lr", [start + i for start in (0, 16, 28) for i in range(4)]),
+    # the phase is behind the first batch, which is the third document
+    "lora, phased": ("global_ttt_lr", range(28, 47)),
+    "lora, short chunks": ("ttt_lora_lr", [0, 1, 16, 17, *range(28, 32)]),
 }
 
 TILT = dict(ngram_tilt_enabled=True, token_order=3, token_threshold=0.5, token_boost=1.5)
 TILTED = {f"{name}, tilted": knobs | TILT for name, knobs in WAYS.items() if name != "fixed"}
 MODES = WAYS | TILTED
+
+
+def plain(mode: str) -> str:
+    """The mode without the tilt."""
+    return mode.removesuffix(", tilted")
+
 
 VOCABULARY = 8
 # three documents, in which runs of two tokens come again
@@ -55,6 +67,10 @@ def test_every_way_of_scoring_and_every_mode_of_learning_is_in_the_table():
         assert any(way.wanted(cfg) for cfg in configs), name
     modes = set(train_gpt.BY_NAME["TTT_MODE"].metadata["choices"])
     assert modes == {cfg.ttt_mode for cfg in configs}
+    for f in train_gpt.KNOBS:
+        is_off = f.default is False or f.default in ("", "none")
+        if f.metadata["scope"] == "eval" and is_off:
+            assert any(getattr(cfg, f.name) != f.default for cfg in configs), f.name
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +133,16 @@ def test_c1_a_token_changes_nothing_before_it_and_c2_each_target_has_a_distribut
 
     The target with a hint in the third document, behind two chunks.
     """
-    before = scored(mode).nats
+    start = scored(mode)
+    before = start.nats
     place = HINTED + 1
+    earlier = [*range(HINTED)]
+    if "phased" in mode:  # its document goes first, and the others learn from it
+        earlier = start.order[: start.order.index(HINTED)]
     each = []
     for token in range(VOCABULARY):
         nats = scored(mode, [*TOKENS[:place], token, *TOKENS[place + 1 :]]).nats
-        assert torch.equal(nats[:HINTED], before[:HINTED])
+        assert torch.equal(nats[earlier], before[earlier])
         changed = token != TOKENS[place]
         assert (nats[HINTED] != before[HINTED]) == changed
         assert torch.equal(nats[place:], before[place:]) != changed
@@ -142,10 +162,10 @@ def test_the_tilt_acts_on_targets_with_a_hint_alone(scored, mode):
     assert (missed >= 0).all() and missed.any()
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.split(",")[0] in LEARNS])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if plain(mode) in LEARNS])
 def test_c3_what_is_scored_first_is_scored_as_without_learning(scored, mode):
     """And at a learning rate of 0 all of it."""
-    name = mode.split(",")[0]
+    name = plain(mode)
     rate, first = LEARNS[name]
     learned = scored(mode).nats
     still = scored(mode, **{rate: 0.0}).nats
