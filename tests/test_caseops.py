@@ -2,7 +2,7 @@
 
 Failures that these tests would have caught: operators counted as three bytes each, or the bytes of
 the text in small letters (#1184 lost 93 % of its gain once it counted right); a decoder that raises
-at a loose accent (#1729's, at 3 of 46 strings); 10,000 validation documents in place of 50,000
+at a loose accent (#1729's, at 1 of 35 strings); 10,000 validation documents in place of 50,000
 (#2127); a side-car of other data, read as if it were this one's.
 """
 
