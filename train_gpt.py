@@ -835,7 +835,7 @@ class Config:
     # Test-time training of adapters, and of all weights between its batches
     lora_knob = partial(eval_knob, needs="ttt_mode=lora")
     phase_knob = partial(eval_knob, needs="phased_ttt_enabled")
-    ttt_batch_size: int = lora_knob(64, "documents", "alike in length, over all ranks", lo=1)
+    ttt_batch_size: int = lora_knob(64, "documents", "on a rank at once, alike in length", lo=1)
     ttt_chunk_size: int = lora_knob(48, "tokens", "of a document: scored, then learned", lo=1)
     ttt_short_score_first_steps: str = lora_knob("", "csv", "for short documents: 256:8,2000:24")
     ttt_q_lora: bool = lora_knob(True, "", "adapters of the queries")
@@ -881,6 +881,16 @@ class Config:
         broken = ttt_mode == "lora" and phased_ttt_enabled and global_ttt_chunk_tokens < window
         told = f"GLOBAL_TTT_CHUNK_TOKENS={global_ttt_chunk_tokens}"
         refuse(broken, f"{told}: holds no window of {window} tokens; raise it")
+
+    @rule
+    def a_phase_has_a_document(
+        ttt_mode, phased_ttt_enabled, phased_ttt_num_phases, phased_ttt_prefix_docs
+    ):
+        broken = phased_ttt_num_phases > phased_ttt_prefix_docs
+        broken = ttt_mode == "lora" and phased_ttt_enabled and broken
+        told = f"PHASED_TTT_NUM_PHASES={phased_ttt_num_phases}"
+        documents = f"PHASED_TTT_PREFIX_DOCS={phased_ttt_prefix_docs}"
+        refuse(broken, f"{told}: more than {documents}; lower it to {phased_ttt_prefix_docs}")
 
     # Tilting by n-grams
     tilt_knob = partial(eval_knob, needs="ngram_tilt_enabled")
@@ -3456,10 +3466,11 @@ class Documents(NamedTuple):
 
     first: Tensor  # (batch, time): the first token of the row that this one attends to
     longest: int  # the most tokens that a piece can have
+    most: int = 0  # documents of a batch, where that was counted
 
 
 @technique("DOC_MASK")
-def document_pieces(ids: Tensor, longest: int) -> Documents:
+def document_pieces(ids: Tensor, longest: int, most: int = 0) -> Documents:
     """Document masks: attention stays inside a document.
 
     What:   a token attends to those before it back to its document's BOS, or to the row's start;
@@ -3478,8 +3489,8 @@ def document_pieces(ids: Tensor, longest: int) -> Documents:
     index = torch.arange(time, device=ids.device)
     first = torch.where(ids == BOS, index, 0).cummax(1).values
     if not 0 < longest < time:
-        return Documents(first, time)
-    return Documents(index - (index - first) % longest, longest)
+        return Documents(first, time, most)
+    return Documents(index - (index - first) % longest, longest, most)
 
 
 @dataclass(frozen=True)
@@ -3505,7 +3516,7 @@ def block_mask(documents: Documents, dtype: torch.dtype) -> Tensor:
     (batch * chunks, 1, chunk, 2 * chunk), the keys being those of in_chunks. What fills up the last
     chunk attends to itself alone, as nothing at all would be NaN.
     """
-    first, longest = documents
+    first, longest, _ = documents
     rows, time = first.shape
     chunk = reach = time
     chunks = -(-time // longest)
@@ -3575,10 +3586,10 @@ TOKENS_OF_A_SLOT = 128
 
 def pack(documents: Documents, dtype: torch.dtype) -> Packed:
     """The bounds of all pieces of a batch."""
-    first, longest = documents
+    first, longest, most = documents
     rows, time = first.shape
     tokens = first.numel()
-    slots = max(LEAST_SLOTS, tokens // TOKENS_OF_A_SLOT) + rows + tokens // longest
+    slots = max(LEAST_SLOTS, tokens // TOKENS_OF_A_SLOT, most) + rows + tokens // longest
     index = torch.arange(time, device=first.device)
     # how many pieces have begun; the first token where that is j is the start of piece j
     begun = (first == index).flatten().cumsum(0)
@@ -4133,6 +4144,7 @@ class GPT(nn.Module):
         # Which tokens attention keeps apart: made of the ids, for the kernel. Training sets its own
         # longest piece for the time of a step
         self.longest_piece = cfg.doc_max_len
+        self.most_documents = 0
         self.prepare_documents = None
         if cfg.doc_mask:
             self.prepare_documents = attend.prepare
@@ -4175,7 +4187,8 @@ class GPT(nn.Module):
             value_bias.update(part(ids, self.dtype))
         documents = None
         if self.prepare_documents:
-            documents = self.prepare_documents(document_pieces(ids, self.longest_piece), self.dtype)
+            pieces = document_pieces(ids, self.longest_piece, self.most_documents)
+            documents = self.prepare_documents(pieces, self.dtype)
         seen = Context(x, self.cos, self.sin, value_bias, {}, documents)
 
         encoder, decoder = self.order(self.loops)
@@ -7601,8 +7614,8 @@ def chunk_batches(cfg: Config, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]
 
 
 # TTT_MODE=lora. The documents, in the order of their lengths; batches of neighbours, the one with
-# the longest first. Document i of a batch has the i-th set of adapters, on rank i modulo the ranks:
-# so the score is the same on any number of them, and no rank waits for another but at a phase.
+# the longest first. A batch is one of all ranks, with TTT_BATCH_SIZE documents for each: the i-th
+# has the i-th set of adapters, on rank i modulo the ranks. Only a phase makes them wait.
 
 # Part of the model -> the knob that gives it adapters; the head has them always
 ADAPTED = {
@@ -7620,21 +7633,22 @@ class Adapters:
     """The sets of adapters of this rank, and what trains them.
 
     pairs: part -> Adapter; a (visits, sets, rank, columns), b (visits, sets, rows, rank). The head
-    has one visit. fresh: whether the next batch begins with another A.
+    has one visit.
     """
 
     def __init__(self, cfg: Config, run: Run, model: GPT):
         self.run = run
-        self.sets = cfg.ttt_batch_size
+        self.sets = cfg.ttt_batch_size * run.world
         self.own = slice(run.rank, self.sets, run.world)
         self.scale = cfg.ttt_lora_alpha / cfg.ttt_lora_rank if cfg.ttt_lora_alpha else 1.0
         self.random = torch.Generator(run.device).manual_seed(cfg.seed)
-        self.fresh = True
+        self.warm = cfg.ttt_warm_start_a
+        self.fresh = True  # whether the next batch draws another A, warm or not
         self.pairs = {}
-        own = len(range(self.sets)[self.own])
+        own, rank = cfg.ttt_batch_size, cfg.ttt_lora_rank
         for part, (visits, rows) in adapted_parts(cfg, model).items():
-            a = torch.zeros(visits, own, cfg.ttt_lora_rank, cfg.model_dim, device=run.device)
-            b = torch.zeros(visits, own, rows, cfg.ttt_lora_rank, device=run.device)
+            a = torch.zeros(visits, own, rank, cfg.model_dim, device=run.device)
+            b = torch.zeros(visits, own, rows, rank, device=run.device)
             self.pairs[part] = Adapter(a.requires_grad_(), b.requires_grad_())
         self.optimiser = torch.optim.AdamW(
             [tensor for pair in self.pairs.values() for tensor in pair],
@@ -7652,13 +7666,19 @@ class Adapters:
         numbers = torch.rand(shape, generator=self.random, device=self.run.device)
         return (2 * numbers - 1) / math.sqrt(shape[-1])
 
+    def begin(self, documents: int) -> None:
+        """For a batch of so many; one that does not fill the sets has an A that is its alone."""
+        full = documents == self.sets
+        self.reset(self.fresh or not full or not self.warm)
+        self.fresh = not full
+
     @torch.no_grad()
-    def reset(self) -> None:
-        """For the next batch: B = 0, the optimiser knows nothing, A as `fresh` says."""
+    def reset(self, draws: bool) -> None:
+        """B = 0, and the optimiser knows nothing; draws: another A."""
         self.optimiser.state.clear()
         for part, pair in self.pairs.items():
             pair.b.zero_()
-            if self.fresh:
+            if draws:
                 visits, _, *matrix = pair.a.shape
                 pair.a.copy_(self.draw(part, (visits, self.sets, *matrix))[:, self.own])
 
@@ -7711,37 +7731,57 @@ class DocumentBatch(NamedTuple):
         return -(-lengths // self.chunk)
 
 
-def document_batches(cfg: Config, val: Validation) -> list[DocumentBatch]:
+def document_batches(cfg: Config, run: Run, val: Validation) -> list[DocumentBatch]:
     """Documents of alike length together, the longest first, so that the end waits for short ones.
 
-    Only the first batch may have fewer than TTT_BATCH_SIZE.
+    Of documents that are as long, those that stand later go first; inside a batch, last. Only the
+    first batch may have fewer than TTT_BATCH_SIZE for each rank.
     """
     spans = document_spans(val)
     lengths = spans[:, 1] - spans[:, 0]
     spans = spans[np.argsort(lengths, kind="stable")]
-    size = cfg.ttt_batch_size
+    short = short_document_chunks(cfg.ttt_short_score_first_steps)
+    size = cfg.ttt_batch_size * run.world
     batches = []
     for start in range(0, len(spans), size):
         some = spans[start : start + size]
         longest = int(some[-1, 1] - some[-1, 0])
-        batches.append((longest, DocumentBatch(some, chunk_size(cfg, longest))))
-    batches.sort(key=lambda pair: -pair[0])
-    return [batch for _, batch in batches]
+        batches.append(DocumentBatch(some, chunk_size(cfg, short, longest)))
+    batches.reverse()
+    return batches
 
 
-def chunk_size(cfg: Config, longest: int) -> int:
+def chunk_size(cfg: Config, short: list[tuple[int, int]], longest: int) -> int:
     """Tokens of a chunk in a batch whose longest document has so many targets.
 
     What:   TTT_SHORT_SCORE_FIRST_STEPS=LENGTH:CHUNK,...: the CHUNK of the first LENGTH that holds
             them all; else TTT_CHUNK_SIZE.
     Why:    a document of one chunk is over before it has taught anything.
     Source: #2014.
-    Care:   LENGTH counts tokens: a document has one more than targets.
+    Care:   LENGTH counts tokens: a document has one more than targets. So what a token costs
+            depends on the length of its document, which is known only behind it, and on that of
+            the longest in its batch: on what comes later, though on none of its tokens.
+
+    short: see short_document_chunks.
     """
-    for most, chunk in short_document_chunks(cfg.ttt_short_score_first_steps):
+    for most, chunk in short:
         if longest < most:
             return chunk
     return cfg.ttt_chunk_size
+
+
+def read_shape(cfg: Config, run: Run, batch: DocumentBatch, turn: int) -> tuple[list[int], int]:
+    """(rows on each rank that has documents of this batch, tokens of a row) of a forward pass.
+
+    Where each new shape would compile, rows for all sets, and one of eight lengths.
+    """
+    tokens = min((turn + 1) * batch.chunk, cfg.window)
+    if run.compile:
+        step = -(-cfg.window // 8)
+        tokens = min(-(-tokens // step) * step, cfg.window)
+        return [cfg.ttt_batch_size] * min(len(batch.spans), run.world), tokens
+    documents = (len(batch.spans[rank :: run.world]) for rank in range(run.world))
+    return [*filter(None, documents)], tokens
 
 
 class DocumentLearner:
@@ -7754,6 +7794,9 @@ class DocumentLearner:
     Source: #1530; alpha, and A that stays warm: #1767; toggle TTT_MODE=lora.
     Care:   score first: one forward pass gives both the score and the gradient. The adapters beside
             the outputs read what enters their part. Sets of documents that are over decay on.
+            A score depends on TTT_BATCH_SIZE * ranks, not on how they divide: on it depends which A
+            a document begins with, which chunks (TTT_SHORT_SCORE_FIRST_STEPS), and behind how many
+            documents a phase comes.
     """
 
     def __init__(self, cfg: Config, run: Run, model: GPT, forward: Callable, sheet: ScoreSheet):
@@ -7763,59 +7806,53 @@ class DocumentLearner:
         self.sheet = sheet
         self.adapters = Adapters(cfg, run, model)
         self.steps = 0
+        short = short_document_chunks(cfg.ttt_short_score_first_steps)
+        self.most_slots = max([cfg.ttt_chunk_size, *(chunk for _, chunk in short)])
 
     def work_through(self, batch: DocumentBatch) -> None:
         """Scores the documents of a batch that are this rank's."""
         adapters = self.adapters
-        full = len(batch.spans) == adapters.sets
-        adapters.fresh |= not (full and self.cfg.ttt_warm_start_a)
-        adapters.reset()
-        # as if a batch with fewer documents had had sets of its own
-        adapters.fresh = not full
-
+        adapters.begin(len(batch.spans))
         turns = int(batch.chunks.max())
         self.steps += turns - 1
         own = batch._replace(spans=batch.spans[adapters.own])
-        for turn in range(turns if len(own.spans) else 0):
-            self.sheet.filled += int((batch.chunks > turn).sum())
-            nats, weight = self.score(own, turn)
-            if turn + 1 < turns:
-                adapters.optimiser.zero_grad()
-                (nats[:, : batch.chunk].sum(1) * weight).sum().backward()
-                adapters.optimiser.step()
+        if len(own.spans):
+            self.learn(batch, *self.plan(own, turns))
         adapters.count_moves(len(own.spans))
 
-    def score(self, batch: DocumentBatch, turn: int) -> tuple[Tensor, Tensor]:
-        """Scores one chunk of each document that has so many, on this rank.
+    def plan(self, own: DocumentBatch, turns: int) -> tuple[Tensor, Tensor]:
+        """All turns of this rank's documents: windows (turns, rows, 3), as windows() gives them;
+        the weight of each one's sum in the loss (turns, rows): 1 / chunk where more come behind it.
 
-        (nats (rows, slots), the weight of each row's sum in the loss (rows,): 1 / chunk of those
-        documents that go on behind it.)
+        Copied to the device at once.
         """
-        low, high = torch.from_numpy(batch.spans).to(self.run.device).unbind(1)
-        first = (low + turn * batch.chunk).minimum(high)
-        end = (first + batch.chunk).minimum(high)
+        idle = self.cfg.ttt_batch_size - len(own.spans) if self.run.compile else 0
+        low, high = torch.from_numpy(own.spans).unbind(1)
+        first = (low + own.chunk * torch.arange(turns)[:, None]).minimum(high)
+        end = (first + own.chunk).minimum(high)
         start = (end - self.cfg.window).maximum(low)
-        rows, tokens, slots = self.shape(batch, turn)
-        idle = rows - len(batch.spans)
-        windows = torch.stack((start, end, first), dim=1)
-        windows = torch.cat((windows, windows[:1, [0, 1, 1]].expand(idle, 3)))
+        rows = torch.stack((start, end, first), dim=2)
+        # those read what the first one reads, and score nothing
+        rows = torch.cat((rows, rows[:, :1, [0, 1, 1]].expand(-1, idle, -1)), dim=1)
+        weights = F.pad((end < high) / own.chunk, (0, idle))
+        return rows.to(self.run.device), weights.to(self.run.device)
 
-        arguments, places = self.sheet.read(windows, tokens, slots)
-        nats = self.forward(*arguments, self.adapters.of_first(rows))
-        nats = self.sheet.write(*places, nats)
-        self.sheet.tell()
-        return nats, F.pad((end < high) / batch.chunk, (0, idle))
-
-    def shape(self, batch: DocumentBatch, turn: int) -> tuple[int, int, int]:
-        """(rows, tokens, slots) of a forward pass: few such shapes where each would compile."""
-        window = self.cfg.window
-        tokens = min((turn + 1) * batch.chunk, window)
-        if not self.run.compile:
-            return len(batch.spans), tokens, batch.chunk
-        steps = short_document_chunks(self.cfg.ttt_short_score_first_steps)
-        slots = max([self.cfg.ttt_chunk_size, *(chunk for _, chunk in steps)])
-        padded = [size for size in (window // 4, window // 2, window) if size >= tokens]
-        return len(range(self.adapters.sets)[self.adapters.own]), padded[0], slots
+    def learn(self, batch: DocumentBatch, rows: Tensor, weights: Tensor) -> None:
+        """Scores these windows turn by turn, and learns behind each but the last."""
+        adapters = self.adapters
+        slots = self.most_slots if self.run.compile else batch.chunk
+        last = len(rows) - 1
+        for turn in range(last + 1):
+            self.sheet.filled += int((batch.chunks > turn).sum())
+            _, tokens = read_shape(self.cfg, self.run, batch, turn)
+            arguments, places = self.sheet.read(rows[turn], tokens, slots)
+            nats = self.forward(*arguments, adapters.of_first(rows.shape[1]))
+            nats = self.sheet.write(*places, nats)
+            self.sheet.tell()
+            if turn < last:
+                adapters.optimiser.zero_grad()
+                (nats[:, : batch.chunk].sum(1) * weights[turn]).sum().backward()
+                adapters.optimiser.step()
 
 
 def global_step_windows(cfg: Config) -> int:
@@ -7829,7 +7866,30 @@ def phase_boundaries(cfg: Config, documents: int) -> list[int]:
         return []
     prefix = min(cfg.phased_ttt_prefix_docs, documents)
     phases = cfg.phased_ttt_num_phases
-    return [prefix * (i + 1) // phases for i in range(phases)]
+    # of fewer documents than phases some would have none
+    return sorted({prefix * (i + 1) // phases for i in range(phases)} - {0})
+
+
+def phase_documents(cfg: Config, batches: list[DocumentBatch]) -> dict[int, list[list[int]]]:
+    """Batch, by its place -> the documents that the phase behind it learns from, see GlobalPhases.
+
+    Behind the last one there is nothing to gain.
+    """
+    boundaries = phase_boundaries(cfg, sum(len(batch.spans) for batch in batches))
+    found = {}
+    scored = []
+    for place, batch in enumerate(batches[:-1]):
+        scored += batch.spans.tolist()
+        if boundaries and len(scored) >= boundaries[0]:
+            scored.sort(key=lambda span: (span[1] - span[0], span[0]))
+            found[place] = scored[: boundaries.pop(0)]
+    return found
+
+
+def chunks_of_a_phase(cfg: Config, documents: list[list[int]]) -> int:
+    """How many a phase learns: all but the last one."""
+    targets = sum(high - low + 1 for low, high in documents) - 1
+    return -(-targets // cfg.global_ttt_chunk_tokens) - 1
 
 
 class GlobalPhases:
@@ -7853,37 +7913,27 @@ class GlobalPhases:
         self.forward = forward
         self.val = val
         self.masks = model.prepare_documents
-        self.scored: list[tuple[int, int]] = []
         self.steps = 0
-        self.boundaries = phase_boundaries(cfg, len(document_spans(val)))
-        if cfg.phased_ttt_enabled:
-            # the weights that were scored first
-            self.start = [p.detach().clone() for p in model.parameters()]
+        # the weights that were scored first
+        self.start = [p.detach().clone() for p in model.parameters()]
 
-    def follow(self, batch: DocumentBatch) -> bool:
-        """Takes in a batch that is scored; whether that was enough for a phase."""
-        self.scored += batch.spans.tolist()
-        if not self.boundaries or len(self.scored) < self.boundaries[0]:
-            return False
-        self.scored.sort(key=lambda span: (span[1] - span[0], span[0]))
-        documents = self.scored[: self.boundaries.pop(0)]
-        self.learn(torch.cat([self.val.tokens[low : high + 1] for low, high in documents]).long())
-        return True
-
-    def learn(self, tokens: Tensor) -> None:
-        """One phase, on the texts of these documents (n,)."""
+    def learn(self, documents: list[list[int]]) -> None:
+        """One phase, on the texts of these."""
         cfg = self.cfg
         model = self.model
-        chunks = -(-(len(tokens) - 1) // cfg.global_ttt_chunk_tokens)
+        tokens = torch.cat([self.val.tokens[low : high + 1] for low, high in documents]).long()
+        chunks = chunks_of_a_phase(cfg, documents)
+        parts = [tokens[chunk * cfg.global_ttt_chunk_tokens :] for chunk in range(chunks)]
         optimiser = torch.optim.SGD(
             model.parameters(), lr=cfg.global_ttt_lr, momentum=cfg.global_ttt_momentum
         )
         with prepared(model, True, self.masks, cfg.window):
-            for chunk in range(chunks - 1):
-                self.run.at_work(f"chunk {chunk + 1} of {chunks - 1} of a phase")
-                scale = 0.5 * (1 + math.cos(math.pi * chunk / (chunks - 1)))
+            model.most_documents = self.most_documents(parts)
+            for chunk, part in enumerate(parts):
+                self.run.at_work(f"chunk {chunk + 1} of {chunks} of a phase")
+                scale = 0.5 * (1 + math.cos(math.pi * chunk / chunks))
                 optimiser.param_groups[0]["lr"] = cfg.global_ttt_lr * scale
-                for ids, targets in self.rows(tokens[chunk * cfg.global_ttt_chunk_tokens :]):
+                for ids, targets in self.rows(part):
                     optimiser.zero_grad()
                     self.forward(ids, targets).mean().backward()
                     if cfg.global_ttt_grad_clip:
@@ -7891,12 +7941,26 @@ class GlobalPhases:
                     optimiser.step()
                     self.steps += 1
                     self.run.tick()
-        if self.run.world > 1:
-            # kernels that add up in any order may have rounded otherwise elsewhere
-            for p in model.parameters():
-                dist.broadcast(p.data, 0)
-        for p in model.parameters():
+        self.agree()
+
+    def most_documents(self, parts: list[Tensor]) -> int:
+        """That a step of these chunks has, rounded up so that phases seldom compile anew."""
+        counts = [(ids == BOS).sum() for part in parts for ids, _ in self.rows(part)]
+        if not counts:
+            return 0
+        return 1 << int(torch.stack(counts).max()).bit_length()
+
+    def agree(self) -> None:
+        """The weights of rank 0 on every rank. Refusal where they are not finite."""
+        for p in self.model.parameters():
             p.grad = None
+            if self.run.world > 1:
+                # kernels that add up in any order may have rounded otherwise elsewhere
+                dist.broadcast(p.data, 0)
+        finite = torch.stack([p.isfinite().all() for p in self.model.parameters()]).all()
+        told = setting("global_ttt_lr", self.cfg.global_ttt_lr)
+        problem = f"a phase of test-time training: its loss is not finite; lower {told}"
+        refuse(not finite, problem, 5)
 
     @torch.no_grad()
     def proof(self) -> Activity:
@@ -7933,42 +7997,46 @@ def prepared(model: GPT, trains: bool, masks: Callable | None, longest: int = 0)
 
     masks: what prepares them for the attention kernel; None: not at all. longest: see Documents.
     """
-    before = model.prepare_documents, model.longest_piece
+    before = model.prepare_documents, model.longest_piece, model.most_documents
     model.requires_grad_(trains)
     model.prepare_documents, model.longest_piece = masks, longest
-    yield
-    model.requires_grad_(not trains)
-    model.prepare_documents, model.longest_piece = before
+    try:
+        yield
+    finally:
+        model.requires_grad_(not trains)
+        model.prepare_documents, model.longest_piece, model.most_documents = before
 
 
 def train_on_documents(
     cfg: Config, run: Run, model: GPT, forward: Callable, val: Validation
 ) -> Score:
     """Test-time training of adapters, and between batches of all weights: see DocumentLearner."""
-    batches = document_batches(cfg, val)
+    batches = document_batches(cfg, run, val)
     sheet = ScoreSheet(cfg, run, val, sum(int(batch.chunks.sum()) for batch in batches))
     learner = DocumentLearner(cfg, run, model, forward, sheet)
-    phases = GlobalPhases(cfg, run, model, forward, val)
+    phases = GlobalPhases(cfg, run, model, forward, val) if cfg.phased_ttt_enabled else None
+    documents = phase_documents(cfg, batches)
 
     # a row is the text of one document alone, which needs no masks
     with prepared(model, trains=False, masks=None):
-        for batch in batches:
+        for place, batch in enumerate(batches):
             learner.work_through(batch)
-            # behind the last one there is nothing to gain
-            if batch is not batches[-1] and phases.follow(batch):
+            if place in documents:
+                phases.learn(documents[place])
                 learner.adapters.fresh = True
     found = sheet.total()
     return found._replace(acted=tell_what_was_learned(cfg, run, learner, phases))
 
 
 def tell_what_was_learned(
-    cfg: Config, run: Run, learner: DocumentLearner, phases: GlobalPhases
+    cfg: Config, run: Run, learner: DocumentLearner, phases: GlobalPhases | None
 ) -> bool:
     """Logs and warns; returns whether anything was."""
+    steps = phases.steps if phases else 0
     size = learner.adapters.root_mean_square()
     run.log(
         f"ttt: {learner.steps:,} steps of adapters, root mean square of B behind a batch "
-        f"{size:.3g}; {phases.steps:,} steps of all weights"
+        f"{size:.3g}; {steps:,} steps of all weights"
     )
     if not size:
         why = setting("ttt_lora_lr", cfg.ttt_lora_lr)
@@ -7977,26 +8045,28 @@ def tell_what_was_learned(
                 f"no document has a second chunk of {setting('ttt_chunk_size', cfg.ttt_chunk_size)}"
             )
         run.warn(f"TTT_MODE=lora: the adapters learned nothing: {why}")
-    if cfg.phased_ttt_enabled:
+    if phases:
         run.activity["PHASED_TTT_ENABLED"] = phases.proof()
-    if cfg.phased_ttt_enabled and not phases.steps:
+    if phases and not steps:
         tokens = setting("global_ttt_chunk_tokens", cfg.global_ttt_chunk_tokens)
         why = f"no phase had more than {tokens} of documents, with others behind it"
         run.warn(f"PHASED_TTT_ENABLED=1: no step was taken: {why}")
-    return bool(size or phases.steps)
+    return bool(size or steps)
 
 
 def documents_learned_cost(cfg: Config, run: Run, val: Validation) -> tuple[float, str]:
     """Behind the last chunk of a batch there is no backward pass. Every rank does all phases."""
     tokens = 0
-    for batch in document_batches(cfg, val):
-        turns = np.arange(1, int(batch.chunks.max()) + 1)
-        read = np.minimum(turns * batch.chunk, cfg.window)
-        tokens += len(batch.spans) * (2 * read.sum() - read[-1])
-    longest_first = np.sort(np.diff(document_spans(val))[:, 0])[::-1]
-    phases = phase_boundaries(cfg, len(longest_first))
-    learned = sum(longest_first[:documents].sum() for documents in phases)
-    tokens += 3 * cfg.global_ttt_epochs * run.world * learned
+    batches = document_batches(cfg, run, val)
+    for batch in batches:
+        turns = int(batch.chunks.max())
+        for turn in range(turns):
+            rows, each = read_shape(cfg, run, batch, turn)
+            tokens += sum(rows) * each * (2 if turn + 1 < turns else 1)
+    whole = cfg.global_ttt_chunk_tokens // cfg.window * cfg.window
+    for documents in phase_documents(cfg, batches).values():
+        learned = chunks_of_a_phase(cfg, documents) * whole
+        tokens += 3 * cfg.global_ttt_epochs * run.world * learned
     return tokens / cfg.window, "raise TTT_CHUNK_SIZE"
 
 

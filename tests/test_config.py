@@ -977,6 +977,11 @@ RULES = [  # (settings that break the rule, the variable to blame, a change that
         "TTT_SHORT_SCORE_FIRST_STEPS",
         "TTT_SHORT_SCORE_FIRST_STEPS=256:1",
     ),
+    (
+        "TTT_MODE=lora PHASED_TTT_ENABLED=1 PHASED_TTT_NUM_PHASES=3 PHASED_TTT_PREFIX_DOCS=2",
+        "PHASED_TTT_NUM_PHASES",
+        "PHASED_TTT_NUM_PHASES=2",
+    ),
     ("QUANT_CLIP=sigma", "QUANT_CLIP", "QUANT_SCALE_FLOOR=0"),
     (
         "GPTQ_ENABLED=1 GPTQ_RESERVE_SECONDS=600",

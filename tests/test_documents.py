@@ -268,9 +268,9 @@ def test_packed_documents_train_in_pieces_of_a_row_and_are_scored_whole(tiny, mo
     """LOADER=documents: a step is one row of 512 tokens, and TRAIN_SEQ_LEN the longest piece."""
     seen = []
 
-    def spy(ids, longest):
+    def spy(ids, longest, *most):
         seen.append((ids.shape[1], longest))
-        return document_pieces(ids, longest)
+        return document_pieces(ids, longest, *most)
 
     monkeypatch.setattr(train_gpt, "document_pieces", spy)
     cfg = tiny(loader="documents", doc_mask=True, val_loss_every=3)

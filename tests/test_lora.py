@@ -6,7 +6,9 @@ is learned; the A of the last batch in a batch that has sets of its own; a last 
 last chunk; a global phase that begins with the longest documents, or goes on with old momentum.
 """
 
+import itertools
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from roles import WIDTH, generator, golden_model
+from test_documents import all_at_once, bounds_of, packed
 from test_score import documents, setting  # noqa: F401
 
 import train_gpt
@@ -207,7 +210,7 @@ def test_the_longest_documents_go_first_and_short_ones_have_short_chunks():
     cfg = Config(
         ttt_mode="lora", ttt_batch_size=2, ttt_chunk_size=16, ttt_short_score_first_steps=steps
     )
-    batches = train_gpt.document_batches(cfg, text_of(lengths))
+    batches = train_gpt.document_batches(cfg, SimpleNamespace(world=1), text_of(lengths))
     found = [[high - low for low, high in batch.spans.tolist()] for batch in batches]
     assert found == [[90], [33, 60], [12, 30], [7, 7]]
     # 60 targets are 61 tokens
@@ -215,6 +218,124 @@ def test_the_longest_documents_go_first_and_short_ones_have_short_chunks():
     assert [batch.chunks.tolist() for batch in batches] == [[6], [9, 15], [3, 8], [4, 4]]
     # of two as long the first goes first
     assert batches[-1].spans[0, 0] < batches[-1].spans[1, 0]
+
+
+def test_of_fewer_documents_than_phases_some_phases_are_left_out():
+    phases = dict(phased_ttt_enabled=True, phased_ttt_num_phases=3, phased_ttt_prefix_docs=9)
+    cfg = Config(ttt_mode="lora", ttt_batch_size=1, **phases)
+    assert train_gpt.phase_boundaries(cfg, 2) == [1, 2]
+    batches = train_gpt.document_batches(cfg, SimpleNamespace(world=1), text_of([30, 40]))
+    # behind the last batch there is nothing to gain
+    assert train_gpt.phase_documents(cfg, batches) == {0: [[30, 70]]}
+
+
+# ── One phase ─────────────────────────────────────────────────────────────────────────────────────
+SHORT = 11  # targets of a document, in windows of 8
+
+
+def small(logs, attend=train_gpt.sdpa, **knobs) -> SimpleNamespace:
+    """A phase on documents of 12 tokens: (cfg, model, its GlobalPhases, text (n,))."""
+    shape = dict(vocab_size=32, num_layers=2, model_dim=8, num_heads=2, num_kv_heads=1)
+    window = dict(train_seq_len=8, train_batch_tokens=8, eval_stride=0, smear_gate=False)
+    phase = dict(ttt_mode="lora", phased_ttt_enabled=True, global_ttt_lr=0.5, ttt_chunk_size=4)
+    cfg = Config(**shape | window | phase | knobs, logs_dir=str(logs))
+    run = Run(cfg)
+    model = train_gpt.build_model(cfg, run, attend)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    tokens = torch.arange(1200, dtype=torch.int32) * 7 % 29 + 2
+    tokens[:: SHORT + 1] = BOS
+    val = SimpleNamespace(tokens=tokens, n=len(tokens) - 1)
+    phases = train_gpt.GlobalPhases(cfg, run, model, model, val)
+    return SimpleNamespace(cfg=cfg, run=run, model=model, phases=phases, tokens=tokens.long())
+
+
+def phase_by_hand(cfg, model, tokens) -> None:
+    """A phase on this text: each piece of each window by itself, and SGD written out."""
+    size = cfg.global_ttt_chunk_tokens
+    chunks = -(-(len(tokens) - 1) // size) - 1
+    speed = [0.0 for _ in model.parameters()]
+    # a step's windows side by side are one row, cut at documents and behind a window of one
+    step = cfg.window * cfg.global_ttt_batch_seqs
+    for chunk in range(chunks):
+        lr = cfg.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / chunks))
+        for low in [*range(chunk * size, (chunk + 1) * size, step)] * cfg.global_ttt_epochs:
+            high = min(low + step, (chunk + 1) * size)
+            cuts = range(0, high - low + 1, cfg.window)
+            if cfg.doc_mask:
+                cuts = bounds_of(tokens[low:high].tolist(), cfg.window)
+            nats = 0.0
+            for a, b in itertools.pairwise(cuts):
+                ids, targets = tokens[None, low + a : low + b], tokens[None, low + a + 1 :]
+                nats = nats + model(ids, targets[:, : b - a]).sum()
+            gradients = torch.autograd.grad(nats / (high - low), [*model.parameters()])
+            norm = sum(g.square().sum() for g in gradients).sqrt()
+            clip = (
+                min(1.0, cfg.global_ttt_grad_clip / (norm + 1e-6))
+                if cfg.global_ttt_grad_clip
+                else 1.0
+            )
+            for i, p in enumerate(model.parameters()):
+                speed[i] = cfg.global_ttt_momentum * speed[i] + clip * gradients[i]
+                p.data -= lr * speed[i]
+
+
+@pytest.mark.parametrize("seqs, clip, epochs", [(1, 0.0, 1), (2, 0.1, 2)])
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_a_phase_is_plain_sgd(exact, tmp_path, doc_mask, seqs, clip, epochs):
+    knobs = dict(global_ttt_momentum=0.5, global_ttt_grad_clip=clip, global_ttt_epochs=epochs)
+    row = dict(global_ttt_batch_seqs=seqs, global_ttt_chunk_tokens=24, doc_mask=doc_mask)
+    ours, other = (small(tmp_path, **knobs, **row) for _ in range(2))
+    ours.phases.learn([[low, low + SHORT] for low in range(0, 60, SHORT + 1)])
+    phase_by_hand(other.cfg, other.model, ours.tokens[:60])
+    start = [*small(tmp_path).model.parameters()]
+    pairs = zip(ours.model.parameters(), other.model.parameters(), start, strict=True)
+    for p, expected, before in pairs:
+        torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-9)
+        assert not torch.equal(p, before)
+
+
+def test_a_row_of_a_phase_has_slots_for_each_of_its_documents(tmp_path):
+    """500 documents in a row of 1,000 tokens: more than a kernel has slots for in training."""
+    row = dict(global_ttt_batch_seqs=8, global_ttt_chunk_tokens=1000, doc_mask=True)
+    length = dict(train_seq_len=125, train_batch_tokens=125)
+    found = []
+    for attend in (train_gpt.sdpa, packed(all_at_once)):
+        ours = small(tmp_path, attend, **row, **length)
+        ours.phases.val.tokens[::2] = BOS
+        ours.phases.learn([[0, 1199]])
+        found.append([p.detach() for p in ours.model.parameters()])
+    assert ours.model.most_documents == 0
+    for masked, as_packed in zip(*found, strict=True):
+        torch.testing.assert_close(as_packed, masked)
+
+
+def test_a_phase_that_ends_in_nan_names_its_learning_rate(tmp_path):
+    ours = small(tmp_path, global_ttt_chunk_tokens=16)
+    ours.model.tok_emb.data[5] = math.inf
+    with pytest.raises(train_gpt.Refusal, match="not finite; lower GLOBAL_TTT_LR") as refusal:
+        ours.phases.learn([[0, 60]])
+    assert refusal.value.code == 5
+
+
+# ── Adapters ──────────────────────────────────────────────────────────────────────────────────────
+def test_the_settings_of_the_adapters_reach_them(tmp_path):
+    def adapters(**knobs):
+        ours = small(tmp_path, ttt_batch_size=2, ttt_lora_rank=4, **knobs)
+        return Adapters(ours.cfg, ours.run, ours.model)
+
+    assert adapters(ttt_lora_alpha=0.0).scale == 1 and adapters(ttt_lora_alpha=8.0).scale == 2
+    assert adapters(ttt_beta1=0.3, ttt_beta2=0.9).optimiser.defaults["betas"] == (0.3, 0.9)
+    for warm in (False, True):
+        sets = adapters(ttt_warm_start_a=warm)
+        drawn = []
+        for count in (2, 2, 1, 2):
+            sets.begin(count)
+            drawn.append(sets.pairs["q"].a.detach().clone())
+        same = [torch.equal(*pair) for pair in itertools.pairwise(drawn)]
+        # a batch with fewer documents has had sets of its own
+        assert same == [warm, False, False]
 
 
 @pytest.mark.parametrize("part", train_gpt.ADAPTED)
