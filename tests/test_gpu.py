@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import TINY
 from test_optimiser import everything_of, matrices, normal, other_parameter
+from test_score import documents, lively_model, setting  # noqa: F401
 from test_views import ALL, Bench
 from torch._dynamo.utils import counters
 from torch.utils._triton import has_triton
@@ -348,10 +349,10 @@ def test_every_attention_kernel_that_works_agrees_with_the_formula(device, name,
         for i, heads in enumerate((8, 4, 4))
     ]
     weight = normal(2, 512, 8, 64, seed=9).to(device)
-    documents = documents_of(device, how)
+    pieces = documents_of(device, how)
 
     def attention(*tensors: torch.Tensor) -> torch.Tensor:
-        prepared = None if documents is None else kernel.prepare(documents, dtype)
+        prepared = None if pieces is None else kernel.prepare(pieces, dtype)
         return kernel(*tensors, prepared)
 
     try:
@@ -365,7 +366,7 @@ def test_every_attention_kernel_that_works_agrees_with_the_formula(device, name,
     if how == "too many" and kernel.prepare is pack:
         assert found[0].isnan().all()
         return
-    first = None if documents is None else documents.first
+    first = None if pieces is None else pieces.first
     exact = both_ways(
         functools.partial(formula, first=first),
         [t.detach().float().requires_grad_(gradients) for t in tensors],
@@ -546,6 +547,29 @@ def test_compiled_scores_equal_eager_ones(tiny, device, monkeypatch):
         sliding_bpb(cfg, run_on(cfg, device)) for cfg in (tiny(compile="0"), tiny(compile="1"))
     )
     assert compiled == pytest.approx(eager, abs=1e-3 if device == "cuda" else 1e-6)
+
+
+def test_compiled_adapters_and_phases_score_as_eager_ones(setting, device):  # noqa: F811
+    """One graph for the adapters' only length, and one for phases, in which the weights learn."""
+    adapters = dict(ttt_batch_size=3, ttt_chunk_size=64, ttt_lora_rank=2, ttt_lora_lr=0.01)
+    phases = dict(phased_ttt_enabled=True, phased_ttt_num_phases=2, phased_ttt_prefix_docs=9)
+    phases |= dict(global_ttt_lr=0.1, global_ttt_chunk_tokens=64)
+    model = dict(num_layers=1, bigram_vocab_size=0, doc_mask=True, smear_gate=False)
+    cfg = setting(ttt_mode="lora", **model, **adapters, **phases)
+    blocks = []
+    counters.clear()
+    run = run_on(cfg, device, torch.float32)
+    for compiled in (False, True):
+        model = forward = lively_model(cfg, run)
+        run.compile = compiled
+        if compiled:
+            forward = compile_on(device)(model, fullgraph=True, dynamic=False)
+        val = Validation(cfg, run, Split(cfg, "val"))
+        found = train_gpt.test_time_train(cfg, run, model, forward, val)
+        assert found.acted and run.activity["PHASED_TTT_ENABLED"].steps
+        blocks.append(torch.tensor(found.blocks))
+    assert counters["stats"]["unique_graphs"] == 2
+    torch.testing.assert_close(*blocks, rtol=1e-5, atol=1e-4)
 
 
 def test_fp32_scores_equal_those_of_a_cpu(tiny, device):
