@@ -1537,6 +1537,12 @@ def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str
             f"--train-shards {train_shards} is more than are published: "
             f"take {published['files_train']}"
         )
+    side_cars = bool(datasets[variant].get("val_bytes_glob"))
+    if variant == CASEOPS_VARIANT and not side_cars:
+        raise UserError(
+            f"--variant {variant} has no side-cars there (val_bytes_glob), without which its "
+            "tokens have no bytes: take another --repo"
+        )
     models = {entry["name"]: entry.get("model_path") for entry in listing["tokenizers"]}
     model = models[datasets[variant]["tokenizer_name"]]
     if model is None:
@@ -1550,7 +1556,7 @@ def published_files(listing: dict, variant: str, train_shards: int) -> tuple[str
     for split, count in counts.items():
         for index in range(count):
             names.append(f"fineweb_{split}_{index:06d}.bin")
-            if split == "val" and datasets[variant].get("val_bytes_glob"):
+            if split == "val" and side_cars:
                 names.append(f"fineweb_{SIDE_CAR}_{index:06d}.bin")
     return model, names
 
@@ -1583,8 +1589,7 @@ def inspect_side_car(path: Path, shard: dict) -> tuple[int, int]:
     if numbers != shard["tokens"]:
         raise UserError(
             f"{path.name} has {numbers} numbers for the {shard['tokens']} tokens of "
-            f"{shard['file']}: "
-            "check --repo and --variant"
+            f"{shard['file']}: check --repo and --variant"
         )
     return numbers, 0
 
@@ -1686,6 +1691,12 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
     size = tokenizer.vocab_size()
     bring = functools.partial(fetch, repo, staging=staging)
     shards, splits = fetch_shards(names, remote, folder, size, bring)
+    held_out = splits["val"]["documents"]
+    if held_out != MAX_VAL_DOCUMENTS:
+        say(
+            f"warning: {held_out:,} validation documents, where the challenge has "
+            f"{MAX_VAL_DOCUMENTS:,}: no score for the leaderboard"
+        )
     rest = {"splits": splits, "disjoint": None, "settings": settings}
     write_manifest(folder, model, shards, rest)
     shutil.rmtree(staging)
@@ -1696,11 +1707,15 @@ def fetch_dataset(folder: Path, settings: dict) -> None:
 def complete_dataset(folder: Path, settings: dict) -> None:
     """Download what `folder` lacks of these settings. Raises UserError when that fails."""
     wanted = settings["train_shards"]
-    old = read_manifest(folder)["settings"] if (folder / MANIFEST).exists() else None
-    # Without a manifest a download broke off; with fewer shards of the same export, more are
-    # wanted now.
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    old = manifest["settings"] if manifest else None
+    # Without a manifest a download broke off; with fewer shards of the same export, or without the
+    # side-cars of CaseOps, more are wanted now.
+    least = wanted
+    if manifest and settings["variant"] == CASEOPS_VARIANT:
+        least += SIDE_CAR not in {entry["split"] for entry in manifest["shards"]}
     adds = old is None or (
-        {**old, "train_shards": wanted} == settings and old.get("train_shards") in range(wanted)
+        {**old, "train_shards": wanted} == settings and old.get("train_shards") in range(least)
     )
     if not adds and is_finished(folder, settings):
         return

@@ -1387,12 +1387,13 @@ def test_fineweb_of_caseops_lies_where_the_records_commands_look_for_it(hub, tmp
     pieces = "fineweb_8192_bpe_lossless_caps_caseops_v1_reserved"
     listing = hub.files.pop("datasets/manifest.json").decode()
     listing = listing.replace("fineweb10B_sp1024", name).replace("fineweb_1024_bpe", pieces)
+    without = listing
     listing = listing.replace('"stats"', '"val_bytes_glob": "fineweb_val_bytes_*.bin", "stats"')
     hub.files = {
         path.replace("fineweb10B_sp1024", name).replace("fineweb_1024_bpe", pieces): content
         for path, content in hub.files.items()
     }
-    hub.files["datasets/manifest.json"] = listing.encode()
+    hub.files["datasets/manifest.json"] = without.encode()
     shard = hub.files[f"datasets/datasets/{name}/fineweb_val_000000.bin"]
     remote = f"datasets/datasets/{name}/fineweb_val_bytes_000000.bin"
     header = np.array([20240520, 1, 999, *[0] * 253], "<i4").tobytes()
@@ -1400,9 +1401,20 @@ def test_fineweb_of_caseops_lies_where_the_records_commands_look_for_it(hub, tmp
 
     options = ("--variant", "caseops", "--train-shards", "1", "--repo", "")
     root = tmp_path / prepare_data.EXPORTS[prepare_data.CASEOPS_VARIANT].out
+    assert "has no side-cars there" in fetch(hub, root, *options, code=2)
+    assert not any(path.endswith(".bin") for path in hub.downloads)
+    hub.files["datasets/manifest.json"] = listing.encode()
     line = fetch(hub, root, *options, code=2)
     assert "fineweb_val_bytes_000000.bin has 999 numbers for the 1000 tokens of" in line
     hub.files[remote] = shard[:1024] + b"\xff\xff" * 1000
+    said = fetch(hub, root, *options, code=0)
+    assert "warning: 3 validation documents, where the challenge has 50,000" in said
+    # one that an older script made, without them
+    local = root / "datasets" / name
+    manifest = manifest_of(local)
+    manifest["shards"] = [e for e in manifest["shards"] if e["split"] != "val_bytes"]
+    (local / "manifest.json").write_text(json.dumps(manifest))
+    (local / "fineweb_val_bytes_000000.bin").unlink()
     fetch(hub, root, *options, code=0)
     cfg = train_gpt.Config.from_env({}, [f"DATA_DIR={tmp_path / 'data'}", "CASEOPS_ENABLED=1"])
     folder = Path(cfg.data_path)
