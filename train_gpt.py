@@ -2679,14 +2679,14 @@ class SideCar:
                 f"{path}: {numbers:,} numbers for the {tokens:,} tokens of {shard.name}; {AGAIN}",
             )
 
-    def target_bytes(self, tokens: np.ndarray, n: int) -> tuple[np.ndarray, str, str]:
-        """(n,) bytes of the first targets; one line on what the side-cars say; a warning, or "".
+    def target_bytes(self, tokens: np.ndarray, n: int) -> tuple[np.ndarray, str, int]:
+        """(n,) bytes of the first targets; one line on what the side-cars say; those spelt in all.
 
         tokens: as many as are looked at, more than n, from the split's first one on.
         """
         spelt = self.table.count(tokens)
         if not self.paths:
-            return spelt[:n], "none", ""
+            return spelt[:n], "none", int(spelt[:n].sum())
         parts = [
             read_numbers(path, "<u2", SHARD_HEADER_BYTES, count_tokens(path)) for path in self.paths
         ]
@@ -2694,17 +2694,13 @@ class SideCar:
         self.compare(stated, spelt, self.table.byte[tokens[1:]])
 
         stated, spelt = stated[:n], spelt[:n]
-        total, more = int(stated.sum()), int(stated.sum() - spelt.sum())
+        total, counted = int(stated.sum()), int(spelt.sum())
+        more = total - counted
         if not self.table.caseops:
             line = "states the same bytes" if not more else f"states {total:,} bytes, not used"
-            return spelt, line, ""
-        if not more:
-            return stated, f"used: {total:,} bytes, as the tokens spell", ""
-        line = f"used: {total:,} bytes, {more:+,} beside what the tokens spell"
-        warning = (
-            f"the side-car counts another text than the tokens spell: BPB is {-more / total:+.3%}"
-        )
-        return stated, line, f"{warning} off by it"
+            return spelt, line, counted
+        line = f"{more:+,} beside what the tokens spell" if more else "as the tokens spell"
+        return stated, f"used: {total:,} bytes, {line}", counted
 
     def compare(self, stated: np.ndarray, spelt: np.ndarray, byte: np.ndarray) -> None:
         """Refusal where the numbers are those of other tokens. All (n,); byte: is a byte piece."""
@@ -2734,7 +2730,7 @@ class Validation:
         self.checked = table.verify(tokens)
         self.altered = table.altered()
         side_car = SideCar(cfg, split, table)
-        sizes, self.side_car, self.other_text = side_car.target_bytes(tokens, targets)
+        sizes, self.side_car, self.spelt_bytes = side_car.target_bytes(tokens, targets)
 
         self.tokens = torch.from_numpy(tokens[: targets + 1]).int().to(run.device)
         self.target_bytes = torch.from_numpy(sizes)
@@ -2747,9 +2743,11 @@ class Validation:
     def facts(self) -> dict:
         """What the log and the result say of it."""
         check = self.checked
+        size = self.target_bytes.sum().item()
         return dict(
-            tokens_per_byte=round(self.n / self.target_bytes.sum().item(), 6),
+            tokens_per_byte=round(self.n / size, 6),
             side_car=self.side_car,
+            **({"spelt_bytes": self.spelt_bytes} if self.spelt_bytes != size else {}),
             checked_documents=f"{check.documents:,} of {check.of_documents:,}",
             checked_bytes=f"{check.bytes:,} of {check.of_bytes:,}",
         )
@@ -2762,8 +2760,10 @@ class Validation:
             for character, becomes in self.altered[:1]:
                 problem += f"; the tokenizer makes {character!r} {becomes!r}, among others"
             found.append(f"{problem}; no score for the leaderboard")
-        if self.other_text:
-            found.append(self.other_text)
+        off = self.spelt_bytes / self.target_bytes.sum().item() - 1
+        if off:
+            counts = "the side-car counts another text than the tokens spell"
+            found.append(f"{counts}: BPB is {off:+.3%} off by it")
         if not self.checked.bytes:
             found.append("0 bytes of validation were compared with decoded text")
         return found
@@ -8749,6 +8749,7 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
     """Ways of scoring that are toggles: effect in BPB, and seconds, against plain scoring."""
     against = "sliding" if "sliding" in scores else "quantised"
     plain = scores[against].without_tilt()
+    tilt = run.activity.get("NGRAM_TILT_ENABLED")
     for name, way in SCORING_WAYS.items():
         if name not in scores or name == against:
             continue
@@ -8762,15 +8763,17 @@ def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
             cost_seconds=score.seconds - plain.seconds,
         )
         compare_scores(activity, score, plain)
+        if tilt and name == [*scores][-1]:
+            # its hints have a row of their own
+            activity.cost_seconds -= tilt.cost_seconds
 
-    if "NGRAM_TILT_ENABLED" in run.activity:
+    if tilt:
         name, score = list(scores.items())[-1]
-        activity = run.activity["NGRAM_TILT_ENABLED"]
-        activity.scope = f"scoring {name}"
-        activity.unit = "bpb"
-        activity.steps = [steps]
-        activity.compared = "the pass without"
-        compare_scores(activity, score, score.without_tilt())
+        tilt.scope = f"scoring {name}"
+        tilt.unit = "bpb"
+        tilt.steps = [steps]
+        tilt.compared = "the pass without"
+        compare_scores(tilt, score, score.without_tilt())
 
 
 def compare_scores(activity: Activity, on: Score, off: Score) -> None:
@@ -8879,6 +8882,13 @@ def size_figures(cfg: Config, run: Run, path: Path) -> dict:
     )
 
 
+def spelt_figures(final: Score, data: dict) -> dict:
+    """The score by the bytes that the tokens spell, where a side-car states others."""
+    if "spelt_bytes" not in data:
+        return {}
+    return {"val_bpb_as_spelt": final.bpb * final.bytes / data["spelt_bytes"]}
+
+
 def build_result(
     cfg: Config,
     run: Run,
@@ -8911,6 +8921,7 @@ def build_result(
         val_loss=final.loss,
         val_tokens=final.targets,
         val_bytes=final.bytes,
+        **spelt_figures(final, data),
         tokens_per_byte=final.targets / final.bytes,
         quantised_val_bpb=bpb["quantised"],
         **training_figures(cfg, trained, bpb),
@@ -9250,9 +9261,12 @@ def next_line(r: dict) -> str:
 def result_line(r: dict) -> str:
     """The last line of the log."""
     code = r["exit_code"]
+    other = ""
+    if "val_bpb_as_spelt" in r:
+        other = f", {r['val_bpb_as_spelt']:.6f} by the bytes that the tokens spell"
     return (
         f"RESULT val_bpb {r['val_bpb']:.6f} ({r['scored']}, {r['val_tokens']:,} tokens, "
-        f"{r['val_bytes']:,} text bytes), {r['total_bytes']:,} bytes in all, "
+        f"{r['val_bytes']:,} text bytes{other}), {r['total_bytes']:,} bytes in all, "
         f"exit code {code}: {EXIT_CODES[code]}"
     )
 

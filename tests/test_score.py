@@ -573,11 +573,15 @@ def test_the_last_way_of_scoring_is_tilted_and_says_what_that_did(setting):
     assert found.without_tilt().loss == pytest.approx(expected.double().mean().item(), rel=1e-6)
     assert nats_of(cfg, run, val, model, "sliding")[1].plain == ()
 
-    scores = {"quantised": found.without_tilt(), "documents": found}
+    plain = found.without_tilt()._replace(seconds=1.0)
+    scores = {"quantised": plain, "documents": found._replace(seconds=5.0)}
     train_gpt.add_scoring_toggles(run, scores, steps=7)
     rows = {name: activity.row(7) for name, activity in run.activity.items()}
     assert rows["DOC_ISOLATED_EVAL"]["effect"] == 0
     row = rows["NGRAM_TILT_ENABLED"]
+    # the hints are its own
+    both = run.activity["DOC_ISOLATED_EVAL"].cost_seconds + row["cost_seconds"]
+    assert both == pytest.approx(4)
     assert row["effect"] == pytest.approx(found.bpb - found.without_tilt().bpb, rel=1e-9)
     assert row["scope"] == "scoring documents" and row["cost_seconds"] > 0 and row["active"]
 
