@@ -15,6 +15,7 @@ from launch import codes, finish
 from pages_frontier import command
 from test_caseops import prepare, texts_of
 from test_faults import at_step
+from test_score import two_ranks
 
 import train_gpt
 from train_gpt import Config
@@ -109,8 +110,22 @@ def test_a_run_that_is_stopped_comes_to_the_same_artifact(record, whole):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+# Two ranks with one document each have the batches of a rank with two
+def score_again(cfg: Config) -> tuple[float, int]:
+    report = train_gpt.main(cfg)
+    return report["val_bpb"], report["val_tokens"]
+
+
+def test_two_ranks_score_the_one_artifact_alike(record, whole, tmp_path):
+    path = dict(eval_only=whole["artifact_path"], run_id="read by two")
+    cfg = dataclasses.replace(record, **path, ttt_batch_size=1, given=frozenset({"TTT_BATCH_SIZE"}))
+    first, second = two_ranks(score_again, cfg, folder=tmp_path)
+    assert first == second and first[1] == whole["val_tokens"]
+    assert first[0] == pytest.approx(whole["val_bpb"], rel=1e-6)
+
+
 def test_two_ranks_come_to_the_same_score(record, whole):
-    cfg = dataclasses.replace(record, run_id="two")
+    cfg = dataclasses.replace(record, run_id="two", ttt_batch_size=1)
     assert codes(finish(cfg, 2)) == [0, 0]
     two = result(cfg)
     assert two["val_tokens"] == whole["val_tokens"] and two["val_bytes"] == whole["val_bytes"]
