@@ -249,7 +249,7 @@ def test_prepare_data_downloads_in_one_place_through_the_hub_alone():
         "huggingface_hub.get_hf_file_metadata": {"fetch"},
         "huggingface_hub.hf_hub_url": {"fetch"},
         "huggingface_hub.hf_hub_download": {"fetch"},
-        "httpx.HTTPError": {"fineweb"},
+        "httpx.HTTPError": {"complete_dataset"},
     }
     elsewhere = {
         name

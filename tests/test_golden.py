@@ -1279,7 +1279,7 @@ def test_documents_are_scored_once_where_199_runs_on_into_the_next(golden):
 
     tokens = torch.full((targets + 1,), 9)
     tokens[golden["bos_at"]] = BOS
-    val = SimpleNamespace(tokens=tokens, n=targets)
+    val = SimpleNamespace(tokens=tokens, n=targets, tilt=None)
     ours = train_gpt.document_windows(val, window, stride)[:, [0, 2, 1]].tolist()
     assert (hits_of(ours, targets) == 1).all()
     for start, first, end in ours:
@@ -1292,7 +1292,8 @@ def golden_validation(n: int) -> SimpleNamespace:
     tokens = draw_tokens("tokens.score", golden["length"], 96, golden["bos_at"])[: n + 1]
     previous, targets = tokens[:-1], tokens[1:]
     space = (targets % 3 == 0) & ~(previous < 4)
-    return SimpleNamespace(tokens=tokens.int(), n=n, target_bytes=1 + targets % 7 + space)
+    target_bytes = 1 + targets % 7 + space
+    return SimpleNamespace(tokens=tokens.int(), n=n, target_bytes=target_bytes, tilt=None)
 
 
 def is_exact(golden: dict) -> bool:

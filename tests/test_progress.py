@@ -208,7 +208,7 @@ def test_no_silence_is_longer_than_ten_seconds_and_lines_of_steps_come_first(
     lines = set()
     progress = Progress()
     trainer = Trainer.__new__(Trainer)
-    trainer.cfg = tiny(iterations=10**6, train_log_every=10**6)
+    trainer.cfg = trainer.paced = tiny(iterations=10**6, train_log_every=10**6)
     trainer.steps, trainer.step_seconds = 1, [step_seconds]
     trainer.told = trainer.saved = 0.0
     for name in ("report_starts", "compare_ranks", "save"):
@@ -264,6 +264,7 @@ def test_the_seconds_left_are_those_of_the_budget_or_of_the_steps(tiny, monkeypa
     told = []
     for seconds, iterations in ((0.0, 120), (600.0, 120), (57.0, 10**6)):
         trainer.cfg = tiny(iterations=iterations, max_wallclock_seconds=seconds)
+        trainer.paced = trainer.cfg
         told.append(trainer.standing())
     start = "step 100, loss 2.0000, 1,024 tok/s"
     assert told == [f"{start}, 10 s left", f"{start}, 10 s left", f"{start}, 7 s left"]
