@@ -6160,6 +6160,7 @@ def demand(fine, problem: str) -> None:
 # ANS. The codes become one stream of their own (below); brotli takes the rest of the file.
 MAX_CODES = 1 << 26  # that a stream may hold
 MAX_LINES = 1 << 20  # rows and columns of its matrices
+MAX_FACTS = 1 << 20  # bytes of JSON
 SHORTEST = 8  # row or column
 LANE = 1 << 14  # codes per lane
 RESIDUES = 251  # a prime: see CodeModel.groups
@@ -6204,6 +6205,8 @@ def ans_encode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     slots = model.coded(np.concatenate([t.ravel() for t in codes.values()]))
     parts = {name: t for name, t in tensors.items() if name not in codes}
     text = json.dumps(model.facts, separators=(",", ":")).encode()
+    if len(text) > MAX_FACTS:
+        return tensors
     parts[":coded"] = torch.frombuffer(bytearray(text), dtype=torch.int8)
     parts[":stream"] = torch.from_numpy(rans_encode(slots, model.lanes).view(np.int16))
     return parts
@@ -6214,9 +6217,13 @@ def ans_decode(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises ValueError, LookupError, TypeError or RuntimeError on parts that it would not have made.
     """
-    model = CodeModel(json.loads(parts[":coded"].numpy().tobytes()))
-    stream = parts[":stream"]
-    if stream.dtype != torch.int16 or stream.ndim != 1 or len(stream) < 2 * model.lanes:
+    facts, stream = parts[":coded"], parts[":stream"]
+    if facts.nbytes > MAX_FACTS:
+        raise ValueError(f"facts of {facts.nbytes:,} bytes")
+    model = CodeModel(json.loads(facts.numpy().tobytes()))
+    # two words begin a lane, and a code adds one at most
+    fits = 2 * model.lanes <= len(stream) <= 2 * model.lanes + model.count
+    if stream.dtype != torch.int16 or stream.ndim != 1 or not fits:
         raise ValueError("a stream that does not fit")
     flat = model.decoded(RansDecoder(stream.numpy().view(np.uint16).astype(int), model.lanes))
 
@@ -6246,7 +6253,7 @@ def alike_rows(codes: Tensor) -> bool:
 def described(codes: dict[str, np.ndarray]) -> dict:
     """The facts of a CodeModel.
 
-    symbols: the least and the largest code. codes: name -> rows, columns, fine level of the
+    symbols: the least and the largest code, and 0 is between them. codes: name -> rows, columns, fine level of the
     variance; then for rows and for columns the fine level of a usual one, and log2 of the trust in
     it. Trust is the number of codes that a line must show before its own variance counts as much.
     """
@@ -6262,8 +6269,8 @@ def described(codes: dict[str, np.ndarray]) -> dict:
             trust = round(math.log2(2 / max(apart, 1e-9)))
             usual = fine_level(math.exp(logs.mean()))
             facts[name] += [usual, min(max(trust, 0), MAX_TRUST)]
-    lowest = min(int(t.min()) for t in codes.values())
-    largest = max(int(t.max()) for t in codes.values())
+    lowest = min(0, *(int(t.min()) for t in codes.values()))
+    largest = max(0, *(int(t.max()) for t in codes.values()))
     return {"symbols": [lowest, largest], "codes": facts}
 
 
@@ -6311,7 +6318,7 @@ class CodeModel:
         self.facts = facts
         self.lowest, largest = facts["symbols"]
         table = np.array(list(dict(facts["codes"]).values()))
-        symbols_fit = -128 <= self.lowest <= largest < 128
+        symbols_fit = -128 <= self.lowest <= 0 <= largest < 128
         if table.dtype != int or table.shape[1:] != (7,) or not symbols_fit:
             raise ValueError("facts of codes that do not fit")
         self.rows, self.columns, self.level, *of_lines = table.T
@@ -6336,7 +6343,7 @@ class CodeModel:
         """
         most = max(1, GROUP_CODES * RESIDUES // self.count)
         start = 0
-        while start < RESIDUES:
+        while start < min(RESIDUES, self.count):
             end = min(RESIDUES, start + min(most, max(1, start // 7)))
             blocks = np.arange(0, self.count, RESIDUES)
             places = (blocks[:, None] + np.arange(start, end)).ravel()

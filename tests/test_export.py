@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import zstandard
 from conftest import HANG
 from hypothesis import given, settings
@@ -214,6 +215,15 @@ def test_any_codes_come_back_bit_for_bit(shapes, seed, bits, zeros):
     assert torch.equal(parts["float"], tensors["float"])
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (15, 16), (8, 31), (8, 32)], ids=str)
+@pytest.mark.parametrize("low, high", [(-31, 31), (3, 9), (-9, -3), (7, 7)])
+def test_few_codes_and_codes_without_a_0_come_back(shape, low, high):
+    """Fewer than there are remainders; symbols that a normal distribution does not reach."""
+    codes = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(0)).char()
+    parts = ans_encode({"w:codes": codes})
+    assert ":stream" in parts and torch.equal(ans_decode(parts)["w:codes"], codes)
+
+
 def test_codes_without_structure_take_their_order_0_entropy():
     codes = gaussian(1000, 1200)
     parts = ans_encode({"w:codes": codes})
@@ -353,12 +363,15 @@ def good_parts() -> dict:
         lambda p: p.update({":stream": p[":stream"][:1]}),
         lambda p: p.update({":stream": p[":stream"][:0]}),
         lambda p: p.update({":stream": torch.cat((p[":stream"], p[":stream"][:1]))}),
+        lambda p: p.update({":stream": p[":stream"].repeat(9)}),
         lambda p: p.update({":stream": p[":stream"][None]}),
         lambda p: p.update({":stream": p[":stream"].float()}),
         lambda p: p.update({":stream": p[":stream"].flip(0)}),
         lambda p: p.update({"w:codes": torch.zeros(100, 100, dtype=torch.int8)}),
         lambda p: p.update({":coded": p[":coded"][:-1]}),
         lambda p: p.update({":coded": p[":coded"].float()}),
+        # good, but for a megabyte of spaces
+        lambda p: p.update({":coded": F.pad(p[":coded"], (0, train_gpt.MAX_FACTS), value=32)}),
         *(
             lambda p, facts=facts: p.update({":coded": coded(facts)})
             for facts in (
@@ -382,6 +395,8 @@ def good_parts() -> dict:
                 '{"symbols": [-31, 3100], "codes": {"w:codes": [100, 100, 180, 170, 5, 170, 5]}}',
                 '{"symbols": [-31.5, 31], "codes": {"w:codes": [100, 100, 180, 170, 5, 170, 5]}}',
                 '{"symbols": [31, -31], "codes": {"w:codes": [100, 100, 180, 170, 5, 170, 5]}}',
+                '{"symbols": [1, 31], "codes": {"w:codes": [100, 100, 180, 170, 5, 170, 5]}}',
+                '{"symbols": [-31, -1], "codes": {"w:codes": [100, 100, 180, 170, 5, 170, 5]}}',
                 '{"symbols": "ab", "codes": {"w:codes": [100, 100, 180, 170, 5, 170, 5]}}',
                 '{"symbols": [-31, 31], "codes": {"w:codes": [100, 100, 180, 170, 5, 170, 5]}}',
             )
