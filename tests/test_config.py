@@ -232,7 +232,7 @@ OLD_SPELLINGS = {
     "FP16_EMBED": ("0", {}, {"QUANT_BITS_EMBED": 8}),
     "FP16_EMBED_EXPORT": ("0", {}, {"QUANT_BITS_EMBED": 8}),
     "FP16_PASSTHROUGH_PATTERNS": ("tok_emb", {}, {"FP16_KEEP_NAME_PATTERNS": "tok_emb"}),
-    "COMPRESSOR": ("pergroup", {}, {"COMPRESSOR": "brotli"}),
+    "COMPRESSOR": ("pergroup", {}, {"COMPRESSOR": "ans"}),
     "USE_ZSTD": ("0", {}, {"COMPRESSOR": "zlib"}),
     "ZSTD_LEVEL": ("19", {}, {"COMPRESS_LEVEL": 19}),
     "MATRIX_CLIP_SIGMAS": (

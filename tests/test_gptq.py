@@ -77,10 +77,11 @@ by_case = pytest.mark.parametrize(
 
 @by_case
 @pytest.mark.parametrize("block", [128, 7])
-def test_codes_and_steps_are_those_of_the_record(case, block):
+def test_codes_and_steps_are_those_of_the_record(case, block, monkeypatch):
+    monkeypatch.setattr(train_gpt, "GPTQ_BLOCK", block)
     w, h = golden_case(case, torch.float64)
     grid = Grid(case["bits"], "sigma", sigmas=case["clip_sigmas"])
-    codes, scale = gptq(grid, w, h, case["damping"], block)
+    codes, scale = gptq(grid, w, h, case["damping"])
     theirs = np.frombuffer(base64.b64decode(case["codes_fp64"]), np.int8)
     assert np.array_equal(codes[0].numpy().ravel(), theirs)
     assert scale[0, :, 0].view(torch.int16).tolist() == case["scales_fp16_bits"]
@@ -89,7 +90,7 @@ def test_codes_and_steps_are_those_of_the_record(case, block):
     nearest = error_of(grid.quantise(w), w, h)
     assert nearest == pytest.approx(case["weighted_error_round_to_nearest"], rel=1e-3)
     # a sweep in float32, as in a run, may end elsewhere in a row; its error may not
-    single = gptq(grid, w.float(), h.float(), case["damping"], block)
+    single = gptq(grid, w.float(), h.float(), case["damping"])
     assert error_of(single, w, h) == pytest.approx(case["weighted_error_gptq"], rel=1e-3)
     better = refitted(w, codes, scale, h)
     assert error_of((codes, better), w, h) < 0.99 * case["weighted_error_gptq"]
@@ -145,7 +146,9 @@ def test_any_shape_gives_the_codes_of_the_plain_rule(rows, columns, bits, clip, 
         h[:, 1] = h[:, :, 1] = 0.0
         w[:, :, 1] = 0.0
     grid = Grid(bits, clip, "sym", sigmas=2.5 if clip == "sigma" else 0.0)
-    codes, scale = gptq(grid, w, h, 0.01, block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "GPTQ_BLOCK", block)
+        codes, scale = gptq(grid, w, h, 0.01)
     assert torch.equal(scale, grid.quantise(w)[1])
     plain = torch.stack([one_by_one(grid, *pair, 0.01) for pair in zip(w, h, strict=True)])
     assert torch.equal(codes.double(), plain)
@@ -157,7 +160,7 @@ def test_rows_of_zeros_and_of_one_number_and_dead_inputs_end_as_numbers(rows, co
         w = torch.full((1, rows, columns), value)
         for h in (inputs(columns, 3).float(), torch.zeros(1, columns, columns)):
             grid = Grid(6, "sigma", sigmas=12.85)
-            codes, scale = gptq(grid, w, h, 0.01, 128)
+            codes, scale = gptq(grid, w, h, 0.01)
             assert (scale > 0).all() and scale.isfinite().all()
             assert torch.equal(refitted(w, codes, scale, h).isfinite(), scale.isfinite())
             if h.any():
@@ -172,7 +175,7 @@ def test_what_is_pruned_stays_0_and_its_error_goes_on():
     pruned = torch.where(w.abs() < 0.3, 0.0, w)
     h = inputs(60, 5)
     grid = Grid(4, "sigma", sigmas=3.0)
-    codes, scale = gptq(grid, pruned, h, 0.01, 16)
+    codes, scale = gptq(grid, pruned, h, 0.01)
     assert not codes[pruned == 0].any() and codes[pruned != 0].any()
     assert error_of((codes, scale), pruned, h) < error_of(grid.quantise(pruned), pruned, h)
 
@@ -191,12 +194,52 @@ def test_the_refit_is_least_squares_on_the_outputs():
     assert found[0, 4] == scale[0, 4]
 
 
+def hessian_matrices() -> tuple[dict, dict, dict]:
+    """(state, plan, Hessians) of two matrices of one shape."""
+    normal = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(16, 20, generator=normal) for name in "ab"}
+    hessians = {"a": inputs(20, 0)[0].float(), "b": inputs(20, 1)[0].float()}
+    return state, dict.fromkeys(state, Grid(4, "sigma", sigmas=4.0)), hessians
+
+
+@pytest.mark.parametrize("knob", ["gptq_damp", "gptq_refit", "lqer_factor_bits"])
+def test_each_knob_of_the_export_reaches_it(knob):
+    state, plan, hessians = hessian_matrices()
+    cfg = Config(gptq_enabled=True, lqer_enabled=True, lqer_rank=2, lqer_asym_enabled=False)
+    changed = dict(gptq_damp=1.0, gptq_refit=True, lqer_factor_bits=6)[knob]
+    made = []
+    for setting in (cfg, train_gpt.dataclasses.replace(cfg, **{knob: changed})):
+        parts = quantised(setting, state, plan, hessians)
+        made.append({(name, part): t for name in parts for part, t in parts[name].items()})
+    assert made[0].keys() == made[1].keys()
+    assert not all(torch.equal(t, made[1][key]) for key, t in made[0].items())
+
+
+@pytest.mark.parametrize("gptq_enabled", [True, False], ids=["GPTQ", "LQER"])
+def test_a_hessian_that_needs_more_damping_is_refused_by_name(tiny, gptq_enabled):
+    state, plan, hessians = hessian_matrices()
+    # as the fp32 sums of a few rows may be
+    hessians["b"][0, 1] = hessians["b"][1, 0] = 2 * hessians["b"].diagonal().max()
+    lqer = dict(lqer_enabled=True, lqer_fit="refit", lqer_rank=2)
+    cfg = tiny(gptq_enabled=gptq_enabled, gptq_damp=1e-3, **lqer)
+    problem = r"GPTQ_DAMP=0.001: the Hessian of b .* raise GPTQ_DAMP, .* CHECKPOINT=PATH"
+    with pytest.raises(train_gpt.Refusal, match=problem):
+        train_gpt.export(cfg, Run(cfg), state, plan, hessians)
+    enough = train_gpt.dataclasses.replace(cfg, gptq_damp=9.0)
+    assert quantised(enough, state, plan, hessians).keys() == state.keys()
+
+
 # ── The sigma grid ────────────────────────────────────────────────────────────────────────────────
 def test_a_sigma_step_is_so_many_deviations_of_its_row():
     w = 0.05 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) + 0.001
     scale = Grid(6, "sigma", sigmas=12.85).scale(w)
     wanted = 12.85 * w.double().numpy().std(1, ddof=1) / 31
     assert np.array_equal(scale[:, 0].numpy(), wanted.astype("f2").astype("f4"))
+    # quiet rows too: fp16 has steps down to 2^-24
+    for size in (1e-4, 1e-6, 1e-12):
+        quiet = Grid(6, "sigma", sigmas=12.85).scale(size * w)[:, 0].numpy()
+        expected = np.maximum(size * wanted, 2.0**-24).astype("f2").astype("f4")
+        np.testing.assert_allclose(quiet, expected, rtol=0, atol=2.0**-24 * (size < 1e-5))
     # all codes that far out are cut
     w[0, 0] = 9.0
     codes = Grid(6, "sigma", sigmas=2.0).quantise(w)[0]
@@ -444,7 +487,8 @@ def test_a_checkpoint_is_calibrated_on_the_rows_of_its_own_run(finished, tmp_pat
 
 
 def test_training_ends_early_by_the_reserve(tiny, monkeypatch):
-    """As given; or as measured: the first batch, one for each of the others, and a tenth."""
+    """As given; or as measured: the first batch, one for each of the others, and a tenth; but
+    not what the very first one costs."""
     knobs = dict(**GPTQ, iterations=10**6, max_wallclock_seconds=100.0)
     trainer = trainer_of(tiny(**knobs, gptq_reserve_seconds=30.0))
     assert trainer.calibration_seconds() == 30
@@ -462,7 +506,7 @@ def test_training_ends_early_by_the_reserve(tiny, monkeypatch):
     took = iter((3000.0, 7000.0))
     trainer.run.milliseconds = lambda work: work() or next(took)
     assert trainer.calibration_seconds() == pytest.approx(1.1 * (3 + 10 * 2))
-    assert batches == [1, 3]
+    assert batches == [1, 1, 3]
     took = iter((3000.0, 17000.0))
     with pytest.raises(train_gpt.Refusal, match="GPTQ_CALIBRATION_BATCHES=11"):
         trainer.calibration_seconds()

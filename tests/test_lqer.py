@@ -76,8 +76,21 @@ def test_a_group_of_zeros_is_zeros():
     assert codes.tolist() == [[0, 0], [-4, 3]] and step.flatten()[1] == 1 and (step > 0).all()
     cfg = Config(lqer_enabled=True, lqer_rank=2, lqer_asym_group=8)
     zeros = torch.zeros(6, 8)
-    for parts in (svd_correction(cfg, zeros), refit_correction(cfg, zeros, torch.eye(8))):
+    refits = [refit_correction(cfg, zeros, h) for h in (torch.eye(8), torch.zeros(8, 8))]
+    for parts in (svd_correction(cfg, zeros), *refits):
         assert torch.equal(correction(parts), zeros)
+    of_no_inputs = refit_correction(cfg, torch.randn(6, 8), torch.zeros(8, 8))
+    assert correction(of_no_inputs).isfinite().all()
+
+
+def test_the_size_of_a_hessian_changes_no_code():
+    """Steps would end near the least of fp16. A power of 4: nothing is rounded otherwise."""
+    error, hessian = golden_error("small", 12.85)
+    # an input that is always 0 counts as 1, whatever the others are
+    hessian = hessian + 0.1 * torch.eye(len(hessian))
+    cfg = Config(lqer_enabled=True, lqer_asym_group=12)
+    parts, again = (refit_correction(cfg, error, size * hessian) for size in (1.0, 4.0**13))
+    assert all(torch.equal(t, again[part]) for part, t in parts.items())
 
 
 def test_refitted_factors_leave_less_of_the_error_that_counts_than_those_of_the_svd():

@@ -85,7 +85,9 @@ def test_every_toggle_of_the_command_acts(whole):
     active = {name for name, row in whole["toggles"].items() if row["active"]}
     assert active >= {"NUM_LOOPS", "GPTQ", "LQER", "TTT_MODE", "PHASED_TTT_ENABLED"}
     assert whole["data"]["side_car"].startswith("used")
-    assert whole["codes"]["compressor"] == "brotli"
+    assert whole["codes"]["compressor"] == "ans"
+    log = (Path(whole["folder"]) / "train.log").read_text()
+    assert "COMPRESSOR=pergroup: ans stands for it" in log
 
 
 def test_the_artifact_alone_gives_the_score_again(record, whole):
