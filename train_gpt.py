@@ -2865,7 +2865,7 @@ class Grid(NamedTuple):
         Source: #1394; toggle QUANT_CLIP=sigma; k: MLP_CLIP_SIGMAS and its like.
         Care:   where all of a row would be cut, as its weights are one number or nearly so, the
                 mean is added. The records divide by 0 there. Cost: one pass over fp64 copies, so
-                that no device rounds a step otherwise.
+                that another order of the sums hardly ever rounds a step otherwise.
         """
         spread, mean = torch.std_mean(
             w.double(), -1, correction=min(w.shape[-1] - 1, 1), keepdim=True
@@ -6214,16 +6214,16 @@ LANE = 1 << 14  # codes per lane
 RESIDUES = 251  # a prime: see CodeModel.groups
 GROUP_CODES = 1 << 20
 RANS_BITS = 15
-RANS_TOTAL = 1 << RANS_BITS  # to which the frequencies of one level sum
+RANS_TOTAL = 1 << RANS_BITS  # to which the frequencies of one class sum
 WORD_BITS = 16
 WORD_MASK = (1 << WORD_BITS) - 1
 STATE_MIN = 1 << WORD_BITS  # a lane's state stays in [2^16, 2^32)
 STATE_BITS = 32
 VARIANCE_BITS = 16  # of the fraction of a variance
-FINEST = 4  # fine levels of variance to one level
+FINEST = 4  # fine classes of variance to one class
 MAX_TRUST = 12
 SEEN = 16  # what a code that was seen adds to its count
-EXPECTED = 128 * SEEN  # what a level's counts sum to before
+EXPECTED = 128 * SEEN  # what a class's counts sum to before
 
 
 def ans_encode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -6239,13 +6239,14 @@ def ans_encode(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             which brotli makes less stays as it is: rows that are alike, as of tokens never seen.
     """
     codes = {}
-    room = np.array([MAX_CODES, MAX_LINES])
+    codes_left, lines_left = MAX_CODES, MAX_LINES
     for name, t in sorted(tensors.items()):
-        takes = np.array([t.numel(), sum(t.shape)])
         matrix = name.endswith(":codes") and t.ndim == 2 and min(t.shape) >= SHORTEST
-        if matrix and (takes <= room).all() and not alike_rows(t):
+        fits = t.numel() <= codes_left and sum(t.shape) <= lines_left
+        if matrix and fits and not alike_rows(t):
             codes[name] = t.cpu().numpy()
-            room -= takes
+            codes_left -= t.numel()
+            lines_left -= sum(t.shape)
     if not codes:
         return tensors
 
@@ -6298,50 +6299,67 @@ def alike_rows(codes: Tensor) -> bool:
     return bool((correlation.amax(1) > 0.8).float().mean() > 1 / 16)
 
 
-def described(codes: dict[str, np.ndarray]) -> dict:
-    """The facts of a CodeModel.
+class MatrixFacts(NamedTuple):
+    """What a CodeModel is told of a matrix. Classes are of variances: see fine_classes.
 
-    symbols: the least and the largest code, with 0 between. codes: name -> rows, columns, fine
-    level of the variance; then for rows and for columns the fine level of a usual one, and log2 of
-    the trust in it. Trust is the number of codes that a line must show before its own variance
-    counts as much.
+    Trust is log2 of the number of codes that a line must show before its own variance counts as
+    much as the usual one.
     """
+
+    rows: int
+    columns: int
+    fine: int  # fine class of all its codes
+    row_fine: int  # of a usual row
+    row_trust: int
+    column_fine: int
+    column_trust: int
+
+
+def described(codes: dict[str, np.ndarray]) -> dict:
+    """The facts of a CodeModel: the least and the largest symbol, with 0 between, and name ->
+    MatrixFacts."""
     facts = {}
     for name, t in codes.items():
         squares = t.astype(np.float64) ** 2
         variance = squares.mean() + 1 / 64
-        facts[name] = [*t.shape, fine_level(variance)]
         chance = squares.var() / variance**2  # of one code
-        for axis in (1, 0):
-            logs = np.log(squares.mean(axis) + 1 / 64)
-            apart = logs.var() - chance / t.shape[axis]
-            trust = round(math.log2(2 / max(apart, 1e-9)))
-            usual = fine_level(math.exp(logs.mean()))
-            facts[name] += [usual, min(max(trust, 0), MAX_TRUST)]
+        of_rows, of_columns = (
+            usual_line(squares.mean(axis), chance / t.shape[axis]) for axis in (1, 0)
+        )
+        facts[name] = MatrixFacts(*t.shape, fine_class(variance), *of_rows, *of_columns)
     lowest = min(0, *(int(t.min()) for t in codes.values()))
     largest = max(0, *(int(t.max()) for t in codes.values()))
     return {"symbols": [lowest, largest], "codes": facts}
 
 
-def fine_level(variance: float) -> int:
-    return int(np.searchsorted(fine_levels(), int(variance * (1 << VARIANCE_BITS))))
+def usual_line(squares: np.ndarray, chance: float) -> tuple[int, int]:
+    """Fine class and trust of a usual line. squares: the mean of each; chance: how far these would
+    be apart if all lines were alike."""
+    logs = np.log(squares + 1 / 64)
+    apart = logs.var() - chance
+    trust = round(math.log2(2 / max(apart, 1e-9)))
+    return fine_class(math.exp(logs.mean())), min(max(trust, 0), MAX_TRUST)
+
+
+def fine_class(variance: float) -> int:
+    return int(np.searchsorted(fine_classes(), int(variance * (1 << VARIANCE_BITS))))
 
 
 @cache
-def fine_levels() -> np.ndarray:
+def fine_classes() -> np.ndarray:
     """Variances in units of 2^-16, from 2^-6 to 2^14, 16 to an octave: integers on any machine."""
-    levels = [1 << VARIANCE_BITS - 6]
-    while levels[-1] < 1 << VARIANCE_BITS + 14:
-        levels.append(levels[-1] + levels[-1] * 45 // 1024)
-    return np.array(levels)
+    classes = [1 << VARIANCE_BITS - 6]
+    while classes[-1] < 1 << VARIANCE_BITS + 14:
+        classes.append(classes[-1] + classes[-1] * 45 // 1024)
+    return np.array(classes)
 
 
 def expected_counts(lowest: int, largest: int) -> np.ndarray:
-    """(levels, symbols) of a normal distribution of each level's variance, before a code is seen.
+    """(classes, symbols) of a normal distribution of each class's variance, before a code is seen.
 
     Only operations that IEEE 754 rounds the same everywhere. exp(-x) is a fraction to the 8th.
     """
-    middle = fine_levels()[FINEST // 2 :: FINEST] / (1 << VARIANCE_BITS)
+    middle = fine_classes()[FINEST // 2 :: FINEST] / (1 << VARIANCE_BITS)
     x = 1 / (2 * np.maximum(middle, 1 / 8))
     decay = (16 - x) / (16 + x)
     for _ in range(3):
@@ -6359,8 +6377,9 @@ class CodeModel:
 
     facts: see described; ValueError or TypeError where it would not have made them. The codes of
     all matrices lie one after the other, by rows. They are coded in groups; with each the
-    variances of rows and columns become better known. A code's level is that of its row plus that
-    of its column minus that of the matrix; each level counts its symbols.
+    variances of rows and columns become better known. A code's fine class is that of its row plus
+    that of its column minus that of the matrix; each class, of FINEST fine ones, counts its
+    symbols.
     """
 
     def __init__(self, facts: dict):
@@ -6368,12 +6387,14 @@ class CodeModel:
         self.lowest, largest = facts["symbols"]
         table = np.array(list(dict(facts["codes"]).values()))
         symbols_fit = -128 <= self.lowest <= 0 <= largest < 128
-        if table.dtype != int or table.shape[1:] != (7,) or not symbols_fit:
+        if table.dtype != int or table.shape[1:] != (len(MatrixFacts._fields),) or not symbols_fit:
             raise ValueError("facts of codes that do not fit")
-        self.rows, self.columns, self.level, *of_lines = table.T
-        level = len(fine_levels()) - 1
-        most = [MAX_LINES, MAX_LINES, level, level, MAX_TRUST, level, MAX_TRUST]
-        fits = (table >= [SHORTEST, SHORTEST, 0, 0, 0, 0, 0]).all() and (table <= most).all()
+        self.rows, self.columns, self.fine, *of_lines = table.T
+        widest = len(fine_classes()) - 1
+        of_line = (widest, MAX_TRUST)
+        least = MatrixFacts(SHORTEST, SHORTEST, 0, 0, 0, 0, 0)
+        most = MatrixFacts(MAX_LINES, MAX_LINES, widest, *of_line, *of_line)
+        fits = (table >= least).all() and (table <= most).all()
         self.count = sum(rows * columns for rows, columns, *_ in table.tolist())
         lines = int(table[:, :2].sum())
         if not fits or self.count > MAX_CODES or lines > MAX_LINES:
@@ -6399,20 +6420,20 @@ class CodeModel:
             yield places[places < self.count]
             start = end
 
-    def levels(self, places: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """([row, column], level) of the codes there."""
+    def classes(self, places: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """([row, column], class) of the codes there."""
         ends = np.searchsorted(places, np.append(self.starts, self.count))
         matrix = np.repeat(np.arange(len(self.starts)), np.diff(ends))
         row, column = np.divmod(places - self.starts[matrix], self.columns[matrix])
         where = []
-        fine = -self.level[matrix]
+        fine = -self.fine[matrix]
         for lines, line in zip(self.lines, (row, column), strict=True):
             where.append(line + lines.starts[matrix])
-            fine = fine + lines.levels()[where[-1]]
+            fine = fine + lines.fine()[where[-1]]
         return where, (fine // FINEST).clip(0, len(self.counts) - 1)
 
     def frequency(self) -> np.ndarray:
-        """(levels, symbols): their counts scaled so that each level sums to RANS_TOTAL, each >= 1.
+        """(classes, symbols): their counts scaled so that each class sums to RANS_TOTAL, each >= 1.
 
         What rounding leaves goes to the most frequent one.
         """
@@ -6422,7 +6443,7 @@ class CodeModel:
         return frequency
 
     def learn(self, where: list[np.ndarray], keys: np.ndarray, codes: np.ndarray) -> None:
-        """The codes at these lines, with their keys: level times symbols, plus symbol."""
+        """The codes at these lines, with their keys: class times symbols, plus symbol."""
         seen = np.bincount(keys, minlength=self.counts.size)
         self.counts += SEEN * seen.reshape(self.counts.shape)
         for lines, line in zip(self.lines, where, strict=True):
@@ -6432,9 +6453,9 @@ class CodeModel:
         """Frequency and slots before it, of each code's symbol, uint16, group by group."""
         slots = []
         for places in self.groups():
-            where, level = self.levels(places)
+            where, spread = self.classes(places)
             frequency = self.frequency()
-            keys = level * frequency.shape[1] + codes[places] - self.lowest
+            keys = spread * frequency.shape[1] + codes[places] - self.lowest
             both = (frequency, slots_before(frequency))
             slots.append(tuple(values.ravel()[keys].astype(np.uint16) for values in both))
             self.learn(where, keys, codes[places])
@@ -6444,8 +6465,8 @@ class CodeModel:
         """(codes,) int8, all that the decoder's stream holds."""
         codes = np.empty(self.count, np.int8)
         for places in self.groups():
-            where, level = self.levels(places)
-            keys = decoder.keys(level, self.frequency())
+            where, spread = self.classes(places)
+            keys = decoder.keys(spread, self.frequency())
             codes[places] = keys % self.counts.shape[1] + self.lowest
             self.learn(where, keys, codes[places])
         decoder.finish()
@@ -6455,17 +6476,17 @@ class CodeModel:
 class Lines:
     """The variances of the rows (or columns) of all matrices, from the codes known so far.
 
-    lengths, levels, trusts: of each matrix, the number of its lines and its facts.
+    lengths, usual, trusts: of each matrix, the number of its lines and its facts of them.
     """
 
-    def __init__(self, lengths: np.ndarray, levels: np.ndarray, trusts: np.ndarray):
+    def __init__(self, lengths: np.ndarray, usual: np.ndarray, trusts: np.ndarray):
         self.starts = np.cumsum(lengths) - lengths
         self.known = np.repeat(1 << trusts, lengths)
-        self.squares = np.repeat(fine_levels()[levels] << trusts, lengths)
+        self.squares = np.repeat(fine_classes()[usual] << trusts, lengths)
 
-    def levels(self) -> np.ndarray:
-        """Fine level of each line."""
-        return np.searchsorted(fine_levels(), self.squares // self.known)
+    def fine(self) -> np.ndarray:
+        """The fine class of each line."""
+        return np.searchsorted(fine_classes(), self.squares // self.known)
 
     def learn(self, line: np.ndarray, codes: np.ndarray) -> None:
         lines = len(self.known)
@@ -6477,6 +6498,12 @@ class Lines:
 def slots_before(frequency: np.ndarray) -> np.ndarray:
     """The first of the slots that belong to each symbol: the sum of the frequencies before it."""
     return frequency.cumsum(1) - frequency
+
+
+def slot_owners(frequency: np.ndarray, least: int, most: int) -> np.ndarray:
+    """Class times slots, plus slot -> key; of the classes `least` to `most`, from 0 on."""
+    keys = np.arange(frequency.size, dtype=np.uint16).reshape(frequency.shape)
+    return np.repeat(keys[least : most + 1].ravel(), frequency[least : most + 1].ravel())
 
 
 # How it works. A state x is one number that holds all symbols so far. In 2^15 slots a symbol owns
@@ -6515,29 +6542,26 @@ class RansDecoder:
         self.states = words[:lanes] << WORD_BITS | words[lanes : 2 * lanes]
         self.place = 2 * lanes
 
-    def keys(self, levels: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-        """Level times symbols, plus symbol, of the next codes, which have these levels."""
+    def keys(self, spreads: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+        """Class times symbols, plus symbol, of the next codes, which have these classes."""
         owned = frequency.ravel()
         before = slots_before(frequency).ravel()
-        # level times slots, plus slot -> key; of the levels from the least that occurs on
-        least = levels.min()
-        present = np.arange(frequency.size, dtype=np.uint16).reshape(frequency.shape)
-        present = present[least : levels.max() + 1].ravel()
-        owner = np.repeat(present, owned[present])
-        keys = np.empty(len(levels), np.int64)
+        least = spreads.min()
+        owner = slot_owners(frequency, least, spreads.max())
+        keys = np.empty(len(spreads), np.int64)
         lanes = len(self.states)
-        for start in range(0, len(levels), lanes):
-            level = levels[start : start + lanes]
-            state = self.states[: len(level)]
+        for start in range(0, len(spreads), lanes):
+            spread = spreads[start : start + lanes]
+            state = self.states[: len(spread)]
             slot = state & (RANS_TOTAL - 1)
-            key = owner[(level - least << RANS_BITS) + slot]
+            key = owner[(spread - least << RANS_BITS) + slot]
             keys[start : start + lanes] = key
             state = owned[key] * (state >> RANS_BITS) + slot - before[key]
             small = np.flatnonzero(state < STATE_MIN)
             fetched = self.words[self.place : self.place + len(small)]
             state[small] = state[small] << WORD_BITS | fetched
             self.place += len(small)
-            self.states[: len(level)] = state
+            self.states[: len(spread)] = state
         return keys
 
     def finish(self) -> None:
@@ -6559,29 +6583,54 @@ FILE_TYPES = {
 }
 
 
-def arranged(tensors: dict[str, Tensor], undo: bool = False) -> dict[str, Tensor]:
+def arranged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the same names, types and shapes, whose bytes lie so that brotli makes less.
 
     Of all floats of a type first each one's first byte, then each one's second: exponents are much
     alike, and the rest is noise. Codes wider than tall lie by columns: hidden units, which differ
-    in spread, are then read one after the other. undo: the inverse.
+    in spread, are then read one after the other.
     """
     found = dict(tensors)
     for name, t in tensors.items():
-        if t.dtype == torch.int8 and t.ndim == 2 and t.shape[1] > t.shape[0]:
-            by_columns = t.reshape(t.shape[::-1]).T if undo else t.T.reshape(t.shape)
-            found[name] = by_columns.contiguous()
+        if are_wide_codes(t):
+            found[name] = t.T.reshape(t.shape).contiguous()
+    for names, flat in floats_by_type(tensors):
+        by_number = flat.view(torch.uint8).view(len(flat), -1)
+        found |= split_as(by_number.T.flatten().view(flat.dtype), tensors, names)
+    return found
 
+
+def in_order(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `arranged` was given."""
+    found = dict(tensors)
+    for name, t in tensors.items():
+        if are_wide_codes(t):
+            found[name] = t.reshape(t.shape[::-1]).T.contiguous()
+    for names, flat in floats_by_type(tensors):
+        by_place = flat.view(torch.uint8).view(-1, len(flat))
+        found |= split_as(by_place.T.flatten().view(flat.dtype), tensors, names)
+    return found
+
+
+def are_wide_codes(t: Tensor) -> bool:
+    return t.dtype == torch.int8 and t.ndim == 2 and t.shape[1] > t.shape[0]
+
+
+def floats_by_type(tensors: dict[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
+    """The names of all floats of a type, and their numbers (n,) one after the other."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         names = sorted(name for name, t in tensors.items() if t.dtype == dtype)
-        if names:
-            flat = torch.cat([tensors[name].detach().cpu().flatten() for name in names])
-            sides = (dtype.itemsize, len(flat)) if undo else (len(flat), dtype.itemsize)
-            planes = flat.view(torch.uint8).reshape(sides).T.flatten().view(dtype)
-            pieces = planes.split([tensors[name].numel() for name in names])
-            for name, piece in zip(names, pieces, strict=True):
-                found[name] = piece.view(tensors[name].shape)
-    return found
+        flat = [tensors[name].detach().cpu().flatten() for name in names]
+        if sum(map(len, flat)):
+            yield names, torch.cat(flat)
+
+
+def split_as(flat: Tensor, tensors: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """These numbers in the shapes of the tensors of these names."""
+    pieces = flat.split([tensors[name].numel() for name in names])
+    return {
+        name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)
+    }
 
 
 def serialise(tensors: dict[str, Tensor], facts: dict, arrange: bool = False) -> list[Piece]:
@@ -6618,7 +6667,7 @@ def deserialise(raw: bytes) -> tuple[dict, dict[str, Tensor]]:
     (length,) = struct.unpack_from("<Q", raw)
     metadata = json.loads(raw[8 : 8 + length])["__metadata__"]
     if "arranged" in metadata:
-        tensors = arranged(tensors, undo=True)
+        tensors = in_order(tensors)
     if ":stream" in tensors:
         tensors = ans_decode(tensors)
     for name, t in tensors.items():

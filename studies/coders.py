@@ -1,90 +1,238 @@
-"""Bytes of trained weights with each compressor, against what entropy says.
+"""Bytes of trained weights with each compressor, against what entropy says, and what parts of the
+ANS coder are worth.
 
     python studies/coders.py CHECKPOINT...
 
 Each checkpoint's shipped weights (the EMA, where there is one) are put on the sigma grid: 6 bits,
-k = 12, all matrices of more than 4,096 weights, the rest fp16. Then the whole file is packed.
-"brotli, plain" is brotli 11 of the safetensors as they are, as the records pack theirs.
+all matrices of more than 4,096 weights, the rest fp16. Then the whole file is packed. "brotli,
+plain" is brotli 11 of the safetensors as they are, as the records pack theirs. Writes
+logs/bench/coders.json, of which tests/pages.py makes tables.
 """
 
-import statistics
+import contextlib
+import json
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import brotli
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from train_gpt import Grid, encode_container, read_container, serialise
+import train_gpt
+from train_gpt import (
+    HEADER,
+    CodeModel,
+    Config,
+    Grid,
+    Lines,
+    Run,
+    ans_decode,
+    ans_encode,
+    deserialise,
+    device_name,
+    encode_container,
+    forecast_size,
+    order0_bits,
+    part_name,
+    quantised,
+    serialise,
+)
 
-GRID = Grid(6, "sigma", sigmas=12.0)
+ROOT = Path(__file__).parents[1]
+K = 12.0
+OTHER_K = (10.0, 12.85, 15.0)  # of the last checkpoint
 LARGE = 4096  # weights
-HEADER = ("checkpoint", "codes", "bits", "bound", "order-0", "zstd", "lzma", "brotli, plain")
+SYNTHETIC = (70144, 512)  # about the codes of a record
 
 
-def parts_of(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an artifact of these weights."""
-    _, tensors = read_container(path)
+def grid(k: float) -> Grid:
+    return Grid(6, "sigma", sigmas=k)
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    """The shipped weights of a checkpoint, of whatever version its header is."""
+    _, tensors = deserialise(path.read_bytes()[HEADER.size :])
     state = {name[5:]: w for name, w in tensors.items() if name.startswith("live/")}
-    state |= {name[4:]: w for name, w in tensors.items() if name.startswith("ema/")}
-    parts = {}
-    for name, w in state.items():
-        if w.ndim == 2 and w.numel() > LARGE:
-            parts[name + ":codes"], parts[name + ":scale"] = GRID.quantise(w)
-        else:
-            parts[name] = w.half()
-    return parts
+    return state | {name[4:]: w for name, w in tensors.items() if name.startswith("ema/")}
 
 
-def order0_bits(codes: np.ndarray) -> float:
-    """Entropy of a code, all of them in one histogram."""
-    share = np.unique(codes, return_counts=True)[1] / codes.size
-    return float(-(share * np.log2(share)).sum())
+def label(state: dict[str, torch.Tensor]) -> str:
+    """Layers x width, and whether there is a bigram table."""
+    layers = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    bigram = ", bigram" if "bigram.embed" in state else ""
+    return f"{len(layers)} x {state['tok_emb'].shape[1]}{bigram}"
 
 
-def normal_bits() -> float:
-    """Entropy of a code of normal weights on this grid."""
-    step = GRID.sigmas / GRID.top
-    edges = [(code - 0.5) * step for code in range(-GRID.top + 1, GRID.top + 1)]
-    shares = np.diff([0.0, *map(statistics.NormalDist().cdf, edges), 1.0])
-    shares = shares[shares > 0]
-    return float(-(shares * np.log2(shares)).sum())
+def plan_of(state: dict[str, torch.Tensor], k: float) -> dict:
+    large = {name for name, w in state.items() if w.ndim == 2 and w.numel() > LARGE}
+    return {name: grid(k) if name in large else torch.float16 for name in state}
 
 
-def row(path: Path) -> list[str]:
-    parts = parts_of(path)
-    codes = [part.numpy().ravel() for name, part in parts.items() if name.endswith(":codes")]
-    codes = np.concatenate(codes)
-    bits = order0_bits(codes)
-    plain = len(brotli.compress(b"".join(map(bytes, serialise(parts, {}))), quality=11, lgwin=24))
-    sizes = {name: len(encode_container(parts, {}, name)) for name in ("zstd", "lzma")}
-    ours = {}
-    seconds = {}
-    for name in ("brotli", "ans"):
+def tensors_of(state: dict[str, torch.Tensor], k: float) -> dict[str, torch.Tensor]:
+    """The tensors of an artifact of these weights."""
+    parts = quantised(Config(), state, plan_of(state, k))
+    return {part_name(name, part): t for name in parts for part, t in parts[name].items()}
+
+
+def codes_of(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.flatten() for name, t in tensors.items() if name.endswith(":codes")])
+
+
+def sizes(state: dict[str, torch.Tensor], k: float, compressors) -> dict:
+    """One row: what entropy says, and bytes and CPU seconds of each compressor."""
+    tensors = tensors_of(state, k)
+    codes = codes_of(tensors)
+    shapes = {name: w.shape for name, w in state.items()}
+    forecast = forecast_size(Config(), plan_of(state, k), shapes)
+    row = dict(
+        checkpoint=label(state),
+        k=k,
+        codes=len(codes),
+        bits=order0_bits(codes),
+        bound=forecast.entropy,
+        rest=forecast.rest,
+        bytes={},
+        seconds={},
+    )
+    for name in compressors:
         start = time.process_time()
-        ours[name] = len(encode_container(parts, {}, name))
-        seconds[name] = time.process_time() - start
-    return [
-        path.parent.name,
-        f"{codes.size:,}",
-        f"{bits:.3f}",
-        f"{normal_bits() * codes.size / 8:,.0f}",
-        f"{bits * codes.size / 8:,.0f}",
-        *(f"{size:,}" for size in (*sizes.values(), plain)),
-        *(f"{size:,} ({100 * (size / plain - 1):+.2f} %)" for size in ours.values()),
-        f"{100 * (ours['ans'] / ours['brotli'] - 1):+.2f} %",
-        " / ".join(f"{second:.1f}" for second in seconds.values()),
-    ]
+        if name == "brotli, plain":
+            raw = b"".join(map(bytes, serialise(tensors, {})))
+            size = len(brotli.compress(raw, quality=11, lgwin=24))
+        else:
+            size = len(encode_container(tensors, {}, name))
+        row["bytes"][name] = size
+        row["seconds"][name] = time.process_time() - start
+    return row
+
+
+class StillLines(Lines):
+    """Lines that are all as wide as their matrix."""
+
+    def __init__(self, lines: Lines, widths: np.ndarray):
+        self.starts = lines.starts
+        self.widths = widths
+
+    def fine(self) -> np.ndarray:
+        return self.widths
+
+    def learn(self, line: np.ndarray, codes: np.ndarray) -> None:
+        pass
+
+
+class WithoutRows(CodeModel):
+    axis = 0
+
+    def __init__(self, facts: dict):
+        super().__init__(facts)
+        lengths = (self.rows, self.columns)[self.axis]
+        widths = np.repeat(self.fine, lengths)
+        self.lines[self.axis] = StillLines(self.lines[self.axis], widths)
+
+
+class WithoutColumns(WithoutRows):
+    axis = 1
+
+
+class WithoutCounts(CodeModel):
+    """Normal distributions, whatever is seen."""
+
+    def frequency(self) -> np.ndarray:
+        self.counts = train_gpt.expected_counts(self.lowest, self.facts["symbols"][1])
+        return super().frequency()
+
+
+LEFT_OUT = {
+    "the spread of rows": ("CodeModel", WithoutRows),
+    "the spread of columns": ("CodeModel", WithoutColumns),
+    "counts of what was seen": ("CodeModel", WithoutCounts),
+    "brotli for alike rows": ("alike_rows", lambda codes: False),
+}
+
+
+def left_out(state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes of the whole file by what `ans` does without."""
+    tensors = tensors_of(state, K)
+    found = {"": len(encode_container(tensors, {}, "ans"))}
+    for name, (part, other) in LEFT_OUT.items():
+        patch = contextlib.nullcontext()
+        if hasattr(train_gpt, part):
+            patch = mock.patch.object(train_gpt, part, other)
+        with patch:
+            found[name] = len(encode_container(tensors, {}, "ans"))
+    return found
+
+
+def synthetic() -> dict:
+    """Normal codes, whose columns are spread by a lognormal of 0.18: seconds of one core."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(SYNTHETIC, generator=generator)
+    w *= torch.exp(0.18 * torch.randn(SYNTHETIC[1], generator=generator))
+    codes, _ = grid(12.85).quantise(w)
+    start = time.process_time()
+    parts = ans_encode({"w:codes": codes})
+    middle = time.process_time()
+    back = ans_decode(parts)
+    end = time.process_time()
+    assert torch.equal(back["w:codes"], codes)
+    return dict(
+        codes=codes.numel(),
+        bytes=parts[":stream"].nbytes,
+        order0=order0_bits(codes) * codes.numel() / 8,
+        encode_seconds=middle - start,
+        decode_seconds=end - middle,
+    )
+
+
+def table(report: dict) -> list[list[str]]:
+    """The rows, of bytes, for a page."""
+    rows = []
+    for row in report["rows"]:
+        size = row["bytes"]
+        plain = size["brotli, plain"]
+        ours = [f"{size[name]:,} ({100 * (size[name] / plain - 1):+.2f} %)" for name in OURS]
+        cells = [row["checkpoint"], f"{row['codes']:,}", f"{row['bits']:.3f}"]
+        cells += [f"{row['bound']:,.0f}", f"{row['bits'] * row['codes'] / 8:,.0f}"]
+        cells += [f"{size[name]:,}" for name in ("zstd", "lzma", "brotli, plain")] + ours
+        cells += [f"{100 * (size['ans'] / size['brotli'] - 1):+.2f} %"]
+        rows.append([*cells, " / ".join(f"{row['seconds'][name]:.1f}" for name in OURS)])
+    return rows
+
+
+OURS = ("brotli", "ans")
+ALL = ("zlib", "zstd", "lzma", "brotli, plain", *OURS)
+HEADER_OF_TABLE = [
+    *("checkpoint", "codes", "bits", "bound", "order-0", "zstd", "lzma", "brotli, plain"),
+    *(*OURS, "ans against brotli", "CPU s: brotli / ans"),
+]
+
+
+def over_entropy(row: dict, compressor: str) -> float:
+    """What this compressor takes of a byte that the normal bound says of the codes."""
+    return (row["bytes"][compressor] - row["rest"]) / row["bound"]
 
 
 def main() -> None:
-    header = [*HEADER, "brotli", "ans", "ans against brotli", "CPU s: brotli / ans"]
-    print("| " + " | ".join(header) + " |")
-    print("| " + " | ".join("---" for _ in header) + " |")
-    for path in sys.argv[1:]:
-        print("| " + " | ".join(row(Path(path))) + " |", flush=True)
+    states = [state_of(Path(path)) for path in sys.argv[1:]]
+    report = dict(device=device_name(Run(Config())), rows=[], other_k=[], left_out=[])
+    for state in states:
+        report["rows"].append(sizes(state, K, ALL))
+        report["left_out"].append({"checkpoint": label(state), "bytes": left_out(state)})
+    report["other_k"] = [sizes(states[-1], k, ("brotli", "ans")) for k in OTHER_K]
+    report["synthetic"] = synthetic()
+    for cells in (HEADER_OF_TABLE, *table(report)):
+        print(" | ".join(cells))
+    for row in report["rows"]:
+        print(row["checkpoint"], {name: round(over_entropy(row, name), 4) for name in ALL})
+    for row in report["left_out"]:
+        print(row)
+    print(report["synthetic"])
+    path = ROOT / "logs" / "bench" / "coders.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ def good(kind: str) -> tuple[dict, dict]:
     header = json.loads(raw[8 : 8 + struct.unpack_from("<Q", raw)[0]])
     tensors = safetensors.torch.load(bytes(raw))
     if train_gpt.COMPRESSORS[kind].arranges:
-        tensors = train_gpt.arranged(tensors, undo=True)
+        tensors = train_gpt.in_order(tensors)
     return json.loads(header["__metadata__"]["facts"]), tensors
 
 

@@ -281,7 +281,7 @@ def test_a_stream_is_as_long_as_its_frequencies_say():
 
 def test_before_any_code_is_seen_a_level_expects_a_normal_distribution():
     counts = train_gpt.expected_counts(-31, 31)
-    variances = train_gpt.fine_levels()[2::4] / (1 << train_gpt.VARIANCE_BITS)
+    variances = train_gpt.fine_classes()[2::4] / (1 << train_gpt.VARIANCE_BITS)
     assert len(counts) == len(variances) and (variances[1:] / variances[:-1] < 1.19).all()
     for count, variance in list(zip(counts, variances, strict=True))[16:46]:
         normal = statistics.NormalDist(0, math.sqrt(variance - 1 / 12))
@@ -293,7 +293,7 @@ def test_before_any_code_is_seen_a_level_expects_a_normal_distribution():
 def test_what_was_seen_moves_the_frequencies_of_its_level():
     model = code_model(gaussian(64, 64, 2))
     before = model.frequency()
-    (where, level), places = model.levels(first := next(model.groups())), len(first)
+    (where, level), places = model.classes(first := next(model.groups())), len(first)
     codes = np.full(places, 3)
     model.learn(where, level * before.shape[1] + codes - model.lowest, codes)
     after = model.frequency()
@@ -342,7 +342,7 @@ def test_what_brotli_gets_is_arranged_and_smaller_for_it():
         raw = [b"".join(map(bytes, train_gpt.serialise(tensors, {}, how))) for how in (False, True)]
         plain, made = (len(brotli.compress(payload, quality=11)) for payload in raw)
         assert made < 0.98 * plain and len(encode_container(tensors, {}, "brotli")) < made + 99
-        back = train_gpt.arranged(train_gpt.arranged(tensors), undo=True)
+        back = train_gpt.in_order(train_gpt.arranged(tensors))
         assert all(torch.equal(back[name], t) for name, t in tensors.items())
 
 
