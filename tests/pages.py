@@ -44,6 +44,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ranks-and-threads": pages_bench.ranks_and_threads,
     "artifact": pages_bench.artifact,
     "banded": pages_bench.banded,
+    "coders": pages_bench.coders,
     "published-rows": published_rows,
     "record-bases": pages_frontier.record_bases,
     "effects-of-training": pages_effects.effects_of_training,

@@ -19,6 +19,8 @@ OTHER_TOGGLES = (
     "WD_TAPER_FINAL_MULT",
     "TRAIN_SEQ_SCHEDULE",
     "LOADER",
+    "QUANT_CLIP",
+    "GPTQ_ENABLED",
     "PRUNE_PCT",
     "LQER_ENABLED",
     "FIT_TO_CAP",
@@ -32,6 +34,7 @@ OTHER_TOGGLES = (
 TUNED_BY = {
     "SQWA": ("SWA_",),
     "FIT": ("CAP_",),
+    "QUANT": ("MLP_CLIP_", "ATTN_CLIP_", "EMBED_CLIP_", "BIGRAM_CLIP_", "LOOP_LAYER_CLIP_"),
     "DOC_ISOLATED_EVAL": ("EVAL_",),
     "PHASED": ("PHASED_", "GLOBAL_"),
     "NGRAM": ("TOKEN_",),

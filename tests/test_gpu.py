@@ -262,7 +262,7 @@ def telling_rows(top: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("floor", (False, True))
-@pytest.mark.parametrize("clip", CLIP_QUANTILES)
+@pytest.mark.parametrize("clip", [*CLIP_QUANTILES, "sigma"])
 def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, clip, floor):
     cfg = tiny(
         **ALL,
@@ -272,6 +272,7 @@ def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, 
         quant_bits_mlp=5,
         quant_bits_bigram=4,
         quant_bits_embed=8,
+        mlp_clip_sigmas=3.0,
     )
     model = build_model(cfg, run_on(cfg, "cpu"), sdpa)
     plan, state = (
@@ -294,6 +295,23 @@ def test_an_artifact_does_not_depend_on_the_device_that_packed_it(tiny, device, 
         assert here == there, compressor
     pruned, there = (train_gpt.prune(cfg, weights, 0.1) for weights in (state, moved))
     assert all(torch.equal(w, there[name].cpu()) for name, w in pruned.items())
+
+
+@NEEDS_GPU
+def test_gptq_and_lqer_of_a_bf16_run_make_the_same_bytes_again(tiny, monkeypatch):
+    """Two runs of one machine; CHECKPOINT is to export what its run has exported."""
+    monkeypatch.setattr(torch, "compile", compile_on("cuda"))
+    export = dict(gptq_enabled=True, gptq_calibration_batches=2, lqer_enabled=True)
+    grid = dict(quant_clip="sigma", quant_scale_floor=False, keep_float_max_numel=64)
+    knobs = dict(**export, **grid, lqer_fit="refit", iterations=4, compile="1")
+    cfg = tiny(**knobs, run_id="first")
+    reports = [train_gpt.main(cfg)]
+    checkpoint = Path(cfg.logs_dir) / "first" / "checkpoint.bin"
+    reports.append(train_gpt.main(tiny(**knobs, run_id="again", checkpoint=str(checkpoint))))
+    first, again = (Path(report["artifact_path"]).read_bytes() for report in reports)
+    assert first == again
+    assert reports[0]["recompiles"] == 0 and reports[0]["dtype"] == "torch.bfloat16"
+    assert reports[0]["toggles"]["GPTQ"]["active"] and reports[0]["toggles"]["LQER"]["active"]
 
 
 # ── (c) attention ─────────────────────────────────────────────────────────────────────────────────

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pages
+import pages_code
 import pytest
 import torch
 from conftest import PAIRS_OF_A_RUN, make_data
@@ -32,6 +33,14 @@ ROOT = pages.ROOT
 README = (ROOT / "README.md").read_text()
 PAGES = {path.name: path.read_text() for path in pages.PAGES}
 EVERYTHING = "\n".join(PAGES.values())
+
+
+def test_every_toggle_that_proves_something_has_a_row():
+    proofs = set(re.findall(r'\["([A-Z_]+)"\] = Activity\(', train_gpt.SOURCE.decode()))
+    assert {"GPTQ", "LQER", "PRUNE_PCT", "NUM_LOOPS"} <= proofs
+    # WARMDOWN is no technique: every schedule has one
+    for name in proofs - {"WARMDOWN"}:
+        assert any(row.startswith(name) for row in pages_code.toggle_names()), name
 
 
 @pytest.mark.parametrize("page", PAGES)

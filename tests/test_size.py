@@ -60,11 +60,15 @@ RECORDS = {
 SORTED = {"pr1855": 2 * (8192 + 11 * (512 + 2048)), "pr2135": 2 * 53248}
 
 
+# Of what the forecast says for `brotli`: #1394's files are brotli's, the others lrzip's
+WITHIN = {"pr1394": 0.002, "pr1855": 0.02, "pr2135": 0.02}
+
+
 @pytest.mark.parametrize("base", RECORDS)
-def test_the_files_of_records_are_foreseen_within_2_percent(base):
+def test_the_files_of_records_are_foreseen(base):
     mlp, attention, embedding, bits, logged = RECORDS[base]
     cfg = dataclasses.replace(
-        Config.from_env({"BASE": base}),
+        Config.from_env({"BASE": base, "COMPRESSOR": "pergroup"}),
         quant_clip="sigma",
         **dict.fromkeys(("quant_clip_mlp", "quant_clip_attn", "quant_clip_embed"), "auto"),
         quant_scale_floor=False,
@@ -79,7 +83,9 @@ def test_the_files_of_records_are_foreseen_within_2_percent(base):
     size = forecast_size(cfg, train_gpt.export_plan(cfg, model), shapes)
     assert not size.at_most
     for found in logged:
-        assert size.artifact("brotli") == pytest.approx(found, rel=0.02)
+        assert size.artifact("brotli") == pytest.approx(found, rel=WITHIN[base])
+    # what stands for lrzip keeps below the cap, too
+    assert size.artifact(cfg.compressor) < 16_000_000
     if base in SORTED:
         lrzip = 0.9894 * size.entropy + size.rest + SORTED[base]
         assert lrzip == pytest.approx(logged[0], rel=0.003)
@@ -144,12 +150,13 @@ def test_a_run_says_what_was_forecast_and_what_fitting_costs(tiny):
     knobs = SIGMA | dict(compressor=last, compress_level=-1, iterations=3)
     whole = main(tiny(**knobs))
     assert whole["stretch"] == 1 and "FIT_TO_CAP" not in whole["toggles"]
-    assert whole["forecast_artifact_bytes"] == pytest.approx(whole["artifact_bytes"], rel=0.1)
+    assert whole["forecast_artifact_bytes"] == pytest.approx(whole["artifact_bytes"], rel=0.03)
 
     cfg = tiny(**knobs, cap_bytes=whole["total_bytes"] - 1500)
     over = main(cfg)
     log = (train_gpt.Path(cfg.logs_dir) / cfg.run_id / "train.log").read_text()
     assert "bytes forecast, code included" in log and over["exit_code"] == 3
+    assert "bytes over CAP_BYTES" in next(w for w in over["warnings"] if "size: forecast" in w)
 
     report = main(tiny(**knobs, fit_to_cap=True, cap_bytes=whole["total_bytes"] - 1500))
     assert report["exit_code"] == 0 and report["pruned"] == 0 and 1 < report["stretch"] < 2
