@@ -7142,9 +7142,11 @@ def write_code(cfg: Config, folder: Path) -> None:
         write_atomic(folder / PACKED_NAME, shipped_code(cfg))
 
 
-# Compressor -> its bytes / the order-0 entropy of the codes, on trained matrices of 700,000 to
-# 36,000,000 weights
-OVER_ENTROPY = {"zlib": 1.13, "zstd": 1.017, "lzma": 1.02, "brotli": 1.01, "ans": 1.0}
+# Compressor -> its bytes, without steps and floats, / the entropy of normal codes. Plain brotli's
+# are 1.0113 in the five logs of #1394, 36 million trained weights; times the ratios of the others
+# to it on five small checkpoints (logs/bench/coders.json). Those take 3 to 6 % less than this:
+# with them are tokens that training has never seen, whose rows are alike.
+OVER_ENTROPY = {"zlib": 1.174, "zstd": 1.048, "lzma": 1.051, "brotli": 1, "ans": 0.981}
 # Bytes of an fp16 step, and of another fp16 number, once compressed; files of records
 STEP_BYTES = 1.34
 FLOAT_BYTES = 1.8
@@ -7261,8 +7263,9 @@ def export_pruned(
             total = len(blob) + len(shipped_code(cfg))
         except Refusal as found:
             refusal = found
+            total = -1
     total = run.broadcast(total)
-    if not total:
+    if total < 0:
         raise run.first_refusal(refusal)
     run.log(f"export: {cfg.compressor}, {fraction:.1%} pruned, {total:,} bytes in all")
     return Exported(blob, parts, total, cfg, fraction, plan)

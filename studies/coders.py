@@ -43,7 +43,7 @@ from train_gpt import (
 
 ROOT = Path(__file__).parents[1]
 K = 12.0
-OTHER_K = (10.0, 12.85, 15.0)  # of the last checkpoint
+OTHER_K = (10.0, 12.85, 15.0)  # of the last checkpoint, as what is left out
 LARGE = 4096  # weights
 SYNTHETIC = (70144, 512)  # about the codes of a record
 
@@ -218,19 +218,18 @@ def over_entropy(row: dict, compressor: str) -> float:
 
 def main() -> None:
     states = [state_of(Path(path)) for path in sys.argv[1:]]
-    report = dict(device=device_name(Run(Config())), rows=[], other_k=[], left_out=[])
+    report = dict(device=device_name(Run(Config())), rows=[], other_k=[])
+    report["left_out"] = dict(checkpoint=label(states[-1]), bytes=left_out(states[-1]))
+    print(report["left_out"], flush=True)
     for state in states:
-        report["rows"].append(sizes(state, K, ALL))
-        report["left_out"].append({"checkpoint": label(state), "bytes": left_out(state)})
-    report["other_k"] = [sizes(states[-1], k, ("brotli", "ans")) for k in OTHER_K]
+        row = sizes(state, K, ALL)
+        report["rows"].append(row)
+        factors = {name: round(over_entropy(row, name), 4) for name in ALL}
+        print(row["checkpoint"], row["bytes"], factors, flush=True)
+    for k in OTHER_K:
+        report["other_k"].append(sizes(states[-1], k, OURS))
     report["synthetic"] = synthetic()
-    for cells in (HEADER_OF_TABLE, *table(report)):
-        print(" | ".join(cells))
-    for row in report["rows"]:
-        print(row["checkpoint"], {name: round(over_entropy(row, name), 4) for name in ALL})
-    for row in report["left_out"]:
-        print(row)
-    print(report["synthetic"])
+    print(report["other_k"], report["synthetic"])
     path = ROOT / "logs" / "bench" / "coders.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -135,16 +135,12 @@ def coders() -> str:
     header = ["k", "order-0, bits", "brotli", "ans", "ans against brotli", "ans, bits per code"]
     tables.append(f"The last one by k:\n\n{markdown_table(header, rows)}")
 
-    parts = [name for name in report["left_out"][0]["bytes"] if name]
     rows = []
-    for row in report["left_out"]:
-        whole = row["bytes"][""]
-        cost = [f"{100 * (row['bytes'][name] / whole - 1):+.2f} %" for name in parts]
-        rows.append([row["checkpoint"], f"{whole:,}", *cost])
-    header = ["checkpoint", "ans", *(f"without {name}" for name in parts)]
-    tables.append(
-        f"What a file grows by without a part of `ans`:\n\n{markdown_table(header, rows)}"
-    )
+    size = report["left_out"]["bytes"]
+    for name in filter(None, size):
+        rows.append([name, f"{size[name]:,}", f"{100 * (size[name] / size[''] - 1):+.2f} %"])
+    table = markdown_table(["`ans` without", "bytes", "more"], rows)
+    tables.append(f"The last one without a part of `ans`:\n\n{table}")
 
     made = report["synthetic"]
     below = 100 * (1 - made["bytes"] / made["order0"])

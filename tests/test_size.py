@@ -4,11 +4,14 @@ Would have caught: artifacts over the cap that nobody foresaw (#194, #975, #989,
 """
 
 import dataclasses
+import json
 import math
+import statistics
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import train_gpt
 from train_gpt import GPT, Config, Exported, Grid, Run, forecast_size, main, normal_bits
@@ -60,7 +63,23 @@ RECORDS = {
 SORTED = {"pr1855": 2 * (8192 + 11 * (512 + 2048)), "pr2135": 2 * 53248}
 
 
-# Of what the forecast says for `brotli`: #1394's files are brotli's, the others lrzip's
+CODERS = json.loads((ROOT / "logs" / "bench" / "coders.json").read_text())["rows"]
+
+
+def of_plain_brotli(compressor: str) -> float:
+    """What this compressor makes of the codes, over what plain brotli does: the median."""
+    sizes = [(row["bytes"], row["rest"]) for row in CODERS]
+    found = [(size[compressor] - rest) / (size["brotli, plain"] - rest) for size, rest in sizes]
+    return statistics.median(found)
+
+
+@pytest.mark.parametrize("compressor", train_gpt.OVER_ENTROPY)
+def test_the_factors_are_those_of_1394_times_those_of_trained_checkpoints(compressor):
+    expected = 1.0113 * of_plain_brotli(compressor)
+    assert train_gpt.OVER_ENTROPY[compressor] == pytest.approx(expected, abs=0.002)
+
+
+# #1394's files are plain brotli's, the others lrzip's
 WITHIN = {"pr1394": 0.002, "pr1855": 0.02, "pr2135": 0.02}
 
 
@@ -83,7 +102,8 @@ def test_the_files_of_records_are_foreseen(base):
     size = forecast_size(cfg, train_gpt.export_plan(cfg, model), shapes)
     assert not size.at_most
     for found in logged:
-        assert size.artifact("brotli") == pytest.approx(found, rel=WITHIN[base])
+        plain = (size.artifact("brotli") - size.rest) / of_plain_brotli("brotli") + size.rest
+        assert plain == pytest.approx(found, rel=WITHIN[base])
     # what stands for lrzip keeps below the cap, too
     assert size.artifact(cfg.compressor) < 16_000_000
     if base in SORTED:
@@ -150,7 +170,7 @@ def test_a_run_says_what_was_forecast_and_what_fitting_costs(tiny):
     knobs = SIGMA | dict(compressor=last, compress_level=-1, iterations=3)
     whole = main(tiny(**knobs))
     assert whole["stretch"] == 1 and "FIT_TO_CAP" not in whole["toggles"]
-    assert whole["forecast_artifact_bytes"] == pytest.approx(whole["artifact_bytes"], rel=0.03)
+    assert whole["forecast_artifact_bytes"] == pytest.approx(whole["artifact_bytes"], rel=0.1)
 
     cfg = tiny(**knobs, cap_bytes=whole["total_bytes"] - 1500)
     over = main(cfg)
