@@ -100,7 +100,7 @@ def by_itself(ids: torch.Tensor, longest: int, q, k, v) -> torch.Tensor:
 # ── pieces ──
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 45))
 def test_a_piece_begins_at_a_row_a_bos_and_after_the_longest(row, longest):
-    first, most = document_pieces(torch.tensor([row]), longest)
+    first, most, _ = document_pieces(torch.tensor([row]), longest)
     bounds = bounds_of(row, longest)
     expected = [a for a, b in itertools.pairwise(bounds) for _ in range(a, b)]
     assert first[0].tolist() == expected
