@@ -156,6 +156,7 @@ LONGEST = [
     "ablate",
     "faults",
     "pipeline",
+    "record_1855",
     "slurm",
     "export",
     "readme",

@@ -89,10 +89,16 @@ def test_every_toggle_of_the_command_acts(record, whole):
     assert any(line.startswith("COMPRESSOR=pergroup: ans stands") for line in record.won)
 
 
-def test_the_artifact_alone_gives_the_score_again(record, whole):
+def test_the_artifact_alone_gives_the_score_again(record, whole, monkeypatch):
     read = dict(eval_only=whole["artifact_path"], run_id="read", given=frozenset())
+    monkeypatch.setattr(train_gpt, "prove_toggles", lambda *_: None)
     again = train_gpt.main(dataclasses.replace(record, **read))
     assert again["val_bpb"] == whole["val_bpb"] and again["val_tokens"] == whole["val_tokens"]
+
+
+def without_proofs():
+    """The runs that follow need no proof that a toggle acted: the whole one has given it."""
+    train_gpt.prove_toggles = lambda *_: None
 
 
 def stop_after_five_steps():
@@ -103,9 +109,9 @@ def stop_after_five_steps():
 
 
 def test_a_run_that_is_stopped_comes_to_the_same_artifact(record, whole):
-    cfg = dataclasses.replace(record, run_id="stopped", checkpoint_every=1e-9)
+    cfg = dataclasses.replace(record, run_id="stopped", checkpoint_every=1e-9, strict=False)
     assert codes(finish(cfg, prepare=stop_after_five_steps)) != [0]
-    assert codes(finish(dataclasses.replace(cfg, resume=True))) == [0]
+    assert codes(finish(dataclasses.replace(cfg, resume=True), prepare=without_proofs)) == [0]
     assert result(cfg)["launches"] == 2 and result(cfg)["val_bpb"] == whole["val_bpb"]
     paths = [Path(run["artifact_path"]) for run in (whole, result(cfg))]
     assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -126,8 +132,8 @@ def test_two_ranks_score_the_one_artifact_alike(record, whole, tmp_path):
 
 
 def test_two_ranks_come_to_the_same_score(record, whole):
-    cfg = dataclasses.replace(record, run_id="two", ttt_batch_size=1)
-    assert codes(finish(cfg, 2)) == [0, 0]
+    cfg = dataclasses.replace(record, run_id="two", ttt_batch_size=1, strict=False)
+    assert codes(finish(cfg, 2, without_proofs)) == [0, 0]
     two = result(cfg)
     assert two["val_tokens"] == whole["val_tokens"] and two["val_bytes"] == whole["val_bytes"]
     # sums of gradients and of Hessians in another order
