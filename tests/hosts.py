@@ -132,19 +132,17 @@ class Hosts:
             **options,
         )
 
-    def cut(self, silently: bool = False) -> None:
-        """Takes the link down; silently: it stays up,
-        but all packets go to an address that no card has, and vanish.
+    def cut(self) -> None:
+        """The link stays up, but all packets go to an address that no card has, and vanish.
+
+        Worse than a link that goes down, of which the hosts are told.
         """
-        for host in (0, 1) if silently else ():
+        for host in (0, 1):
             other = self.address[1 - host]
             nowhere = "02:00:00:00:00:99"
             self.ip(host, f"neighbour replace {other} lladdr {nowhere} nud permanent dev {LINK}")
-        if not silently:
-            self.ip(0, f"link set {LINK} down")
 
     def mend(self) -> None:
-        self.ip(0, f"link set {LINK} up")
         for host in (0, 1):
             self.ip(host, f"neighbour flush dev {LINK} nud permanent")
 

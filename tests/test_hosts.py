@@ -238,29 +238,20 @@ def test_two_hosts_train_as_one_rank_does(either, tiny, uninterrupted):
     assert launch.text(0).count("RESULT val_bpb") == 1 and "RESULT" not in launch.text(1)
 
 
-def cut_in_training(hosts: Hosts, cfg: Config, silently: bool) -> list[int]:
-    """Launches a run and cuts the link; each host says what it lost. Returns their exit codes."""
-    assert HANG < TCP_GIVES_UP
-    launch = Launch(hosts, cfg, RESUME="1")
-    launch.until(lambda: len(losses(cfg)) > 20)
-    hosts.cut(silently)
-    ends = launch.wait()
-    assert 20 < len(losses(cfg)) < cfg.iterations and not (folder(cfg) / "result.json").exists()
-    for host in (0, 1):
-        assert_lost(launch, host, 1 - host)
-    return ends
-
-
-def test_a_link_that_goes_down_ends_both_hosts_in_time(linked, tiny):
-    assert cut_in_training(linked, long(tiny), silently=False) == [1, 1]
-
-
 def test_a_link_that_loses_all_packets_ends_both_hosts_in_time_and_the_run_goes_on_once_mended(
     linked, tiny, uninterrupted
 ):
+    assert HANG < TCP_GIVES_UP
     cfg = long(tiny)
     alone = uninterrupted(cfg)
-    assert cut_in_training(linked, cfg, silently=True) == [1, 1]
+    launch = Launch(linked, cfg, RESUME="1")
+    launch.until(lambda: len(losses(cfg)) > 20)
+    linked.cut()
+    assert launch.wait() == [1, 1]
+    assert 20 < len(losses(cfg)) < cfg.iterations and not (folder(cfg) / "result.json").exists()
+    for host in (0, 1):
+        assert_lost(launch, host, 1 - host)
+
     linked.mend()
     again = Launch(linked, cfg, backend="c10d", RESUME="1")
     again.end_well()
