@@ -3512,11 +3512,11 @@ class Documents(NamedTuple):
 
     first: Tensor  # (batch, time): the first token of the row that this one attends to
     longest: int  # the most tokens that a piece can have
-    most: int = 0  # documents of a batch, where that was counted
+    count: int = 0  # documents of a batch; 0: not counted
 
 
 @technique("DOC_MASK")
-def document_pieces(ids: Tensor, longest: int, most: int = 0) -> Documents:
+def document_pieces(ids: Tensor, longest: int, count: int = 0) -> Documents:
     """Document masks: attention stays inside a document.
 
     What:   a token attends to those before it back to its document's BOS, or to the row's start;
@@ -3535,8 +3535,8 @@ def document_pieces(ids: Tensor, longest: int, most: int = 0) -> Documents:
     index = torch.arange(time, device=ids.device)
     first = torch.where(ids == BOS, index, 0).cummax(1).values
     if not 0 < longest < time:
-        return Documents(first, time, most)
-    return Documents(index - (index - first) % longest, longest, most)
+        return Documents(first, time, count)
+    return Documents(index - (index - first) % longest, longest, count)
 
 
 @dataclass(frozen=True)
@@ -3632,10 +3632,10 @@ TOKENS_OF_A_SLOT = 128
 
 def pack(documents: Documents, dtype: torch.dtype) -> Packed:
     """The bounds of all pieces of a batch."""
-    first, longest, most = documents
+    first, longest, count = documents
     rows, time = first.shape
     tokens = first.numel()
-    slots = max(LEAST_SLOTS, tokens // TOKENS_OF_A_SLOT, most) + rows + tokens // longest
+    slots = max(LEAST_SLOTS, tokens // TOKENS_OF_A_SLOT, count) + rows + tokens // longest
     index = torch.arange(time, device=first.device)
     # how many pieces have begun; the first token where that is j is the start of piece j
     begun = (first == index).flatten().cumsum(0)

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ablation.records import RunStore, keep
+from ablation.records import RunStore, keep, training_of
 from ablation.report import (
     arm_table,
     comparison_table,
@@ -63,7 +63,7 @@ def how_it_ran(made: Matrix, runs: list[dict]) -> str:
     budget = f"{made.size.seconds:g} s of training"
     if made.equal == "steps":
         budget = f"{made.size.steps} steps"
-    trainings = sum(not run["checkpoint"] for run in runs)
+    trainings = len({training_of(run) for run in runs})
     first = runs[0]
     age = "today's" if first["code_sha256"] == CODE_SHA256 else "older than today's"
     return (
