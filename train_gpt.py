@@ -8937,7 +8937,7 @@ def peak_memory(run: Run) -> int:
 def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
     """Ways of scoring that are toggles: effect in BPB, and seconds, against plain scoring."""
     against = "sliding" if "sliding" in scores else "quantised"
-    plain = scores[against].without_tilt()
+    plain = scores[against]
     tilt = run.activity.get("NGRAM_TILT_ENABLED")
     for name, way in SCORING_WAYS.items():
         if name not in scores or name == against:
