@@ -160,7 +160,7 @@ def test_a_cost_that_is_of_no_step_has_no_share_of_one():
 )
 def test_a_table_of_the_page_says_which_code_its_runs_are_of(code, age):
     made = study(*STUDIES[0])
-    run = RESULT | {"code_sha256": code, "checkpoint": None}
+    run = RESULT | {"code_sha256": code, "checkpoint": None, "arm": "plain"}
     assert how_it_ran(made, [run]).endswith(f"; code `{code[:12]}`, {age}")
 
 
