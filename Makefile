@@ -13,7 +13,7 @@ help:
 	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"
 	@echo "make knobs    every setting, with default and meaning;  make train NAME=value sets one"
 	@echo "make studies-small   run every study of docs/studies.md at the small size, about 90 minutes on 2 cores, and renew the pages"
-	@echo "make studies-frontier   those of docs/frontier.md, about 2 hours on 2 cores"
+	@echo "make studies-frontier   those of docs/frontier.md, about 3 hours on 2 cores"
 	@echo "make pages    regenerate the tables of README.md and docs/, and the picture, from the code and the logs"
 	@echo "make lock     renew requirements.lock and requirements-cuda.lock from requirements.txt;  make audit: their known holes"
 
@@ -102,7 +102,7 @@ knobs: .venv/installed
 # interruption (130) ends it; the same command goes on. Where data/text is (docs/studies.md), its size of #199 runs too.
 RUN_STUDY = .venv/bin/python ablate.py run studies/$$study.toml
 studies-small: .venv/installed data/demo/manifest.json
-	@for study in $(filter-out bases frontier_training,$(basename $(notdir $(wildcard studies/*.toml)))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done
+	@for study in $(filter-out bases frontier_%,$(basename $(notdir $(wildcard studies/*.toml)))); do $(RUN_STUDY) || [ $$? = 1 ] || exit; done
 	@for study in $(basename $(notdir $(wildcard studies/pr*.toml))); do $(RUN_STUDY) --equal time --seeds 1,2,3 || [ $$? = 1 ] || exit; done
 	@for size in docs $(if $(wildcard data/text/manifest.json),fineweb); do study=pr199_swa_doc_isolated; \
 	  $(RUN_STUDY) --size $$size || [ $$? = 1 ] || exit; done
@@ -112,6 +112,7 @@ studies-frontier: .venv/installed data/demo/manifest.json
 	@study=frontier_training; for way in "small --equal steps" "small --equal time" "demo"; do \
 	  $(RUN_STUDY) --size $$way || [ $$? = 1 ] || exit; done; \
 	  if [ -e data/text/manifest.json ]; then $(RUN_STUDY) --size text || [ $$? = 1 ] || exit; fi
+	@study=frontier_export; for size in small large; do $(RUN_STUDY) --size $$size || [ $$? = 1 ] || exit; done
 	.venv/bin/python tests/pages.py logs/runs
 
 pages: .venv/installed

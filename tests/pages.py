@@ -48,6 +48,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "published-rows": published_rows,
     "record-bases": pages_frontier.record_bases,
     "effects-of-training": pages_effects.effects_of_training,
+    **{
+        f"effects-of-export-{size}": partial(pages_effects.effects_of_export, size)
+        for size in ("small",)
+    },
 }
 for _name in STUDIES:
     BLOCKS["-".join(_name)] = partial(study_tables, *_name)

@@ -1,9 +1,12 @@
 """What each arm of a study is worth beside its reference, a row for each."""
 
+import math
 import statistics
 
-from pages_studies import study
+import numpy as np
+from pages_studies import how_it_ran, study
 
+import train_gpt
 from ablation.report import Compared, Finished, load_matrix, markdown_table
 
 
@@ -52,3 +55,73 @@ def effects_of_training() -> str:
         f"a step takes, x that of `{reference}`",
     ]
     return markdown_table(header, rows)
+
+
+# The arms of the study of export whose fineness alone differs, from coarse to fine
+FINENESS = ("gptq_k20", "gptq", "gptq_k8")
+
+
+def mean_of(found: Finished, arm: str, *metrics: str) -> float:
+    """Mean, over seeds, of the sum of these figures; those that an arm has not count as 0."""
+    values = [found.values(arm, metric) for metric in metrics]
+    seeds = set().union(*values)
+    return statistics.fmean(sum(each.get(seed, 0) for each in values) for seed in seeds)
+
+
+def beside_gptq_of_equal_bytes(found: Finished, arm: str) -> float | None:
+    """Mean BPB - that of GPTQ whose k gives as many bytes; None beyond the arms with other k.
+
+    Between two k the BPB is taken to be linear in the logarithm of the bytes.
+    """
+    sizes = [math.log(mean_of(found, each, "artifact_bytes")) for each in FINENESS]
+    size = math.log(mean_of(found, arm, "artifact_bytes"))
+    if not sizes[0] <= size <= sizes[-1]:
+        return None
+    scores = [mean_of(found, each, "val_bpb") for each in FINENESS]
+    return mean_of(found, arm, "val_bpb") - float(np.interp(size, sizes, scores))
+
+
+def scored_otherwise(found: Finished, arm: str) -> bool:
+    """Whether an arm scores in another way than the reference: bytes have no part in that."""
+    names = found.matrix.study.arms[arm]
+    return any(train_gpt.BY_NAME[name].metadata["scope"] == "eval" for name in names)
+
+
+def effects_of_export(size: str) -> str:
+    """Every arm of the study of export: BPB and bytes beside the reference, and its seconds."""
+    found = load_matrix(study("frontier_export", size, "steps"))
+    reference = found.matrix.study.reference
+    bpb = beside_reference(found, "val_bpb")
+    rows = []
+    for arm in found.matrix.arms:
+        own = mean_of(found, arm, "artifact_bytes")
+        share = 100 * (own / mean_of(found, reference, "artifact_bytes") - 1)
+        effect = 1e3 * (mean_of(found, arm, "val_bpb") - mean_of(found, reference, "val_bpb"))
+        traded = abs(share) >= 0.5 and not scored_otherwise(found, arm)
+        equal = beside_gptq_of_equal_bytes(found, arm)
+        export = mean_of(found, arm, "seconds.calibrate", "seconds.quantise and compress")
+        rows.append(
+            [
+                f"`{arm}`",
+                f"{mean_of(found, arm, 'val_bpb'):.5f}",
+                in_millis(bpb.get(arm)),
+                f"{own:,.0f}",
+                f"{share:+.2f} %",
+                f"{effect / share:+.2f}" if traded else "",
+                "" if equal is None else f"{1e3 * equal:+.2f}",
+                f"{export:.1f}",
+                f"{mean_of(found, arm, 'eval_seconds'):.1f}",
+            ]
+        )
+    header = [
+        "arm",
+        "BPB",
+        f"- `{reference}`, mBPB (95 % CI)",
+        "artifact, bytes",
+        f"- `{reference}`",
+        "mBPB per 1 % of bytes",
+        "- GPTQ of equal bytes, mBPB",
+        "export, s",
+        "scoring, s",
+    ]
+    return f"{how_it_ran(found.matrix, found.all())}\n\n{markdown_table(header, rows)}"

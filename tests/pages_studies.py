@@ -38,6 +38,8 @@ STUDIES = [
     ("frontier_training", "demo", "steps"),
     ("frontier_training", "text", "steps"),
     ("frontier_training", "text4096", "steps"),
+    ("frontier_export", "small", "steps"),
+    # ("frontier_export", "large", "steps"),
 ]
 
 # Studies whose equal time was run with all seeds, others with the first three
