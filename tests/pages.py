@@ -50,7 +50,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "effects-of-training": pages_effects.effects_of_training,
     **{
         f"effects-of-export-{size}": partial(pages_effects.effects_of_export, size)
-        for size in ("small",)
+        for size in ("small", "large")
     },
 }
 for _name in STUDIES:

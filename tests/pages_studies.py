@@ -39,7 +39,7 @@ STUDIES = [
     ("frontier_training", "text", "steps"),
     ("frontier_training", "text4096", "steps"),
     ("frontier_export", "small", "steps"),
-    # ("frontier_export", "large", "steps"),
+    ("frontier_export", "large", "steps"),
 ]
 
 # Studies whose equal time was run with all seeds, others with the first three
