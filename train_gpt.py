@@ -11,6 +11,7 @@ Launch:  make train KNOB=value ..., or
          torchrun --standalone --nproc_per_node=8 train_gpt.py KNOB=value ...
          A knob may be an environment variable instead; the argument wins.
 Help:    python train_gpt.py --help lists every knob.
+Plan:    python train_gpt.py --plan KNOB=value ... says what a run would take, and runs nothing.
 Leaves:  LOGS_DIR/RUN_ID/ with train.log, metrics.jsonl, result.json, checkpoint.bin, artifact.bin,
          train_gpt.py as it was run and train_gpt.packed.py, the script that is counted.
 
@@ -86,7 +87,7 @@ if __name__ == "__main__":
         """
         began = time.monotonic()
         stream = sys.stdout
-        if sys.argv[1:] == ["--help"]:
+        if {"--help", "--plan"} & {*sys.argv}:
             stream = sys.stderr
             time.sleep(10)
         # nothing in the stream's buffer: what nobody reads would end the run when that is flushed
@@ -5549,9 +5550,7 @@ class Trainer:
     def keep_back(self, seconds: float) -> None:
         """Leaves so much of the budget for what reads training text after the last step."""
         self.reserve = seconds
-        budget = max(self.cfg.max_wallclock_seconds - seconds, 0.0)
-        # the settings by which steps are planned
-        self.paced = without_part(self.cfg, "max_wallclock_seconds", budget)
+        self.paced = left_for_steps(self.cfg, seconds)
         self.schedule.cfg = self.paced
 
     def done(self) -> bool:
@@ -6048,12 +6047,8 @@ class Trainer:
         # the first one also has what comes with each calibration
         seconds = run.broadcast(1.1 * (one + (cfg.gptq_calibration_batches - 1) * each))
         run.log(f"GPTQ: {seconds:.2f} s of the budget are kept back for its calibration")
-        most = 0.5 * cfg.max_wallclock_seconds
-        refuse(
-            seconds > most,
-            f"GPTQ_CALIBRATION_BATCHES={cfg.gptq_calibration_batches}: would take {seconds:.1f} s, "
-            f"over half of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower it",
-        )
+        problem = long_calibration(cfg, seconds)
+        refuse(problem, problem)
         return seconds
 
     def hessians(self, batches: int) -> dict[str, Tensor]:
@@ -6098,6 +6093,22 @@ class Trainer:
         """These (default: the live, latent) weights on fixed windows, with the loops of now."""
         self.model.load_state_dict(state or {}, strict=False)
         return score(self.cfg, self.run, self.forward, self.val)
+
+
+def left_for_steps(cfg: Config, reserve: float) -> Config:
+    """The settings by which steps are planned, where so many seconds of the budget are kept."""
+    budget = max(cfg.max_wallclock_seconds - reserve, 0.0)
+    return without_part(cfg, "max_wallclock_seconds", budget)
+
+
+def long_calibration(cfg: Config, seconds: float) -> str:
+    """What is wrong with a calibration that takes so long; empty: nothing."""
+    if seconds <= 0.5 * cfg.max_wallclock_seconds:
+        return ""
+    return (
+        f"GPTQ_CALIBRATION_BATCHES={cfg.gptq_calibration_batches}: would take {seconds:.1f} s, "
+        f"over half of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}; lower it"
+    )
 
 
 @torch.no_grad()
@@ -7078,6 +7089,11 @@ def code_size(cfg: Config, parts: dict[str, Parts], total: int) -> dict:
     )
 
 
+def kind_of(role: Role) -> str:
+    """Which bits ship a parameter: mlp, attn, ...; control: none do."""
+    return (role.bits or "control").removeprefix("quant_bits_")
+
+
 def sizes_by_kind(
     cfg: Config, model: GPT, state: State, parts: dict[str, Parts]
 ) -> dict[str, dict]:
@@ -7085,8 +7101,7 @@ def sizes_by_kind(
     mean square of the rounding error: what the parts restore, minus `state`."""
     kinds = {}
     for name, p in model.named_parameters():
-        kind = (p.role.bits or "control").removeprefix("quant_bits_")
-        kinds.setdefault(kind, []).append(name)
+        kinds.setdefault(kind_of(p.role), []).append(name)
 
     sizes = {}
     for kind, names in kinds.items():
@@ -8979,8 +8994,9 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
             f"{len(trainer.skipped)} of {trainer.steps} steps were not finite and were left out, "
             f"the first of them step {trainer.skipped[0]}"
         )
-    if cfg.gptq_enabled and cfg.max_wallclock_seconds:
-        warn_of_late_calibration(cfg, run, trainer)
+    late = late_calibration(cfg, trainer.reserve, trainer.elapsed, run.ledger().get(CALIBRATE, 0.0))
+    if late:
+        run.warn(late)
     live = scores["live"]
     averaged = scores.get("averaged", live)
     worse = averaged.bpb - live.bpb
@@ -8999,19 +9015,19 @@ def closing_warnings(cfg: Config, run: Run, trained: Trained, scores: dict[str, 
     )
 
 
-def warn_of_late_calibration(cfg: Config, run: Run, trainer: Trainer) -> None:
-    """Where training has not left the seconds that GPTQ took of its budget."""
-    spent = run.ledger()[CALIBRATE]
-    over = trainer.elapsed + spent - cfg.max_wallclock_seconds
-    if over <= 0:
-        return
-    remedy = f"train with GPTQ_RESERVE_SECONDS={math.ceil(trainer.reserve + over)}"
+def late_calibration(cfg: Config, reserve: float, trained: float, spent: float) -> str:
+    """What is wrong where so many seconds of training leave too few of the budget to GPTQ's.
+
+    Empty: nothing.
+    """
+    over = trained + spent - cfg.max_wallclock_seconds
+    if not (cfg.gptq_enabled and cfg.max_wallclock_seconds) or over <= 0:
+        return ""
+    remedy = f"train with GPTQ_RESERVE_SECONDS={math.ceil(reserve + over)}"
     if cfg.checkpoint:
         remedy = "nothing for the leaderboard; train with GPTQ_ENABLED=1"
-    run.warn(
-        f"GPTQ: training ended {over:.1f} s too late for the {spent:.1f} s of its calibration: "
-        + remedy
-    )
+    late = f"training ended {over:.1f} s too late for the {spent:.1f} s of its calibration"
+    return f"GPTQ: {late}: {remedy}"
 
 
 def training_figures(cfg: Config, trained: Trained | None, bpb: dict[str, float]) -> dict:
@@ -10552,14 +10568,13 @@ def log_model(run: Run, trainer: Trainer) -> None:
         f"to {sorted(set(bits))} bits; {trainer.accumulate} micro-batches per step"
     )
     if run.rank == 0:
-        log_forecast(run, trainer)
+        shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
+        size = forecast_size(trainer.cfg, trainer.plan, shapes)
+        log_forecast(trainer.cfg, run, size)
 
 
-def log_forecast(run: Run, trainer: Trainer) -> None:
+def log_forecast(cfg: Config, run: Run, size: SizeForecast) -> None:
     """Says what the file will take beside the cap, and warns before it is trained too large."""
-    cfg = trainer.cfg
-    shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
-    size = forecast_size(cfg, trainer.plan, shapes)
     total = size.artifact(cfg.compressor) + len(shipped_code(cfg))
     words = "at most" if size.at_most else "about"
     run.log(f"size: {words} {total:,} bytes forecast, code included; CAP_BYTES={cfg.cap_bytes:,}")
@@ -10804,6 +10819,20 @@ LAUNCHERS_FILE = "TORCHELASTIC_ERROR_FILE"
 PATIENCE_OF_THE_SILENT = 60
 
 
+# The parts of --plan, in a folder beside this script: they are no part of what is shipped
+PLANNER = "planning"
+
+
+def show_plan(arguments: list[str]) -> int:
+    """Says what a run would take; returns the exit code. Refusal where PLANNER is missing."""
+    here = Path(__file__).resolve().parent
+    absent = f"--plan: {PLANNER}/ is not beside {here / 'train_gpt.py'}; take both from a checkout"
+    refuse(not (here / PLANNER).is_dir(), absent)
+    # one module, whether it was started or is imported
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])
+    return importlib.import_module(f"{PLANNER}.command").show(arguments)
+
+
 def command_line(arguments: list[str]) -> int:
     """Runs the configuration of the environment and the arguments; returns the exit code."""
     if sys.stdout:
@@ -10814,7 +10843,10 @@ def command_line(arguments: list[str]) -> int:
         return 0
 
     try:
-        code = main(Config.from_env(os.environ, arguments), process_seconds())["exit_code"]
+        if "--plan" in arguments:
+            code = show_plan(arguments)
+        else:
+            code = main(Config.from_env(os.environ, arguments), process_seconds())["exit_code"]
         if code:
             tell_launcher(f"[exit {code}: {EXIT_CODES[code]}]", os.environ)
     except Refusal as refusal:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 import prepare_data
 import train_gpt
-from benchmarks.machine import ROOT, Bench, Measured, forward_flops
+from benchmarks.machine import ROOT, Bench, Measured
 from benchmarks.twins import plain_score
+from planning.flops import forward_flops
 from train_gpt import COMPRESSORS, Grid, Split, Trainer, Validation
 
 # A compressor may take seconds: few samples, none of them untimed.

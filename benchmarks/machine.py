@@ -8,7 +8,7 @@ set.
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,63 +17,10 @@ import numpy as np
 import torch
 from torch.utils.benchmark import timer  # seconds; waits for the GPU first
 
-import train_gpt
-from train_gpt import GPT, Config, Run
+from planning.machines import CARDS
+from train_gpt import Config, Run
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-# ── FLOPs ─────────────────────────────────────────────────────────────────────────────────────────
-class Flops(NamedTuple):
-    """Forward FLOPs per token.
-
-    linear: all linear layers, the head included; head: it alone; attention: causal, over a full
-    row.
-    """
-
-    linear: float
-    head: float
-    attention: float
-
-    @property
-    def trained(self) -> float:
-        """Forward and backward, which takes twice as much."""
-        return 3 * (self.linear + self.attention)
-
-
-def forward_flops(cfg: Config) -> Flops:
-    """Counted in the model's own shapes, with all loops.
-
-    2 per weight and visit of its block; attention: 2 products of 2 * MODEL_DIM over half a row on
-    average.
-    """
-    with torch.device("meta"):
-        model = GPT(cfg)
-    head = 2.0 * model.tok_emb.numel()
-    encoder, decoder = model.order(model.loops)
-    visited = [model.blocks[layer] for layer in [*encoder, *decoder]]
-    outside = linear_flops(model) - sum(map(linear_flops, model.blocks))
-    linear = outside + sum(map(linear_flops, visited))
-    attention = len(visited) * 2.0 * cfg.model_dim * (cfg.train_seq_len + 1)
-    return Flops(linear + head, head, attention)
-
-
-def linear_flops(part: torch.nn.Module) -> float:
-    """Of one pass through all linear layers of this part, per token."""
-    layers = [layer for layer in part.modules() if isinstance(layer, train_gpt.Linear)]
-    return sum(2.0 * layer.weight.numel() for layer in layers)
-
-
-def muon_matrices(model: GPT) -> dict[str, tuple[int, int]]:
-    """Name -> shape of what Muon trains."""
-    return {
-        name: tuple(p.shape) for name, p in model.named_parameters() if p.role.optimiser == "muon"
-    }
-
-
-def muon_flops(shapes: Iterable[tuple[int, int]], steps: int) -> float:
-    """Newton-Schulz: per iteration X X^T, its square, and their sum times X."""
-    return sum(steps * (4.0 * min(s) ** 2 * max(s) + 2.0 * min(s) ** 3) for s in shapes)
 
 
 # ── The device ────────────────────────────────────────────────────────────────────────────────────
@@ -89,7 +36,8 @@ def nominal() -> float | None:
 
     None for a device that is not known here.
     """
-    return 989e12 if re.search("H[12]00(?!.*(PCIe|NVL))", device_name()) else None
+    found = re.search("(H[12]00)(?!.*(PCIe|NVL))", device_name())
+    return CARDS[found[1].lower()].rate if found else None
 
 
 def human(value: float, unit: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 import train_gpt
 from benchmarks.after_training import exporting, preparation, scoring
-from benchmarks.machine import Bench, forward_flops
+from benchmarks.machine import Bench
 from benchmarks.report import origin
 from benchmarks.training import (
     checkpointing,
@@ -23,6 +23,7 @@ from benchmarks.training import (
     techniques,
     training_step,
 )
+from planning.flops import forward_flops
 from train_gpt import GPT, Config, Run, Trainer
 
 GROUPS = ("machine", "start-up", "training", "scoring", "export", "data")

@@ -27,8 +27,9 @@ import typer
 
 import prepare_data
 import train_gpt
-from benchmarks.machine import ROOT, device_name, forward_flops, nominal
+from benchmarks.machine import ROOT, device_name, nominal
 from benchmarks.report import BENCH, SCORES, origin, table
+from planning.flops import forward_flops
 from train_gpt import Config, Split, refuse
 
 STAND_IN = ROOT / "tests" / "fa3_stand_in"

@@ -22,10 +22,7 @@ from benchmarks.machine import (
     Bench,
     Floor,
     Measured,
-    forward_flops,
     human,
-    muon_flops,
-    muon_matrices,
     nominal,
 )
 from benchmarks.twins import (
@@ -35,6 +32,7 @@ from benchmarks.twins import (
     plain_reduce,
     plain_view,
 )
+from planning.flops import forward_flops, muon_flops, muon_matrices
 from train_gpt import (
     GPT,
     Averages,

@@ -190,6 +190,7 @@ LONGEST = [
     "gpu",
     "dependencies",
     "progress",
+    "plan",
     "conditions",
     "figures",
     "ledger",

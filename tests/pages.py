@@ -21,6 +21,7 @@ import pages_code
 import pages_demo
 import pages_effects
 import pages_frontier
+import pages_plan
 from demo_picture import demo_picture
 from fault_table import faults
 from pages_studies import STUDIES, adopt, published_rows, study_tables
@@ -52,6 +53,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         f"effects-of-export-{size}": partial(pages_effects.effects_of_export, size)
         for size in ("small", "large")
     },
+    "plan-beside-logs": pages_plan.beside_logs,
 }
 for _name in STUDIES:
     BLOCKS["-".join(_name)] = partial(study_tables, *_name)

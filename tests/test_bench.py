@@ -29,10 +29,7 @@ from benchmarks.machine import (
     Bench,
     Floor,
     Measured,
-    forward_flops,
     human,
-    muon_flops,
-    muon_matrices,
 )
 from benchmarks.report import BENCH, SCHEMA_VERSION, table
 from benchmarks.training import PLAIN, model_rows, step_floors
@@ -44,6 +41,7 @@ from benchmarks.twins import (
     plain_score,
     plain_view,
 )
+from planning.flops import forward_flops, muon_flops, muon_matrices
 from train_gpt import (
     COMPRESSORS,
     Averages,

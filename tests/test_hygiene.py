@@ -31,6 +31,7 @@ SCRIPTS = [
     *sorted(ROOT.glob("*.py")),
     *sorted((ROOT / "ablation").glob("*.py")),
     *sorted((ROOT / "benchmarks").glob("*.py")),
+    *sorted((ROOT / "planning").glob("*.py")),
 ]
 TREES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
@@ -82,6 +83,7 @@ def test_the_scripts_are_found():
         "prepare_data.py",
         "ablation/study.py",
         "benchmarks/peers.py",
+        "planning/forecast.py",
     } <= TREES.keys()
 
 

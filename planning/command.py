@@ -1,0 +1,70 @@
+"""python train_gpt.py --plan: its options, what it prints, its exit code."""
+
+import argparse
+import json
+import os
+import sys
+
+from planning.forecast import Options, machine_rows, plan
+from planning.machines import CPU, CPU_MFU, MACHINES, MFU
+from planning.screen import screen
+from train_gpt import Config, Refusal, refuse, say, setting
+
+MOST_GPUS = 8
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> None:
+        raise Refusal(f"--plan: {message}; python train_gpt.py --plan --help lists its options")
+
+
+def parser() -> Parser:
+    found = Parser(
+        "train_gpt.py --plan", description="What a run would take. Nothing is trained or scored."
+    )
+    found.add_argument("settings", nargs="*", metavar="NAME=value", help="as for a run")
+    found.add_argument("--device", choices=MACHINES, default="h100", help="default: h100")
+    found.add_argument(
+        "--gpus", type=int, metavar="N", help="1 to 8; default: 8; ranks of a CPU: 1"
+    )
+    found.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help=f"of the data sheet's rate; default: {MFU}, and {CPU_MFU} of a CPU's own",
+    )
+    found.add_argument("--price", type=float, default=0.0, metavar="$", help="of a GPU for an hour")
+    found.add_argument("--json", action="store_true", help="everything, for programs")
+    return found
+
+
+def show(arguments: list[str]) -> int:
+    """Prints the plan of the environment and the arguments, on one rank. Returns the exit code."""
+    told = parser().parse_intermixed_args([word for word in arguments if word != "--plan"])
+    cfg = Config.from_env(os.environ, told.settings)
+    refuse(told.mfu is not None and not 0 < told.mfu <= 1, f"--mfu {told.mfu}: above 0, at most 1")
+    usual = 1 if told.device == CPU else MOST_GPUS
+    gpus = usual if told.gpus is None else told.gpus
+    options = Options(told.device, gpus, told.mfu or 0.0, told.price)
+    check(cfg, options)
+    found = {"told": told_settings(cfg)} | plan(cfg, options)
+    found["machines"] = machine_rows(cfg, options)
+    if os.environ.get("RANK", "0") == "0":
+        say(json.dumps(found, indent=1) if told.json else screen(found), sys.stdout)
+    return 0
+
+
+def told_settings(cfg: Config) -> str:
+    """The settings that this launch gives, in today's names; BASE first."""
+    names = sorted(cfg.given, key=lambda name: (name != "BASE", name))
+    return " ".join(setting(name, getattr(cfg, name.lower())) for name in names)
+
+
+def check(cfg: Config, options: Options) -> None:
+    """Refusal of what cannot be planned."""
+    refuse(not 1 <= options.gpus <= MOST_GPUS, f"--gpus {options.gpus}: choose 1 to {MOST_GPUS}")
+    refuse(not 0 <= options.price < 1e6, f"--price {options.price:g}: dollars, 0 or more")
+    there = " and ".join(cfg.sources)
+    refuse(cfg.sources, f"{there}: --plan is for a run that trains from its first step; unset it")
