@@ -8,6 +8,7 @@ help:
 	@echo "make train    train, average, quantise, compress, read back, score. FineWeb if it is here, else a demo on text"
 	@echo "              that is on every machine; all GPUs, else the CPU with a small model (about 3 minutes on 2 cores;"
 	@echo "              SIZE=reference: the reference architecture, as small)"
+	@echo "make sample   text from the artifact of the last run: RUN=folder names another, PROMPT='Once upon' begins otherwise"
 	@echo "make test     the test suite, on the CPU"
 	@echo "make bench    time every stage beside its floor and its simple twin: logs/bench/NAME.json (NAME=mine; settings as for train)"
 	@echo "make gpu      on a GPU: its tests, the bench, and with SEED194=script RECORD1855=script those beside ours (README)"
@@ -48,7 +49,7 @@ endif
 
 # What stands on make's command line and is neither this file's nor another program's is a setting. Its value goes through the
 # environment, where make puts it, so that spaces and quotes survive.
-override NO_SETTINGS := PYTHON% GPUS CORES RANKS SIZE NAME FORCE WORKERS GOLF_% SEED194 RECORD1855 PEERS PATH HOME TMPDIR SHELL \
+override NO_SETTINGS := PYTHON% GPUS CORES RANKS SIZE NAME FORCE RUN PROMPT WORKERS GOLF_% SEED194 RECORD1855 PEERS PATH HOME TMPDIR SHELL \
   LANG LC_% LD_% XDG_% PIP_% OMP_% GOMP_% MKL_% KMP_% CUDA_% CUBLAS_% NVIDIA_% NCCL_% GLOO_% UCX_% FI_% TORCH% PYTORCH_% \
   TRITON_% HF_% WANDB_% AWS_% SLURM_% %_proxy %_PROXY
 override GIVEN := $(strip $(foreach name,$(filter-out $(NO_SETTINGS),$(.VARIABLES)),\
@@ -64,8 +65,11 @@ override SETTINGS = set -- $(foreach name,$(GIVEN),"$(name)=$$$(name)") $(patsub
   if [ -n "$$DATA_PATH" ] && [ -f "$$DATA_PATH/tokenizer.model" ]; then \
     set -- "$$@" "TOKENIZER_PATH?=$$DATA_PATH/tokenizer.model"; fi;
 
-# A run that comes to its end has its page, whatever its exit code says. Its folder has your name, or the time of day and a
-# number of the process (RESUME=1 goes on with a name of yours).
+# How `train` and `sample` begin a text. It is make's own: other programs' variable of that name says nothing here.
+PROMPT = The
+train sample: export PROMPT := $(PROMPT)
+# A run that comes to its end has a page, and a sentence if it made an artifact, whatever its exit code says. Its folder has
+# your name, or the time of day and a number of the process (RESUME=1 goes on with a name of yours).
 train: .venv/installed $(DEMO_DATA)
 	@$(SETTINGS) run=$$RUN_ID; ranks=$(RANKS); \
 	  if [ -n "$(MEASURE)" ]; then found=$$(GOMP_SPINCOUNT=1000 .venv/bin/python bench.py ranks "$$@") || found=; fi; \
@@ -74,7 +78,16 @@ train: .venv/installed $(DEMO_DATA)
 	  case $$RESUME in 1|True) ;; *) if [ -z "$$run" ]; then run=$$(date +%Y%m%d-%H%M%S)-$$$$ && set -- "$$@" "RUN_ID?=$$run"; fi;; esac; \
 	  code=0; .venv/bin/torchrun --standalone --nproc_per_node=$$ranks train_gpt.py "$$@" || code=$$?; \
 	  folder=$${LOGS_DIR:-logs}/$$run; \
-	  if [ -n "$$run" ] && [ -f "$$folder/result.json" ]; then .venv/bin/python ablate.py report "$$folder" || :; fi; exit $$code
+	  if [ -z "$$run" ] || [ ! -f "$$folder/result.json" ]; then exit $$code; fi; \
+	  if [ -f "$$folder/artifact.bin" ]; then echo "its model writes (make sample PROMPT='...': more):"; \
+	    .venv/bin/python sample.py "$$folder" "$$PROMPT" --tokens 40 || :; fi; \
+	  .venv/bin/python ablate.py report "$$folder" || :; exit $$code
+
+# Text from the newest artifact, or that of RUN=folder
+sample: .venv/installed
+	@run=$$RUN; [ -n "$$run" ] || run=$$(ls -t "$${LOGS_DIR:-logs}"/*/artifact.bin 2>/dev/null | head -n 1); \
+	  [ -n "$$run" ] || { echo "make sample: no artifact in $${LOGS_DIR:-logs}: make train makes one, RUN=folder names one" >&2; exit 2; }; \
+	  .venv/bin/python sample.py "$$run" "$$PROMPT"
 
 # Files are dealt out in the order of conftest.py, the longest first. One worker more than cores: some tests only wait.
 WORKERS = $(shell expr $(CORES) + 1)
@@ -148,4 +161,4 @@ audit:
 data/demo/manifest.json: | .venv/installed
 	.venv/bin/python prepare_data.py demo --out data/demo
 
-.PHONY: help train test bench gpu knobs pages studies-small studies-frontier lock audit
+.PHONY: help train sample test bench gpu knobs pages studies-small studies-frontier lock audit

@@ -190,6 +190,7 @@ LONGEST = [
     "gpu",
     "dependencies",
     "progress",
+    "sample",
     "plan",
     "conditions",
     "figures",

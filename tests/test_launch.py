@@ -219,49 +219,59 @@ def test_make_train_takes_the_measured_ranks_and_threads_unless_you_say_them(
     assert f"torchrun --nproc_per_node={ranks} train_gpt.py" in done.stdout.splitlines()[0]
 
 
-# torchrun that leaves the result of a run: of the RUN_ID that it is told, or of the environment's
+# torchrun that leaves what a run does, under the RUN_ID that it is told, or the environment's
 LAUNCHER = """#!/bin/sh
 for word; do case $word in RUN_ID=*) name=${word#*=};; RUN_ID\\?=*) default=${word#*=};; esac; done
 folder="$LOGS_DIR/${name:-${RUN_ID:-$default}}"
 [ "$CODE" = 2 ] || { mkdir -p "$folder" && touch "$folder/result.json"; }
+case "$CODE $*" in 2*|*EVAL_ONLY=*) ;; *) touch "$folder/artifact.bin";; esac
 echo "the run's own words"
 exit "$CODE"
 """
-REPORTER = '#!/bin/sh\nprintf \'page of: %s %s\\n\' "$1 $2" "$3"\nexit 1\n'
+FAILING = '#!/bin/sh\nfor word; do printf "%s|" "$word"; done\necho\nexit 1\n'
 
 
 def trained(make, tmp_path, *words: str, code: int = 0, **variables: str) -> tuple[int, list[str]]:
     """(exit code of make train, its lines without the command) where torchrun exits like that."""
     programs = tmp_path / ".venv" / "bin"
     (programs / "torchrun").write_text(LAUNCHER)
-    (programs / "python").write_text(REPORTER)
+    (programs / "python").write_text(FAILING)
     told = {"LOGS_DIR": str(tmp_path / "my logs"), "CODE": str(code), **variables}
     done = make.ends("train", *words, **told)
     return done.returncode, [line for line in done.stdout.splitlines() if "torchrun" not in line]
 
 
 @pytest.mark.parametrize(
-    "words, variables, name",
+    "words, variables, name, prompt",
     [
-        ((), {}, r"\d{8}-\d{6}-\d+"),
-        (("RUN_ID=it's mine",), {}, "it's mine"),
-        ((), {"RUN_ID": "theirs"}, "theirs"),
-        (("RUN_ID=old", "RESUME=1"), {}, "old"),
-        (("EVAL_ONLY=a.bin",), {}, r"\d{8}-\d{6}-\d+"),
-        (("RESUME=0",), {}, r"\d{8}-\d{6}-\d+"),
+        ((), {}, r"\d{8}-\d{6}-\d+", "The"),
+        (("RUN_ID=it's mine", "PROMPT=it's a"), {}, "it's mine", "it's a"),
+        ((), {"RUN_ID": "theirs", "PROMPT": "$"}, "theirs", "The"),
+        (("RUN_ID=old", "RESUME=1"), {}, "old", "The"),
+        (("EVAL_ONLY=a.bin",), {}, r"\d{8}-\d{6}-\d+", None),
+        (("RESUME=0",), {}, r"\d{8}-\d{6}-\d+", "The"),
     ],
 )
-def test_make_train_ends_with_the_page_of_its_run(make, tmp_path, words, variables, name):
-    """However the program ends that draws it."""
-    code, (run, page) = trained(make, tmp_path, *words, **variables)
+def test_make_train_ends_with_a_sentence_and_the_page_of_its_run(
+    make, tmp_path, words, variables, name, prompt
+):
+    """However those programs end; what made no artifact has no words of its own."""
+    code, (run, *sentence, page) = trained(make, tmp_path, *words, **variables)
     assert (code, run) == (0, "the run's own words")
-    assert re.fullmatch(rf"page of: ablate.py report {tmp_path}/my logs/{name}", page)
+    folder = f"{tmp_path}/my logs/{name}"
+    assert re.fullmatch(rf"ablate.py\|report\|{folder}\|", page)
+    if prompt:
+        told, text = sentence
+        assert told == "its model writes (make sample PROMPT='...': more):"
+        assert re.fullmatch(rf"sample.py\|{folder}\|{prompt}\|--tokens\|40\|", text)
+    else:
+        assert sentence == []
 
 
-@pytest.mark.parametrize("code, pages", [(2, 0), (1, 1)], ids=["no result", "over a limit"])
-def test_a_run_that_is_not_good_has_a_page_where_it_has_a_result(make, tmp_path, code, pages):
-    ends, (run, *page) = trained(make, tmp_path, code=code)
-    assert ends and run == "the run's own words" and len(page) == pages
+@pytest.mark.parametrize("code, more", [(2, 0), (1, 3)], ids=["no result", "over a limit"])
+def test_a_run_that_is_not_good_has_them_where_it_has_a_result(make, tmp_path, code, more):
+    ends, (run, *rest) = trained(make, tmp_path, code=code)
+    assert ends and run == "the run's own words" and len(rest) == more
 
 
 def test_a_name_that_make_gave_is_not_in_the_command_that_it_shows(make):
@@ -275,7 +285,26 @@ def test_what_goes_on_has_no_name_of_makes(make):
     assert message == "RESUME=1: of which run? Set its RUN_ID"
 
 
-@pytest.mark.parametrize("target", ["pages", "test", "knobs", "help"])
+def test_make_sample_reads_the_newest_artifact_or_that_of_run(make, tmp_path):
+    def words(*given: str, **variables: str) -> list[str]:
+        done = make.ends("sample", *given, **variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.removesuffix("\0").split("\0")
+
+    none = make.ends("sample")
+    assert none.returncode and "no artifact in logs: make train makes one" in none.stderr
+    for age, name in enumerate(("new", "old")):
+        path = tmp_path / "logs" / name / "artifact.bin"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert words(PROMPT="$") == ["sample.py", "logs/new/artifact.bin", "The"]
+    prompt = 'it\'s "one" word'
+    assert words("RUN=logs/old", f"PROMPT={prompt}") == ["sample.py", "logs/old", prompt]
+    assert words(LOGS_DIR="elsewhere", RUN="a b") == ["sample.py", "a b", "The"]
+
+
+@pytest.mark.parametrize("target", ["pages", "test", "knobs", "help", "sample"])
 def test_a_setting_that_a_target_does_not_take_is_refused(make, target):
     with pytest.raises(SystemExit, match="SEED: settings are for make train, bench and gpu"):
         make(target, "SEED=7")

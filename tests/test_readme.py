@@ -185,6 +185,7 @@ def test_every_setting_that_a_page_names_exists():
         "NCCL_SOCKET_IFNAME",
         "GPUS",
         "NAME",
+        "PROMPT",
         "RANKS",
         "SIZE",
     }
@@ -211,6 +212,7 @@ def test_every_make_target_that_a_page_names_exists():
         ["prepare_data.py", "--help"],
         ["prepare_data.py", "fineweb", "--help"],
         ["ablate.py", "--help"],
+        ["sample.py", "--help"],
         *(["bench.py", name, "--help"] for name in ("run", "show", "peers")),
         *(
             ["ablate.py", name, "--help"]
@@ -283,6 +285,7 @@ def test_every_file_that_readme_names_exists():
     for name in (
         "train_gpt.py",
         "prepare_data.py",
+        "sample.py",
         "submission.json",
         "Makefile",
         ".ci/run",
