@@ -13,6 +13,9 @@ submission folders.
     python ablate.py sweep studies/pr989_qat_x_swa.toml --grid MATRIX_LR=0.01,0.02,0.04
         One or two settings over a grid.
 
+    python ablate.py sensitivity logs/mine
+        What each tensor costs quantised alone, and where bytes are worth most.
+
     python ablate.py submission logs/mine-s1 logs/mine-s2 --out records/mine
         --author A --github-id a --name Mine
         A leaderboard folder.
@@ -58,6 +61,7 @@ from ablation.report import (
 )
 from ablation.run_page import write_run_page
 from ablation.runner import Runner, gpu_gate, run_here, shell
+from ablation.sensitivity import write_sensitivity
 from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
 from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study, with_pairs
@@ -395,6 +399,28 @@ def sweep(options: SweepOptions) -> None:
     print(f"wrote {path}")
     values = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunOptions)}
     run(**values | {"study": path})
+
+
+# ── Sensitivity ───────────────────────────────────────────────────────────────────────────────────
+@app.command()
+def sensitivity(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder with checkpoint.bin")],
+    by: Annotated[str, typer.Option(help="what is quantised alone: tensor, or layer")] = "tensor",
+    bits: Annotated[str, typer.Option(help="such as 4,8: these bits, too")] = "",
+    tokens: Annotated[
+        int, typer.Option(min=1, help="so many of the end of the training text are scored")
+    ] = 32768,
+) -> None:
+    """Quantise each part of a trained model alone, also at other k and bits, and tell where bytes
+    are worth most, on training text; write sensitivity.html into the folder.
+    """
+    if by not in ("tensor", "layer"):
+        raise Refusal(f"--by {by}: choose tensor or layer")
+    given = tuple(bits.split(",")) if bits else ()
+    known = [str(n) for n in train_gpt.CODE_BITS]
+    if not set(given) <= set(known):
+        raise Refusal(f"--bits {bits}: give numbers separated by commas, of {', '.join(known)}")
+    say(write_sensitivity(folder, by, tuple(map(int, given)), tokens))
 
 
 # ── Submission ────────────────────────────────────────────────────────────────────────────────────

@@ -18,6 +18,9 @@ statistics
 report, page
     Run folders -> tables in Markdown, and one HTML page with charts.
 
+sensitivity
+    The checkpoint of one run -> what each part of it costs quantised alone.
+
 submission, check
     Run folders -> a leaderboard folder, and what is wrong with one.
 """

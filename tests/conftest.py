@@ -190,6 +190,7 @@ LONGEST = [
     "gpu",
     "dependencies",
     "progress",
+    "sensitivity",
     "sample",
     "plan",
     "conditions",

@@ -216,7 +216,15 @@ def test_every_make_target_that_a_page_names_exists():
         *(["bench.py", name, "--help"] for name in ("run", "show", "peers")),
         *(
             ["ablate.py", name, "--help"]
-            for name in ("run", "report", "compare", "sweep", "submission", "check")
+            for name in (
+                "run",
+                "report",
+                "compare",
+                "sweep",
+                "sensitivity",
+                "submission",
+                "check",
+            )
         ),
     ],
 )
