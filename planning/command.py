@@ -49,17 +49,19 @@ def show(arguments: list[str]) -> int:
     gpus = usual if told.gpus is None else told.gpus
     options = Options(told.device, gpus, told.mfu or 0.0, told.price)
     check(cfg, options)
-    found = {"told": told_settings(cfg)} | plan(cfg, options)
+    found = {"differences": differences(cfg)} | plan(cfg, options)
     found["machines"] = machine_rows(cfg, options)
     if os.environ.get("RANK", "0") == "0":
         say(json.dumps(found, indent=1) if told.json else screen(found), sys.stdout)
     return 0
 
 
-def told_settings(cfg: Config) -> str:
-    """The settings that this launch gives, in today's names; BASE first."""
-    names = sorted(cfg.given, key=lambda name: (name != "BASE", name))
-    return " ".join(setting(name, getattr(cfg, name.lower())) for name in names)
+def differences(cfg: Config) -> str:
+    """What this launch sets otherwise than its BASE, or else the defaults; in today's names."""
+    base = Config.from_env({"BASE": cfg.base} if cfg.base else {})
+    own, theirs = cfg.knobs(), base.knobs()
+    given = sorted(name.lower() for name in cfg.given)
+    return " ".join(setting(name, own[name]) for name in given if own[name] != theirs[name])
 
 
 def check(cfg: Config, options: Options) -> None:

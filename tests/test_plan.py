@@ -23,12 +23,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
+from planning.command import differences
 from planning.flops import flops_of, shapes_of
 from planning.forecast import Options, machine_rows, plan
 from planning.machines import CARDS, MFU
 from planning.memory import kept_bytes
 from planning.screen import machine_table, time_rows
-from planning.text import document_lengths
+from planning.text import Text, document_lengths, text_of
 from train_gpt import GPT, Config
 
 NO_DATA = dict(data_path="nowhere", tokenizer_path="nowhere")
@@ -281,7 +282,8 @@ def test_neither_data_nor_a_network_nor_a_run_is_needed(monkeypatch, tmp_path):
     settings = ["ITERATIONS=30", "--price", "2", "--gpus", "4"]
     code, text, _ = said(monkeypatch, *settings, WARMDOWN_ITERS="10")
     assert code == 0 and [*tmp_path.iterdir()] == []
-    assert "4 x H100 at 30%" in text and "WARMDOWN_ITERS=10" in text
+    assert "4 x H100 at 30%" in text
+    assert "settings: the defaults, with ITERATIONS=30 WARMDOWN_ITERS=10" in text
     lines = text.splitlines()
     assert len(lines) < 50 and max(map(len, lines)) <= 100
 
@@ -289,6 +291,15 @@ def test_neither_data_nor_a_network_nor_a_run_is_needed(monkeypatch, tmp_path):
     found = json.loads(text)
     assert code == 0 and found["training"]["steps"] == 30
     assert found["dollars"] == pytest.approx(2 * 4 * found["seconds"] / 3600)
+
+
+def test_a_base_and_what_differs_from_it_are_named():
+    theirs = command("pr1855") | {"BASE": "pr1855", "SEED": "42"}
+    same = Config.from_env({"BASE": "pr1855", "EMA_DECAY": "0.9965", "TTT_LORA_RANK": "96"})
+    assert differences(same) == ""
+    own = Config.from_env({"BASE": "pr1855"}, ["EMA_DECAY=0.99", "MLP_MULT=4", "SEED=7"])
+    assert differences(own) == "EMA_DECAY=0.99 SEED=7"
+    assert "BETA2=0.99" in differences(Config.from_env(theirs)).split()
 
 
 def test_the_screen_adds_up_and_marks_what_does_not_fit():
@@ -374,6 +385,21 @@ def test_shards_that_are_there_are_counted(tiny):
     assert found["train_tokens"] == train.tokens and found["text"] == cfg.data_path
     assert found["epochs"] == found["tokens"] / train.tokens
     assert val.tokens > 2
+
+
+def test_the_published_text_is_that_of_the_settings():
+    def found(**knobs) -> Text:
+        return text_of(Config(**NO_DATA | knobs))
+
+    assert found(val_max_tokens=1000).n == 1000
+    shards = [
+        (found(), 8_000_000_000, "sp1024"),
+        (found(vocab_size=8192), 12_800_000_000, "sp8192"),
+        (found(vocab_size=8192, data_path="its_caseops_shards"), 8_000_000_000, "CaseOps"),
+        (found(vocab_size=777), 12_800_000_000, "none at DATA_PATH=nowhere, counted as sp8192's"),
+    ]
+    for text, tokens, source in shards:
+        assert text.train_tokens == tokens and text.source.endswith(source)
 
 
 def test_drawn_documents_have_the_mean_and_the_tail_of_fineweb():

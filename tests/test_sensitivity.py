@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from conftest import TINY
 import ablate
 import train_gpt
 from ablation import sensitivity
-from ablation.sensitivity import BIT_LESS, BIT_MORE, FLOATS, K_LESS, K_MORE, PLANNED
+from ablation.sensitivity import BIT_LESS, BIT_MORE, FLOATS, K_LESS, K_MORE, PLANNED, Change
 from train_gpt import Config, Refusal, main
 
 TOKENS = 1000
@@ -149,6 +150,21 @@ def test_worth_is_a_difference_of_scores_over_a_share_of_the_bytes(by_layer):
     assert found.worth(row_of(found, FLOATS)) == [None, None]
 
 
+def test_the_best_places_are_those_that_the_intervals_bear_out():
+    def verdicts(**worths) -> list[str]:
+        rows = [SimpleNamespace(name=name) for name in worths]
+        found = SimpleNamespace(rows=rows, worth=lambda row: worths[row.name])
+        return [line.verdict for line in sensitivity.best(found)]
+
+    a = [Change(3, 2.5), Change(2, 0.1)]
+    b = [Change(1, 0.2), Change(-0.1, 0.7)]
+    c = [None, Change(0.5, 0.05)]
+    assert verdicts(a=a, b=b, c=c) == ["b", "a", "c"]
+    assert verdicts(a=[Change(1, 2), None], c=c) == ["no part for sure", "c", "c"]
+    assert verdicts(a=[None, Change(1, 2)]) == ["no part for sure", "a"]
+    assert verdicts(a=[None, None]) == []
+
+
 def test_the_sum_rule_compares_single_damages_with_the_whole(by_layer):
     found, _ = by_layer
     singles = sum(found.damage(row.found[PLANNED]).mbpb for row in found.rows)
@@ -188,7 +204,7 @@ def test_what_training_has_read_of_the_text_is_counted(model, loader, monkeypatc
             read[side.flatten().numpy()] = True
     reader.close()
     share = read[5000:].mean()
-    ranks = sensitivity.SimpleNamespace(world=1, rank=0, cuda=False)
+    ranks = SimpleNamespace(world=1, rank=0, cuda=False)
     assert 0.01 < share < 0.9 and sensitivity.share_read(trainer, ranks) == share
 
 
