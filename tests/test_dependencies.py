@@ -57,7 +57,7 @@ NETWORK = {
     "wandb",
     "xmlrpc",
 }
-FOLDERS = ("ablation", "benchmarks", "studies")
+FOLDERS = ("ablation", "benchmarks", "planning", "studies")
 SCRIPTS = [path for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py")]
 OURS = [*SCRIPTS, *ROOT.glob("tests/**/*.py")]
 MADE = pytest.mark.skipif(

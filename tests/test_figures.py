@@ -303,13 +303,14 @@ def test_the_result_is_the_last_score_and_names_the_others(clocked):
 def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_out():
     """With the average: 1, 2, 2 and 1 nats more in 250 bytes."""
     warned = []
-    run = SimpleNamespace(warn=warned.append, dir=Path("it's/a b"))
+    run = SimpleNamespace(warn=warned.append, dir=Path("it's/a b"), ledger=dict)
     cfg = Config(ema_enabled=True)
     scores = {
         "live": score_of(79.0, 68.0, 58.0, 49.0, seconds=1.0),
         "averaged": score_of(80.0, 70.0, 60.0, 50.0, seconds=1.0),
     }
-    steps_left_out = SimpleNamespace(trainer=SimpleNamespace(skipped=[3, 9], steps=40))
+    trainer = SimpleNamespace(skipped=[3, 9], steps=40, reserve=0.0, elapsed=0.0)
+    steps_left_out = SimpleNamespace(trainer=trainer)
     train_gpt.closing_warnings(cfg, run, steps_left_out, scores)
     bits = math.log(2) * 250
     assert len(warned) == 2
@@ -322,7 +323,7 @@ def test_a_good_exit_code_hides_neither_a_bad_average_nor_steps_that_were_left_o
     assert pasted[:2] == ["CHECKPOINT=it's/a b/checkpoint.bin", "AVERAGE=none"]
 
     better = dict(live=scores["averaged"], averaged=scores["live"])
-    nothing_to_say = SimpleNamespace(trainer=SimpleNamespace(skipped=[], steps=40))
+    nothing_to_say = SimpleNamespace(trainer=SimpleNamespace(**vars(trainer) | {"skipped": []}))
     for fine in (better, dict(live=scores["live"])):
         train_gpt.closing_warnings(cfg, run, nothing_to_say, fine)
     assert len(warned) == 2
