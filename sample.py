@@ -234,7 +234,7 @@ def sample(options: SampleOptions) -> None:
         text.append(token)
         writer.write(text)
     writer.write(text, complete=True)
-    print()
+    print(flush=True)
 
     made = len(text) - len(ids) + 1
     seconds = time.process_time() - began
