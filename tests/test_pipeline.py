@@ -633,7 +633,7 @@ OTHER_SETTINGS = [
     dict(compressor="zlib", compress_level=9),
     dict(average="ema"),
     dict(average="none"),
-    dict(fit_to_cap=True, cap_bytes=len(train_gpt.pack_code(train_gpt.SOURCE, "lzma")) + 12_200),
+    dict(fit_to_cap=True, cap_bytes=len(train_gpt.pack_code(train_gpt.SOURCE, "lzma")) + 11_500),
     dict(cap_bytes=10_000),
     dict(eval_stride=8),
     dict(eval_stride=0),
