@@ -807,7 +807,8 @@ class CaseOps:
     # a whole run that has a capital; one without stays as it is
     RUN = re.compile(f"(?<![A-Za-z])[a-z]*[A-Z][A-Za-z]*|[{OPERATORS}]")
     MARKED = re.compile(
-        f"{ESCAPE}(?P<literal>.?)|{ALLCAPS}(?P<word>[a-z]*)|[{TITLE}{NEXT}](?P<letter>[^{OPERATORS}]?)",
+        f"{ESCAPE}(?P<literal>.?)|{ALLCAPS}(?P<word>[a-z]*)"
+        f"|[{TITLE}{NEXT}](?P<letter>[^{OPERATORS}]?)",
         re.DOTALL,
     )
 

@@ -8593,6 +8593,17 @@ def tells_apart(interval: list[float] | None) -> bool:
     return interval is not None and not interval[0] <= 0 <= interval[1]
 
 
+def other_export(trainer: Trainer, on: State, off: State) -> dict[str, Any]:
+    """For an Activity: what a toggle of the export changes of the weights as they ship."""
+    changed = [int((on[name] != off[name]).sum()) for name in on]
+    return dict(
+        tensors=sum(n > 0 for n in changed),
+        params=sum(changed),
+        steps=[trainer.steps],
+        cost_per="export",
+    )
+
+
 def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None:
     """Pruning: the shipped weights against what would have been shipped without it."""
     probe.begin("PRUNE_PCT")
@@ -8602,13 +8613,8 @@ def prove_pruning(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
     unpruned = quantised(cfg, trained.final, made.plan, trained.hessians)
     off = shipped_state(unpruned)
     on = shipped_state(quantised(cfg, pruned, made.plan, trained.hessians))
-    changed = [int((on[name] != off[name]).sum()) for name in on]
     activity = run.activity["PRUNE_PCT"] = Activity(
-        tensors=sum(n > 0 for n in changed),
-        params=sum(changed),
-        scope=f"export, {made.pruned:.1%}",
-        steps=[trainer.steps],
-        cost_per="export",
+        scope=f"export, {made.pruned:.1%}", **other_export(trainer, on, off)
     )
     nats = [probe.nats(trainer.model, state) for state in (on, off)]
     probe.measure(activity, "against unpruned", *nats)
@@ -8684,14 +8690,10 @@ def prove_stretch(cfg: Config, run: Run, trained: Trained, probe: Probe) -> None
     weights = prune(cfg, trained.final, made.pruned)
     plans = (made.plan, trainer.plan)
     on, off = (shipped_state(quantised(cfg, weights, plan, trained.hessians)) for plan in plans)
-    changed = [int((on[name] != off[name]).sum()) for name in on]
     activity = run.activity["FIT_TO_CAP"] = Activity(
-        tensors=sum(n > 0 for n in changed),
-        params=sum(changed),
         scope=f"export, SDClip x {made.stretch:.4f}",
-        steps=[trainer.steps],
-        cost_per="export",
         bytes_saved=made.stretch_saved,
+        **other_export(trainer, on, off),
     )
     nats = [probe.nats(trainer.model, state) for state in (on, off)]
     probe.measure(activity, "against the k asked for", *nats)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from pages_studies import age_of
+
 DEMO = Path(__file__).resolve().parents[1] / "logs" / "demo"
 
 # Eight lines of its log: the first (or last) one that starts so
@@ -46,5 +48,5 @@ def demo_summary() -> str:
         f"Measured: {r['device']}, {r['world_size']} ranks of {threads}, torch {r['torch']}, "
         f"1 seed, command `make train`: {r['steps']} steps of {r['step_ms_median']:.0f} ms "
         f"({speed:,.0f} tokens/s) in {r['train_seconds']:.1f} s, "
-        f"{sum(r['seconds'].values()):.0f} s in all."
+        f"{sum(r['seconds'].values()):.0f} s in all; code {age_of(r)}."
     )

@@ -60,6 +60,12 @@ def study(stem: str, size: str, equal: str, logs: Path = COMMITTED) -> Matrix:
     return matrix(read_study(ROOT / "studies" / f"{stem}.toml"), size, equal, seeds, folder)
 
 
+def age_of(run: dict) -> str:
+    """The code of a run, and whether it is today's."""
+    age = "today's" if run["code_sha256"] == CODE_SHA256 else "older than today's"
+    return f"`{run['code_sha256'][:12]}`, {age}"
+
+
 def how_it_ran(made: Matrix, runs: list[dict]) -> str:
     """The command, the budget, the machine and the code, in one sentence."""
     budget = f"{made.size.seconds:g} s of training"
@@ -67,12 +73,11 @@ def how_it_ran(made: Matrix, runs: list[dict]) -> str:
         budget = f"{made.size.steps} steps"
     trainings = len({training_of(run) for run in runs})
     first = runs[0]
-    age = "today's" if first["code_sha256"] == CODE_SHA256 else "older than today's"
     return (
         f"`{made.command()}`: {budget} for every arm, {len(runs)} runs of {trainings} trainings on "
         f"{first['device']}, {made.size.jobs} side by side, threads: {first['threads_per_rank']}, "
         f"torch {first['torch']}; scored: {first['val_tokens']:,} targets of "
-        f"{first['val_bytes']:,} bytes; code `{first['code_sha256'][:12]}`, {age}."
+        f"{first['val_bytes']:,} bytes; code {age_of(first)}."
     )
 
 
