@@ -444,7 +444,9 @@ class Spoils:
         elif self.how == "cut":
             os.truncate(path, 1024 + 2 * 100)
         elif self.how == "overwritten":
-            path.write_bytes(path.read_bytes()[:1024] + b"\xff" * (path.stat().st_size - 1024))
+            with open(path, "r+b") as shard:  # in place: the other rank may be reading it
+                shard.seek(1024)
+                shard.write(b"\xff" * (path.stat().st_size - 1024))
         else:  # reading there is a real EIO
             link = path.with_name(str(os.getpid()))
             link.symlink_to("/proc/self/mem")
