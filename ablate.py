@@ -13,6 +13,9 @@ submission folders.
     python ablate.py sweep studies/pr989_qat_x_swa.toml --grid MATRIX_LR=0.01,0.02,0.04
         One or two settings over a grid.
 
+    python ablate.py env studies/leaderboard.toml pr1855
+        The command that runs an arm, to paste.
+
     python ablate.py submission logs/mine-s1 logs/mine-s2 --out records/mine
         --author A --github-id a --name Mine
         A leaderboard folder.
@@ -57,7 +60,7 @@ from ablation.report import (
     write_report,
 )
 from ablation.run_page import write_run_page
-from ablation.runner import Runner, gpu_gate, run_here, shell
+from ablation.runner import Runner, gpu_gate, pasted, run_here, shell
 from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
 from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study, with_pairs
@@ -259,6 +262,29 @@ def report(options: ReportOptions) -> None:
     paths = write_report(made, options.across_code)
     say(paths[0].read_text())
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
+
+
+# ── One arm ───────────────────────────────────────────────────────────────────────────────────────
+@app.command()
+def env(
+    study: Annotated[Path, typer.Argument(help="a TOML file, see studies/")],
+    arm: Annotated[str, typer.Argument(help="an [arm.NAME] of it")],
+    size: Annotated[str, typer.Option(help="a [size.NAME] of the study")] = "full",
+    equal: Annotated[str, typer.Option(help="its budget: steps, or time")] = "time",
+    seed: Annotated[int, typer.Option(min=0)] = 1337,
+) -> None:
+    """Print the command that runs one arm of a study, to paste: with every setting spelt out, and
+    by the base that it refers to.
+    """
+    made = read_study(study)
+    if size not in made.sizes:
+        raise Refusal(f"{study}: no size {size}; choose from {', '.join(made.sizes)}")
+    if equal not in ("steps", "time"):
+        raise Refusal(f"--equal {equal}: choose steps or time")
+    spelt_out, *by_base = pasted(made, made.sizes[size], arm, equal, seed)
+    say(f"# {arm}, every setting\n{spelt_out}")
+    for line in by_base:
+        say(f"# the same by its base\n{line}")
 
 
 # ── Compare ───────────────────────────────────────────────────────────────────────────────────────

@@ -163,7 +163,7 @@ def load_matrix(matrix: Matrix, across_code: bool = False) -> Finished:
     found = Finished(matrix, runs, failed)
     for by_seed in runs.values():
         check_arm(list(by_seed.values()))
-    check_alike(found.all(), across_code)
+    check_alike(found.all(), across_code, across_data=bool(matrix.size.scale))
     return found
 
 

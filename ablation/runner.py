@@ -30,8 +30,8 @@ import rich.table
 
 import train_gpt
 from ablation.records import METRICS, RunStore, load, read_lines, split_trial
-from ablation.study import ROOT, Matrix, Size, Trial
-from train_gpt import COMPARED, Refusal
+from ablation.study import ROOT, Matrix, Size, Study, Trial, arm_settings
+from train_gpt import COMPARED, Config, Refusal, settings_line
 
 # Of a machine, all that a process needs to start
 MACHINE = (
@@ -86,6 +86,28 @@ def shell(trial: Trial, size: Size) -> str:
         if name != "PATH":
             words.append(f"{name}={shlex.quote(value)}")
     return " ".join([*words, shlex.join(command(size))])
+
+
+def pasted(study: Study, size: Size, arm: str, equal: str, seed: int) -> list[str]:
+    """The commands that run an arm, each a line for a shell: all settings spelt out; by its base.
+
+    The second only where it has a base. Refusal of an arm that the study lacks.
+    """
+    if arm not in study.arms:
+        why = f"no arm: {study.missing[arm][1]}" if arm in study.missing else "no such arm"
+        choices = ", ".join(study.arms)
+        raise Refusal(f"{study.path}: {arm}: {why}; choose from {choices}")
+    env = {**study.env, **arm_settings(study, size, arm, equal), "SEED": str(seed)}
+    cfg = Config.from_env(env)
+    launch = "torchrun --standalone"
+    if size.threads:
+        launch = f"OMP_NUM_THREADS={size.threads} {launch}"
+    launch += f" --nproc_per_node={size.ranks} train_gpt.py"
+    lines = [f"{settings_line(cfg)} {launch}"]
+    if cfg.base:
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
+        lines.append(f"{words} {launch}")
+    return lines
 
 
 def told_reason(lines: list[str], code: int) -> tuple[int, str]:

@@ -1,0 +1,337 @@
+"""studies/leaderboard.toml: the records as arms, in full and in small, and their commands.
+
+Failures that these tests would have caught: #1769's arm was #1736's, whose logs have the same
+settings; a chunk of test-time training longer than the window that was scaled down; the published
+command of #1855 without BASE, refused for one setting without a word on the other 43.
+"""
+
+import dataclasses
+import re
+import statistics
+
+import pages_leaderboard
+import pytest
+import torch
+from conftest import ROOT
+from pages_frontier import COMMANDS, RECORDS, command, refused
+from typer.testing import CliRunner
+
+import ablate
+import train_gpt
+from ablation import scale
+from ablation.report import Finished
+from ablation.statistics import rank_correlation
+from ablation.study import arm_settings, matrix, read_study, study_of
+from train_gpt import COMPARED, GPT, KNOBS, Config, Refusal, base_tables, log_start, read_base
+
+STUDY = read_study(ROOT / "studies" / "leaderboard.toml")
+FULL = {trial.arm: trial.cfg for trial in matrix(STUDY, "full", "time", (1,)).trials}
+SMALL = {trial.arm: trial.cfg for trial in matrix(STUDY, "small", "steps", (1,)).trials}
+
+# Their folders, for those whose commands record_defaults.json has not
+FOLDERS = {
+    "baseline": "2026-03-17_NaiveBaseline",
+    "lower_lr": "2026-03-18_LowerLR",
+    "pr42": "2026-03-18_FP16Embed_WD3600",
+    "pr49": "2026-03-18_LongContextSeq2048",
+    "pr50": "2026-03-19_SlidingWindowEval",
+    "pr52": "2026-03-19_TrainingOptSeq4096",
+    "pr65": "2026-03-19_MixedQuant_Int6Int8_SlidingWindow",
+    "pr63": "2026-03-19_Seq2048_FP16Emb_TunedLR",
+    "pr86": "2026-03-19_MLP3x_QAT_Int6_SlidingWindow",
+    "pr265": "2026-03-20_11L_EfficientPartialXSA_FA3_SWA120",
+    "pr287": "2026-03-20_11L_XSA4_EMA_Int6_MLP3x_WD04_1.1271",
+    "pr315": "2026-03-21_11L_XSA4_EMA_PartialRoPE_LateQAT_1.1248",
+    "pr1851": "2026-04-29_SmearGateBOSFix_3Seed_1.06141",
+}
+# Parameters of the logs of those that record_defaults.json has not
+PARAMETERS = {
+    "baseline": 17_059_912,
+    "lower_lr": 17_059_912,
+    "pr42": 16_765_000,
+    "pr49": 17_059_912,
+    "pr52": 17_059_912,
+    "pr77": 17_059_912,
+    "pr50": 17_059_912,
+    "pr65": 21_778_504,
+    "pr63": 22_174_288,
+    "pr86": 26_501_720,
+    "pr162": 22_368_841,
+    "pr180": 25_517_137,
+    "pr265": 26_829_913,
+    "pr287": 26_829_913,
+    "pr315": 26_829_913,
+    "pr414": 26_993_756,
+}
+
+# What a command says and its record has otherwise -> why
+OTHERWISE = {
+    "pr315": {"qat_enabled"},  # compiled away there
+    # the leaderboard has the score of an earlier commit than the one whose settings these are
+    "pr1945": {"qk_gain_init", "eval_seq_len"},
+}
+# Of a command, what means nothing of ours: every fourth code of 8 bits; one pass in all
+NOT_OURS = {
+    "pr86": {"INT6_LAYER_START", "INT6_LAYER_END", "QAT_INT6"},
+    "pr50": {"NUM_LOOPS", "LORA_RANK"},
+}
+
+
+def parameters(cfg: Config) -> int:
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in GPT(cfg).parameters())
+
+
+def told(arm: str) -> dict[str, str]:
+    """The published command of an arm, as far as its base understands it."""
+    if arm in FOLDERS:
+        variables = COMMANDS[FOLDERS[arm]]
+        unknown = NOT_OURS.get(arm, set())
+    else:
+        variables = command(arm)
+        unknown = refused(arm).keys()
+    return {key: text for key, text in variables.items() if key not in unknown}
+
+
+# ── The records ───────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("arm", [arm for arm in STUDY.arms if arm in FOLDERS or arm in RECORDS])
+def test_a_published_command_changes_nothing_in_the_arm_of_its_record(arm):
+    base = STUDY.arms[arm]["BASE"]
+    record = Config.from_env(STUDY.arms[arm])
+    beside = Config.from_env({"BASE": base} | told(arm))
+    logging = {"val_loss_every", "train_log_every"}
+    found = set(record.differing(beside.knobs(*COMPARED))) - logging
+    assert found == OTHERWISE.get(arm, set())
+    assert record.caseops_enabled >= beside.caseops_enabled
+
+
+def test_the_arms_have_the_parameters_of_their_logs():
+    logged = PARAMETERS | {name: record["parameters"] for name, record in RECORDS.items()}
+    placed = pages_leaderboard.in_order(STUDY)
+    assert {arm: parameters(FULL[arm]) for arm in placed} == {arm: logged[arm] for arm in placed}
+
+
+def test_an_arm_states_nothing_that_its_base_states():
+    """One definition: an arm of a record is a base, and says nothing besides."""
+    for arm in pages_leaderboard.in_order(STUDY):
+        assert STUDY.arms[arm].keys() == {"BASE"} and STUDY.arms[arm]["BASE"] in base_tables()
+
+
+def test_every_row_of_the_leaderboard_is_an_arm_or_stands_there_with_the_reason():
+    placed = pages_leaderboard.in_order(STUDY)
+    scores = {name: record["bpb"] for name, record in RECORDS.items()}
+    for arm in placed:
+        facts = STUDY.facts[arm]["published"]
+        figures = [facts[key] for key in ("seeds", "bpb", "total_bytes", "steps", "ms")]
+        assert len({len(figure) for figure in figures}) == 1
+        # the leaderboard took the best seed of some early ones
+        known = {round(statistics.mean(facts["bpb"]), 4), *(round(b, 4) for b in facts["bpb"])}
+        assert min(abs(score - facts["score"]) for score in known) < 3e-4
+        assert facts["score"] == scores.get(arm, facts["score"])
+    assert RECORDS.keys() <= {*placed, *STUDY.missing}
+    assert not set(placed) & STUDY.missing.keys()
+    assert STUDY.missing["pr1285"][1] == ", ".join(read_base("pr1285").lacks)
+
+
+@pytest.mark.parametrize(
+    "arm, stem, row",
+    [
+        ("seed145", "pr145_int8_qat", "qat_linears"),
+        ("seed199", "pr199_swa_doc_isolated", "swa_full_lr"),
+        ("seed194", "pr194_11l_record", "with_swa"),
+        ("seed989", "pr989_qat_x_swa", "qat-1_average-none"),
+        ("seed975", "pr975_qna_sqwa", "run3"),
+    ],
+)
+def test_the_seeds_are_the_published_rows_of_their_studies(arm, stem, row):
+    study = read_study(ROOT / "studies" / f"{stem}.toml")
+    facts = STUDY.facts[arm]["published"]
+    assert set(facts["bpb"]) <= set(study.facts[row]["published"]["val_bpb"])
+    own = Config.from_env(study.commands[row][0])
+    differing = own.differing(Config.from_env(STUDY.arms[arm]).knobs(*COMPARED))
+    assert set(differing) <= {"val_loss_every", "train_log_every"}
+
+
+def test_a_study_refuses_a_base_twice_and_a_missing_row_without_a_reason():
+    arms = {"a": {"base": "pr989"}, "b": {"base": "pr989", "BASE": "pr975"}}
+    for data, problem in (
+        ({"arm": arms}, "base and BASE say the same thing"),
+        ({"missing": {"x": {"score": 1.1}}}, "needs score, and why or base"),
+        ({"missing": {"x": {"score": 1.1, "base": "upstream"}}}, "needs score, and why or base"),
+        ({"size": {"s": {"steps": 1, "seconds": 1, "scale": "half"}}}, "no such rule"),
+    ):
+        with pytest.raises(Refusal, match=problem):
+            study_of(data, ROOT / "x.toml")
+
+
+# ── In small ──────────────────────────────────────────────────────────────────────────────────────
+def test_small_arms_keep_every_toggle_and_are_small():
+    assert SMALL.keys() == FULL.keys()
+    for arm, small in SMALL.items():
+        full = FULL[arm]
+        for f in KNOBS:
+            theirs, ours = getattr(full, f.name), getattr(small, f.name)
+            if f.metadata["scope"] not in COMPARED or f.name == "max_wallclock_seconds":
+                continue
+            if f.type == "bool" or f.metadata["choices"]:
+                assert ours == theirs, (arm, f.name)
+            elif f.type in ("int", "float") and f.name not in ("train_log_every", "val_loss_every"):
+                assert (ours > 0) == (theirs > 0) and ours <= theirs, (arm, f.name)
+        assert 200_000 < parameters(small) < 1_000_000
+        assert small.train_batch_tokens % small.train_seq_len == 0
+        assert small.iterations == -(
+            -round(statistics.mean(STUDY.facts[arm]["published"]["steps"])) // 32
+        )
+
+
+def test_every_count_scales_by_one_rule_or_stays_for_a_reason():
+    counts = {
+        f.name
+        for f in KNOBS
+        if f.type == "int" and f.metadata["scope"] in COMPARED and not f.metadata["choices"]
+    }
+    known = scale.DIVISORS.keys() | scale.UNSCALED.keys() | {"compress_level"}
+    assert counts <= known and not scale.DIVISORS.keys() & scale.UNSCALED.keys()
+    for full, small in ((FULL[arm], SMALL[arm]) for arm in SMALL):
+        for name in scale.UNSCALED.keys() - {"train_log_every", "val_loss_every", "iterations"}:
+            assert getattr(small, name) == getattr(full, name)
+        for name in ("model_dim", "num_heads", "vocab_size", "bigram_vocab_size", "warmdown_iters"):
+            divisor = scale.DIVISORS[name]
+            assert getattr(small, name) == -(-getattr(full, name) // divisor)
+
+
+def test_small_arms_read_the_shards_of_their_vocabulary():
+    assert SMALL["baseline"].data_path == "data/leaderboard/sp512"
+    assert SMALL["pr1394"].data_path == "data/leaderboard/sp4096"
+    assert SMALL["pr1855"].data_path == "data/leaderboard/sp4096_caseops"
+    assert SMALL["pr1855"].tokenizer_path == "data/leaderboard/sp4096_caseops/tokenizer.model"
+    assert SMALL["pr2014"].train_seq_schedule == "128@0.1,256@0.7,384@1"
+    unmeasured = dataclasses.replace(STUDY, facts={})
+    with pytest.raises(Refusal, match="no published steps"):
+        arm_settings(unmeasured, STUDY.sizes["small"], "pr1855", "steps")
+
+
+# ── The command of an arm ─────────────────────────────────────────────────────────────────────────
+def test_env_prints_two_commands_that_are_the_same_run():
+    said = CliRunner().invoke(
+        ablate.app, ["env", str(STUDY.path), "pr1855", "--seed", "7"], catch_exceptions=False
+    )
+    commands = [line for line in said.stdout.splitlines() if not line.startswith("#")]
+    assert len(commands) == 2
+    runs = []
+    for line in commands:
+        settings, launch = line.split(" torchrun ")
+        assert launch == "--standalone --nproc_per_node=8 train_gpt.py"
+        words = re.findall(r"(\w+)=('[^']*'|\S*)", settings)
+        runs.append(Config.from_env({name: text.strip("'") for name, text in words}))
+    spelt_out, by_base = runs
+    assert spelt_out.base == "" and by_base.base == "record1855"
+    assert spelt_out.digest() == by_base.digest() == FULL["pr1855"].digest()
+    assert spelt_out.seed == by_base.seed == 7
+    assert spelt_out.data_path == by_base.data_path and "caseops" in spelt_out.data_path
+
+
+@pytest.mark.parametrize("arm, why", [("pr1769", "no arm: its logs"), ("nobody", "no such arm")])
+def test_env_says_why_there_is_no_such_arm(arm, why):
+    with pytest.raises(Refusal, match=why):
+        CliRunner().invoke(ablate.app, ["env", str(STUDY.path), arm], catch_exceptions=False)
+
+
+# ── A published command without BASE ──────────────────────────────────────────────────────────────
+# Folder -> the base that its command is like, of those with 5 settings or more that are not ours
+NEAREST = {
+    "2026-03-19_MLP3x_QAT_Int6_SlidingWindow": "record86",
+    "2026-03-20_11L_EfficientPartialXSA_FA3_SWA120": "record265",
+    "2026-03-20_11L_XSA4_EMA_Int6_MLP3x_WD04_1.1271": "record287",
+    "2026-03-21_11L_XSA4_EMA_PartialRoPE_LateQAT_1.1248": "record315",
+    "2026-03-23_LeakyReLU_LegalTTT_ParallelMuon": "record549",
+    "2026-03-29_Loader_FullGPTQ_XSA11_BigramHash2816": "record1060",
+    "2026-04-09_A2_Muon097_3Seed": "record1514",
+    "2026-04-14_MultiPhaseGlobalSGD_PhasedTTT": "record1626",
+    "2026-04-19_SP8192_CaseOps_GatedAttn_QuantGate_Loop45_PhasedTTT": "record1736",
+    "2026-04-22_SP8192_CaseOps_GatedAttn_QuantGate_Loop45_PhasedTTT_MLPClip12": "record1736",
+    "2026-04-23_SP8192_CaseOps_SparseGate_QuantGate_Loop45_PhasedTTT_PolarNS_MinLR_FusedCE": (
+        "record1787"
+    ),
+    "2026-04-27_SP8192_LQER_SparseGate_BOSSmearFix_9HpStack_1.0611": "record1855",
+    "2026-04-29_SmearGateBOSFix_3Seed_1.06141": "record1851",
+}
+
+
+def nearest(variables: dict[str, str]) -> str:
+    """The base that the log or the refusal of a launch names; empty: none."""
+    try:
+        cfg = Config.from_env(variables)
+    except Refusal as refusal:
+        lines = refusal.problems
+    else:
+        lines = train_gpt.likeness_line(train_gpt.nearest_base(vars(cfg), cfg.given), cfg)
+    named = [re.match(r"nearest base: (\w+) has", line) for line in lines]
+    return "".join(match[1] for match in named if match)
+
+
+def test_a_published_command_without_base_names_the_base_that_it_is_like():
+    found = {folder: nearest(variables) for folder, variables in COMMANDS.items()}
+    assert {folder: base for folder, base in found.items() if base} == NEAREST
+
+
+def test_settings_of_ones_own_are_told_of_no_base():
+    demo = "NUM_LAYERS=2 MODEL_DIM=160 NUM_HEADS=4 TRAIN_SEQ_LEN=256 EMA_ENABLED=1 LOADER=shuffled"
+    lrs = "MATRIX_LR=0.031 SCALAR_LR=0.017 TIED_EMBED_LR=0.05 MLP_MULT=4 XSA_LAST_N=3 LN_SCALE=1"
+    for words in (demo, lrs, "", "NUM_LAYERS=9 SEED=3"):
+        assert nearest(dict(word.split("=") for word in words.split())) == ""
+
+
+def test_the_log_says_which_base_and_what_differs(tiny, run):
+    run.rank = 1
+    lines = []
+    run.log = lines.append
+    variables = COMMANDS["2026-04-14_MultiPhaseGlobalSGD_PhasedTTT"]
+    places = {name.upper(): str(value) for name, value in tiny().knobs("run").items() if value}
+    log_start(Config.from_env(variables | places), run)
+    (line,) = [line for line in lines if line.startswith("nearest base")]
+    assert line.startswith("nearest base: record1626 has 10 of the 10 settings given; it differs")
+    assert "NUM_LOOPS=2" in line and "VOCAB_SIZE=8192" in line and "EMBED_BITS" not in line
+    lines.clear()
+    # with its base nothing is left to say
+    log_start(Config.from_env({"BASE": "record1626"} | variables | places), run)
+    assert not [line for line in lines if line.startswith("nearest base")]
+
+
+# ── The page ──────────────────────────────────────────────────────────────────────────────────────
+def test_ranks_agree_with_figures_made_by_hand():
+    # rho = 1 - 6 (0 + 1 + 1 + 0 + 0) / (5 * 24); z +- 1.96 sqrt((1 + .81 / 2) / 2)
+    found = rank_correlation([1, 2, 3, 4, 5], [10, 30, 20, 40, 50])
+    assert found.n == 5 and found.rho == pytest.approx(0.9)
+    assert (found.low, found.high) == pytest.approx((-0.16878, 0.99493), abs=2e-4)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1])[1:] == (-1, -1, -1)
+    for short in ([1, 2, 3], [1, 1, 1, 1]):
+        with pytest.raises(Refusal, match="ranks need 4 or more"):
+            rank_correlation(short, short)
+
+
+def test_the_page_sets_made_up_scores_beside_the_published_ones():
+    arms = ["baseline", "pr50", "pr1218", "pr1394", "pr1855"]
+    # one step is seen, one is turned round, one cannot be told, one is seen
+    levels = [2.5, 2.4, 2.45, 2.449, 2.2]
+    noise = {1: 0.0, 2: 0.001, 3: -0.001}
+    wobble = [1.0, 1.5, 1.0, 5.0, 1.0]
+    runs = {}
+    for arm, level, share in zip(arms, levels, wobble, strict=True):
+        runs[arm] = {s: {"val_bpb": level + share * noise[s]} for s in noise}
+    made = matrix(STUDY, "small", "steps", (1, 2, 3))
+    text = pages_leaderboard.steps_seen(Finished(made, runs, {}))
+    assert "of 5 arms: 0.90, 95 % interval -0.17 to 0.99" in text
+    assert "2 of 4 steps are seen" in text
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
+    assert [row[0].strip() for row in rows] == [f"`{arm}`" for arm in arms]
+    verdicts = [row[5].strip() for row in rows]
+    assert verdicts == ["", "seen", "the other way", "not distinguishable", "seen"]
+    assert rows[1][3].strip() == "-31.9" and rows[1][4].strip().startswith("-100.0 (")
+
+
+def test_the_table_has_every_row_of_the_leaderboard():
+    text = pages_leaderboard.leaderboard_table(STUDY)
+    for name in (*STUDY.arms, *STUDY.missing):
+        assert f"`{name}`" in text
+    assert "| `pr1855` | 1.0611 | 1.06108 | 3 | 15,901,919 | 4,931 | 121.6 | `record1855` |" in text
