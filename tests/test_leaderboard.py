@@ -95,20 +95,22 @@ def told(arm: str) -> dict[str, str]:
 
 # ── The records ───────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("arm", [arm for arm in STUDY.arms if arm in FOLDERS or arm in RECORDS])
-def test_a_published_command_changes_nothing_in_the_arm_of_its_record(arm):
+def test_the_arm_of_a_record_is_its_published_command(arm):
     base = STUDY.arms[arm]["BASE"]
     record = Config.from_env(STUDY.arms[arm])
-    beside = Config.from_env({"BASE": base} | told(arm))
+    # a record that has a script of its own among the bases is that one with its command
+    script = arm if arm in base_tables() else base
+    beside = Config.from_env({"BASE": script} | told(arm))
     logging = {"val_loss_every", "train_log_every"}
     found = set(record.differing(beside.knobs(*COMPARED))) - logging
     assert found == OTHERWISE.get(arm, set())
     assert record.caseops_enabled >= beside.caseops_enabled
 
 
-def test_the_arms_have_the_parameters_of_their_logs():
-    logged = PARAMETERS | {name: record["parameters"] for name, record in RECORDS.items()}
-    placed = pages_leaderboard.in_order(STUDY)
-    assert {arm: parameters(FULL[arm]) for arm in placed} == {arm: logged[arm] for arm in placed}
+def test_the_early_arms_have_the_parameters_of_their_logs():
+    """The later ones: test_record_bases.py."""
+    assert {arm: parameters(FULL[arm]) for arm in PARAMETERS} == PARAMETERS
+    assert {*PARAMETERS, *RECORDS} >= set(pages_leaderboard.in_order(STUDY))
 
 
 def test_an_arm_states_nothing_that_its_base_states():
@@ -303,7 +305,7 @@ def test_ranks_agree_with_figures_made_by_hand():
     # rho = 1 - 6 (0 + 1 + 1 + 0 + 0) / (5 * 24); z +- 1.96 sqrt((1 + .81 / 2) / 2)
     found = rank_correlation([1, 2, 3, 4, 5], [10, 30, 20, 40, 50])
     assert found.n == 5 and found.rho == pytest.approx(0.9)
-    assert (found.low, found.high) == pytest.approx((-0.16878, 0.99493), abs=2e-4)
+    assert (found.low, found.high) == pytest.approx((-0.168896, 0.996069), abs=1e-5)
     assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1])[1:] == (-1, -1, -1)
     for short in ([1, 2, 3], [1, 1, 1, 1]):
         with pytest.raises(Refusal, match="ranks need 4 or more"):
@@ -319,9 +321,9 @@ def test_the_page_sets_made_up_scores_beside_the_published_ones():
     runs = {}
     for arm, level, share in zip(arms, levels, wobble, strict=True):
         runs[arm] = {s: {"val_bpb": level + share * noise[s]} for s in noise}
-    made = matrix(STUDY, "small", "steps", (1, 2, 3))
+    made = matrix(STUDY, "small", "steps", (1,))
     text = pages_leaderboard.steps_seen(Finished(made, runs, {}))
-    assert "of 5 arms: 0.90, 95 % interval -0.17 to 0.99" in text
+    assert "of 5 arms: 0.70, 95 % interval -0.59 to 0.98" in text
     assert "2 of 4 steps are seen" in text
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
     assert [row[0].strip() for row in rows] == [f"`{arm}`" for arm in arms]
