@@ -11,9 +11,8 @@ is the same share of a window. Tokens of a step by 512, to whole rows. Steps by 
 its own. Buckets by 16. Documents of a prefix by 100, for a validation set of some dozens.
 
 What does not scale: blocks, of which loops, lanes and value embeddings name the numbers; the 12
-dimensions that a gate reads; chunks of short documents, as documents keep their length (chunks of
-all documents by 4 alone: by 8 they would cost more than the training); learning rates, bits, clips,
-shares of the run.
+dimensions that a gate reads; chunks of a document, as documents keep their length (but a chunk is
+at most a window); learning rates, bits, clips, shares of the run.
 """
 
 from train_gpt import Config, Refusal, row_stages
@@ -29,7 +28,6 @@ KINDS = {
     "buckets": (16, "bigram_vocab_size"),
     "tokens of a row": (8, "train_seq_len eval_seq_len rope_ntk_len doc_max_len eval_stride"),
     "tokens of a chunk": (8, "ttt_chunk_tokens global_ttt_chunk_tokens"),
-    "tokens of a document's chunk": (4, "ttt_chunk_size"),
     "tokens of a step": (512, "train_batch_tokens"),
     "sequences": (8, "eval_batch_seqs ttt_batch_seqs global_ttt_batch_seqs ttt_batch_size"),
     "calibration": (8, "gptq_calibration_batches"),
@@ -51,6 +49,7 @@ UNSCALED = {
     "parallel_start_layer": "a block",
     "num_loops": "passes",
     "gate_window": "12 of 64 dimensions are there too",
+    "ttt_chunk_size": "of a document, which keeps its length; at most a window",
     "ttt_short_score_first_steps": "of documents, which keep their length",
     "token_order": "of text",
     "lqer_top_k": "of matrices, which are as many",
@@ -103,9 +102,12 @@ def scaled_starts(cfg: Config) -> dict[str, int | float]:
 
 
 def scaled_rows(cfg: Config, values: dict) -> dict[str, int | str]:
-    """A step of whole rows, and the rows of a schedule."""
+    """A step of whole rows, the rows of a schedule, and chunks that fit a window."""
     row = values["train_seq_len"]
-    found = {"train_batch_tokens": -(-values["train_batch_tokens"] // row) * row}
+    found = {
+        "train_batch_tokens": -(-values["train_batch_tokens"] // row) * row,
+        "ttt_chunk_size": min(cfg.ttt_chunk_size, values["eval_seq_len"] or row),
+    }
     if cfg.train_seq_schedule:
         divisor = DIVISORS["train_seq_len"]
         stages = row_stages(cfg.train_seq_schedule)

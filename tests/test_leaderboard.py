@@ -191,7 +191,9 @@ def test_every_count_scales_by_one_rule_or_stays_for_a_reason():
     known = scale.DIVISORS.keys() | scale.UNSCALED.keys() | {"compress_level"}
     assert counts <= known and not scale.DIVISORS.keys() & scale.UNSCALED.keys()
     for full, small in ((FULL[arm], SMALL[arm]) for arm in SMALL):
-        for name in scale.UNSCALED.keys() - {"train_log_every", "val_loss_every", "iterations"}:
+        assert small.ttt_chunk_size == min(full.ttt_chunk_size, small.window)
+        by_size = {"train_log_every", "val_loss_every", "ttt_chunk_size"}
+        for name in scale.UNSCALED.keys() - by_size:
             assert getattr(small, name) == getattr(full, name)
         for name in ("model_dim", "num_heads", "vocab_size", "bigram_vocab_size", "warmdown_iters"):
             divisor = scale.DIVISORS[name]
