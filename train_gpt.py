@@ -9693,11 +9693,11 @@ def ttt_enabled(text: str, env: dict) -> dict[str, str]:
 
 
 def times(name: str) -> Meaning:
-    """An old variable that multiplies NAME."""
+    """An old variable that multiplies the default of NAME, which is that of its scripts too."""
 
     def meaning(text: str, env: dict) -> dict[str, str]:
         try:
-            product = float(text) * float(env.get(name, BY_NAME[name].default))
+            product = float(text) * BY_NAME[name].default
         except ValueError:
             return {name: Unreadable("must be a number")}
         return {name: f"{product:.10g}"}

@@ -21,6 +21,7 @@ import pages_code
 import pages_demo
 import pages_effects
 import pages_frontier
+import pages_leaderboard
 from demo_picture import demo_picture
 from fault_table import faults
 from pages_studies import STUDIES, adopt, published_rows, study_tables
@@ -47,6 +48,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "coders": pages_bench.coders,
     "published-rows": published_rows,
     "record-bases": pages_frontier.record_bases,
+    "leaderboard": pages_leaderboard.leaderboard,
     "effects-of-training": pages_effects.effects_of_training,
 }
 for _name in STUDIES:

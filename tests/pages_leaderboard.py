@@ -2,12 +2,25 @@
 
 import statistics
 
+from pages_studies import study as committed
+
 from ablation.answers import compare_sides
-from ablation.report import Finished, markdown_table
+from ablation.report import Finished, load_matrix, markdown_table
 from ablation.statistics import rank_correlation
-from ablation.study import Study
+from ablation.study import ROOT, Study, read_study
+from train_gpt import base_tables
 
 METRIC = "val_bpb"
+
+
+def leaderboard() -> str:
+    """The block of docs/frontier.md."""
+    return leaderboard_table(read_study(ROOT / "studies" / "leaderboard.toml"))
+
+
+def leaderboard_small() -> str:
+    """What two cores made of it, once its runs are committed."""
+    return steps_seen(load_matrix(committed("leaderboard", "small", "steps")))
 
 
 def published(study: Study, arm: str) -> dict:
@@ -18,6 +31,15 @@ def in_order(study: Study) -> list[str]:
     """The arms that have a place on the leaderboard, the worst first."""
     placed = [arm for arm in study.arms if "score" in published(study, arm)]
     return sorted(placed, key=lambda arm: -published(study, arm)["score"])
+
+
+def made_from(study: Study, arm: str) -> str:
+    """The base in which this arm changes something; empty: in none."""
+    settings = study.arms[arm]
+    base = settings["BASE"]
+    if settings.keys() == {"BASE"}:
+        base = base_tables()[base].get("base", "")
+    return f"`{base}`" if base else ""
 
 
 def missing_rows(study: Study) -> list[list[str]]:
@@ -40,10 +62,10 @@ def leaderboard_table(study: Study) -> str:
                 f"{mean['total_bytes']:,.0f}",
                 f"{mean['steps']:,.0f}",
                 f"{mean['ms']:.1f}",
-                f"`{study.arms[arm]['BASE']}`",
+                made_from(study, arm),
             ]
         )
-    header = ["arm", "score", "BPB, mean of seeds", "n", "bytes", "steps", "ms", "base"]
+    header = ["arm", "score", "BPB, mean of seeds", "n", "bytes", "steps", "ms", "from"]
     tables = [markdown_table(header, rows)]
     tables.append(markdown_table(["no arm", "score", "why"], missing_rows(study)))
     return "\n\n".join(tables)

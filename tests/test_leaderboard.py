@@ -13,7 +13,7 @@ import pages_leaderboard
 import pytest
 import torch
 from conftest import ROOT
-from pages_frontier import COMMANDS, RECORDS, command, refused
+from pages_frontier import COMMANDS, RECORDS, command, refused, script_base
 from typer.testing import CliRunner
 
 import ablate
@@ -22,7 +22,7 @@ from ablation import scale, submission
 from ablation.report import Finished
 from ablation.statistics import rank_correlation
 from ablation.study import arm_settings, matrix, read_study, study_of
-from train_gpt import COMPARED, GPT, KNOBS, Config, Refusal, base_tables, log_start, read_base
+from train_gpt import COMPARED, GPT, KNOBS, Config, Refusal, base_tables, log_start
 
 STUDY = read_study(ROOT / "studies" / "leaderboard.toml")
 FULL = {trial.arm: trial.cfg for trial in matrix(STUDY, "full", "time", (1,)).trials}
@@ -43,6 +43,13 @@ FOLDERS = {
     "pr287": "2026-03-20_11L_XSA4_EMA_Int6_MLP3x_WD04_1.1271",
     "pr315": "2026-03-21_11L_XSA4_EMA_PartialRoPE_LateQAT_1.1248",
     "pr1851": "2026-04-29_SmearGateBOSFix_3Seed_1.06141",
+}
+# Folders of rows that are no arm, besides those of record_defaults.json
+NO_ARM = {
+    "pr39": "2026-03-19_10L_MixedPrecision",
+    "warmdown_quantization": "2026-03-19_WarmdownQuantization",
+    "smeargate_orthoinit": "2026-03-19_smeargate_orthoinit_muonwd",
+    "pr640": "2026-03-24_74M_Ternary_UNet_FP8_10L_8192BPE_YaRN_NeoMuon",
 }
 # Parameters of the logs of those that record_defaults.json has not, one of each shape
 PARAMETERS = {
@@ -89,15 +96,15 @@ def told(arm: str) -> dict[str, str]:
 # ── The records ───────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("arm", [arm for arm in STUDY.arms if arm in FOLDERS or arm in RECORDS])
 def test_the_arm_of_a_record_is_its_published_command(arm):
-    base = STUDY.arms[arm]["BASE"]
     record = Config.from_env(STUDY.arms[arm])
-    # a record that has a script of its own among the bases is that one with its command
-    script = arm if arm in base_tables() else base
-    beside = Config.from_env({"BASE": script} | told(arm))
     logging = {"val_loss_every", "train_log_every"}
-    found = set(record.differing(beside.knobs(*COMPARED))) - logging
-    assert found == OTHERWISE.get(arm, set())
-    assert record.caseops_enabled >= beside.caseops_enabled
+    # with the base of its script, and with its own, to which it adds nothing
+    own = STUDY.arms[arm]["BASE"]
+    for base in {script_base(own), own}:
+        beside = Config.from_env({"BASE": base} | told(arm))
+        found = set(record.differing(beside.knobs(*COMPARED))) - logging
+        assert found == OTHERWISE.get(arm, set()), base
+        assert record.caseops_enabled >= beside.caseops_enabled
 
 
 def test_the_early_arms_have_the_parameters_of_their_logs():
@@ -126,9 +133,14 @@ def test_every_row_of_the_leaderboard_is_an_arm_or_stands_there_with_the_reason(
         known = {round(statistics.mean(facts["bpb"]), 4), *(round(b, 4) for b in facts["bpb"])}
         assert min(abs(score - facts["score"]) for score in known) < 3e-4
         assert facts["score"] == scores.get(arm, facts["score"])
-    assert RECORDS.keys() <= {*placed, *STUDY.missing}
+        trained = [s * ms / 1e3 for s, ms in zip(facts["steps"], facts["ms"], strict=True)]
+        assert min(trained) > 585 and max(trained) < 602  # GPTQ keeps up to 14 s back
+        assert min(facts["total_bytes"]) > 15.3e6 and max(facts["total_bytes"]) < 16e6
+    assert RECORDS.keys() | NO_ARM.keys() <= {*placed, *STUDY.missing}
+    of_records = {record["folder"] for record in RECORDS.values() if "folder" in record}
+    assert COMMANDS.keys() <= {*FOLDERS.values(), *NO_ARM.values(), *of_records}
     assert not set(placed) & STUDY.missing.keys()
-    assert STUDY.missing["pr1285"][1] == ", ".join(read_base("pr1285").lacks)
+    assert STUDY.missing["pr1285"][1] == "layers 4 and 5 once more from step 3,000 on"
 
 
 @pytest.mark.parametrize(
@@ -225,7 +237,7 @@ def test_env_prints_two_commands_that_are_the_same_run():
         words = re.findall(r"(\w+)=('[^']*'|\S*)", settings)
         runs.append(Config.from_env({name: text.strip("'") for name, text in words}))
     spelt_out, by_base = runs
-    assert spelt_out.base == "" and by_base.base == "record1855"
+    assert spelt_out.base == "" and by_base.base == "pr1855"
     assert spelt_out.digest() == by_base.digest() == FULL["pr1855"].digest()
     assert spelt_out.seed == by_base.seed == 7
     assert spelt_out.data_path == by_base.data_path and "caseops" in spelt_out.data_path
@@ -250,21 +262,21 @@ def test_a_submission_folder_holds_the_settings_of_a_record_spelt_out(monkeypatc
 # ── A published command without BASE ──────────────────────────────────────────────────────────────
 # Folder -> the base that its command is like, of those with 5 settings or more that are not ours
 NEAREST = {
-    "2026-03-19_MLP3x_QAT_Int6_SlidingWindow": "record86",
-    "2026-03-20_11L_EfficientPartialXSA_FA3_SWA120": "record265",
-    "2026-03-20_11L_XSA4_EMA_Int6_MLP3x_WD04_1.1271": "record287",
-    "2026-03-21_11L_XSA4_EMA_PartialRoPE_LateQAT_1.1248": "record315",
-    "2026-03-23_LeakyReLU_LegalTTT_ParallelMuon": "record549",
-    "2026-03-29_Loader_FullGPTQ_XSA11_BigramHash2816": "record1060",
-    "2026-04-09_A2_Muon097_3Seed": "record1514",
-    "2026-04-14_MultiPhaseGlobalSGD_PhasedTTT": "record1626",
-    "2026-04-19_SP8192_CaseOps_GatedAttn_QuantGate_Loop45_PhasedTTT": "record1736",
-    "2026-04-22_SP8192_CaseOps_GatedAttn_QuantGate_Loop45_PhasedTTT_MLPClip12": "record1736",
+    "2026-03-19_MLP3x_QAT_Int6_SlidingWindow": "pr86",
+    "2026-03-20_11L_EfficientPartialXSA_FA3_SWA120": "pr265",
+    "2026-03-20_11L_XSA4_EMA_Int6_MLP3x_WD04_1.1271": "pr287",
+    "2026-03-21_11L_XSA4_EMA_PartialRoPE_LateQAT_1.1248": "pr315",
+    "2026-03-23_LeakyReLU_LegalTTT_ParallelMuon": "pr549",
+    "2026-03-29_Loader_FullGPTQ_XSA11_BigramHash2816": "pr1060",
+    "2026-04-09_A2_Muon097_3Seed": "pr1514",
+    "2026-04-14_MultiPhaseGlobalSGD_PhasedTTT": "pr1626",
+    "2026-04-19_SP8192_CaseOps_GatedAttn_QuantGate_Loop45_PhasedTTT": "pr1736",
+    "2026-04-22_SP8192_CaseOps_GatedAttn_QuantGate_Loop45_PhasedTTT_MLPClip12": "pr1736",
     "2026-04-23_SP8192_CaseOps_SparseGate_QuantGate_Loop45_PhasedTTT_PolarNS_MinLR_FusedCE": (
-        "record1787"
+        "pr1787"
     ),
-    "2026-04-27_SP8192_LQER_SparseGate_BOSSmearFix_9HpStack_1.0611": "record1855",
-    "2026-04-29_SmearGateBOSFix_3Seed_1.06141": "record1851",
+    "2026-04-27_SP8192_LQER_SparseGate_BOSSmearFix_9HpStack_1.0611": "pr1855",
+    "2026-04-29_SmearGateBOSFix_3Seed_1.06141": "pr1851",
 }
 
 
@@ -300,11 +312,11 @@ def test_the_log_says_which_base_and_what_differs(tiny, run):
     places = {name.upper(): str(value) for name, value in tiny().knobs("run").items() if value}
     log_start(Config.from_env(variables | places), run)
     (line,) = [line for line in lines if line.startswith("nearest base")]
-    assert line.startswith("nearest base: record1626 has 10 of the 10 settings given; it differs")
+    assert line.startswith("nearest base: pr1626 has 10 of the 10 settings given; it differs")
     assert "NUM_LOOPS=2" in line and "VOCAB_SIZE=8192" in line and "EMBED_BITS" not in line
     lines.clear()
     # with its base nothing is left to say
-    log_start(Config.from_env({"BASE": "record1626"} | variables | places), run)
+    log_start(Config.from_env({"BASE": "pr1626"} | variables | places), run)
     assert not [line for line in lines if line.startswith("nearest base")]
 
 
@@ -344,4 +356,4 @@ def test_the_table_has_every_row_of_the_leaderboard():
     text = pages_leaderboard.leaderboard_table(STUDY)
     for name in (*STUDY.arms, *STUDY.missing):
         assert f"`{name}`" in text
-    assert "| `pr1855` | 1.0611 | 1.06108 | 3 | 15,901,919 | 4,931 | 121.6 | `record1855` |" in text
+    assert "| `pr1855` | 1.0611 | 1.06108 | 3 | 15,901,919 | 4,931 | 121.6 | `pr1787` |" in text
