@@ -34,6 +34,7 @@ import json
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +64,7 @@ from ablation.run_page import write_run_page
 from ablation.runner import Runner, gpu_gate, pasted, run_here, shell
 from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
-from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study, with_pairs
+from ablation.study import ROOT, Matrix, Size, Study, check_equal, matrix, read_study, with_pairs
 from ablation.submission import ABOUT, build_submission
 from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import Refusal
@@ -86,8 +87,11 @@ class StudyOptions:
     study: Annotated[Path, typer.Argument(help="a TOML file, see studies/")]
     size: Annotated[str, typer.Option(help="a [size.NAME] of the study")] = "small"
     equal: Annotated[
-        str, typer.Option(help="what all arms get: steps, or time (the challenge's view)")
-    ] = "steps"
+        str,
+        typer.Option(
+            help="what all arms get: steps, or time (the challenge's view); default: the size's"
+        ),
+    ] = ""
     seeds: Annotated[str, typer.Option(help="such as 1,2,3; default: the study's")] = ""
     ranks: Annotated[int, typer.Option(min=0, help="processes, one per GPU; 0: the size's")] = 0
     out: Annotated[
@@ -96,8 +100,8 @@ class StudyOptions:
 
     def matrix(self) -> Matrix:
         """The trials. Refusal on a wrong option, and on a wrong study."""
-        if self.equal not in ("steps", "time"):
-            raise Refusal(f"--equal {self.equal}: choose steps or time")
+        if self.equal:
+            check_equal(self.equal, "--equal")
         try:
             seeds = tuple(int(seed) for seed in self.seeds.split(",") if seed)
         except ValueError:
@@ -125,6 +129,11 @@ class RunOptions(StudyOptions):
             metavar="KEY=VALUE", help="an option of sbatch, such as partition=NAME; once or more"
         ),
     ] = ()
+    synced: Annotated[
+        float,
+        typer.Option(min=0, help="seconds until other machines see a file; 0: they share the disk"),
+    ] = 0.0
+    price: Annotated[float, typer.Option(min=0, help="dollars for an hour of one GPU")] = 0.0
     cool_down: Annotated[float, typer.Option(min=0, help="seconds to wait before each trial")] = 0.0
     max_celsius: Annotated[
         float, typer.Option(min=0, help="wait until every GPU is cooler; 0: do not look")
@@ -148,6 +157,12 @@ class RunOptions(StudyOptions):
             raise Refusal(f"--launcher {self.launcher}: choose here or slurm")
         if self.slurm and self.launcher != "slurm":
             raise Refusal(f"--slurm {self.slurm[0]}: add --launcher slurm, or leave it out")
+        if self.synced and self.launcher == "slurm":
+            raise Refusal(
+                f"--synced {self.synced:g}: the nodes of a cluster share a disk; remove it"
+            )
+        if self.price and not made.size.gpu:
+            raise Refusal(f"--price {self.price:g}: size {made.size.name} names no gpu; remove it")
         jobs = made.size.jobs
         if any(self.limits()) and jobs > 1:
             raise Refusal(
@@ -208,8 +223,8 @@ class ReportOptions(StudyOptions):
 
 
 # ── Run and report ────────────────────────────────────────────────────────────────────────────────
-def print_plan(runner: Runner) -> None:
-    """Every command that would run, with its projected seconds."""
+def print_plan(runner: Runner, price: float) -> None:
+    """Every command that would run, with its projected seconds; GPU hours, and what they cost."""
     made = runner.matrix
     for trial in runner.todo:
         shares = f", shares the training of {trial.donor}" if trial.donor else ""
@@ -219,6 +234,10 @@ def print_plan(runner: Runner) -> None:
         f"# {len(runner.todo)} of {len(made.trials)} trials to run, "
         f"about {runner.remaining() / 60:.0f} min"
     )
+    if made.size.gpu:
+        hours = runner.gpu_hours()
+        cost = f", {hours * price:,.0f} dollars at {price:g} an hour" if price else ""
+        print(f"# about {hours:.1f} hours of one {made.size.gpu}{cost}; compiling is not counted")
 
 
 @app.command()
@@ -228,11 +247,12 @@ def run(options: RunOptions) -> None:
     made = options.matrix()
     only = options.trials()
     options.check(made)
-    runner = Runner(made, options.retry, only, lambda: gpu_gate(*options.limits()))
+    gate = partial(gpu_gate, *options.limits())
+    runner = Runner(made, options.retry, only, gate, options.synced)
     if runner.failed:
         print(f"{len(runner.failed)} trials failed before and stay so (--retry runs them again)")
     if options.dry_run:
-        print_plan(runner)
+        print_plan(runner, options.price)
         return
 
     if options.launcher == "here":
@@ -270,7 +290,7 @@ def env(
     study: Annotated[Path, typer.Argument(help="a TOML file, see studies/")],
     arm: Annotated[str, typer.Argument(help="an [arm.NAME] of it")],
     size: Annotated[str, typer.Option(help="a [size.NAME] of the study")] = "full",
-    equal: Annotated[str, typer.Option(help="its budget: steps, or time")] = "time",
+    equal: Annotated[str, typer.Option(help="its budget: steps, or time")] = "",
     seed: Annotated[int, typer.Option(min=0)] = 1337,
 ) -> None:
     """Print the command that runs one arm of a study, to paste: with every setting spelt out, and
@@ -279,9 +299,10 @@ def env(
     made = read_study(study)
     if size not in made.sizes:
         raise Refusal(f"{study}: no size {size}; choose from {', '.join(made.sizes)}")
-    if equal not in ("steps", "time"):
-        raise Refusal(f"--equal {equal}: choose steps or time")
-    spelt_out, *by_base = pasted(made, made.sizes[size], arm, equal, seed)
+    chosen = made.sizes[size]
+    equal = equal or chosen.equal
+    check_equal(equal, "--equal")
+    spelt_out, *by_base = pasted(made, chosen, arm, equal, seed)
     say(f"# {arm}, every setting\n{spelt_out}")
     for line in by_base:
         say(f"# the same by its base\n{line}")

@@ -534,10 +534,7 @@ def how_made(found: Finished) -> list[str]:
         )
         lines += holm_lines(found)
 
-    budget = f"{matrix.size.seconds:g} s of training"
-    if matrix.equal == "steps":
-        budget = f"{matrix.size.steps} steps"
-    lines.append(f"Command: {matrix.command()} ({budget} each).")
+    lines.append(f"Command: {matrix.command()} ({matrix.budget()} each).")
     return [line for line in lines if line]
 
 

@@ -56,6 +56,8 @@ SIZE_KEYS = {
     "time_arms": list,
     "seconds": (int, float),
     "scale": str,
+    "gpu": str,
+    "equal": str,
     "note": str,
     "env": dict,
 }
@@ -101,6 +103,8 @@ class Size:
     arms: which run at this size; empty: all.
     time_arms: the same for --equal time; arms whose steps cost alike have nothing to add there.
     scale: the rule of scale.py by which the published shapes and steps become smaller; empty: none.
+    equal: the kind of budget unless told: steps or time.
+    gpu: what a rank has for itself, so that hours of it cost something; empty: none is meant.
     """
 
     name: str
@@ -113,6 +117,8 @@ class Size:
     arms: tuple[str, ...] = ()
     time_arms: tuple[str, ...] = ()
     scale: str = ""
+    gpu: str = ""
+    equal: str = "steps"
     note: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
@@ -261,6 +267,11 @@ def product_arms(factors: dict[str, list], where: str) -> dict[str, dict[str, st
     return arms
 
 
+def check_equal(equal: str, where: str) -> None:
+    """Refusal of another kind of budget than there is."""
+    refuse(equal not in ("steps", "time"), f"{where} {equal}: choose steps or time")
+
+
 def read_size(name: str, table: dict, where: str) -> Size:
     """A [size.NAME]. Refusal on unknown keys, wrong types and numbers out of range."""
     if not isinstance(table, dict) or not {"steps", "seconds"} <= table.keys():
@@ -275,6 +286,7 @@ def read_size(name: str, table: dict, where: str) -> Size:
     env = settings(table.get("env", {}), where)
     size = Size(name=name, **{**table, **lists, "env": env})
     scale.check_rule(size.scale, where)
+    check_equal(size.equal, f"{where}: equal =")
 
     for key, least in LEAST.items():
         value = getattr(size, key)
@@ -476,6 +488,13 @@ class Matrix:
             words += ["--seeds", ",".join(map(str, seeds))]
         return " ".join(words)
 
+    def budget(self) -> str:
+        """What each training gets, in words."""
+        if self.equal == "time":
+            return f"{self.size.seconds:g} s of training"
+        steps = sorted({trial.cfg.iterations for trial in self.trials})
+        return f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+
     def groups(self) -> list[list[Trial]]:
         """Each training with the trials that share it."""
         groups = {trial.id: [trial] for trial in self.trials if trial.donor is None}
@@ -575,6 +594,7 @@ def matrix(
     if size not in study.sizes:
         raise Refusal(f"{study.path}: no size {size}; choose from {', '.join(study.sizes)}")
     chosen = study.sizes[size]
+    equal = equal or chosen.equal
     folder = (out or ROOT / "logs/runs" / study.name / f"{size}-{equal}").absolute()
     seeds = seeds or chosen.seeds or study.seeds
     arms = chosen.arms or tuple(study.arms)

@@ -192,6 +192,7 @@ LONGEST = [
     "progress",
     "conditions",
     "figures",
+    "claims",
     "ledger",
 ]
 

@@ -27,10 +27,10 @@ from launch import Forked
 
 import ablate
 import train_gpt
+from ablation.ledger import Ledger
 from ablation.report import factorial_table, load_matrix, markdown_report
 from ablation.runner import (
     RUNNING,
-    Ledger,
     Runner,
     clean_environment,
     gpu_gate,
@@ -627,7 +627,7 @@ def test_several_machines_write_to_the_ledger_one_after_the_other(study, tmp_pat
         ledger.path.write_text('{"trial": "plain-s1"}\n{"cut')
 
     locking = SimpleNamespace(**vars(fcntl) | {"flock": flock})
-    monkeypatch.setattr("ablation.runner.fcntl", locking)
+    monkeypatch.setattr("ablation.ledger.fcntl", locking)
     ledger.write(m.trials[0], "start")
     first, cut, ours = ledger.path.read_text().splitlines()
     assert (first, cut) == ('{"trial": "plain-s1"}', '{"cut')
@@ -687,12 +687,25 @@ def test_a_terminated_study_ends_its_runs_and_goes_on_later(study, tmp_path):
     assert not Runner(m).failed
 
 
-def test_a_trial_that_still_runs_is_not_started_again(study, tmp_path):
-    m = matrix(study(without=("arm.stride_8", "arm.five_bits")), "small", "steps", (1,), tmp_path)
+def test_a_trial_that_still_runs_is_waited_for(study, tmp_path, monkeypatch):
+    made = study(without=("arm.stride_8", "arm.five_bits"), size__small={"jobs": 1})
+    m = matrix(made, "small", "steps", (1,), tmp_path)
+    monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.0)
+    lines = []
     with (tmp_path / ".plain-s1.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Refusal, match="plain-s1: a process of an earlier start still runs it"):
-            Runner(m).run(lambda line: None)
+
+        def tell(line: str) -> None:
+            """The other one has run; the process ends once this waits for it."""
+            if line.startswith("waiting"):
+                assert list(runner.results) == ["qat-s1"]
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            lines.append(line)
+
+        runner = Runner(m)
+        runner.run(tell)
+    assert "waiting, as 1 are run elsewhere: plain-s1 by a process of an earlier start" in lines
+    assert runner.results.keys() == {"plain-s1", "qat-s1"}
 
 
 def test_only_runs_what_it_names(study, tmp_path):
