@@ -67,7 +67,8 @@ def how_it_ran(made: Matrix, runs: list[dict]) -> str:
         f"`{made.command()}`: {made.budget()} for every arm, {len(runs)} runs of {trainings} "
         f"trainings on {first['device']}, {made.size.jobs} side by side, "
         f"threads: {first['threads_per_rank']}, torch {first['torch']}; "
-        f"scored: {first['val_tokens']:,} targets of {first['val_bytes']:,} bytes; code `{first['code_sha256'][:12]}`, {age}."
+        f"scored: {first['val_tokens']:,} targets of {first['val_bytes']:,} bytes; "
+        f"code `{first['code_sha256'][:12]}`, {age}."
     )
 
 
