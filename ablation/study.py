@@ -588,8 +588,9 @@ def matrix(
 ) -> Matrix:
     """All trials, seed by seed (A B A B, so that drift of the machine hits all arms alike).
 
-    equal: empty: the size's. Arms whose training settings agree (Config.training_scopes) share one training. Refusal on
-    a setting that no Config takes: everything is checked here, before anything starts.
+    equal: empty: the size's. Arms whose training settings agree (Config.training_scopes) share one
+    training. Refusal on a setting that no Config takes: everything is checked here, before anything
+    starts.
     """
     if size not in study.sizes:
         raise Refusal(f"{study.path}: no size {size}; choose from {', '.join(study.sizes)}")
