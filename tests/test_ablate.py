@@ -235,6 +235,7 @@ def test_full_sizes_build_the_models_that_were_published():
         (dict(size__big={"steps": 3}), ["size.big", "seconds"]),
         (dict(size__small={"steps": "3"}), ["steps = '3'", "wrong type"]),
         (dict(size__small={"jobs": 0}), ["size.small", "jobs = 0"]),
+        (dict(size__small={"equal": "luck"}), ["size.small", "equal = luck"]),
         (dict(size__small={"seconds": 0}), ["seconds = 0"]),
         (dict(size__small={"arms": ["qat", "qat"]}), ["twice"]),
         (dict(size__small={"seeds": [-1]}), ["seeds"]),
@@ -768,6 +769,25 @@ def test_dry_run_prints_every_command_with_its_seconds_and_runs_nothing(study, t
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_prints_the_hours_of_a_gpu_and_what_they_cost(study, tmp_path, capsys):
+    """By the size's budget and what the arm's own logs say of scoring, or by what has run."""
+    small = {"seconds": 600, "ranks": 8, "jobs": 1, "gpu": "H100", "equal": "time"}
+    without = ("arm.five_bits", "arm.stride_8")
+    made = study(without=without, size__small=small)
+    text = made.path.read_text()
+    published = "published = { score_seconds = 290 }\nQAT_ENABLED = 1"
+    made.path.write_text(text.replace("QAT_ENABLED = 1", published))
+    call = ["run", str(made.path), "--out", str(tmp_path / "runs"), "--dry-run"]
+    hours = 2 * 8 * (600 + 10 + 600 + 10 + 290) / 3600
+    assert ablate.main([*call, "--price", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "MAX_WALLCLOCK_SECONDS=600" in out
+    told = f"# about {hours:.1f} hours of one H100, {3 * hours:,.0f} dollars at 3 an hour; "
+    assert told in out and hours == pytest.approx(6.71, abs=0.01)
+    assert ablate.main(call) == 0
+    assert f"{hours:.1f} hours of one H100; " in capsys.readouterr().out
+
+
 def test_the_printed_command_is_what_runs(finished, tmp_path):
     trial = finished[1].trials[3]
     fresh = dataclasses.replace(trial, env={**trial.env, "LOGS_DIR": str(tmp_path)})
@@ -957,6 +977,11 @@ def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(
         (["run", "studies/pr989_qat_x_swa.toml", "--launcher", "cloud"], "--launcher cloud"),
         (["run", "studies/pr989_qat_x_swa.toml", "--slurm", "qos=x"], "add --launcher slurm"),
         (["run", "studies/pr989_qat_x_swa.toml", "--max-busy", "5"], "side by side"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--price", "3"], "names no gpu"),
+        (
+            ["run", "studies/pr989_qat_x_swa.toml", "--launcher", "slurm", "--synced", "9"],
+            "--synced 9",
+        ),
         (["run", "studies/pr989_qat_x_swa.toml", "--cool-down", "-1"], "cool-down"),
         (["report", "studies/pr989_qat_x_swa.toml", "--size", "tiny"], "no size tiny"),
     ],

@@ -234,7 +234,7 @@ def test_of_two_claims_on_a_synced_disk_the_same_is_first_for_both(
 
 # ── The runner ────────────────────────────────────────────────────────────────────────────────────
 def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, monkeypatch):
-    tools = runs_by(monkeypatch, made, "exec sleep 600")
+    tools = runs_by(monkeypatch, made, "exec sleep 60")
     monkeypatch.setattr("ablation.ledger.BEAT_SECONDS", 0.01)
     monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.01)
     other = ledger_of(monkeypatch, made.folder, "b")
@@ -261,6 +261,23 @@ def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, mon
     assert lines[1].startswith("waiting, as 1 are run elsewhere: qat-s1 by machine b-")
     assert "qat-s1: val bpb" in lines[2]
     assert told(made.folder, "end") == [] and not runner.failed
+
+
+def test_what_another_machine_ends_just_before_it_is_claimed_is_not_run_again(made, monkeypatch):
+    tools = runs_by(monkeypatch, made, "exit 1")
+    (qat,) = (trial for trial in made.trials if trial.id == "qat-s1")
+    claim = Ledger.claim
+
+    def claim_late(ledger: Ledger, training, trials) -> Claim | str:
+        qat.folder.mkdir()
+        shutil.copy(tools / "qat-s1.json", qat.folder / "result.json")
+        return claim(ledger, training, trials)
+
+    monkeypatch.setattr(Ledger, "claim", claim_late)
+    runner = Runner(made, only=("qat-s1",))
+    runner.run(lambda line: None)
+    assert runner.results.keys() == {"qat-s1"} and not runner.failed
+    assert told(made.folder, "start") == [] and runner.ledger.holder(qat) == ""
 
 
 def test_what_another_machine_has_tried_again_is_not_tried_once_more(made, monkeypatch):

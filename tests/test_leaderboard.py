@@ -218,9 +218,23 @@ def test_small_arms_read_the_shards_of_their_vocabulary():
     assert SMALL["pr1855"].data_path == "data/leaderboard/sp4096_caseops"
     assert SMALL["pr1855"].tokenizer_path == "data/leaderboard/sp4096_caseops/tokenizer.model"
     assert SMALL["pr2014"].train_seq_schedule == "128@0.1,256@0.7,384@1"
+    # 786,432 / 768 tokens, 512 / 8 dimensions, 2,048 / 8 tokens, (4,932 + 4,917 + 4,945) / 3 / 32
+    record = SMALL["pr1855"]
+    shape = record.train_batch_tokens, record.model_dim, record.train_seq_len, record.iterations
+    assert shape == (1024, 64, 256, 155)
+    assert record.ema_decay == pytest.approx(1 - 32 * 0.0035)
+    assert (record.phased_ttt_prefix_docs, record.num_heads, record.ttt_lora_rank) == (5, 4, 10)
+    assert SMALL["baseline"].train_batch_tokens == 768 == 6 * SMALL["baseline"].train_seq_len
     unmeasured = dataclasses.replace(STUDY, facts={})
     with pytest.raises(Refusal, match="no published steps"):
         arm_settings(unmeasured, STUDY.sizes["small"], "pr1855", "steps")
+
+
+def test_the_full_size_is_equal_time_on_8_gpus_and_the_small_one_equal_steps():
+    full, small = (matrix(STUDY, size, "", (1,)) for size in ("full", "small"))
+    assert (full.equal, full.budget()) == ("time", "600 s of training")
+    assert (full.size.gpu, full.size.ranks, full.size.scale) == ("H100", 8, "")
+    assert (small.equal, small.budget()) == ("steps", "143 to 451 steps")
 
 
 # ── The command of an arm ─────────────────────────────────────────────────────────────────────────
