@@ -245,7 +245,8 @@ class Ledger:
         finally:
             ended.set()
             thread.join()
-            own.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                own.unlink()
 
 
 def number(line: dict) -> int:
