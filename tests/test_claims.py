@@ -183,6 +183,11 @@ def test_a_claim_that_is_given_up_or_freed_is_nobodys(made, monkeypatch):
     group = made.groups()[0]
     for end in (a.give_up, lambda claim: b.free(group[0])):
         claim = a.claim(group[0], group)
+        # who comes second holds nothing, and gives nothing up
+        b.tell(group[0], "claim")
+        assert b.holder(group[0]) == a.owner
+        b.tell(group[0], "release")
+        assert b.holder(group[0]) == a.owner
         end(claim)
         claim.lock.close()
         assert b.holder(group[0]) == ""
@@ -241,11 +246,13 @@ def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, mon
     qat = next(trial for trial in made.trials if trial.id == "qat-s1")
     start = Runner.start
     lines = []
+    processes = []
 
     def start_and_be_lost(runner, trial, *rest):
         process = start(runner, trial, *rest)
         other.tell(qat, "lost", owner=runner.ledger.owner)
         other.tell(qat, "claim")
+        processes.append(process)
         return process
 
     def tell(line: str) -> None:
@@ -257,6 +264,7 @@ def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, mon
     monkeypatch.setattr(Runner, "start", start_and_be_lost)
     runner = Runner(made, only=("qat-s1",))
     runner.run(tell)
+    assert [process.returncode for process in processes] == [-signal.SIGTERM]
     assert lines[0] == f"qat-s1: {TAKEN}"
     assert lines[1].startswith("waiting, as 1 are run elsewhere: qat-s1 by machine b-")
     assert "qat-s1: val bpb" in lines[2]
