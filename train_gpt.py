@@ -541,6 +541,17 @@ class Config:
         remedy = f"must lie behind the loop, so above LOOP_END={loop_end}"
         refuse(broken, f"PARALLEL_START_LAYER={parallel_start_layer}: {remedy}")
 
+    # Parallel blocks
+    first_knob = partial(model_knob, lo=-1, off=(-1,))
+    parallel_residual_start: int = first_knob(-1, "block", "parallel blocks from this on; -1: off")
+
+    @rule
+    def parallel_blocks_exist(parallel_residual_start, parallel_start_layer, num_layers):
+        last = (parallel_start_layer or num_layers) - 1
+        remedy = f"choose -1 (off) or one of blocks 0 to {last}, those without lanes"
+        broken = parallel_residual_start > last
+        refuse(broken, f"PARALLEL_RESIDUAL_START={parallel_residual_start}: {remedy}")
+
     # Two softcaps
     asym_logit_rescale: bool = model_knob(False, "", "a learned cap for logits above 0, one below")
 
@@ -3209,7 +3220,7 @@ MODEL_TOGGLES: list[str] = []
 
 
 def technique(knob_name: str) -> Callable:
-    """Marks a class or function as what this knob switches on; 0 switches it off."""
+    """Marks a class or function as what this knob switches on."""
 
     def mark(part: Callable) -> Callable:
         MODEL_TOGGLES.append(knob_name)
@@ -3973,6 +3984,7 @@ class Block(nn.Module):
             self.norm = DepthScaledNorm(layer)
 
         self.layer = layer
+        self.parallel = 0 <= cfg.parallel_residual_start <= layer
         self.attn = Attention(cfg, layer, attend)
         self.mlp = MLP(cfg)
         ones = torch.ones(cfg.model_dim)
@@ -3983,6 +3995,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, seen: Context) -> Tensor:
         x = self.mixed(x, seen)
+        if self.parallel:
+            return parallel_residual(self, x, seen)
         x = x + self.attention_update(x, seen)
         return x + self.mlp_update(x, seen)
 
@@ -4000,6 +4014,20 @@ class Block(nn.Module):
         normed = self.norm(x)
         update = adapted(self.mlp(normed), normed, seen.adapters.get("mlp"))
         return self.mlp_scale.to(x.dtype) * update
+
+
+@technique("PARALLEL_RESIDUAL_START")
+def parallel_residual(block: Block, x: Tensor, seen: Context) -> Tensor:
+    """A parallel block: attention and MLP read the same stream, and both add to it.
+
+    What:   x + attention(norm(x)) + MLP(norm(x)), in the blocks from this one on; x is the stream
+            with the input embedding mixed in, and each of the two keeps its gain per dimension.
+    Why:    neither waits for the other; #1420 had 68 steps more in the same time.
+    Source: pull request #1412 (as in GPT-J); toggle PARALLEL_RESIDUAL_START.
+    Care:   blocks with lanes (PARALLEL_START_LAYER) are parallel by themselves. #1529 calls the
+            start of its lanes by this name: there BASE=pr1529.
+    """
+    return x + block.attention_update(x, seen) + block.mlp_update(x, seen)
 
 
 # Techniques around the blocks: their order, what decoders take back, the streams, the logits
@@ -4062,9 +4090,9 @@ class Lanes(nn.Module):
     Why:    neither waits for the other, and each writes where it is of use.
     Source: pull request #1529; toggle PARALLEL_START_LAYER, PARALLEL_FINAL_LANE.
     Care:   the input embedding is mixed into what attention reads, not into the lane. Skips enter
-            lane a. All blocks have their numbers, as in #1529, but only those with lanes use them.
-            #1204, #1285, #1334 and #1477 have other lanes under this name. PARALLEL_RESIDUAL_START
-            of #1412, #1493 and #1514 is one stream: attention and MLP read the same.
+            lane a, as in all records from #1530 on; in #1529 that of the first visit with lanes
+            enters both. All blocks have their numbers, but only those with lanes use them.
+            #1204, #1285, #1334 and #1477 have other lanes under this name.
     """
 
     def __init__(self, cfg: Config):
@@ -8745,7 +8773,12 @@ def compare_steps(activity: Activity, step_seconds: list[float], delay: int = 0)
         activity.step_ms_without = 1e3 * statistics.median(others)
 
 
-def without_part(cfg: Config, knob_name: str, off: Any = 0) -> Config:
+def off_value(name: str) -> Any:
+    """The value at which a toggle is off."""
+    return BY_NAME[name].metadata["off"][0]
+
+
+def without_part(cfg: Config, knob_name: str, off: Any) -> Config:
     """The settings without a part, whether or not a model could be trained so."""
     changed = copy.copy(cfg)
     object.__setattr__(changed, knob_name, off)
@@ -8756,7 +8789,7 @@ def model_parts(cfg: Config) -> list[str]:
     """The toggles of the model that are on."""
     idle = cfg.idle()
     names = [name for name in MODEL_TOGGLES if name.lower() not in idle]
-    return [name for name in names if getattr(cfg, name.lower())]
+    return [name for name in names if getattr(cfg, name.lower()) != off_value(name)]
 
 
 def muon_parts(cfg: Config) -> dict[str, Any]:
@@ -8817,7 +8850,8 @@ def prove_model_toggles(
     for name in model_parts(cfg):
         knob_name = name.lower()
         probe.begin(name)
-        without = build_model(without_part(cfg, knob_name), run, attend, longest_row(cfg, run))
+        plain = without_part(cfg, knob_name, off_value(name))
+        without = build_model(plain, run, attend, longest_row(cfg, run))
         kept = rows_of(trained.live, without.state_dict())
         extra = [
             w.numel() - kept[key].numel() if key in kept else w.numel()
@@ -8905,7 +8939,7 @@ def peak_memory(run: Run) -> int:
 def add_scoring_toggles(run: Run, scores: dict[str, Score], steps: int) -> None:
     """Ways of scoring that are toggles: effect in BPB, and seconds, against plain scoring."""
     against = "sliding" if "sliding" in scores else "quantised"
-    plain = scores[against].without_tilt()
+    plain = scores[against]
     tilt = run.activity.get("NGRAM_TILT_ENABLED")
     for name, way in SCORING_WAYS.items():
         if name not in scores or name == against:
@@ -9851,7 +9885,7 @@ ABSENT_AT = {
         TTT_LORA_EMA_DECAY GLOBAL_TTT_DOC_LIMIT GLOBAL_TTT_WARMUP_CHUNKS PREQUANT_ONLY
         QUANTIZE_ONLY POST_GPTQ_EVAL_ONLY TTT_EVAL_ONLY TTT_ONLY TTT_ONLY_EVAL
         SKIP_POST_TRAIN_EVAL""",
-    "-1": "PARALLEL_RESIDUAL_START INT6_LAYER_START INT6_LAYER_END",
+    "-1": "INT6_LAYER_START INT6_LAYER_END",
     "none": "REPEAT_UNTIE_MLP",
     "": """
         CANON_AC_LAYERS QK_GAIN_INIT_SCHEDULE MIDRUN_CAP_SCHEDULE INT4_LAYERS
@@ -9915,7 +9949,6 @@ INSTEAD_OF = {
     "USE_SMEARGATE SMEAR": "set SMEAR_GATE={text}",
     "BIGRAM_BUCKETS": "set BIGRAM_VOCAB_SIZE={text}",
     "MATRIX_LR_EARLY MATRIX_LR_LATE": "set MATRIX_LR for all layers",
-    "PARALLEL_RESIDUAL_START": "see PARALLEL_START_LAYER: two lanes (#1529), there one stream",
     "FORCE_STOP_STEP": "set ITERATIONS={text}",
     "QAT_INT6": "set QUANT_BITS, which QAT follows",
     "QAT_FRACTION": qat_fraction,

@@ -47,6 +47,7 @@ UNSCALED = {
     "loop_start": "a block",
     "loop_end": "a block",
     "parallel_start_layer": "a block",
+    "parallel_residual_start": "a block",
     "num_loops": "passes",
     "gate_window": "12 of 64 dimensions are there too",
     "ttt_chunk_size": "of a document, which keeps its length; at most a window",

@@ -140,7 +140,8 @@ DEFAULTS = {
 HARD_CODED = {
     "upstream": """INIT=default MLP_ACT=relu2 SMEAR_GATE=0 SMEAR_GATE_ENABLED=0 NUM_LOOPS=0
  SPARSE_ATTN_GATE_ENABLED=0 GATED_ATTN_ENABLED=0 ATTN_OUT_GATE_ENABLED=0 SKIP_GATES_ENABLED=0
- PARALLEL_START_LAYER=0 ASYM_LOGIT_RESCALE=0 BIGRAM_VOCAB_SIZE=0 XSA_LAST_N=0
+ PARALLEL_START_LAYER=0 PARALLEL_RESIDUAL_START=-1 ASYM_LOGIT_RESCALE=0 BIGRAM_VOCAB_SIZE=0
+ XSA_LAST_N=0
  LN_SCALE=0
  VE_ENABLED=0 ROPE_DIMS=0 ROPE_NTK_LEN=0 MUON_WD=0 ADAM_WD=0 QAT_ENABLED=0 SWA_ENABLED=0
  EMA_ENABLED=0 QUANT_BITS_MLP=8 QUANT_BITS_ATTN=8 QUANT_BITS_EMBED=8 QUANT_CLIP=quantile
@@ -451,8 +452,8 @@ def test_studies_of_ones_own_are_run_and_change_no_base(elsewhere):
 
 
 def test_a_name_that_we_lack_may_be_one_of_ours_under_a_base(elsewhere):
-    elsewhere("[base.x]\nmeans = { PARALLEL_RESIDUAL_START = ['NUM_LAYERS'] }\n")
-    told = {"PARALLEL_RESIDUAL_START": "7"}
+    elsewhere("[base.x]\nmeans = { LAWA_K = ['NUM_LAYERS'] }\n")
+    told = {"LAWA_K": "7"}
     assert Config.from_env(told | {"BASE": "x"}).num_layers == 7
     assert "a setting of other scripts" in refused(told)
 

@@ -13,8 +13,10 @@ import itertools
 import json
 import lzma
 import math
+import platform
 import signal
 import statistics
+import sys
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -277,6 +279,58 @@ def test_a_stream_is_as_long_as_its_frequencies_say():
     again = code_model(codes)
     flat = again.decoded(train_gpt.RansDecoder(words.astype(int), lanes))
     assert (flat == codes.numpy().ravel()).all()
+
+
+class Constriction:
+    """The ANS coder of another hand, in RansDecoder's place. constriction is a stack of words."""
+
+    def __init__(self, words: np.ndarray | None = None):
+        import constriction
+
+        coder = constriction.stream.stack.AnsCoder
+        self.stack = coder() if words is None else coder(words)
+        self.model = constriction.stream.model.Categorical(perfect=False)
+
+    def shares(self, spreads: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+        return (frequency / RANS_TOTAL).astype(np.float32)[spreads]
+
+    def encoded(self, codes: np.ndarray, model: CodeModel) -> np.ndarray:
+        told = []
+        for places in model.groups():
+            where, spreads = model.classes(places)
+            frequency = model.frequency()
+            symbols = codes[places] - model.lowest
+            told.append((symbols.astype(np.int32), self.shares(spreads, frequency)))
+            model.learn(where, spreads * frequency.shape[1] + symbols, codes[places])
+        for symbols, shares in reversed(told):
+            self.stack.encode_reverse(symbols, self.model, shares)
+        return self.stack.get_compressed()
+
+    def keys(self, spreads: np.ndarray, frequency: np.ndarray) -> np.ndarray:
+        symbols = self.stack.decode(self.model, self.shares(spreads, frequency))
+        return spreads * frequency.shape[1] + symbols
+
+    def finish(self) -> None:
+        assert self.stack.is_empty()
+
+
+NO_WHEEL = sys.platform == "linux" and platform.machine() != "x86_64"
+
+
+@pytest.mark.skipif(NO_WHEEL, reason="constriction has no wheel for this machine")
+def test_a_stream_is_hardly_longer_than_constrictions():
+    """By 32 bits a lane, its state, and one in 4,000; that has one state of 64 bits."""
+    codes = gaussian(300, 256, torch.linspace(2, 9, 256))
+    flat = codes.numpy().ravel()
+    theirs = Constriction().encoded(flat, code_model(codes))
+    model = code_model(codes)
+    slots = model.coded(flat)
+    ours = train_gpt.rans_encode(slots, model.lanes)
+    bits = sum((train_gpt.RANS_BITS - np.log2(owned)).sum() for owned, _ in slots)
+    assert 0 <= 8 * theirs.nbytes - bits <= 64
+    assert -64 <= 8 * (ours.nbytes - theirs.nbytes) < 32 * model.lanes + bits / 4000
+    for decoder in (Constriction(theirs), train_gpt.RansDecoder(ours.astype(int), model.lanes)):
+        assert (code_model(codes).decoded(decoder) == flat).all()
 
 
 def test_before_any_code_is_seen_a_level_expects_a_normal_distribution():

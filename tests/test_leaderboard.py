@@ -131,7 +131,7 @@ def test_every_row_of_the_leaderboard_is_an_arm_or_stands_there_with_the_reason(
         assert len({len(figure) for figure in figures}) == 1
         best = STUDY.facts[arm].get("note") == "the score is its best seed"
         score = min(facts["bpb"]) if best else statistics.mean(facts["bpb"])
-        assert facts["score"] == pytest.approx(score, abs=2e-4), arm
+        assert facts["score"] == pytest.approx(score, abs=3e-4), arm
         assert facts["score"] == scores.get(arm, facts["score"])
         trained = [s * ms / 1e3 for s, ms in zip(facts["steps"], facts["ms"], strict=True)]
         assert min(trained) > 585 and max(trained) < 602  # GPTQ keeps up to 14 s back

@@ -200,6 +200,8 @@ def spec_mlp_adds(w, cfg, i, x):
 def spec_block(w, cfg, i, x, x0, ids):
     mixed, attention = spec_attention_adds(w, cfg, i, x, x0, ids)
     x = mixed + attention
+    if 0 <= cfg.parallel_residual_start <= i:
+        return x + spec_mlp_adds(w, cfg, i, mixed)
     return x + spec_mlp_adds(w, cfg, i, x)
 
 
@@ -570,6 +572,10 @@ def test_lanes_start_as_the_record_starts_them():
     assert (lanes.post == 1).all() and (lanes.residual == 1.1).all()
 
 
+# ── parallel blocks ──
+TECHNIQUES["parallel"] = (dict(parallel_residual_start=1), set())
+
+
 # ── two softcaps ──
 def spec_softcap(w, cfg, z):
     above = below = cfg.logit_softcap
@@ -652,6 +658,7 @@ LOOPS = dict(PLAIN, num_layers=7, num_loops=2, loop_start=1, loop_end=3)
             "loops_of_all": LOOPS | dict(loop_start=0, loop_end=6, num_loops=1),
             "loop_of_the_last": LOOPS | dict(loop_start=6, loop_end=6, num_loops=3),
             "loops_and_lanes": LOOPS | dict(parallel_start_layer=4, parallel_final_lane="mlp"),
+            "parallel_of_all": PLAIN | dict(parallel_residual_start=0),
             "lanes_of_all": PLAIN | dict(num_layers=4, parallel_start_layer=2),
             "lane_of_attention": PLAIN | dict(parallel_start_layer=1, parallel_final_lane="attn"),
             "lanes_of_one": dict(OTHERS, num_layers=4, parallel_start_layer=3, ve_layers="3"),

@@ -54,6 +54,7 @@ UNTUNED = {
     "attn_out_gate_enabled",
     "skip_gates_enabled",
     "gated_attn_quant_gate",
+    "parallel_residual_start",
 }
 
 
@@ -305,6 +306,7 @@ OTHERS = dict(
     smear_gate=True,
     num_loops=dict(num_loops=1, loop_start=0, loop_end=0),
     parallel_start_layer=1,
+    parallel_residual_start=0,
     swa_enabled=dict(swa_enabled=True, swa_every=1),
     sqwa_enabled=dict(sqwa_enabled=True, swa_every=1),
     num_layers=1,

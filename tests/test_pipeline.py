@@ -88,6 +88,7 @@ TOGGLES = {
     "SKIP_GATES_ENABLED": dict(skip_gates_enabled=True),
     "NUM_LOOPS": dict(num_loops=1, loop_start=0, loop_end=0),
     "PARALLEL_START_LAYER": dict(parallel_start_layer=1),
+    "PARALLEL_RESIDUAL_START": dict(parallel_residual_start=0),
     "ASYM_LOGIT_RESCALE": dict(asym_logit_rescale=True),
     "MIN_LR": dict(min_lr=0.7),
     "WD_TAPER": dict(wd_taper_final_mult=0.5, wd_taper_start_frac=0.2),

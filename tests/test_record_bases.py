@@ -59,7 +59,8 @@ HARD_CODED = {
     "pr1394": """VE_ENABLED=0 LOADER=shuffled NEGATIVE_SLOPE=0.5 DOC_MASK=0 GPTQ_ENABLED=1
      QUANT_CLIP=sigma QUANT_CLIP_BIGRAM=auto QUANT_CLIP_EMBED=auto QUANT_SCALE_FLOOR=0""",
     "pr1529": "TTT_MODE=sgd LOADER=shuffled DOC_MASK=0",
-    "pr1530": """LOADER=documents DOC_MASK=1 EVAL_STRIDE=0 SMEAR_GATE_ENABLED=0 TTT_LORA_ALPHA=0
+    "pr1530": """PARALLEL_RESIDUAL_START=-1 LOADER=documents DOC_MASK=1 EVAL_STRIDE=0
+     SMEAR_GATE_ENABLED=0 TTT_LORA_ALPHA=0
      TTT_WARM_START_A=0 PHASED_TTT_ENABLED=0""",
     "pr1667": "SMEAR_MASK_BOS=0",
     "pr1736": "MUON_COEFFS=quintic SMEAR_MASK_BOS=0 PHASED_TTT_ENABLED=1",
@@ -107,9 +108,8 @@ NOT_TO_COME = {
      DISABLE_LAYER0_ATTN PARALLEL_RESIDUAL PARALLEL_START_LAYER""",
     "pr1285": "NUM_LOOPS RECUR_LAYERS",
     "pr1334": "NUM_LOOPS RECUR_LAYERS RECUR_START_STEP PARALLEL_START_LAYER",
-    "pr1412": "PARALLEL_RESIDUAL_START",
     "pr1477": "PARALLEL_START_LAYER",
-    "pr1514": "PARALLEL_RESIDUAL_START NGRAM_TILT_ENABLED",
+    "pr1514": "NGRAM_TILT_ENABLED",
     "pr2014": "EVAL_STRIDE",
 }
 
@@ -139,6 +139,29 @@ def test_the_rest_of_a_records_command_gives_the_parameters_of_its_log(name):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(cfg).parameters())
     assert parameters == RECORDS[name]["parameters"]
+
+
+# The first parallel block and the first with lanes, of 11
+PARALLEL = {
+    "pr1394": (11, 0),
+    "pr1412": (7, 0),
+    "pr1493": (7, 0),
+    "pr1514": (7, 0),
+    # #1529 gives the name of #1412's switch to the start of its lanes
+    "pr1529": (11, 8),
+    "pr1530": (11, 8),
+}
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_the_parallel_blocks_of_a_record(name):
+    known = command(name).keys() - refused(name).keys()
+    cfg = Config.from_env({"BASE": script_base(name)} | {key: command(name)[key] for key in known})
+    with torch.device("meta"):
+        blocks = GPT(cfg).blocks
+    first, lanes = PARALLEL[name]
+    assert [block.layer for block in blocks if block.parallel] == [*range(first, 11)]
+    assert cfg.parallel_start_layer == lanes
 
 
 # What the log of #1855 prints, seed 42, and what its script has without a variable

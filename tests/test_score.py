@@ -568,7 +568,13 @@ def test_the_last_way_of_scoring_is_tilted_and_says_what_that_did(setting):
     val, model = validation(cfg, run), lively_model(cfg, run)
     expected = one_by_one(model, val, rows_of(cfg, val, "documents"))
     nats, found = nats_of(cfg, run, val, model, "documents")
-    assert 50 < (ngram_hints(val.tokens, 3, 0.5) >= 0).sum() < 650
+    hints = ngram_hints(val.tokens, 3, 0.5)
+    assert 50 < (hints >= 0).sum() < 650
+    torch.testing.assert_close(nats[hints < 0], expected[hints < 0])
+    hits = hints == val.tokens[1:]
+    odds_against = expected[hits].expm1() / math.exp(cfg.token_boost)
+    assert hits.any()
+    torch.testing.assert_close(nats[hits], odds_against.log1p())
     assert found.loss == pytest.approx(nats.double().mean().item(), rel=1e-9)
     assert found.without_tilt().loss == pytest.approx(expected.double().mean().item(), rel=1e-6)
     assert nats_of(cfg, run, val, model, "sliding")[1].plain == ()
@@ -583,6 +589,9 @@ def test_the_last_way_of_scoring_is_tilted_and_says_what_that_did(setting):
     both = run.activity["DOC_ISOLATED_EVAL"].cost_seconds + row["cost_seconds"]
     assert both == pytest.approx(4)
     assert row["effect"] == pytest.approx(found.bpb - found.without_tilt().bpb, rel=1e-9)
+    both = map(train_gpt.block_sums, (nats, expected))
+    margin = train_gpt.paired_margin(*both, math.log(2) * found.bytes)
+    assert np.ptp(row["effect_interval"]) == pytest.approx(2 * margin, rel=1e-3)
     assert row["scope"] == "scoring documents" and row["cost_seconds"] > 0 and row["active"]
 
 
