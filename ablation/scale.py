@@ -8,7 +8,8 @@ Kinds and divisors. Widths (of the model, its tables and its adapters) by 8, of 
 halved in number and a quarter as wide. Tokens of a row, a window, a stride, by 8, so that a stride
 is the same share of a window. Tokens of a step by 768, to whole rows. Steps by 32; an EMA forgets
 32 times as fast. Vocabularies by 2, as a tokenizer has more than 256 pieces, each from a folder of
-its own. Buckets by 16. Documents of a prefix by 500, for a validation set of a dozen.
+its own. Buckets by 16. Documents of a prefix by 500, for a validation set of a dozen; the chunks
+that all weights learn from by 64, as a phase has one document or two.
 
 What does not scale: blocks, of which loops, lanes and value embeddings name the numbers; the 12
 dimensions that a gate reads; chunks of a document, as documents keep their length (but a chunk is
@@ -27,7 +28,8 @@ KINDS = {
     "vocabulary": (2, "vocab_size"),
     "buckets": (16, "bigram_vocab_size"),
     "tokens of a row": (8, "train_seq_len eval_seq_len rope_ntk_len doc_max_len eval_stride"),
-    "tokens of a chunk": (8, "ttt_chunk_tokens global_ttt_chunk_tokens"),
+    "tokens of a chunk": (8, "ttt_chunk_tokens"),
+    "tokens of a phase": (64, "global_ttt_chunk_tokens"),
     "tokens of a step": (768, "train_batch_tokens"),
     "sequences": (8, "eval_batch_seqs ttt_batch_seqs global_ttt_batch_seqs ttt_batch_size"),
     "calibration": (8, "gptq_calibration_batches"),

@@ -224,6 +224,8 @@ def test_small_arms_read_the_shards_of_their_vocabulary():
     assert shape == (1024, 64, 256, 155)
     assert record.ema_decay == pytest.approx(1 - 32 * 0.0035)
     assert (record.phased_ttt_prefix_docs, record.num_heads, record.ttt_lora_rank) == (5, 4, 10)
+    # one document of a phase is more, so that it acts
+    assert record.global_ttt_chunk_tokens == 512
     assert SMALL["baseline"].train_batch_tokens == 768 == 6 * SMALL["baseline"].train_seq_len
     unmeasured = dataclasses.replace(STUDY, facts={})
     with pytest.raises(Refusal, match="no published steps"):
