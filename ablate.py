@@ -13,6 +13,9 @@ submission folders.
     python ablate.py sweep studies/pr989_qat_x_swa.toml --grid MATRIX_LR=0.01,0.02,0.04
         One or two settings over a grid.
 
+    python ablate.py env studies/leaderboard.toml pr1855
+        The command that runs an arm, to paste.
+
     python ablate.py sensitivity logs/mine
         What each tensor costs quantised alone, and where bytes are worth most.
 
@@ -34,6 +37,7 @@ import json
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -60,11 +64,11 @@ from ablation.report import (
     write_report,
 )
 from ablation.run_page import write_run_page
-from ablation.runner import Runner, gpu_gate, run_here, shell
+from ablation.runner import Runner, gpu_gate, pasted, run_here, shell
 from ablation.sensitivity import write_sensitivity
 from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
-from ablation.study import ROOT, Matrix, Size, Study, matrix, read_study, with_pairs
+from ablation.study import ROOT, Matrix, Size, Study, check_equal, matrix, read_study, with_pairs
 from ablation.submission import ABOUT, build_submission
 from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import Refusal
@@ -87,8 +91,11 @@ class StudyOptions:
     study: Annotated[Path, typer.Argument(help="a TOML file, see studies/")]
     size: Annotated[str, typer.Option(help="a [size.NAME] of the study")] = "small"
     equal: Annotated[
-        str, typer.Option(help="what all arms get: steps, or time (the challenge's view)")
-    ] = "steps"
+        str,
+        typer.Option(
+            help="what all arms get: steps, or time (the challenge's view); default: the size's"
+        ),
+    ] = ""
     seeds: Annotated[str, typer.Option(help="such as 1,2,3; default: the study's")] = ""
     ranks: Annotated[int, typer.Option(min=0, help="processes, one per GPU; 0: the size's")] = 0
     out: Annotated[
@@ -97,8 +104,8 @@ class StudyOptions:
 
     def matrix(self) -> Matrix:
         """The trials. Refusal on a wrong option, and on a wrong study."""
-        if self.equal not in ("steps", "time"):
-            raise Refusal(f"--equal {self.equal}: choose steps or time")
+        if self.equal:
+            check_equal(self.equal, "--equal")
         try:
             seeds = tuple(int(seed) for seed in self.seeds.split(",") if seed)
         except ValueError:
@@ -126,6 +133,11 @@ class RunOptions(StudyOptions):
             metavar="KEY=VALUE", help="an option of sbatch, such as partition=NAME; once or more"
         ),
     ] = ()
+    synced: Annotated[
+        float,
+        typer.Option(min=0, help="seconds until other machines see a file; 0: they share the disk"),
+    ] = 0.0
+    price: Annotated[float, typer.Option(min=0, help="dollars for an hour of one GPU")] = 0.0
     cool_down: Annotated[float, typer.Option(min=0, help="seconds to wait before each trial")] = 0.0
     max_celsius: Annotated[
         float, typer.Option(min=0, help="wait until every GPU is cooler; 0: do not look")
@@ -149,6 +161,12 @@ class RunOptions(StudyOptions):
             raise Refusal(f"--launcher {self.launcher}: choose here or slurm")
         if self.slurm and self.launcher != "slurm":
             raise Refusal(f"--slurm {self.slurm[0]}: add --launcher slurm, or leave it out")
+        if self.synced and self.launcher == "slurm":
+            raise Refusal(
+                f"--synced {self.synced:g}: the nodes of a cluster share a disk; remove it"
+            )
+        if self.price and not made.size.gpu:
+            raise Refusal(f"--price {self.price:g}: size {made.size.name} names no gpu; remove it")
         jobs = made.size.jobs
         if any(self.limits()) and jobs > 1:
             raise Refusal(
@@ -209,8 +227,8 @@ class ReportOptions(StudyOptions):
 
 
 # ── Run and report ────────────────────────────────────────────────────────────────────────────────
-def print_plan(runner: Runner) -> None:
-    """Every command that would run, with its projected seconds."""
+def print_plan(runner: Runner, price: float) -> None:
+    """Every command that would run, with its projected seconds; GPU hours, and what they cost."""
     made = runner.matrix
     for trial in runner.todo:
         shares = f", shares the training of {trial.donor}" if trial.donor else ""
@@ -220,6 +238,10 @@ def print_plan(runner: Runner) -> None:
         f"# {len(runner.todo)} of {len(made.trials)} trials to run, "
         f"about {runner.remaining() / 60:.0f} min"
     )
+    if made.size.gpu:
+        hours = runner.gpu_hours()
+        cost = f", {hours * price:,.0f} dollars at {price:g} an hour" if price else ""
+        print(f"# about {hours:.1f} hours of one {made.size.gpu}{cost}; compiling is not counted")
 
 
 @app.command()
@@ -229,11 +251,12 @@ def run(options: RunOptions) -> None:
     made = options.matrix()
     only = options.trials()
     options.check(made)
-    runner = Runner(made, options.retry, only, lambda: gpu_gate(*options.limits()))
+    gate = partial(gpu_gate, *options.limits())
+    runner = Runner(made, options.retry, only, gate, options.synced)
     if runner.failed:
         print(f"{len(runner.failed)} trials failed before and stay so (--retry runs them again)")
     if options.dry_run:
-        print_plan(runner)
+        print_plan(runner, options.price)
         return
 
     if options.launcher == "here":
@@ -263,6 +286,30 @@ def report(options: ReportOptions) -> None:
     paths = write_report(made, options.across_code)
     say(paths[0].read_text())
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
+
+
+# ── One arm ───────────────────────────────────────────────────────────────────────────────────────
+@app.command()
+def env(
+    study: Annotated[Path, typer.Argument(help="a TOML file, see studies/")],
+    arm: Annotated[str, typer.Argument(help="an [arm.NAME] of it")],
+    size: Annotated[str, typer.Option(help="a [size.NAME] of the study")] = "full",
+    equal: Annotated[str, typer.Option(help="its budget: steps, or time")] = "",
+    seed: Annotated[int, typer.Option(min=0)] = 1337,
+) -> None:
+    """Print the command that runs one arm of a study, to paste: with every setting spelt out, and
+    by the base that it refers to.
+    """
+    made = read_study(study)
+    if size not in made.sizes:
+        raise Refusal(f"{study}: no size {size}; choose from {', '.join(made.sizes)}")
+    chosen = made.sizes[size]
+    equal = equal or chosen.equal
+    check_equal(equal, "--equal")
+    spelt_out, *by_base = pasted(made, chosen, arm, equal, seed)
+    say(f"# {arm}, every setting\n{spelt_out}")
+    for line in by_base:
+        say(f"# the same by its base\n{line}")
 
 
 # ── Compare ───────────────────────────────────────────────────────────────────────────────────────

@@ -1079,6 +1079,8 @@ class Config:
                     values[f.name] = parse(name, texts[name], f.type)
         problems += wrong_settings(values)
         problems += base.other_than_its_script(values, told)
+        if problems and not base.name:
+            problems += likeness_line(nearest_base(values, given))
         if problems:
             # each once: an old spelling may stand for several knobs
             raise Refusal(list(dict.fromkeys(problems)))
@@ -9743,11 +9745,11 @@ def ttt_enabled(text: str, env: dict) -> dict[str, str]:
 
 
 def times(name: str) -> Meaning:
-    """An old variable that multiplies NAME."""
+    """An old variable that multiplies the default of NAME, which is that of its scripts too."""
 
     def meaning(text: str, env: dict) -> dict[str, str]:
         try:
-            product = float(text) * float(env.get(name, BY_NAME[name].default))
+            product = float(text) * BY_NAME[name].default
         except ValueError:
             return {name: Unreadable("must be a number")}
         return {name: f"{product:.10g}"}
@@ -10154,6 +10156,77 @@ def ambiguous_start(env: dict, on: set[str], base: Base) -> Iterator[tuple[str, 
         yield "QAT_START_KIND", f"ENABLE_QAT=1: from where on? {remedy}"
 
 
+# A launch without BASE is like a base that has such a share of the settings given, and of these so
+# many that are not our defaults
+ALIKE_SHARE = 0.75
+ALIKE_SETTINGS = 5
+
+
+class Likeness(NamedTuple):
+    """A base that the settings of a launch are like.
+
+    values: knob -> what the base has. same, given: how many of the settings given it has, of all.
+    missing: how many it states itself that were not given.
+    """
+
+    name: str
+    values: dict
+    same: int
+    given: int
+    missing: int
+
+
+def nearest_base(values: dict, given: Iterable[str]) -> Likeness | None:
+    """The base that these settings are most like; None where none is near, or none can be read.
+
+    values: knob -> value, perhaps without those that cannot be read. given: the variables set.
+    """
+    mine = {}
+    for name in given:
+        f = BY_NAME[name]
+        if f.metadata["scope"] in COMPARED and f.name in values:
+            mine[f.name] = values[f.name]
+    if len(mine) < ALIKE_SETTINGS:
+        return None
+    found = []
+    # a launch without BASE needs no tables
+    with contextlib.suppress(Refusal):
+        found = [likeness(name, mine) for name in base_tables()]
+    near = [one for one in found if one is not None]
+    return max(near, key=lambda one: (one.same, -one.missing), default=None)
+
+
+def likeness(name: str, mine: dict) -> Likeness | None:
+    """How like this base the settings `mine` are; None if not enough."""
+    theirs = {f.name: f.default for f in KNOBS}
+    for variable, text in read_base(name).settings.items():
+        f = BY_NAME[variable]
+        theirs[f.name] = parse(variable, text, f.type)
+    same = [knob for knob, value in mine.items() if theirs[knob] == value]
+    telling = [knob for knob in same if theirs[knob] != BY_NAME[knob.upper()].default]
+    if len(telling) < ALIKE_SETTINGS or len(same) < ALIKE_SHARE * len(mine):
+        return None
+    own = {key.lower() for key in base_tables()[name] if key in BY_NAME}
+    return Likeness(name, theirs, len(same), len(mine), len(own - mine.keys()))
+
+
+def likeness_line(near: Likeness | None, cfg: Config | None = None) -> list[str]:
+    """What to say of it, in one line: which base, and what differs from it; nothing of none.
+
+    cfg: the launch, unless it is refused.
+    """
+    if near is None:
+        return []
+    line = f"nearest base: {near.name} has {near.same} of the {near.given} settings given"
+    if cfg is None:
+        return [f"{line}; BASE={near.name} beside them adds the rest of that run"]
+    names = cfg.differing(near.values)
+    if not names:
+        return [f"{line}, and of the rest nothing differs"]
+    there = " ".join(setting(name, near.values[name]) for name in names)
+    return [f"{line}; it differs from this run in {there}"]
+
+
 # First words of our settings and of those in ABSENT that no other program's variables have
 TECHNIQUES = """
     QAT QNA SWA SQWA EMA TTT SMEAR BIGRAM TRIGRAM NGRAM XSA MUON QUANT WARMDOWN ROPE QK GRAD PRUNE
@@ -10500,6 +10573,9 @@ def log_start(cfg: Config, run: Run) -> None:
     idle = [f"{name} ({why})" for name, why in cfg.without_effect().items()]
     if idle:
         run.log(f"without effect: {', '.join(idle)}")
+    if not cfg.base and not cfg.inherited:
+        for line in likeness_line(nearest_base(vars(cfg), cfg.given), cfg):
+            run.log(line)
     if cfg.spelt and not cfg.base and not cfg.inherited:
         theirs = f"{', '.join(sorted(cfg.spelt))}: spellings of other scripts"
         run.log(f"{theirs}; what is not given has our defaults, BASE=NAME has another script's")

@@ -3,8 +3,12 @@
 study
     A TOML file -> arms -> trials (arm x seed). All settings are checked here.
 
-runner
-    Trials -> processes -> run folders. Nothing is run twice, nothing is lost.
+scale
+    The published shapes and steps of an arm -> those of two cores, by one rule.
+
+runner, ledger
+    Trials -> processes -> run folders. Nothing is run twice, nothing is lost, by several machines
+    in one folder either.
 
 slurm
     The same as jobs of a Slurm cluster.

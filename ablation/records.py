@@ -64,6 +64,9 @@ FINGERPRINT = (
     "torch",
 )
 
+# Of these, what differs where one text is cut into other tokens
+TOKENS = ("data.val_sha256", "data.tokenizer_sha256", "data.train_tokens", "val_tokens")
+
 # Of these, what seeds of one submission may differ in: each is a launch of its own
 MACHINE = ("gpu", KERNEL)
 
@@ -471,11 +474,12 @@ def check_arm(runs: list[dict]) -> None:
         names[seed] = run["name"]
 
 
-def check_alike(runs: list[dict], across_code: bool = False) -> None:
+def check_alike(runs: list[dict], across_code: bool = False, across_data: bool = False) -> None:
     """Refusal for runs of other code, data or machine than the first.
 
     Kernels must agree among those that ask for the same ATTN_BACKEND. across_code: the code may
-    differ, and what it records must agree among the runs that have it.
+    differ, and what it records must agree among the runs that have it. across_data: tokens must
+    agree among the runs of one DATA_PATH; all score the same bytes.
     """
     first_of: dict[tuple[str, str], dict] = {}
     for run in runs:
@@ -483,6 +487,8 @@ def check_alike(runs: list[dict], across_code: bool = False) -> None:
             if across_code and (key == CODE or not known(run, key)):
                 continue
             asked = str(lookup(run["config"], BACKEND)) if key == KERNEL else ""
+            if across_data and key in TOKENS:
+                asked = str(lookup(run["config"], "data_path"))
             first = first_of.setdefault((key, asked), run)
             check_agree(first, run, key, ASK if key == CODE else "")
 

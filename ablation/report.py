@@ -163,7 +163,7 @@ def load_matrix(matrix: Matrix, across_code: bool = False) -> Finished:
     found = Finished(matrix, runs, failed)
     for by_seed in runs.values():
         check_arm(list(by_seed.values()))
-    check_alike(found.all(), across_code)
+    check_alike(found.all(), across_code, across_data=bool(matrix.size.scale))
     return found
 
 
@@ -534,10 +534,7 @@ def how_made(found: Finished) -> list[str]:
         )
         lines += holm_lines(found)
 
-    budget = f"{matrix.size.seconds:g} s of training"
-    if matrix.equal == "steps":
-        budget = f"{matrix.size.steps} steps"
-    lines.append(f"Command: {matrix.command()} ({budget} each).")
+    lines.append(f"Command: {matrix.command()} ({matrix.budget()} each).")
     return [line for line in lines if line]
 
 

@@ -1,14 +1,13 @@
 """Runs what is missing of a matrix: clean processes, nothing twice, nothing lost.
 
-In: a Matrix. Out: a run folder per trial, and a line in ledger.jsonl when a trial starts and
-when it ends. A finished trial is never run again, a failed one stays failed until it is asked
-for, and one that a crash or an interruption cut off is set aside and run again.
+In: a Matrix. Out: a run folder per trial, and its lines in the ledger. A finished trial is never
+run again, a failed one stays failed until it is asked for, and one that a crash or an interruption
+cut off is set aside and run again. Several machines may run one folder: each takes what no other
+has claimed (ledger.py), and stays until all is done, in case another is lost.
 """
 
 import contextlib
-import fcntl
 import itertools
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
@@ -29,9 +28,10 @@ import rich.live
 import rich.table
 
 import train_gpt
+from ablation.ledger import Claim, Ledger
 from ablation.records import METRICS, RunStore, load, read_lines, split_trial
-from ablation.study import ROOT, Matrix, Size, Trial
-from train_gpt import COMPARED, Refusal
+from ablation.study import ROOT, Matrix, Size, Study, Trial, arm_settings
+from train_gpt import COMPARED, Config, Refusal, settings_line
 
 # Of a machine, all that a process needs to start
 MACHINE = (
@@ -51,11 +51,15 @@ GO_ON = "interrupted; the same command goes on where this one stopped"
 # In a job: what is beyond its memory ends so, and more memory is asked for from outside
 KILLED = "killed from outside; if for its memory, give more with --slurm memory=..."
 
+TAKEN = "taken over by another machine, as this one gave no sign of life for a while"
+
 # Seconds that a run takes besides its phases, and that one takes of which nothing is known
 START_SECONDS = 5
 GUESSED_SECONDS = 10
 # Seconds that a run has to end once it was told to
 STOP_SECONDS = 30
+# Seconds between two looks at what others run, where nothing else is to do
+POLL_SECONDS = 5.0
 # What a trial does of which step and loss are shown
 RUNNING = "running"
 # Of what a failed run printed
@@ -88,6 +92,28 @@ def shell(trial: Trial, size: Size) -> str:
     return " ".join([*words, shlex.join(command(size))])
 
 
+def pasted(study: Study, size: Size, arm: str, equal: str, seed: int) -> list[str]:
+    """The commands that run an arm, each a line for a shell: all settings spelt out; by its base.
+
+    The second only where it has a base. Refusal of an arm that the study lacks.
+    """
+    if arm not in study.arms:
+        why = f"no arm: {study.missing[arm][1]}" if arm in study.missing else "no such arm"
+        choices = ", ".join(study.arms)
+        raise Refusal(f"{study.path}: {arm}: {why}; choose from {choices}")
+    env = {**study.env, **arm_settings(study, size, arm, equal), "SEED": str(seed)}
+    cfg = Config.from_env(env)
+    launch = "torchrun --standalone"
+    if size.threads:
+        launch = f"OMP_NUM_THREADS={size.threads} {launch}"
+    launch += f" --nproc_per_node={size.ranks} train_gpt.py"
+    lines = [f"{settings_line(cfg)} {launch}"]
+    if cfg.base:
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items())
+        lines.append(f"{words} {launch}")
+    return lines
+
+
 def told_reason(lines: list[str], code: int) -> tuple[int, str]:
     """(exit code, reason) of a run that left no result, from the last lines that it printed.
 
@@ -111,56 +137,6 @@ def killed(lines: list[str], code: int) -> bool:
     return code == -signal.SIGKILL or (ranks and not own)
 
 
-# ── The ledger ────────────────────────────────────────────────────────────────────────────────────
-class Ledger:
-    """ledger.jsonl of a matrix: one line when a trial starts and one when it ends, however.
-
-    Jobs on several machines write to it, so each write holds the lock of the file.
-    """
-
-    def __init__(self, folder: Path):
-        self.path = folder / "ledger.jsonl"
-        self.lock = threading.Lock()
-
-    def write(self, trial: Trial, event: str, **facts) -> None:
-        """Appends a line, on a line of its own even where a crash cut off the one before."""
-        record = {
-            "trial": trial.id,
-            "event": event,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "config_sha256": trial.cfg.digest(),
-            **facts,
-        }
-        line = json.dumps(record) + "\n"
-        with self.lock, self.path.open("a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END) > 0 and not self.path.read_bytes().endswith(b"\n"):
-                file.write("\n")
-            file.write(line)
-
-    def last(self, trials: list[Trial], *events: str) -> dict[str, dict]:
-        """Trial -> its last line with these settings, of those of these events (none: of any)."""
-        lines = {}
-        for line in read_lines(self.path):
-            if not events or line.get("event") in events:
-                lines[str(line.get("trial")), str(line.get("config_sha256"))] = line
-        return {trial.id: lines.get((trial.id, trial.cfg.digest()), {}) for trial in trials}
-
-    def failures(self, trials: list[Trial]) -> dict[str, str]:
-        """Trial -> reason, where the last attempt with these settings ended badly."""
-        found = {}
-        for name, line in self.last(trials).items():
-            code = line.get("exit_code")
-            if line.get("event") == "end" and code != 0:
-                found[name] = f"FAILED (exit {code}): {line.get('reason')}"
-        return found
-
-    def jobs(self, trials: list[Trial]) -> dict[str, int]:
-        """Trial -> number of the job that was submitted last to run it with these settings."""
-        found = {name: line.get("job") for name, line in self.last(trials, "queue").items()}
-        return {name: job for name, job in found.items() if isinstance(job, int)}
-
-
 # ── The runner ────────────────────────────────────────────────────────────────────────────────────
 class Runner:
     """Runs what is missing of a matrix.
@@ -168,7 +144,7 @@ class Runner:
     results: trial -> run of the finished ones; failed: trial -> reason; todo: what is missing.
     side_by_side: how many run at a time, for the projection.
     A retried trial keeps the lines of its old attempts in the ledger. before: called before
-    each trial, and may wait for the machine.
+    each trial, and may wait for the machine. synced: see Ledger.
     """
 
     def __init__(
@@ -177,14 +153,20 @@ class Runner:
         retry: bool = False,
         only: tuple[str, ...] = (),
         before: Callable[[], None] = lambda: None,
+        synced: float = 0.0,
     ):
         self.matrix = matrix
         self.before = before
-        self.ledger = Ledger(matrix.folder)
+        self.ledger = Ledger(matrix.folder, synced)
+        self.began = self.ledger.latest()
         self.store = RunStore(matrix.folder)
         self.running: dict[str, subprocess.Popen] = {}
+        # the trainings that the workers of this process have in hand
+        self.in_hand: dict[str, Claim] = {}
+        # one worker at a time looks for a training, and none starts once all is to stop
         self.lock = threading.Lock()
-        self.stopping = False
+        self.starting = threading.Lock()
+        self.stopped = threading.Event()
         self.side_by_side = matrix.size.jobs
 
         self.failed = {} if retry else self.ledger.failures(matrix.trials)
@@ -241,7 +223,9 @@ class Runner:
         }
 
     def seconds(self, trial: Trial) -> float:
-        """Projected wall seconds: as finished trials of this arm took, else the size's budget."""
+        """Projected wall seconds: as finished trials of this arm took; else the size's budget and
+        what the arm's own logs say of scoring, where the shapes are theirs.
+        """
         known = [
             sum(result["seconds"].values()) + START_SECONDS
             for name, result in list(self.results.items())
@@ -249,8 +233,16 @@ class Runner:
         ]
         if known:
             return sum(known) / len(known)
-        budget = self.matrix.size.seconds if trial.donor is None else 0
-        return budget + GUESSED_SECONDS
+        size = self.matrix.size
+        training = size.seconds if trial.donor is None else 0
+        published = self.matrix.study.facts.get(trial.arm, {}).get("published", {})
+        scoring = 0 if size.scale else published.get("score_seconds", 0)
+        return training + scoring + GUESSED_SECONDS
+
+    def gpu_hours(self) -> float:
+        """Projected hours of one GPU, of all that is missing."""
+        seconds = sum(map(self.seconds, self.waiting(self.todo)))
+        return seconds * self.matrix.size.ranks / 3600
 
     def remaining(self) -> float:
         """Projected wall seconds of all that is missing."""
@@ -262,25 +254,74 @@ class Runner:
         An interruption ends what runs, and writes no end of it: it runs again next time.
         """
         self.matrix.folder.mkdir(parents=True, exist_ok=True)
-        groups = [
-            [trial for trial in group if trial in self.todo] for group in self.matrix.groups()
-        ]
-        with ThreadPoolExecutor(self.matrix.size.jobs) as pool:
+        jobs = self.matrix.size.jobs
+        with self.ledger.beating(self.end_what_is_lost), ThreadPoolExecutor(jobs) as pool:
             try:
-                futures = [pool.submit(self.run_group, group, log) for group in groups if group]
-                for future in futures:
-                    future.result()
+                workers = [pool.submit(self.work, log) for _ in range(jobs)]
+                for worker in wait(workers, return_when=FIRST_EXCEPTION).done:
+                    worker.result()
             except BaseException as error:
-                self.stop(pool)
+                self.stop()
                 if isinstance(error, KeyboardInterrupt):
                     raise Refusal(GO_ON, 130) from None
                 raise
 
-    def stop(self, pool: ThreadPoolExecutor) -> None:
+    def work(self, log: Callable[[str], None]) -> None:
+        """Runs one training after the other, until nothing is missing."""
+        while claim := self.next_claim(log):
+            try:
+                self.run_group(claim, log)
+            finally:
+                self.ledger.give_up(claim)
+                del self.in_hand[claim.training.id]
+
+    def next_claim(self, log: Callable[[str], None]) -> Claim | None:
+        """The next training that is ours to run, perhaps after others of which one is lost;
+        None once nothing is missing.
+        """
+        told = False
+        while not self.stopped.is_set():
+            held = []
+            with self.lock:
+                self.take_up(log)
+                for group in self.matrix.groups():
+                    missing = list(self.waiting([trial for trial in group if trial in self.todo]))
+                    if not missing or group[0].id in self.in_hand:
+                        continue
+                    claim = self.ledger.claim(group[0], missing)
+                    if not isinstance(claim, Claim):
+                        held.append(f"{missing[0].id} by {claim}")
+                        continue
+                    # the last claimant may have ended it a moment ago
+                    self.take_up(log)
+                    if any(self.waiting(missing)):
+                        self.in_hand[group[0].id] = claim
+                        return claim
+                    self.ledger.give_up(claim)
+            if not held:
+                return None
+            if not told:
+                log(f"waiting, as {len(held)} are run elsewhere: {', '.join(held[:3])}")
+            told = True
+            self.stopped.wait(POLL_SECONDS)
+        return None
+
+    def take_up(self, log: Callable[[str], None]) -> None:
+        """What others have ended since this began."""
+        missing = list(self.waiting(self.todo))
+        self.failed |= self.ledger.failures(missing, self.began)
+        for trial in missing:
+            try:
+                self.adopt(trial)
+            except Refusal as refusal:  # an unreadable or foreign result
+                self.failed[trial.id] = str(refusal)
+            if trial.id in self.results or trial.id in self.failed:
+                log(self.progress(trial))
+
+    def stop(self) -> None:
         """Starts nothing more, and ends what runs."""
-        with self.lock:
-            self.stopping = True
-        pool.shutdown(wait=False, cancel_futures=True)
+        with self.starting:
+            self.stopped.set()
         processes = list(self.running.values())
         for process in processes:
             process.terminate()
@@ -289,20 +330,34 @@ class Runner:
                 process.wait(STOP_SECONDS)
             process.kill()
 
-    def run_group(self, group: list[Trial], log: Callable[[str], None]) -> None:
+    def lost(self, training: Trial) -> bool:
+        """Whether another machine has taken a training over that this one has in hand."""
+        return self.ledger.holder(training) != self.ledger.owner
+
+    def end_what_is_lost(self) -> None:
+        """Ends what another machine runs by now, as this one was cut off for a while."""
+        for claim in list(self.in_hand.values()):
+            if self.lost(claim.training):
+                for trial in claim.trials:
+                    if trial.id in self.running:
+                        self.running[trial.id].terminate()
+
+    def run_group(self, claim: Claim, log: Callable[[str], None]) -> None:
         """A training and what shares it.
 
         Its checkpoint is removed at the end; a later arm that would share it trains.
         """
-        for trial in group:
+        for trial in self.waiting(claim.trials):
             if trial.donor in self.failed:
                 self.end(trial, -1, f"its training {trial.donor} failed")
             else:
                 self.before()
-                self.run_trial(trial)
+                self.run_trial(trial, claim)
+            if trial.id not in self.results and trial.id not in self.failed:
+                log(f"{trial.id}: {TAKEN}")
+                return
             log(self.progress(trial))
-        donor = group[0].donor or group[0].id
-        (self.matrix.folder / donor / "checkpoint.bin").unlink(missing_ok=True)
+        (claim.training.folder / "checkpoint.bin").unlink(missing_ok=True)
 
     def progress(self, trial: Trial) -> str:
         """The line of a trial that has just ended."""
@@ -315,17 +370,17 @@ class Runner:
             f"about {self.remaining() / 60:.0f} min left"
         )
 
-    def run_trial(self, trial: Trial) -> None:
-        """Runs one trial and writes down how it ended."""
-        lock_path = self.matrix.folder / f".{trial.id}.lock"
-        with tempfile.TemporaryFile() as output, lock_path.open("w") as lock:
-            code = self.start(trial, output, lock).wait()
+    def run_trial(self, trial: Trial, claim: Claim) -> None:
+        """Runs one trial and writes down how it ended, unless its training is lost by then."""
+        with tempfile.TemporaryFile() as output:
+            code = self.start(trial, output, claim.lock).wait()
             del self.running[trial.id]
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - TAIL_BYTES))
             lines = output.read().decode(errors="replace").strip().splitlines()
-        lock_path.unlink(missing_ok=True)
-        if self.stopping or code in INTERRUPTED:
+        if self.lost(claim.training):
+            return
+        if self.stopped.is_set() or code in INTERRUPTED:
             raise Refusal(f"{trial.id}: {GO_ON}", 130)
         if "SLURM_JOB_ID" in os.environ and killed(lines, code):
             raise Refusal(f"{trial.id}: {KILLED}", 137)
@@ -340,21 +395,17 @@ class Runner:
         self.end(trial, code, reason)
 
     def start(self, trial: Trial, output: IO, lock: IO) -> subprocess.Popen:
-        """The process of a trial; it holds the trial's lock, even when this program is gone."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refusal(
-                f"{trial.id}: a process of an earlier start still runs it; end that first"
-            ) from None
+        """The process of a trial; it holds the lock of its training, even when this program is
+        gone.
+        """
         if trial.folder.exists():
             set_aside(trial.folder)
         env = clean_environment(trial, self.matrix.size)
         if trial.donor and not (self.matrix.folder / trial.donor / "checkpoint.bin").exists():
             del env["CHECKPOINT"]  # that training is over: this trial trains
 
-        with self.lock:
-            if self.stopping:
+        with self.starting:
+            if self.stopped.is_set():
                 raise Refusal(f"{trial.id}: interrupted", 130)
             self.ledger.write(trial, "start")
             self.running[trial.id] = subprocess.Popen(
@@ -404,7 +455,7 @@ def seconds_left(runner: Runner, trial: Trial, done: int, passed: float) -> floa
     done: its steps until now, in the passed seconds.
     """
     if done and runner.matrix.equal == "steps":
-        return passed / done * max(runner.matrix.size.steps - done, 0)
+        return passed / done * max(trial.cfg.iterations - done, 0)
     return max(runner.seconds(trial) - passed, 0)
 
 

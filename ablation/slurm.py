@@ -352,6 +352,9 @@ class Jobs:
             reason = told_reason(lines, 0)[1]
         for trial in trials:
             self.runner.ledger.write(trial, "killed", job=job.number, reason=reason)
+        for group in self.runner.matrix.groups():
+            if trials[0] in group:
+                self.runner.ledger.free(group[0])
         names = ", ".join(trial.id for trial in trials)
         self.tell(f"{names}: job {job.number}: {reason}; the same command runs it again")
 

@@ -6,8 +6,8 @@ share no noise. Every interval and verdict is two-sided at 5 %, and none is corr
 number of comparisons made; holm corrects the p of a whole family.
 
 Sources: Student, Biometrika 6 (1908); Welch, Biometrika 34 (1947); Satterthwaite, Biometrics
-Bulletin 2 (1946); Holm, Scandinavian Journal of Statistics 6 (1979). scipy.stats has the
-distributions.
+Bulletin 2 (1946); Holm, Scandinavian Journal of Statistics 6 (1979); Bonett and Wright,
+Psychometrika 65 (2000). scipy.stats has the distributions.
 """
 
 import itertools
@@ -70,6 +70,15 @@ class Record(NamedTuple):
     df: float
     p: float
     holds: bool
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's rho of n pairs, with its 95 % interval."""
+
+    n: int
+    rho: float
+    low: float
+    high: float
 
 
 # ── One arm ───────────────────────────────────────────────────────────────────────────────────────
@@ -338,3 +347,19 @@ def verdict(
         f"{b} is {look} than {a} by {abs(mean):.{places}f} {metric} "
         f"(95 % CI {near:.{places}f} to {far:.{places}f}, {p}, n = {n}{alike})"
     )
+
+
+# ── Ranks ─────────────────────────────────────────────────────────────────────────────────────────
+def rank_correlation(a: list[float], b: list[float]) -> RankCorrelation:
+    """Spearman's rho of pairs; the interval by Fisher's z with Bonett and Wright's variance,
+    (1 + rho^2 / 2) / (n - 3). Refusal below 4 pairs, and where one side is all the same.
+    """
+    n = len(a)
+    if n < 4 or len(set(a)) < 2 or len(set(b)) < 2:
+        raise Refusal(f"{n} pairs: ranks need 4 or more, and different values on both sides")
+    rho = float(stats.spearmanr(a, b).statistic)
+    if abs(rho) > 1 - ROUNDING:
+        return RankCorrelation(n, math.copysign(1.0, rho), *[math.copysign(1.0, rho)] * 2)
+    half = stats.norm.ppf(1 - LEVEL / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    z = math.atanh(rho)
+    return RankCorrelation(n, rho, math.tanh(z - half), math.tanh(z + half))

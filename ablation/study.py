@@ -5,6 +5,7 @@ they run. Every name, type and setting is checked here, before anything starts: 
 train_gpt.py does not know is refused, and so is one that no Config would take.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -19,8 +20,9 @@ from pathlib import Path
 import tomli
 
 import train_gpt
+from ablation import scale
 from ablation.records import leaves
-from train_gpt import Config, Refusal, refuse
+from train_gpt import Config, Refusal, read_base, refuse
 
 # Runs start here, so that relative paths of a study are below it
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +42,7 @@ STUDY_KEYS = {
     "size": dict,
     "arm": dict,
     "factorial": dict,
+    "missing": dict,
     "command": str,
     "corrections": dict,
 }
@@ -52,10 +55,14 @@ SIZE_KEYS = {
     "arms": list,
     "time_arms": list,
     "seconds": (int, float),
+    "scale": str,
+    "gpu": str,
+    "equal": str,
     "note": str,
     "env": dict,
 }
-ARM_KEYS = {"published": dict, "command": (str, list), "expect": str, "note": str}
+ARM_KEYS = {"base": str, "published": dict, "command": (str, list), "expect": str, "note": str}
+MISSING_KEYS = {"base": str, "score": float, "why": str}
 
 # The least value of each number of a size
 LEAST = {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}
@@ -95,6 +102,9 @@ class Size:
     threads: per rank; 0: as the machine has.
     arms: which run at this size; empty: all.
     time_arms: the same for --equal time; arms whose steps cost alike have nothing to add there.
+    scale: the rule of scale.py by which the published shapes and steps become smaller; empty: none.
+    equal: the kind of budget unless told: steps or time.
+    gpu: what a rank has for itself, so that hours of it cost something; empty: none is meant.
     """
 
     name: str
@@ -106,6 +116,9 @@ class Size:
     seeds: tuple[int, ...] = ()
     arms: tuple[str, ...] = ()
     time_arms: tuple[str, ...] = ()
+    scale: str = ""
+    gpu: str = ""
+    equal: str = "steps"
     note: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
@@ -120,6 +133,7 @@ class Study:
         of them, or one for each.
     corrections: variable -> why no arm has the value of these commands.
     factors: of a factorial, name -> levels.
+    missing: name of a row that is no arm -> its score, and why it is none.
     metrics are compared; show stands in the table of arms only.
     compare: pairs of arms, besides each arm against the reference.
     """
@@ -141,6 +155,7 @@ class Study:
     commands: dict[str, list[dict[str, str]]]
     corrections: dict[str, str]
     factors: dict[str, list[str]]
+    missing: dict[str, tuple[float, str]]
 
     @property
     def name(self) -> str:
@@ -186,13 +201,36 @@ def typed(table: dict, allowed: dict[str, type | tuple], where: str) -> dict:
 
 
 def split_arm(table: dict, where: str) -> tuple[dict[str, str], dict]:
-    """(settings, facts) of one arm: upper-case keys are settings, lower-case ones facts."""
+    """(settings, facts) of one arm: upper-case keys are settings, lower-case ones facts.
+
+    `base` is both: it supplies the settings that the arm does not change, as BASE does.
+    """
     if not isinstance(table, dict):
         raise Refusal(f"{where} = {table!r}: must be a table of settings")
     upper = {key: value for key, value in table.items() if key == key.upper()}
     lower = {key: value for key, value in table.items() if key != key.upper()}
     facts = typed(lower, ARM_KEYS, where)
+    if "base" in facts:
+        refuse("BASE" in upper, f"{where}: base and BASE say the same thing; write base alone")
+        upper = {"BASE": facts["base"]} | upper
     return settings(upper, where), facts
+
+
+def missing_rows(tables: dict, where: str) -> dict[str, tuple[float, str]]:
+    """Name -> (score, why it is no arm) of every [missing.NAME].
+
+    Without a `why` of its own, what its `base` lacks.
+    """
+    rows = {}
+    for name, table in tables.items():
+        place = f"{where}.{name}"
+        if not isinstance(table, dict):
+            raise Refusal(f"{place} = {table!r}: must be a table with score and why or base")
+        typed(table, MISSING_KEYS, place)
+        why = table.get("why") or ", ".join(read_base(table.get("base", "")).lacks)
+        refuse(not why or "score" not in table, f"{place}: needs score, and why or base")
+        rows[name] = (table["score"], why)
+    return rows
 
 
 def check_factors(factors: dict[str, list], where: str) -> None:
@@ -229,6 +267,11 @@ def product_arms(factors: dict[str, list], where: str) -> dict[str, dict[str, st
     return arms
 
 
+def check_equal(equal: str, where: str) -> None:
+    """Refusal of another kind of budget than there is."""
+    refuse(equal not in ("steps", "time"), f"{where} {equal}: choose steps or time")
+
+
 def read_size(name: str, table: dict, where: str) -> Size:
     """A [size.NAME]. Refusal on unknown keys, wrong types and numbers out of range."""
     if not isinstance(table, dict) or not {"steps", "seconds"} <= table.keys():
@@ -242,6 +285,8 @@ def read_size(name: str, table: dict, where: str) -> Size:
             raise Refusal(f"{where}: {key} = {table[key]!r}: must be names of arms")
     env = settings(table.get("env", {}), where)
     size = Size(name=name, **{**table, **lists, "env": env})
+    scale.check_rule(size.scale, where)
+    check_equal(size.equal, f"{where}: equal =")
 
     for key, least in LEAST.items():
         value = getattr(size, key)
@@ -339,6 +384,7 @@ def study_of(data: dict, path: Path) -> Study:
         commands=commands,
         corrections=typed(data.get("corrections", {}), REASONS, f"{path}: corrections"),
         factors={key: list(map(str, levels)) for key, levels in factors.items()},
+        missing=missing_rows(data.get("missing", {}), f"{path}: missing"),
     )
 
 
@@ -442,6 +488,13 @@ class Matrix:
             words += ["--seeds", ",".join(map(str, seeds))]
         return " ".join(words)
 
+    def budget(self) -> str:
+        """What each training gets, in words."""
+        if self.equal == "time":
+            return f"{self.size.seconds:g} s of training"
+        steps = sorted({trial.cfg.iterations for trial in self.trials})
+        return f"{steps[0]} steps" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps"
+
     def groups(self) -> list[list[Trial]]:
         """Each training with the trials that share it."""
         groups = {trial.id: [trial] for trial in self.trials if trial.donor is None}
@@ -464,15 +517,41 @@ def budget(size: Size, equal: str) -> dict[str, str]:
     return {"MAX_WALLCLOCK_SECONDS": str(size.seconds)}
 
 
+def arm_settings(study: Study, size: Size, arm: str, equal: str) -> dict[str, str]:
+    """What this size and budget make of an arm, on top of the study's settings."""
+    own = {**size.env, **study.arms[arm], **budget(size, equal)}
+    if not size.scale:
+        return own
+
+    # what the size says wins over the rule, as it does over no arm of the published shapes
+    where = f"{study.path}: arm {arm}"
+    steps = study.facts.get(arm, {}).get("published", {}).get("steps")
+    refuse(not steps, f"{where}: no published steps, which size {size.name} scales; add them")
+    with renamed(where):
+        cfg = Config.from_env({**study.env, **study.arms[arm]})
+    small = scale.scaled(cfg, round(sum(steps) / len(steps)))
+    if equal == "steps":
+        small |= {"MAX_WALLCLOCK_SECONDS": "0"}
+    else:
+        small |= budget(size, equal)
+    return {**study.arms[arm], **small, **size.env, **scale.data(size.env, cfg, small)}
+
+
+@contextlib.contextmanager
+def renamed(where: str) -> Iterator[None]:
+    """Refusals of what is done inside say where it stands."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal([f"{where}: {problem}" for problem in refusal.problems]) from None
+
+
 def new_trial(study: Study, env: dict[str, str], arm: str, seed: int, folder: Path) -> Trial:
     """A trial that trains. env: of size and budget. Refusal where no Config takes its settings."""
     name = f"{arm}-s{seed}"
     whole = {**study.env, **env, "SEED": str(seed), "RUN_ID": name, "LOGS_DIR": from_root(folder)}
-    try:
+    with renamed(f"{study.path}: arm {arm}"):
         cfg = Config.from_env(whole)
-    except Refusal as refusal:
-        problems = [f"{study.path}: arm {arm}: {problem}" for problem in refusal.problems]
-        raise Refusal(problems) from None
     return Trial(arm, seed, folder / name, whole, cfg)
 
 
@@ -509,17 +588,19 @@ def matrix(
 ) -> Matrix:
     """All trials, seed by seed (A B A B, so that drift of the machine hits all arms alike).
 
-    Arms whose training settings agree (Config.training_scopes) share one training. Refusal on
-    a setting that no Config takes: everything is checked here, before anything starts.
+    equal: empty: the size's. Arms whose training settings agree (Config.training_scopes) share one
+    training. Refusal on a setting that no Config takes: everything is checked here, before anything
+    starts.
     """
     if size not in study.sizes:
         raise Refusal(f"{study.path}: no size {size}; choose from {', '.join(study.sizes)}")
-    scale = study.sizes[size]
+    chosen = study.sizes[size]
+    equal = equal or chosen.equal
     folder = (out or ROOT / "logs/runs" / study.name / f"{size}-{equal}").absolute()
-    seeds = seeds or scale.seeds or study.seeds
-    arms = scale.arms or tuple(study.arms)
-    if equal == "time" and scale.time_arms:
-        arms = scale.time_arms
+    seeds = seeds or chosen.seeds or study.seeds
+    arms = chosen.arms or tuple(study.arms)
+    if equal == "time" and chosen.time_arms:
+        arms = chosen.time_arms
     if len(arms) * len(seeds) > MAX_TRIALS:
         raise Refusal(
             f"{study.path}: {len(arms)} arms with {len(seeds)} seeds: over {MAX_TRIALS:,} trials; "
@@ -530,7 +611,7 @@ def matrix(
     donors: dict[tuple, Trial] = {}
     for seed in seeds:
         for arm in arms:
-            env = {**scale.env, **study.arms[arm], **budget(scale, equal)}
+            env = arm_settings(study, chosen, arm, equal)
             trial = new_trial(study, env, arm, seed, folder)
             training = (trial.cfg.digest(*trial.cfg.training_scopes), trial.cfg.data_path)
             donor = donors.setdefault(training, trial)
@@ -539,7 +620,7 @@ def matrix(
 
     if not trials or len({trial.id for trial in trials}) < len(trials):
         raise Refusal(f"{study.path}: no seed, or a seed stands there twice")
-    return Matrix(study, scale, equal, folder, arms, trials)
+    return Matrix(study, chosen, equal, folder, arms, trials)
 
 
 def with_pairs(made: Matrix, pairs: list[str]) -> Matrix:

@@ -195,6 +195,7 @@ LONGEST = [
     "plan",
     "conditions",
     "figures",
+    "claims",
     "ledger",
 ]
 

@@ -21,6 +21,7 @@ import pages_code
 import pages_demo
 import pages_effects
 import pages_frontier
+import pages_leaderboard
 import pages_plan
 from demo_picture import demo_picture
 from fault_table import faults
@@ -48,6 +49,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "coders": pages_bench.coders,
     "published-rows": published_rows,
     "record-bases": pages_frontier.record_bases,
+    "leaderboard": pages_leaderboard.leaderboard,
     "effects-of-training": pages_effects.effects_of_training,
     **{
         f"effects-of-export-{size}": partial(pages_effects.effects_of_export, size)

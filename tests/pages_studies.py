@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from ablation.ledger import Ledger
 from ablation.records import RunStore, keep, training_of
 from ablation.report import (
     arm_table,
@@ -12,7 +13,6 @@ from ablation.report import (
     markdown_table,
     shown_table,
 )
-from ablation.runner import Ledger
 from ablation.study import Matrix, matrix, read_study
 from train_gpt import CODE_SHA256, COMPARED, Config, setting
 
@@ -68,16 +68,14 @@ def age_of(run: dict) -> str:
 
 def how_it_ran(made: Matrix, runs: list[dict]) -> str:
     """The command, the budget, the machine and the code, in one sentence."""
-    budget = f"{made.size.seconds:g} s of training"
-    if made.equal == "steps":
-        budget = f"{made.size.steps} steps"
     trainings = len({training_of(run) for run in runs})
     first = runs[0]
     return (
-        f"`{made.command()}`: {budget} for every arm, {len(runs)} runs of {trainings} trainings on "
-        f"{first['device']}, {made.size.jobs} side by side, threads: {first['threads_per_rank']}, "
-        f"torch {first['torch']}; scored: {first['val_tokens']:,} targets of "
-        f"{first['val_bytes']:,} bytes; code {age_of(first)}."
+        f"`{made.command()}`: {made.budget()} for every arm, {len(runs)} runs of {trainings} "
+        f"trainings on {first['device']}, {made.size.jobs} side by side, "
+        f"threads: {first['threads_per_rank']}, torch {first['torch']}; "
+        f"scored: {first['val_tokens']:,} targets of {first['val_bytes']:,} bytes; "
+        f"code {age_of(first)}."
     )
 
 

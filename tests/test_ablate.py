@@ -27,10 +27,10 @@ from launch import Forked
 
 import ablate
 import train_gpt
+from ablation.ledger import Ledger
 from ablation.report import factorial_table, load_matrix, markdown_report
 from ablation.runner import (
     RUNNING,
-    Ledger,
     Runner,
     clean_environment,
     gpu_gate,
@@ -235,6 +235,7 @@ def test_full_sizes_build_the_models_that_were_published():
         (dict(size__big={"steps": 3}), ["size.big", "seconds"]),
         (dict(size__small={"steps": "3"}), ["steps = '3'", "wrong type"]),
         (dict(size__small={"jobs": 0}), ["size.small", "jobs = 0"]),
+        (dict(size__small={"equal": "luck"}), ["size.small", "equal = luck"]),
         (dict(size__small={"seconds": 0}), ["seconds = 0"]),
         (dict(size__small={"arms": ["qat", "qat"]}), ["twice"]),
         (dict(size__small={"seeds": [-1]}), ["seeds"]),
@@ -627,7 +628,7 @@ def test_several_machines_write_to_the_ledger_one_after_the_other(study, tmp_pat
         ledger.path.write_text('{"trial": "plain-s1"}\n{"cut')
 
     locking = SimpleNamespace(**vars(fcntl) | {"flock": flock})
-    monkeypatch.setattr("ablation.runner.fcntl", locking)
+    monkeypatch.setattr("ablation.ledger.fcntl", locking)
     ledger.write(m.trials[0], "start")
     first, cut, ours = ledger.path.read_text().splitlines()
     assert (first, cut) == ('{"trial": "plain-s1"}', '{"cut')
@@ -687,12 +688,25 @@ def test_a_terminated_study_ends_its_runs_and_goes_on_later(study, tmp_path):
     assert not Runner(m).failed
 
 
-def test_a_trial_that_still_runs_is_not_started_again(study, tmp_path):
-    m = matrix(study(without=("arm.stride_8", "arm.five_bits")), "small", "steps", (1,), tmp_path)
+def test_a_trial_that_still_runs_is_waited_for(study, tmp_path, monkeypatch):
+    made = study(without=("arm.stride_8", "arm.five_bits"), size__small={"jobs": 1})
+    m = matrix(made, "small", "steps", (1,), tmp_path)
+    monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.0)
+    lines = []
     with (tmp_path / ".plain-s1.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Refusal, match="plain-s1: a process of an earlier start still runs it"):
-            Runner(m).run(lambda line: None)
+
+        def tell(line: str) -> None:
+            """The other one has run; the process ends once this waits for it."""
+            if line.startswith("waiting"):
+                assert list(runner.results) == ["qat-s1"]
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            lines.append(line)
+
+        runner = Runner(m)
+        runner.run(tell)
+    assert "waiting, as 1 are run elsewhere: plain-s1 by a process of an earlier start" in lines
+    assert runner.results.keys() == {"plain-s1", "qat-s1"}
 
 
 def test_only_runs_what_it_names(study, tmp_path):
@@ -753,6 +767,25 @@ def test_dry_run_prints_every_command_with_its_seconds_and_runs_nothing(study, t
     assert "shares the training of plain-s1" in out
     assert "QUANT_BITS=5" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_prints_the_hours_of_a_gpu_and_what_they_cost(study, tmp_path, capsys):
+    """By the size's budget and what the arm's own logs say of scoring, or by what has run."""
+    small = {"seconds": 600, "ranks": 8, "jobs": 1, "gpu": "H100", "equal": "time"}
+    without = ("arm.five_bits", "arm.stride_8")
+    made = study(without=without, size__small=small)
+    text = made.path.read_text()
+    published = "published = { score_seconds = 290 }\nQAT_ENABLED = 1"
+    made.path.write_text(text.replace("QAT_ENABLED = 1", published))
+    call = ["run", str(made.path), "--out", str(tmp_path / "runs"), "--dry-run"]
+    hours = 2 * 8 * (600 + 10 + 600 + 10 + 290) / 3600
+    assert ablate.main([*call, "--price", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "MAX_WALLCLOCK_SECONDS=600" in out
+    told = f"# about {hours:.1f} hours of one H100, {3 * hours:,.0f} dollars at 3 an hour; "
+    assert told in out and hours == pytest.approx(6.71, abs=0.01)
+    assert ablate.main(call) == 0
+    assert f"{hours:.1f} hours of one H100; " in capsys.readouterr().out
 
 
 def test_the_printed_command_is_what_runs(finished, tmp_path):
@@ -944,6 +977,11 @@ def test_sweep_writes_a_study_of_its_grid_on_the_reference_arm_and_size(
         (["run", "studies/pr989_qat_x_swa.toml", "--launcher", "cloud"], "--launcher cloud"),
         (["run", "studies/pr989_qat_x_swa.toml", "--slurm", "qos=x"], "add --launcher slurm"),
         (["run", "studies/pr989_qat_x_swa.toml", "--max-busy", "5"], "side by side"),
+        (["run", "studies/pr989_qat_x_swa.toml", "--price", "3"], "names no gpu"),
+        (
+            ["run", "studies/pr989_qat_x_swa.toml", "--launcher", "slurm", "--synced", "9"],
+            "--synced 9",
+        ),
         (["run", "studies/pr989_qat_x_swa.toml", "--cool-down", "-1"], "cool-down"),
         (["report", "studies/pr989_qat_x_swa.toml", "--size", "tiny"], "no size tiny"),
     ],

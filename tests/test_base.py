@@ -8,12 +8,12 @@ of #194 are two configurations.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from pages_frontier import RECORDS, script_base
 
 import train_gpt
 from ablation.study import matrix, read_study
@@ -29,7 +29,6 @@ from train_gpt import (
     read_base,
 )
 
-RECORDS = ROOT / "tests" / "golden" / "record_defaults.json"
 FILES = sorted(set((ROOT / "studies").glob("*.toml")) - {ROOT / BASES})
 STUDIES = [read_study(path) for path in FILES]
 # (study, arm, variables of a published command)
@@ -192,8 +191,10 @@ def test_a_base_is_what_its_script_does_when_it_is_told_nothing(base):
 
 
 def test_every_base_has_its_defaults_here_and_states_only_what_it_changes():
-    # the others are in test_record_bases.py
-    others = set(json.loads(RECORDS.read_text(encoding="utf-8"))["records"])
+    # the others are in test_record_bases.py and, those that are a record, in test_leaderboard.py
+    (leaderboard,) = [study for study in STUDIES if study.name == "leaderboard"]
+    records = {arm for arm, facts in leaderboard.facts.items() if "score" in facts["published"]}
+    others = {script_base(name) for name in RECORDS} | records
     assert set(base_tables()) - others == set(DEFAULTS) == set(PARAMETERS)
     for name, table in base_tables().items():
         over = read_base(table.get("base", "")).settings

@@ -341,7 +341,7 @@ def test_a_clip_of_all_matrices_yields_to_the_clips_of_some():
     cfg = Config.from_env(told | {"BIGRAM_CLIP_SIGMAS": "12"})
     assert cfg.without_effect()["MATRIX_CLIP_SIGMAS"] == train_gpt.WINS["MATRIX_CLIP_SIGMAS"]
     # in the scripts from #1626 on it is that of the other matrices alone
-    cfg = Config.from_env({"BASE": "pr1855", "MATRIX_CLIP_SIGMAS": "9"})
+    cfg = Config.from_env({"BASE": "script1855", "MATRIX_CLIP_SIGMAS": "9"})
     clips = (cfg.mlp_clip_sigmas, cfg.attn_clip_sigmas, cfg.bigram_clip_sigmas)
     assert clips == (10, 13, 9)
 
@@ -380,7 +380,7 @@ def test_a_bad_value_is_blamed_on_the_variable_that_the_user_wrote(old):
 
 
 def test_a_spelling_that_multiplies_a_knob_does_so_and_takes_no_other_value_of_it():
-    env = {"TTT_LOCAL_LR_MULT": "0.5", "BASE": "pr1953"}
+    env = {"TTT_LOCAL_LR_MULT": "0.5", "BASE": "script1953"}
     assert Config.from_env(env).ttt_lora_lr == 5e-5
     message = refused({"TTT_LOCAL_LR_MULT": "0.75", "TTT_LORA_LR": "8e-5"})
     assert message == "TTT_LOCAL_LR_MULT=0.75 contradicts TTT_LORA_LR=8e-5; set only TTT_LORA_LR"

@@ -7,7 +7,7 @@ its SmearGate, #1851 has); a variable that a script reads and never uses.
 
 import pytest
 import torch
-from pages_frontier import RECORDS, command, refused
+from pages_frontier import RECORDS, command, refused, script_base
 
 from train_gpt import ABSENT, BY_NAME, GPT, Config, base_tables, read_base
 
@@ -32,7 +32,7 @@ def defaults(name: str) -> dict[str, str]:
 
 def ours(name: str, variables: dict[str, str]) -> dict[str, str]:
     """Those of these variables that are settings of ours under this base."""
-    base = read_base(name)
+    base = read_base(script_base(name))
     old_names = base.old_names()
     known = (BY_NAME.keys() | old_names.keys()) - base.absent() - NOT_A_SETTING.keys()
     found = {key: text for key, text in variables.items() if key in known}
@@ -74,19 +74,19 @@ HARD_CODED = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_base_is_what_the_script_of_the_record_does_by_itself(name):
-    bare = Config.from_env({"BASE": name})
-    told = Config.from_env({"BASE": name} | ours(name, defaults(name)))
+    bare = Config.from_env({"BASE": script_base(name)})
+    told = Config.from_env({"BASE": script_base(name)} | ours(name, defaults(name)))
     written = dict(word.split("=") for word in HARD_CODED.get(name, "").split())
-    hard_coded = Config.from_env({"BASE": name} | written)
+    hard_coded = Config.from_env({"BASE": script_base(name)} | written)
     assert told == hard_coded == bare and len(told.given) > 35
     # nothing that it states stands here by itself alone
-    own = {key for key in base_tables()[name] if key.isupper()}
+    own = {key for key in base_tables()[script_base(name)] if key.isupper()}
     assert own <= told.given | hard_coded.given
 
 
 @pytest.mark.parametrize("name", NAMES[NAMES.index("pr1218") :])
 def test_qat_can_be_added_to_a_record_that_has_none(name):
-    cfg = Config.from_env({"BASE": name, "QAT_ENABLED": "1"})
+    cfg = Config.from_env({"BASE": script_base(name), "QAT_ENABLED": "1"})
     plain = Config()
     for knob in ("qat_start_kind", "qat_start", "qat_scope", "qat_grid", "qat_bits"):
         assert getattr(cfg, knob) == getattr(plain, knob)
@@ -94,7 +94,7 @@ def test_qat_can_be_added_to_a_record_that_has_none(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variable_of_a_record_is_a_setting_or_refused_by_name(name):
-    known = BY_NAME.keys() | ABSENT.keys() | read_base(name).old_names().keys()
+    known = BY_NAME.keys() | ABSENT.keys() | read_base(script_base(name)).old_names().keys()
     assert not defaults(name).keys() - known
 
 
@@ -135,7 +135,7 @@ OTHER_PARTS = ("pr1204", "pr1334", "pr1477")
 def test_the_rest_of_a_records_command_gives_the_parameters_of_its_log(name):
     variables = command(name)
     rest = variables.keys() - refused(name).keys()
-    cfg = Config.from_env({"BASE": name} | {key: variables[key] for key in rest})
+    cfg = Config.from_env({"BASE": script_base(name)} | {key: variables[key] for key in rest})
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(cfg).parameters())
     assert parameters == RECORDS[name]["parameters"]
@@ -156,7 +156,7 @@ PARALLEL = {
 @pytest.mark.parametrize("name", PARALLEL)
 def test_the_parallel_blocks_of_a_record(name):
     known = command(name).keys() - refused(name).keys()
-    cfg = Config.from_env({"BASE": name} | {key: command(name)[key] for key in known})
+    cfg = Config.from_env({"BASE": script_base(name)} | {key: command(name)[key] for key in known})
     with torch.device("meta"):
         blocks = GPT(cfg).blocks
     first, lanes = PARALLEL[name]
@@ -283,7 +283,7 @@ RECORD_1855 = dict(
 
 
 def test_the_published_command_of_1855_is_the_record():
-    cfg = Config.from_env({"BASE": "pr1855"} | command("pr1855"))
+    cfg = Config.from_env({"BASE": "script1855"} | command("pr1855"))
     assert {key: getattr(cfg, key) for key in RECORD_1855} == RECORD_1855
     with torch.device("meta"):
         assert sum(weight.numel() for weight in GPT(cfg).parameters()) == 35_945_671

@@ -23,6 +23,7 @@ from test_ablate import tables, toml
 import ablate
 import train_gpt
 from ablation import slurm
+from ablation.ledger import Ledger
 from ablation.runner import Runner, watch
 from ablation.slurm import Job, Jobs, Refused, has_gpus, number_of, resources, sbatch_options
 from ablation.study import Size, Trial, matrix, read_study
@@ -211,7 +212,9 @@ def test_a_job_that_was_killed_fails_no_trial(jobs, state, told):
     """Although its own runner may have taken the end of the process for one of the trial."""
     runner = jobs.runner
     runner.ledger.write(runner.todo[0], "end", exit_code=-9, reason="no output")
+    Ledger(runner.matrix.folder).tell(runner.todo[0], "claim")
     jobs.poll()
+    assert runner.ledger.holder(runner.todo[0])
     assert not runner.failed
     jobs.watch(Job(8, "RUNNING"), runner.todo[2:])
     jobs.queue = {7: Job(7, state), 8: Job(8, "RUNNING")}
@@ -220,6 +223,8 @@ def test_a_job_that_was_killed_fails_no_trial(jobs, state, told):
         f"plain-s1, five_bits-s1: job 7: {told}; the same command runs it again"
     ]
     assert list(jobs.at_work) == [8]
+    # another node need not wait for signs of life
+    assert not runner.ledger.holder(runner.todo[0])
     assert not runner.failed
     assert not Runner(runner.matrix).failed
 
@@ -400,7 +405,8 @@ def test_what_is_killed_in_a_job_runs_again(jobs, monkeypatch, script, job, fail
     if not failed:
         told = pytest.raises(Refusal, match=r"^plain-s1: killed from outside; .*memory=")
     with told:
-        runner.run_trial(runner.todo[0])
+        runner.todo = runner.todo[:1]
+        runner.run(lambda line: None)
     assert list(Runner(runner.matrix).failed) == ["plain-s1"] * failed
 
 
