@@ -146,16 +146,17 @@ class Refusal(Exception):
     """Ends the run. Each problem is one line that names the thing, its value and the remedy.
 
     A line may quote a file or a variable: what cannot be printed is escaped, what is long is cut.
-    `code` is a key of EXIT_CODES.
+    `code` is a key of EXIT_CODES. base: the one that refused settings are like.
     """
 
-    def __init__(self, problems: str | list[str], code: int = 2):
-        super().__init__(problems, code)
+    def __init__(self, problems: str | list[str], code: int = 2, base: str = ""):
+        super().__init__(problems, code, base)
         if isinstance(problems, str):
             problems = [problems]
         longest = max(4000 // len(problems), 200)
         self.problems = [one_line(problem[:longest]) for problem in problems]
         self.code = code
+        self.base = base
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
@@ -1079,11 +1080,11 @@ class Config:
                     values[f.name] = parse(name, texts[name], f.type)
         problems += wrong_settings(values)
         problems += base.other_than_its_script(values, told)
-        if problems and not base.name:
-            problems += likeness_line(nearest_base(values, given))
         if problems:
+            near = None if base.name else nearest_base(values, given)
+            problems += likeness_line(near)
             # each once: an old spelling may stand for several knobs
-            raise Refusal(list(dict.fromkeys(problems)))
+            raise Refusal(list(dict.fromkeys(problems)), base=near.name if near else "")
         spelt = frozenset((base.old_names().keys() | ABSENT.keys()) & everything.keys())
         won = (*overruled(around, said), *stand_ins(heard))
         return cls(given=given, others=others, won=won, spelt=spelt, **values)

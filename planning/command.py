@@ -8,7 +8,7 @@ import sys
 from planning.forecast import Options, machine_rows, plan
 from planning.machines import CPU, CPU_MFU, MACHINES, MFU
 from planning.screen import screen
-from train_gpt import Config, Refusal, refuse, say, setting
+from train_gpt import Config, Refusal, likeness_line, nearest_base, refuse, say, setting
 
 MOST_GPUS = 8
 
@@ -43,17 +43,34 @@ def parser() -> Parser:
 def show(arguments: list[str]) -> int:
     """Prints the plan of the environment and the arguments, on one rank. Returns the exit code."""
     told = parser().parse_intermixed_args([word for word in arguments if word != "--plan"])
-    cfg = Config.from_env(os.environ, told.settings)
+    cfg, refused = launch(told.settings)
     refuse(told.mfu is not None and not 0 < told.mfu <= 1, f"--mfu {told.mfu}: above 0, at most 1")
     usual = 1 if told.device == CPU else MOST_GPUS
     gpus = usual if told.gpus is None else told.gpus
     options = Options(told.device, gpus, told.mfu or 0.0, told.price)
     check(cfg, options)
-    found = {"differences": differences(cfg)} | plan(cfg, options)
+    near = None if cfg.base else nearest_base(vars(cfg), cfg.given)
+    found = {"differences": differences(cfg), "nearest_base": likeness_line(near, cfg)}
+    found |= plan(cfg, options)
+    found["warnings"] = [*refused, *found["warnings"]]
     found["machines"] = machine_rows(cfg, options)
     if os.environ.get("RANK", "0") == "0":
         say(json.dumps(found, indent=1) if told.json else screen(found), sys.stdout)
     return 0
+
+
+def launch(settings: list[str]) -> tuple[Config, list[str]]:
+    """The launch, and why it is refused if it is a pasted command of a record without its BASE.
+
+    Such a command is planned as that record.
+    """
+    try:
+        return Config.from_env(os.environ, settings), []
+    except Refusal as refusal:
+        if not refusal.base:
+            raise
+        cfg = Config.from_env(os.environ, [*settings, f"BASE={refusal.base}"])
+        return cfg, [f"without BASE={refusal.base} it is refused: {refusal.problems[0]}"]
 
 
 def differences(cfg: Config) -> str:

@@ -294,12 +294,28 @@ def test_neither_data_nor_a_network_nor_a_run_is_needed(monkeypatch, tmp_path):
 
 
 def test_a_base_and_what_differs_from_it_are_named():
-    theirs = command("pr1855") | {"BASE": "pr1855", "SEED": "42"}
-    same = Config.from_env({"BASE": "pr1855", "EMA_DECAY": "0.9965", "TTT_LORA_RANK": "96"})
+    same = Config.from_env({"BASE": "pr1855", "EMA_DECAY": "0.9965", "TTT_LORA_RANK": "80"})
     assert differences(same) == ""
     own = Config.from_env({"BASE": "pr1855"}, ["EMA_DECAY=0.99", "MLP_MULT=4", "SEED=7"])
     assert differences(own) == "EMA_DECAY=0.99 SEED=7"
+    theirs = command("pr1855") | {"BASE": "script1855", "SEED": "42"}
     assert "BETA2=0.99" in differences(Config.from_env(theirs)).split()
+
+
+def test_a_pasted_command_is_planned_as_its_record_and_one_that_runs_is_likened(monkeypatch):
+    pasted = command("pr1855") | {"SEED": "42"}
+    code, text, _ = said(monkeypatch, **pasted)
+    assert code == 0 and "settings: pr1855, with " in text
+    assert "WARNING: without BASE=pr1855 it is refused: SMEAR_GATE_ENABLED=1: " in text
+
+    code, text, _ = said(monkeypatch, "SMEAR_GATE=0", **pasted)
+    line = " ".join(text.split("nearest base: ")[1].split("parameters: ")[0].split())
+    assert code == 0 and line.startswith("pr1855 has 38 of the 38 settings given; it differs")
+    assert "NUM_LOOPS=2" in line.split() and "WARNING: without" not in text
+
+    _, text, _ = said(monkeypatch, BASE="pr1855", **pasted)
+    assert "nearest base" not in text and "WARNING: without" not in text
+    assert said(monkeypatch, "NUM_LAYERS=x")[0] == 2
 
 
 def test_the_screen_adds_up_and_marks_what_does_not_fit():
@@ -341,11 +357,11 @@ def test_the_example_of_the_docs_is_what_is_printed(monkeypatch):
     """But for sizes of the code, seconds of this CPU, and where the data lie."""
     absent = refused("pr1855")
     settings = [f"{k}={v}" for k, v in command("pr1855").items() if k not in absent]
-    code, out, _ = said(monkeypatch, "BASE=pr1855", "--price", "3", *settings)
+    code, out, _ = said(monkeypatch, "--price", "3", *settings)
     page = (ROOT / "docs/plan.md").read_text()
-    own = ("code  ", "both  ", "this CPU", "  DATA_PATH", "  TOKENIZER_PATH")
+    own = ("code  ", "both  ", "this CPU", "settings: ", "  TOKENIZER_PATH")
     lines = [line for line in out.splitlines() if not line.startswith(own)]
-    assert code == 0 and len(lines) > 40
+    assert code == 0 and len(lines) > 35
     assert [line for line in lines if line not in page] == []
 
 
