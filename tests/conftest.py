@@ -57,7 +57,7 @@ def until(happened, story=str) -> None:
     while not happened():
         if time.monotonic() > end:
             pytest.fail(f"hangs: waited {HANG:.0f} s\n{story()}")
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def slowdown() -> float:

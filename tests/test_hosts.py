@@ -130,9 +130,9 @@ class Launch:
         hosts = hosts or self.on
 
         def ended() -> bool:
-            agents = [self.agents[host] for host in hosts]
-            left = [self.hosts.processes(host) for host in hosts]
-            return all(agent.poll() is not None for agent in agents) and not any(left)
+            # to look for processes takes a core, so first the agents
+            agents = all(self.agents[host].poll() is not None for host in hosts)
+            return agents and not any(self.hosts.processes(host) for host in hosts)
 
         until(ended, lambda: f"{[self.hosts.processes(host) for host in hosts]}\n{self.story()}")
         return [self.agents[host].returncode for host in hosts]
