@@ -68,7 +68,18 @@ from ablation.runner import Runner, gpu_gate, pasted, run_here, shell
 from ablation.sensitivity import write_sensitivity
 from ablation.slurm import run_as_jobs
 from ablation.statistics import record_rule
-from ablation.study import ROOT, Matrix, Size, Study, check_equal, matrix, read_study, with_pairs
+from ablation.study import (
+    OWN,
+    ROOT,
+    Matrix,
+    Size,
+    Study,
+    arm_settings,
+    check_equal,
+    matrix,
+    read_study,
+    with_pairs,
+)
 from ablation.submission import ABOUT, build_submission
 from prepare_data import exit_code_of, options_as_parameters, printable
 from train_gpt import Refusal
@@ -167,6 +178,8 @@ class RunOptions(StudyOptions):
             )
         if self.price and not made.size.gpu:
             raise Refusal(f"--price {self.price:g}: size {made.size.name} names no gpu; remove it")
+        if self.price and not self.dry_run:
+            raise Refusal(f"--price {self.price:g}: add --dry-run, or leave it out")
         jobs = made.size.jobs
         if any(self.limits()) and jobs > 1:
             raise Refusal(
@@ -397,9 +410,11 @@ def compare(
 # ── Sweep ─────────────────────────────────────────────────────────────────────────────────────────
 def sweep_tables(base: Study, scale: Size, factors: dict[str, str]) -> dict[str, dict]:
     """The tables of a study that varies these knobs of the reference arm; "": the top level."""
-    env = {**base.env, **scale.env, **base.arms[base.reference]}
+    env = {**base.env, **arm_settings(base, scale, base.reference, scale.equal)}
     size = dataclasses.asdict(scale)
-    for key in ("name", "arms", "env", "seeds"):
+    if scale.scale:
+        size["steps"] = int(env["ITERATIONS"])
+    for key in ("name", "arms", "time_arms", "env", "seeds", "scale"):
         del size[key]
     return {
         "": {
@@ -407,7 +422,7 @@ def sweep_tables(base: Study, scale: Size, factors: dict[str, str]) -> dict[str,
             "seeds": list(scale.seeds or base.seeds),
             "metrics": list(base.metrics),
         },
-        "env": {knob: value for knob, value in env.items() if knob not in factors},
+        "env": {knob: env[knob] for knob in env if knob not in factors and knob not in OWN},
         f"size.{scale.name}": size,
         "factorial": {knob: values.split(",") for knob, values in factors.items()},
     }

@@ -5,15 +5,17 @@ it ends, however, and when a training is claimed or given up. Out: what has fail
 what, and of a training whether it is free.
 
 A training, with the trials that share it, is claimed before anything of it runs. Two things say
-that a claim still holds. On its machine the lock of .TRAINING.lock, which the trainings hold too,
-so that it lasts until the last of them is gone. On the others signs of life: what the claimant
-writes every few seconds, and what its training writes. A machine that shows nothing new for
-LOST_SECONDS, by the clock of who waits for it, is lost, and another takes its training over. One
-that was only cut off notices that at its next sign of life, and ends its own.
+that a claim still holds. On its machine two locks: of .TRAINING.HOST.lock, which the process of a
+trial holds too, and of train.log, which its rank 0 holds, so that one of them lasts until the
+training is gone. On the others signs of life: what the claimant writes every few seconds, and what
+its training writes. A machine that shows nothing new for LOST_SECONDS, by the clock of who waits
+for it, is lost, and another takes its training over. One that was only cut off notices that at its
+next sign of life, and ends its own.
 
 Shared disks show all machines one file. Where files are copied from machine to machine (synced), a
-process writes a ledger of its own, and a claim is good once that time has passed and no earlier one
-has come to light. `n` orders the lines of all: one more than any that the writer knew.
+process writes a ledger of its own, waits so long before it claims anything, and twice so long after
+each claim: who comes later then than one copy takes has seen it, and who comes earlier is seen. Of
+those the first is the same for all. `n` orders the lines: one more than any that the writer knew.
 """
 
 import contextlib
@@ -25,7 +27,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -38,11 +40,14 @@ from train_gpt import ALIVE, Refusal
 BEAT_SECONDS = 10.0
 LOST_SECONDS = 180.0
 
+# Who has the locks of a training that is claimed by nobody else
+EARLIER = "a process of an earlier start"
+
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def this_host() -> str:
-    """A name of this machine until it starts anew, unlike all others, that tells nobody where."""
+    """A name of this machine until it starts anew, unlike all others."""
     boot = BOOT.read_text() if BOOT.exists() else str(uuid.getnode())
     return hashlib.sha256(f"{socket.gethostname()} {boot}".encode()).hexdigest()[:12]
 
@@ -56,6 +61,15 @@ def locked(file: IO) -> bool:
     except OSError as error:
         raise Refusal(f"{file.name}: no locks on this disk ({error}); use --out") from None
     return True
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a training is at work in this folder: its rank 0 has locked its log."""
+    try:
+        with (folder / "train.log").open("r+b") as log:
+            return not locked(log)
+    except FileNotFoundError:
+        return False
 
 
 class Claim(NamedTuple):
@@ -96,6 +110,10 @@ class Ledger:
         """The greatest number of a line."""
         return max(map(number, self.lines()), default=0)
 
+    def known(self) -> set[tuple]:
+        """The lines that are there by now."""
+        return set(map(key, self.lines()))
+
     def write(self, trial: Trial, event: str, **facts) -> None:
         """A line of a trial."""
         self.append({"trial": trial.id}, trial, event, **facts)
@@ -129,15 +147,15 @@ class Ledger:
                 lines[str(line.get("trial")), str(line.get("config_sha256"))] = line
         return {trial.id: lines.get((trial.id, trial.cfg.digest()), {}) for trial in trials}
 
-    def failures(self, trials: list[Trial], after: int = -1) -> dict[str, str]:
+    def failures(self, trials: list[Trial], before: Container = ()) -> dict[str, str]:
         """Trial -> reason, where the last attempt with these settings ended badly.
 
-        after: the number of the last line that does not count.
+        before: lines that do not count, as `known` gave them.
         """
         found = {}
         for name, line in self.last(trials).items():
             code = line.get("exit_code")
-            if line.get("event") == "end" and code != 0 and number(line) > after:
+            if line.get("event") == "end" and code != 0 and key(line) not in before:
                 found[name] = f"FAILED (exit {code}): {line.get('reason')}"
         return found
 
@@ -147,35 +165,42 @@ class Ledger:
         return {name: job for name, job in found.items() if isinstance(job, int)}
 
     # ── Of trainings ──────────────────────────────────────────────────────────────────────────────
-    def holder(self, training: Trial) -> str:
-        """Who has claimed a training, first of those that have not given it up; empty: nobody."""
-        held = ""
+    def held(self, training: Trial) -> dict:
+        """The claim of a training, first of those that are not given up; {}: nobody's."""
+        held = {}
         wanted = training.id, training.cfg.digest()
         for line in self.lines():
             if (line.get("training"), line.get("config_sha256")) != wanted:
                 continue
-            owner = str(line.get("owner"))
             if line.get("event") == "claim":
-                held = held or owner
-            elif owner == held:
-                held = ""
+                held = held or line
+            elif line.get("owner") == held.get("owner"):
+                held = {}
         return held
+
+    def holder(self, training: Trial) -> str:
+        """Who has claimed a training; empty: nobody."""
+        return str(self.held(training).get("owner", ""))
 
     def claim(self, training: Trial, trials: list[Trial]) -> Claim | str:
         """The claim of a training for the sake of these trials of it, or who has it."""
-        lock = (self.folder / f".{training.id}.lock").open("w")
+        lock = (self.folder / f".{training.id}.{self.host}.lock").open("w")
         if not locked(lock):
             lock.close()
-            return "a process of an earlier start"
+            return EARLIER
         rival = self.holder(training)
         for owner in filter(None, [rival, *self.not_seen_yet(trials)]):
             if not self.is_lost(owner, training, trials):
                 lock.close()
                 return self.name_of(owner)
+        # a server may keep the locks of a machine that is lost
+        if self.is_here(rival or self.owner) and any(in_use(trial.folder) for trial in trials):
+            lock.close()
+            return EARLIER
         if rival:
             self.tell(training, "lost", owner=rival, by=self.owner)
-        self.tell(training, "claim")
-        time.sleep(self.synced)
+        self.tell(training, "claim", job=job_number())
+        time.sleep(2 * self.synced)
         first = self.holder(training)
         if first != self.owner:
             self.give_up(Claim(training, trials, lock))
@@ -196,16 +221,16 @@ class Ledger:
         self.tell(claim.training, "release")
         claim.lock.close()
 
-    def free(self, training: Trial) -> None:
-        """Ends the claim of one who is known to be gone."""
-        holder = self.holder(training)
-        if holder:
-            self.tell(training, "lost", owner=holder, by=self.owner)
+    def free(self, training: Trial, job: int) -> None:
+        """Ends the claim of a job that is known to be gone."""
+        claim = self.held(training)
+        if claim.get("job") == job:
+            self.tell(training, "lost", owner=claim["owner"], by=self.owner)
 
     # ── Signs of life ─────────────────────────────────────────────────────────────────────────────
     def is_lost(self, owner: str, training: Trial, trials: list[Trial]) -> bool:
         """Whether the owner of a claim is gone, of a training whose lock we have."""
-        if owner.partition("-")[0] == self.host:
+        if self.is_here(owner):
             return True
         files = [self.sign_of(owner), *(trial.folder / ALIVE for trial in trials)]
         signs = [content(path) for path in files]
@@ -215,6 +240,10 @@ class Ledger:
             self.seen[owner, training.id] = signs, now
             return False
         return now - since > LOST_SECONDS + 3 * self.synced
+
+    def is_here(self, owner: str) -> bool:
+        """Whether this is a process of this machine."""
+        return owner.partition("-")[0] == self.host
 
     def sign_of(self, owner: str) -> Path:
         return self.folder / f".{owner}.alive"
@@ -253,6 +282,17 @@ def number(line: dict) -> int:
     """Its place among all lines; 0 for those of before there were any."""
     n = line.get("n")
     return n if isinstance(n, int) else 0
+
+
+def key(line: dict) -> tuple:
+    """What no other line has."""
+    return str(line.get("owner")), number(line), str(line.get("trial")), str(line.get("time"))
+
+
+def job_number() -> int | None:
+    """Of the Slurm job that this runs in."""
+    told = os.environ.get("SLURM_JOB_ID", "")
+    return int(told) if told.isdecimal() else None
 
 
 def content(path: Path) -> bytes:

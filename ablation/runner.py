@@ -31,6 +31,7 @@ import train_gpt
 from ablation.ledger import Claim, Ledger
 from ablation.records import METRICS, RunStore, load, read_lines, split_trial
 from ablation.study import ROOT, Matrix, Size, Study, Trial, arm_settings
+from planning.forecast import Options, plan
 from train_gpt import COMPARED, Config, Refusal, settings_line
 
 # Of a machine, all that a process needs to start
@@ -158,7 +159,7 @@ class Runner:
         self.matrix = matrix
         self.before = before
         self.ledger = Ledger(matrix.folder, synced)
-        self.began = self.ledger.latest()
+        self.began = self.ledger.known()
         self.store = RunStore(matrix.folder)
         self.running: dict[str, subprocess.Popen] = {}
         # the trainings that the workers of this process have in hand
@@ -168,6 +169,8 @@ class Runner:
         self.starting = threading.Lock()
         self.stopped = threading.Event()
         self.side_by_side = matrix.size.jobs
+        # arm -> what planning says of it
+        self.plans: dict[str, dict] = {}
 
         self.failed = {} if retry else self.ledger.failures(matrix.trials)
         self.results: dict[str, dict] = {}
@@ -223,8 +226,8 @@ class Runner:
         }
 
     def seconds(self, trial: Trial) -> float:
-        """Projected wall seconds: as finished trials of this arm took; else the size's budget and
-        what the arm's own logs say of scoring, where the shapes are theirs.
+        """Projected wall seconds: as finished trials of this arm took; else what --plan says of the
+        size's GPU; without one the size's budget.
         """
         known = [
             sum(result["seconds"].values()) + START_SECONDS
@@ -234,10 +237,15 @@ class Runner:
         if known:
             return sum(known) / len(known)
         size = self.matrix.size
-        training = size.seconds if trial.donor is None else 0
-        published = self.matrix.study.facts.get(trial.arm, {}).get("published", {})
-        scoring = 0 if size.scale else published.get("score_seconds", 0)
-        return training + scoring + GUESSED_SECONDS
+        training = size.seconds
+        rest = GUESSED_SECONDS
+        if size.gpu:
+            if trial.arm not in self.plans:
+                self.plans[trial.arm] = plan(trial.cfg, Options(size.gpu.lower(), size.ranks))
+            found = self.plans[trial.arm]
+            training = found["training"]["seconds"]
+            rest = found["seconds"] - training + START_SECONDS
+        return rest if trial.donor else training + rest
 
     def gpu_hours(self) -> float:
         """Projected hours of one GPU, of all that is missing."""
@@ -254,6 +262,8 @@ class Runner:
         An interruption ends what runs, and writes no end of it: it runs again next time.
         """
         self.matrix.folder.mkdir(parents=True, exist_ok=True)
+        # what the others have written by now is here then
+        self.stopped.wait(self.ledger.synced)
         jobs = self.matrix.size.jobs
         with self.ledger.beating(self.end_what_is_lost), ThreadPoolExecutor(jobs) as pool:
             try:
@@ -308,7 +318,8 @@ class Runner:
 
     def take_up(self, log: Callable[[str], None]) -> None:
         """What others have ended since this began."""
-        missing = list(self.waiting(self.todo))
+        own = [trial for claim in self.in_hand.values() for trial in claim.trials]
+        missing = [trial for trial in self.waiting(self.todo) if trial not in own]
         self.failed |= self.ledger.failures(missing, self.began)
         for trial in missing:
             try:
@@ -332,15 +343,17 @@ class Runner:
 
     def lost(self, training: Trial) -> bool:
         """Whether another machine has taken a training over that this one has in hand."""
-        return self.ledger.holder(training) != self.ledger.owner
+        # nobody: the disk is away, and may come back
+        return self.ledger.holder(training) not in ("", self.ledger.owner)
 
     def end_what_is_lost(self) -> None:
         """Ends what another machine runs by now, as this one was cut off for a while."""
         for claim in list(self.in_hand.values()):
             if self.lost(claim.training):
                 for trial in claim.trials:
-                    if trial.id in self.running:
-                        self.running[trial.id].terminate()
+                    process = self.running.get(trial.id)
+                    if process:
+                        process.terminate()
 
     def run_group(self, claim: Claim, log: Callable[[str], None]) -> None:
         """A training and what shares it.
@@ -352,7 +365,8 @@ class Runner:
                 self.end(trial, -1, f"its training {trial.donor} failed")
             else:
                 self.before()
-                self.run_trial(trial, claim)
+                if not self.lost(claim.training):
+                    self.run_trial(trial, claim)
             if trial.id not in self.results and trial.id not in self.failed:
                 log(f"{trial.id}: {TAKEN}")
                 return

@@ -354,7 +354,7 @@ class Jobs:
             self.runner.ledger.write(trial, "killed", job=job.number, reason=reason)
         for group in self.runner.matrix.groups():
             if trials[0] in group:
-                self.runner.ledger.free(group[0])
+                self.runner.ledger.free(group[0], job.number)
         names = ", ".join(trial.id for trial in trials)
         self.tell(f"{names}: job {job.number}: {reason}; the same command runs it again")
 

@@ -22,6 +22,7 @@ import tomli
 import train_gpt
 from ablation import scale
 from ablation.records import leaves
+from planning.machines import CARDS
 from train_gpt import Config, Refusal, read_base, refuse
 
 # Runs start here, so that relative paths of a study are below it
@@ -65,6 +66,7 @@ ARM_KEYS = {"base": str, "published": dict, "command": (str, list), "expect": st
 MISSING_KEYS = {"base": str, "score": float, "why": str}
 
 # The least value of each number of a size
+SCALED = "the steps of each arm are its published ones in small; use equal steps"
 LEAST = {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}
 
 # The runner sets these itself
@@ -97,19 +99,20 @@ EXAMPLE = "studies/pr989_qat_x_swa.toml"
 class Size:
     """One scale of a study.
 
-    steps, seconds: the budgets of --equal steps and --equal time.
+    steps, seconds: the budgets of --equal steps and --equal time; where `scale` is set, each arm
+        has steps of its own, and seconds are a guess.
     ranks: processes of a run. jobs: trainings side by side.
     threads: per rank; 0: as the machine has.
     arms: which run at this size; empty: all.
     time_arms: the same for --equal time; arms whose steps cost alike have nothing to add there.
     scale: the rule of scale.py by which the published shapes and steps become smaller; empty: none.
     equal: the kind of budget unless told: steps or time.
-    gpu: what a rank has for itself, so that hours of it cost something; empty: none is meant.
+    gpu: what a rank has for itself, of those that --plan knows; empty: none is meant.
     """
 
     name: str
-    steps: int
     seconds: float
+    steps: int = 1
     ranks: int = 1
     jobs: int = 1
     threads: int = 1
@@ -274,9 +277,12 @@ def check_equal(equal: str, where: str) -> None:
 
 def read_size(name: str, table: dict, where: str) -> Size:
     """A [size.NAME]. Refusal on unknown keys, wrong types and numbers out of range."""
-    if not isinstance(table, dict) or not {"steps", "seconds"} <= table.keys():
+    if not isinstance(table, dict):
+        raise Refusal(f"{where} = {table!r}: must be a table with steps and seconds")
+    if "seconds" not in table or ("steps" in table) == ("scale" in table):
         raise Refusal(
-            f"{where}: needs steps and seconds, the budgets of --equal steps and --equal time"
+            f"{where}: needs seconds and steps, the budgets of --equal time and --equal steps; "
+            "with scale, which gives each arm its own, no steps"
         )
     typed(table, SIZE_KEYS, where)
     lists = {key: tuple(table[key]) for key in ("seeds", "arms", "time_arms") if key in table}
@@ -287,6 +293,9 @@ def read_size(name: str, table: dict, where: str) -> Size:
     size = Size(name=name, **{**table, **lists, "env": env})
     scale.check_rule(size.scale, where)
     check_equal(size.equal, f"{where}: equal =")
+    refuse(size.scale and size.equal == "time", f"{where}: equal = time: {SCALED}")
+    known = ", ".join(CARDS)
+    refuse(size.gpu and size.gpu.lower() not in CARDS, f"{where}: gpu = {size.gpu}: not of {known}")
 
     for key, least in LEAST.items():
         value = getattr(size, key)
@@ -529,11 +538,9 @@ def arm_settings(study: Study, size: Size, arm: str, equal: str) -> dict[str, st
     refuse(not steps, f"{where}: no published steps, which size {size.name} scales; add them")
     with renamed(where):
         cfg = Config.from_env({**study.env, **study.arms[arm]})
+    refuse(equal == "time", f"--equal time: size {size.name}: {SCALED}")
     small = scale.scaled(cfg, round(sum(steps) / len(steps)))
-    if equal == "steps":
-        small |= {"MAX_WALLCLOCK_SECONDS": "0"}
-    else:
-        small |= budget(size, equal)
+    small |= {"MAX_WALLCLOCK_SECONDS": "0"}
     return {**study.arms[arm], **small, **size.env, **scale.data(size.env, cfg, small)}
 
 

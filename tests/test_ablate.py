@@ -27,10 +27,11 @@ from launch import Forked
 
 import ablate
 import train_gpt
-from ablation.ledger import Ledger
+from ablation.ledger import Ledger, this_host
 from ablation.report import factorial_table, load_matrix, markdown_report
 from ablation.runner import (
     RUNNING,
+    START_SECONDS,
     Runner,
     clean_environment,
     gpu_gate,
@@ -40,6 +41,7 @@ from ablation.runner import (
 )
 from ablation.statistics import paired, summary
 from ablation.study import Matrix, matrix, read_study
+from planning.forecast import Options, plan
 from train_gpt import BASES, Refusal
 
 BASE = {k.upper(): v for k, v in TINY.items() if k not in ("iterations", "max_wallclock_seconds")}
@@ -693,7 +695,7 @@ def test_a_trial_that_still_runs_is_waited_for(study, tmp_path, monkeypatch):
     m = matrix(made, "small", "steps", (1,), tmp_path)
     monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.0)
     lines = []
-    with (tmp_path / ".plain-s1.lock").open("w") as lock:
+    with (tmp_path / f".plain-s1.{this_host()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def tell(line: str) -> None:
@@ -770,22 +772,27 @@ def test_dry_run_prints_every_command_with_its_seconds_and_runs_nothing(study, t
 
 
 def test_dry_run_prints_the_hours_of_a_gpu_and_what_they_cost(study, tmp_path, capsys):
-    """By the size's budget and what the arm's own logs say of scoring, or by what has run."""
+    """By the plan of each arm: training once for those that share it, scoring for each."""
     small = {"seconds": 600, "ranks": 8, "jobs": 1, "gpu": "H100", "equal": "time"}
-    without = ("arm.five_bits", "arm.stride_8")
-    made = study(without=without, size__small=small)
-    text = made.path.read_text()
-    published = "published = { score_seconds = 290 }\nQAT_ENABLED = 1"
-    made.path.write_text(text.replace("QAT_ENABLED = 1", published))
-    call = ["run", str(made.path), "--out", str(tmp_path / "runs"), "--dry-run"]
-    hours = 2 * 8 * (600 + 10 + 600 + 10 + 290) / 3600
+    made = study(size__small=small)
+    path = str(made.path)
+    call = ["run", path, "--out", str(tmp_path / "runs"), "--dry-run"]
+    m = matrix(made, "small", "time", out=tmp_path / "runs")
+    seconds = 0.0
+    for trial in m.trials:
+        found = plan(trial.cfg, Options("h100", 8))
+        seconds += found["seconds"] + START_SECONDS
+        seconds -= found["training"]["seconds"] if trial.donor else 0
+    assert len(m.trials) == 8 and sum(trial.donor is not None for trial in m.trials) == 4
+    hours = 8 * seconds / 3600
     assert ablate.main([*call, "--price", "3"]) == 0
     out = capsys.readouterr().out
-    assert "MAX_WALLCLOCK_SECONDS=600" in out
     told = f"# about {hours:.1f} hours of one H100, {3 * hours:,.0f} dollars at 3 an hour; "
-    assert told in out and hours == pytest.approx(6.71, abs=0.01)
-    assert ablate.main(call) == 0
-    assert f"{hours:.1f} hours of one H100; " in capsys.readouterr().out
+    assert "MAX_WALLCLOCK_SECONDS=600" in out and told in out
+    assert ablate.main(["run", path, "--price", "3"]) == 2
+    assert "--price 3: add --dry-run" in capsys.readouterr().err
+    with pytest.raises(Refusal, match="gpu = TPU: not of h100, h200"):
+        study(size__small=small | {"gpu": "TPU"})
 
 
 def test_the_printed_command_is_what_runs(finished, tmp_path):

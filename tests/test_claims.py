@@ -6,29 +6,35 @@ program, and a second one beside it; a machine that was cut off for a while and,
 what another had taken over; a finished run that was set aside, as its claimant was killed first.
 """
 
+import fcntl
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import HANG, slowdown
 from test_ablate import tables, toml
 from test_slurm import ledger as told
 from test_slurm import stand_in
 
-from ablation.ledger import BEAT_SECONDS, LOST_SECONDS, Claim, Ledger
+from ablation.ledger import BEAT_SECONDS, EARLIER, LOST_SECONDS, Claim, Ledger
 from ablation.runner import TAKEN, Runner
 from ablation.study import Matrix, matrix, read_study
 from train_gpt import ALIVE, Refusal
 
 SEEDS = (1, 2, 3)
-ROUNDS = 20
+KILLS = 20
 
 # In place of train_gpt.py: some milliseconds, and a word where it runs twice at a time
 TRIAL = """\
@@ -44,8 +50,12 @@ mv "$run/part" "$run/result.json"
 
 @pytest.fixture
 def made(tmp_path) -> Matrix:
-    """A study without data: two trainings, of which two trials share one, with three seeds."""
-    found = tables(tmp_path, **{"": {"seeds": SEEDS}})
+    return study_of(tmp_path, SEEDS)
+
+
+def study_of(tmp_path: Path, seeds: tuple[int, ...]) -> Matrix:
+    """A study without data: two trainings, of which two trials share one, with these seeds."""
+    found = tables(tmp_path, **{"": {"seeds": seeds}})
     del found["arm.stride_8"]
     (tmp_path / "tiny.toml").write_text(toml(found))
     return matrix(read_study(tmp_path / "tiny.toml"), "small", "steps", out=tmp_path / "runs")
@@ -93,29 +103,36 @@ def run_on(host: str, made: Matrix) -> None:
     Runner(made).run(lambda line: None)
 
 
-def test_two_machines_killed_at_random_20_times_run_each_trial_to_its_end_once(made, monkeypatch):
-    """The program alone, whose trainings go on, or all that runs on the machine."""
+def test_two_machines_killed_at_random_20_times_run_each_trial_to_its_end_once(
+    tmp_path, monkeypatch
+):
+    """The program alone, whose training goes on, or all that runs on the machine; and only what
+    has a training in hand. Neither machine sees the locks of the other.
+    """
+    made = study_of(tmp_path, tuple(range(1, 31)))
     tools = runs_by(monkeypatch, made, TRIAL)
     monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.01)
     monkeypatch.setattr("ablation.ledger.BEAT_SECONDS", 0.01)
-    # a machine is lost at once here, where locks tell that a training still runs
-    monkeypatch.setattr("ablation.ledger.LOST_SECONDS", 0.0)
-    forked = multiprocessing.get_context("fork")
+    # far longer than what a busy machine keeps a thread waiting, and than a trial
+    monkeypatch.setattr("ablation.ledger.LOST_SECONDS", 5 * slowdown())
     chance = random.Random(16)
     machines = {}
-    for _ in range(ROUNDS):
-        for host in ("a", "b"):
-            if host not in machines or not machines[host].is_alive():
-                machines[host] = forked.Process(target=run_on, args=(host, made))
-                machines[host].start()
+    hits = 0
+    while hits < KILLS:
+        boot(machines, made)
         time.sleep(chance.uniform(0.0, 0.1))
-        victim = machines[chance.choice("ab")].pid
+        host = chance.choice("ab")
+        if not at_work(made, host):
+            assert not all((trial.folder / "result.json").exists() for trial in made.trials)
+            continue
+        hits += 1
         if chance.random() < 0.5:
-            os.kill(victim, signal.SIGKILL)
+            os.kill(machines[host].pid, signal.SIGKILL)
         else:
-            kill_group(victim)
+            kill_group(machines[host].pid)
+        machines[host].join()
+    boot(machines, made)
     for machine in machines.values():
-        machine.kill()
         machine.join()
 
     Runner(made).run(lambda line: None)
@@ -123,8 +140,23 @@ def test_two_machines_killed_at_random_20_times_run_each_trial_to_its_end_once(m
     assert not list(made.folder.glob("*.cut*/result.json"))
     assert not (tools / "twice").exists()
     ends = told(made.folder, "end")
-    assert len(ends) == len(set(ends))
+    assert len(ends) == len(set(ends)) > len(made.trials) - KILLS
     assert not Runner(made).todo and not Runner(made).failed
+
+
+def boot(machines: dict, made: Matrix) -> None:
+    """Starts the command again on each machine where it is not running."""
+    forked = multiprocessing.get_context("fork")
+    for host in "ab":
+        if host not in machines or not machines[host].is_alive():
+            machines[host] = forked.Process(target=run_on, args=(host, made))
+            machines[host].start()
+
+
+def at_work(made: Matrix, host: str) -> bool:
+    """Whether this machine has a training in hand."""
+    ledger = Ledger(made.folder)
+    return any(ledger.holder(group[0]).startswith(f"{host}-") for group in made.groups())
 
 
 def kill_group(number: int) -> None:
@@ -173,16 +205,23 @@ def test_a_process_that_is_gone_from_this_machine_is_lost_at_once(made, monkeypa
     first, second = (ledger_of(monkeypatch, made.folder, "a") for _ in range(2))
     group = made.groups()[0]
     claim = first.claim(group[0], group)
-    assert second.claim(group[0], group) == "a process of an earlier start"
+    assert second.claim(group[0], group) == EARLIER
     claim.lock.close()
+    # of several ranks the first may outlive what holds that lock
+    group[1].folder.mkdir()
+    with (group[1].folder / "train.log").open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert second.claim(group[0], group) == EARLIER
     assert isinstance(second.claim(group[0], group), Claim)
 
 
 def test_a_claim_that_is_given_up_or_freed_is_nobodys(made, monkeypatch):
     a, b = (ledger_of(monkeypatch, made.folder, host) for host in "ab")
     group = made.groups()[0]
-    for end in (a.give_up, lambda claim: b.free(group[0])):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for end in (a.give_up, lambda claim: b.free(group[0], 7)):
         claim = a.claim(group[0], group)
+        b.free(group[0], 8)
         # who comes second holds nothing, and gives nothing up
         b.tell(group[0], "claim")
         assert b.holder(group[0]) == a.owner
@@ -209,32 +248,85 @@ def test_a_trial_that_another_machine_has_ended_well_is_not_run_before_its_resul
     assert isinstance(claimed(b, made), Claim)
 
 
-@pytest.mark.parametrize("later", ["a", "b"])
-def test_of_two_claims_on_a_synced_disk_the_same_is_first_for_both(
-    made, monkeypatch, clock, tmp_path, later
+class Disks:
+    """A folder per machine with copies of the ledgers of all, each as it was `late` seconds ago."""
+
+    def __init__(self, clock, ledgers: dict[str, Ledger], late: float):
+        self.clock = clock
+        self.ledgers = ledgers
+        self.late = late
+        self.history = [(-math.inf, dict.fromkeys(ledgers, ""))]
+
+    def record(self) -> None:
+        now = {h: read(ledger.path) for h, ledger in self.ledgers.items()}
+        self.history.append((self.clock.now, now))
+
+    def show(self) -> None:
+        old = [texts for moment, texts in self.history if moment <= self.clock.now - self.late]
+        for host, other in itertools.permutations(self.ledgers, 2):
+            copy = self.ledgers[host].folder / self.ledgers[other].path.name
+            copy.write_text(old[-1][other])
+
+    def play(self, acts: dict[str, tuple[float, Callable]]) -> dict:
+        """Machine -> what its act gives. acts: machine -> (when it begins, what it does).
+
+        One is at work at a time, and time passes while all sleep.
+        """
+        wakes = {host: begin for host, (begin, _) in acts.items()}
+        turns = {host: threading.Semaphore(0) for host in acts}
+        done = threading.Semaphore(0)
+        found = {}
+
+        def nap(seconds: float) -> None:
+            host = threading.current_thread().name
+            wakes[host] = self.clock.now + seconds
+            done.release()
+            turns[host].acquire()
+
+        def work(host: str) -> None:
+            turns[host].acquire()
+            found[host] = acts[host][1]()
+            del wakes[host]
+            done.release()
+
+        self.clock.nap = nap
+        for host in acts:
+            threading.Thread(target=work, args=(host,), name=host, daemon=True).start()
+        while wakes:
+            host = min(wakes, key=wakes.get)
+            self.clock.now = wakes[host]
+            self.show()
+            turns[host].release()
+            assert done.acquire(timeout=HANG)
+            self.record()
+        self.clock.now += self.late
+        self.show()
+        return found
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize("after", [0.0, 3.0, 4.9, 5.0, 6.0])
+@pytest.mark.parametrize("first", ["a", "b"])
+@pytest.mark.parametrize("behind", [0, 9])
+def test_on_a_synced_disk_one_of_two_claims_holds_and_both_know_which(
+    made, monkeypatch, clock, tmp_path, first, after, behind
 ):
-    """Each has its own copy of the folder; both claim before either sees the other's."""
-    folders = {host: tmp_path / f"disk-{host}" for host in "ab"}
-    ledgers = {host: ledger_of(monkeypatch, folders[host], host, 5.0) for host in "ab"}
-    found = {}
-    naps = []
-
-    def sync(seconds: float) -> None:
-        naps.append(seconds)
-        if len(naps) == 1:
-            found[later] = claimed(ledgers[later], made)
-        for one, other in itertools.permutations("ab"):
-            own = folders[one] / ledgers[one].path.name
-            shutil.copy(own, folders[other])
-
-    clock.nap = sync
-    first = "ab".replace(later, "")
-    found[first] = claimed(ledgers[first], made)
-    assert naps == [5.0, 5.0]
-    winners = [host for host in "ab" if isinstance(found[host], Claim)]
+    """behind: how many lines of the first one the second has not seen when it claims."""
+    ledgers = {h: ledger_of(monkeypatch, tmp_path / f"disk-{h}", h, 5.0) for h in "ab"}
+    disks = Disks(clock, ledgers, late=5.0)
+    for _ in range(behind):
+        ledgers[first].tell(made.groups()[1][0], "claim")
+    disks.record()
+    begins = {first: 0.0, "ab".replace(first, ""): after}
+    acts = {h: (begin, partial(claimed, ledgers[h], made)) for h, begin in begins.items()}
+    found = disks.play(acts)
+    (winner,) = (host for host in "ab" if isinstance(found[host], Claim))
     training = made.groups()[0][0]
-    assert [ledgers[host].holder(training) for host in "ab"] == [ledgers[winners[0]].owner] * 2
-    assert len(winners) == 1
+    assert [ledgers[host].holder(training) for host in "ab"] == [ledgers[winner].owner] * 2
+    assert after < 5.0 or winner == first
 
 
 # ── The runner ────────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ import train_gpt
 from ablation import scale, submission
 from ablation.report import Finished
 from ablation.statistics import rank_correlation
-from ablation.study import arm_settings, matrix, read_study, study_of
+from ablation.study import arm_settings, matrix, parse_toml, read_study, study_of
 from train_gpt import COMPARED, GPT, KNOBS, Config, Refusal, base_tables, log_start
 
 STUDY = read_study(ROOT / "studies" / "leaderboard.toml")
@@ -168,7 +168,10 @@ def test_a_study_refuses_a_base_twice_and_a_missing_row_without_a_reason():
         ({"arm": arms}, "base and BASE say the same thing"),
         ({"missing": {"x": {"score": 1.1}}}, "needs score, and why or base"),
         ({"missing": {"x": {"score": 1.1, "base": "upstream"}}}, "needs score, and why or base"),
-        ({"size": {"s": {"steps": 1, "seconds": 1, "scale": "half"}}}, "no such rule"),
+        ({"size": {"s": {"seconds": 1, "scale": "half"}}}, "no such rule"),
+        ({"size": {"s": {"steps": 1, "seconds": 1, "scale": "two cores"}}}, "no steps"),
+        ({"size": {"s": {"seconds": 1}}}, "needs seconds and steps"),
+        ({"size": {"s": {"seconds": 1, "scale": "two cores", "equal": "time"}}}, "use equal steps"),
     ):
         with pytest.raises(Refusal, match=problem):
             study_of(data, ROOT / "x.toml")
@@ -237,6 +240,18 @@ def test_the_full_size_is_equal_time_on_8_gpus_and_the_small_one_equal_steps():
     assert (full.equal, full.budget()) == ("time", "600 s of training")
     assert (full.size.gpu, full.size.ranks, full.size.scale) == ("H100", 8, "")
     assert (small.equal, small.budget()) == ("steps", "143 to 451 steps")
+    with pytest.raises(Refusal, match="--equal time: size small: the steps of each arm"):
+        matrix(STUDY, "small", "time", (1,))
+
+
+def test_a_sweep_in_small_varies_the_reference_arm_in_small():
+    size = STUDY.sizes["small"]
+    tables = ablate.sweep_tables(STUDY, size, {"MATRIX_LR": "0.01,0.02"})
+    made = study_of(parse_toml(ablate.toml(tables)), ROOT / "x.toml")
+    assert (made.sizes["small"].scale, made.sizes["small"].steps) == ("", 431)
+    for trial, rate in zip(matrix(made, "small", "steps", (1,)).trials, (0.01, 0.02), strict=True):
+        assert trial.cfg.differing(SMALL["baseline"].knobs(*COMPARED)) == ["matrix_lr"]
+        assert trial.cfg.matrix_lr == rate and trial.cfg.iterations == 431
 
 
 # ── The command of an arm ─────────────────────────────────────────────────────────────────────────

@@ -212,7 +212,7 @@ def test_a_job_that_was_killed_fails_no_trial(jobs, state, told):
     """Although its own runner may have taken the end of the process for one of the trial."""
     runner = jobs.runner
     runner.ledger.write(runner.todo[0], "end", exit_code=-9, reason="no output")
-    Ledger(runner.matrix.folder).tell(runner.todo[0], "claim")
+    Ledger(runner.matrix.folder).tell(runner.todo[0], "claim", job=7)
     jobs.poll()
     assert runner.ledger.holder(runner.todo[0])
     assert not runner.failed
