@@ -60,7 +60,7 @@ def show(arguments: list[str]) -> int:
 
 
 def launch(settings: list[str]) -> tuple[Config, list[str]]:
-    """The launch, and why it is refused if it is a pasted command of a record without its BASE.
+    """The launch; and why it is refused, if it is a pasted command of a record without its BASE.
 
     Such a command is planned as that record.
     """
@@ -70,7 +70,9 @@ def launch(settings: list[str]) -> tuple[Config, list[str]]:
         if not refusal.base:
             raise
         cfg = Config.from_env(os.environ, [*settings, f"BASE={refusal.base}"])
-        return cfg, [f"without BASE={refusal.base} it is refused: {refusal.problems[0]}"]
+        # the last line names that base
+        reasons = refusal.problems[:-1]
+        return cfg, [f"without BASE={refusal.base} it is refused: {reason}" for reason in reasons]
 
 
 def differences(cfg: Config) -> str:

@@ -8,7 +8,7 @@ from ablation.answers import compare_sides
 from ablation.report import Finished, load_matrix, markdown_table
 from ablation.statistics import rank_correlation
 from ablation.study import ROOT, Study, read_study
-from train_gpt import base_tables
+from train_gpt import base_tables, read_base
 
 METRIC = "val_bpb"
 
@@ -63,9 +63,10 @@ def leaderboard_table(study: Study) -> str:
                 f"{mean['steps']:,.0f}",
                 f"{mean['ms']:.1f}",
                 made_from(study, arm),
+                ", ".join(read_base(study.arms[arm]["BASE"]).lacks),
             ]
         )
-    header = ["arm", "score", "BPB, mean of seeds", "n", "bytes", "steps", "ms", "from"]
+    header = ["arm", "score", "BPB, mean of seeds", "n", "bytes", "steps", "ms", "from", "lacks"]
     tables = [markdown_table(header, rows)]
     tables.append(markdown_table(["no arm", "score", "why"], missing_rows(study)))
     return "\n\n".join(tables)
