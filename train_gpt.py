@@ -299,8 +299,8 @@ COEFFICIENTS = {
 }
 POLYNOMIALS = tuple(COEFFICIENTS)
 
-# Functions of knobs, which they name as parameters: each refuses what does not go together
-RULES: list[Callable[..., None]] = []
+# Functions of knobs, and which: their parameters. Each refuses what does not go together
+RULES: dict[Callable[..., None], set[str]] = {}
 
 
 def row_stages(text: str) -> list[tuple[int, float]]:
@@ -341,7 +341,7 @@ def short_document_chunks(text: str) -> list[tuple[int, int]]:
 
 def rule(check: Callable[..., None]) -> staticmethod:
     """Adds a function to RULES. Inside Config it stands below the knobs that it is about."""
-    RULES.append(check)
+    RULES[check] = set(inspect.signature(check).parameters)
     return staticmethod(check)
 
 
@@ -1143,9 +1143,8 @@ def wrong_settings(values: dict, complete: bool = False) -> list[str]:
         of_the_run = {f.name for f in KNOBS if f.metadata["scope"] == "run"}
         fine = {name: value for name, value in fine.items() if name in of_the_run}
 
-    for check in RULES:
-        involved = inspect.signature(check).parameters
-        if involved.keys() <= fine.keys():
+    for check, involved in RULES.items():
+        if involved <= fine.keys():
             with noted(problems):
                 check(**{name: fine[name] for name in involved})
     return problems

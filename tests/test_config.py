@@ -1027,7 +1027,9 @@ def test_every_rule_between_knobs_has_a_case_here(monkeypatch):
 
         return noted
 
-    monkeypatch.setattr(train_gpt, "RULES", [noting(check) for check in train_gpt.RULES])
+    monkeypatch.setattr(
+        train_gpt, "RULES", {noting(check): names for check, names in train_gpt.RULES.items()}
+    )
     for env in [*(parse(broken_rule) for broken_rule, *_ in RULES), TWO_SOURCES, {"RESUME": "1"}]:
         refused(env)
     assert broken == {check.__name__ for check in train_gpt.RULES}
