@@ -363,6 +363,66 @@ def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, mon
     assert told(made.folder, "end") == [] and not runner.failed
 
 
+def test_a_training_that_was_lost_before_a_trial_starts_is_left_alone(made, monkeypatch):
+    tools = runs_by(monkeypatch, made, "touch {folder}/begun")
+    monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.01)
+    other = ledger_of(monkeypatch, made.folder, "b")
+    qat = next(trial for trial in made.trials if trial.id == "qat-s1")
+    lines = []
+
+    def lose() -> None:
+        other.tell(qat, "lost", owner=runner.ledger.owner)
+        other.tell(qat, "claim")
+        qat.folder.mkdir()
+        (tools / "qat-s1.json").rename(qat.folder / "result.json")
+
+    runner = Runner(made, only=("qat-s1",), before=lose)
+    runner.run(lines.append)
+    assert lines[0] == f"qat-s1: {TAKEN}" and "qat-s1: val bpb" in lines[1]
+    assert not (tools / "begun").exists() and not list(made.folder.glob("*.cut*"))
+
+
+def test_who_comes_to_a_synced_folder_waits_for_its_copy_before_the_first_claim(
+    made, monkeypatch, clock
+):
+    runs_by(monkeypatch, made, "exit 1")
+    runner = Runner(made, only=("qat-s1",), synced=5.0)
+    naps = []
+    monkeypatch.setattr(runner.stopped, "wait", naps.append)
+    clock.nap = naps.append
+    runner.run(lambda line: None)
+    assert naps == [5.0, 10.0] and runner.failed.keys() == {"qat-s1"}
+
+
+def test_a_failure_that_a_copy_brings_late_is_one(made, monkeypatch):
+    """Although it has a smaller number than lines that were there before."""
+    runs_by(monkeypatch, made, "exit 1")
+    a, b = (ledger_of(monkeypatch, made.folder, host, 1.0) for host in "ab")
+    qat = next(trial for trial in made.trials if trial.id == "qat-s1")
+    for _ in range(3):
+        a.write(qat, "start")
+    runner = Runner(made)
+    monkeypatch.setattr(b, "latest", lambda: 0)
+    b.write(made.trials[0], "end", exit_code=5, reason="not finite")
+    runner.take_up(lambda line: None)
+    assert runner.failed == {made.trials[0].id: "FAILED (exit 5): not finite"}
+
+
+def test_what_a_worker_has_in_hand_is_its_own_to_report(made, monkeypatch):
+    tools = runs_by(monkeypatch, made, "exit 1")
+    runner = Runner(made)
+    group = made.groups()[0]
+    group[0].folder.mkdir(parents=True)
+    shutil.copy(tools / f"{group[0].id}.json", group[0].folder / "result.json")
+    lines = []
+    runner.in_hand[group[0].id] = Claim(group[0], group, None)
+    runner.take_up(lines.append)
+    assert lines == [] and not runner.results
+    del runner.in_hand[group[0].id]
+    runner.take_up(lines.append)
+    assert len(lines) == 1 and runner.results.keys() == {group[0].id}
+
+
 def test_what_another_machine_ends_just_before_it_is_claimed_is_not_run_again(made, monkeypatch):
     tools = runs_by(monkeypatch, made, "exit 1")
     (qat,) = (trial for trial in made.trials if trial.id == "qat-s1")
