@@ -36,6 +36,7 @@ import hashlib
 import json
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -265,6 +266,9 @@ def run(options: RunOptions) -> None:
     only = options.trials()
     options.check(made)
     gate = partial(gpu_gate, *options.limits())
+    if options.synced and not options.dry_run:
+        print(f"waiting {options.synced:g} s for what other machines have written", flush=True)
+        time.sleep(options.synced)
     runner = Runner(made, options.retry, only, gate, options.synced)
     if runner.failed:
         print(f"{len(runner.failed)} trials failed before and stay so (--retry runs them again)")
@@ -408,9 +412,9 @@ def compare(
 
 
 # ── Sweep ─────────────────────────────────────────────────────────────────────────────────────────
-def sweep_tables(base: Study, scale: Size, factors: dict[str, str]) -> dict[str, dict]:
+def sweep_tables(base: Study, scale: Size, equal: str, factors: dict[str, str]) -> dict[str, dict]:
     """The tables of a study that varies these knobs of the reference arm; "": the top level."""
-    env = {**base.env, **arm_settings(base, scale, base.reference, scale.equal)}
+    env = {**base.env, **arm_settings(base, scale, base.reference, equal or scale.equal)}
     size = dataclasses.asdict(scale)
     if scale.scale:
         size["steps"] = int(env["ITERATIONS"])
@@ -452,7 +456,7 @@ def sweep(options: SweepOptions) -> None:
     if options.size not in base.sizes:
         raise Refusal(f"{base.path}: no size {options.size}; choose from {', '.join(base.sizes)}")
 
-    text = toml(sweep_tables(base, base.sizes[options.size], factors))
+    text = toml(sweep_tables(base, base.sizes[options.size], options.equal, factors))
     digest = hashlib.sha256(repr(sorted(factors.items())).encode()).hexdigest()[:6]
     name = f"sweep_{'_'.join(factors).lower()}_{base.name}_{digest}.toml"
     path = ROOT / "logs/runs" / name

@@ -1471,12 +1471,19 @@ class Run:
 
         What else is in it stays, and ALIVE with it: a checkpoint may go on.
         """
-        if self.rank or not self.made_folder:
+        if self.rank or not self.made_folder or not self.is_in_its_folder():
             return
         records = {"train.log", "metrics.jsonl", "train_gpt.py", PACKED_NAME, ALIVE}
         if {path.name for path in self.dir.iterdir()} <= records:
             self.remove_alive()
             shutil.rmtree(self.dir)
+
+    def is_in_its_folder(self) -> bool:
+        """Whether no other launch has put a folder of its own in place of this one."""
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(self.dir / "train.log")
+            return os.path.samestat(os.fstat(self.text.fileno()), there)
+        return False
 
     def broadcast(self, value):
         """Rank 0's value, on every rank."""

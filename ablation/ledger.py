@@ -6,16 +6,17 @@ what, and of a training whether it is free.
 
 A training, with the trials that share it, is claimed before anything of it runs. Two things say
 that a claim still holds. On its machine two locks: of .TRAINING.HOST.lock, which the process of a
-trial holds too, and of train.log, which its rank 0 holds, so that one of them lasts until the
-training is gone. On the others signs of life: what the claimant writes every few seconds, and what
-its training writes. A machine that shows nothing new for LOST_SECONDS, by the clock of who waits
-for it, is lost, and another takes its training over. One that was only cut off notices that at its
-next sign of life, and ends its own.
+trial holds too, and of train.log, which its rank 0 holds, so that one of them lasts until rank 0 is
+gone. On the others signs of life: what the claimant writes every few seconds, and what its training
+writes. A machine that shows nothing new for LOST_SECONDS, by the clock of who waits for it, is
+lost, and another takes its training over. One that was only cut off notices that at its next sign
+of life, and ends its own.
 
-Shared disks show all machines one file. Where files are copied from machine to machine (synced), a
-process writes a ledger of its own, waits so long before it claims anything, and twice so long after
-each claim: who comes later then than one copy takes has seen it, and who comes earlier is seen. Of
-those the first is the same for all. `n` orders the lines: one more than any that the writer knew.
+Shared disks show all machines one file. Where files are copied from machine to machine, within S
+seconds (synced), a process writes a ledger of its own. It waits S before it claims anything, and
+2 S after each claim. A claim made more than S after that one has seen it; one made earlier is here
+by then. So all see the same claims, and the first holds. `n` orders the lines: one more than any
+that the writer knew. A machine is lost there after 3 S more.
 """
 
 import contextlib
@@ -83,13 +84,16 @@ class Claim(NamedTuple):
 class Ledger:
     """The lines of a matrix, as they are now; nothing is kept in memory.
 
-    synced: seconds until another machine sees a file, where it gets a copy; 0: one disk.
+    synced: seconds until another machine sees a file, where it gets a copy; 0: one disk. Then who
+    reads the lines for the first time has waited so long. wait: sleeps so many seconds, or less if
+    all is to stop.
     owner: who writes, HOST-PROCESS.
     """
 
-    def __init__(self, folder: Path, synced: float = 0.0):
+    def __init__(self, folder: Path, synced: float = 0.0, wait: Callable | None = None):
         self.folder = folder
         self.synced = synced
+        self.wait = wait or time.sleep
         self.host = this_host()
         self.owner = f"{self.host}-{uuid.uuid4().hex[:8]}"
         own = f"-{self.owner}" if synced else ""
@@ -178,6 +182,17 @@ class Ledger:
                 held = {}
         return held
 
+    def claimant(self, training: Trial) -> str:
+        """Who has claimed a training last; ourselves, where nobody has."""
+        wanted = training.id, training.cfg.digest()
+        owners = [
+            str(line.get("owner"))
+            for line in self.lines()
+            if (line.get("training"), line.get("config_sha256")) == wanted
+            and line.get("event") == "claim"
+        ]
+        return owners[-1] if owners else self.owner
+
     def holder(self, training: Trial) -> str:
         """Who has claimed a training; empty: nobody."""
         return str(self.held(training).get("owner", ""))
@@ -194,17 +209,17 @@ class Ledger:
                 lock.close()
                 return self.name_of(owner)
         # a server may keep the locks of a machine that is lost
-        if self.is_here(rival or self.owner) and any(in_use(trial.folder) for trial in trials):
+        if self.is_here(self.claimant(training)) and any(in_use(t.folder) for t in trials):
             lock.close()
             return EARLIER
         if rival:
             self.tell(training, "lost", owner=rival, by=self.owner)
         self.tell(training, "claim", job=job_number())
-        time.sleep(2 * self.synced)
+        self.wait(2 * self.synced)
         first = self.holder(training)
         if first != self.owner:
             self.give_up(Claim(training, trials, lock))
-            return self.name_of(first)
+            return self.name_of(first) if first else "nobody any more"
         return Claim(training, trials, lock)
 
     def not_seen_yet(self, trials: list[Trial]) -> list[str]:
@@ -285,7 +300,7 @@ def number(line: dict) -> int:
 
 
 def key(line: dict) -> tuple:
-    """What no other line has."""
+    """What no other line of a trial has."""
     return str(line.get("owner")), number(line), str(line.get("trial")), str(line.get("time"))
 
 

@@ -57,8 +57,8 @@ TAKEN = "taken over by another machine, as this one gave no sign of life for a w
 # Seconds that a run takes besides its phases, and that one takes of which nothing is known
 START_SECONDS = 5
 GUESSED_SECONDS = 10
-# Seconds that a run has to end once it was told to
-STOP_SECONDS = 30
+# Seconds that a run has to end once it was told to; torchrun gives its ranks 30 of them
+STOP_SECONDS = 60
 # Seconds between two looks at what others run, where nothing else is to do
 POLL_SECONDS = 5.0
 # What a trial does of which step and loss are shown
@@ -158,7 +158,8 @@ class Runner:
     ):
         self.matrix = matrix
         self.before = before
-        self.ledger = Ledger(matrix.folder, synced)
+        self.stopped = threading.Event()
+        self.ledger = Ledger(matrix.folder, synced, self.stopped.wait)
         self.began = self.ledger.known()
         self.store = RunStore(matrix.folder)
         self.running: dict[str, subprocess.Popen] = {}
@@ -167,10 +168,9 @@ class Runner:
         # one worker at a time looks for a training, and none starts once all is to stop
         self.lock = threading.Lock()
         self.starting = threading.Lock()
-        self.stopped = threading.Event()
         self.side_by_side = matrix.size.jobs
-        # arm -> what planning says of it
-        self.plans: dict[str, dict] = {}
+        # arm -> seconds of a training, and of the rest, before it has run
+        self.forecasts: dict[str, tuple[float, float]] = {}
 
         self.failed = {} if retry else self.ledger.failures(matrix.trials)
         self.results: dict[str, dict] = {}
@@ -236,16 +236,21 @@ class Runner:
         ]
         if known:
             return sum(known) / len(known)
-        size = self.matrix.size
-        training = size.seconds
-        rest = GUESSED_SECONDS
-        if size.gpu:
-            if trial.arm not in self.plans:
-                self.plans[trial.arm] = plan(trial.cfg, Options(size.gpu.lower(), size.ranks))
-            found = self.plans[trial.arm]
-            training = found["training"]["seconds"]
-            rest = found["seconds"] - training + START_SECONDS
+        if trial.arm not in self.forecasts:
+            self.forecasts[trial.arm] = self.forecast(trial)
+        training, rest = self.forecasts[trial.arm]
         return rest if trial.donor else training + rest
+
+    def forecast(self, trial: Trial) -> tuple[float, float]:
+        """Wall seconds of its training, and of the rest."""
+        size = self.matrix.size
+        if size.gpu:
+            # what is refused there fails when its turn comes
+            with contextlib.suppress(Refusal):
+                found = plan(trial.cfg, Options(size.gpu.lower(), size.ranks))
+                training = found["training"]["seconds"]
+                return training, found["seconds"] - training + START_SECONDS
+        return size.seconds, GUESSED_SECONDS
 
     def gpu_hours(self) -> float:
         """Projected hours of one GPU, of all that is missing."""
@@ -262,8 +267,6 @@ class Runner:
         An interruption ends what runs, and writes no end of it: it runs again next time.
         """
         self.matrix.folder.mkdir(parents=True, exist_ok=True)
-        # what the others have written by now is here then
-        self.stopped.wait(self.ledger.synced)
         jobs = self.matrix.size.jobs
         with self.ledger.beating(self.end_what_is_lost), ThreadPoolExecutor(jobs) as pool:
             try:
@@ -318,7 +321,7 @@ class Runner:
 
     def take_up(self, log: Callable[[str], None]) -> None:
         """What others have ended since this began."""
-        own = [trial for claim in self.in_hand.values() for trial in claim.trials]
+        own = [trial for claim in list(self.in_hand.values()) for trial in claim.trials]
         missing = [trial for trial in self.waiting(self.todo) if trial not in own]
         self.failed |= self.ledger.failures(missing, self.began)
         for trial in missing:
@@ -343,8 +346,8 @@ class Runner:
 
     def lost(self, training: Trial) -> bool:
         """Whether another machine has taken a training over that this one has in hand."""
-        # nobody: the disk is away, and may come back
-        return self.ledger.holder(training) not in ("", self.ledger.owner)
+        # without our ledger the disk is away, and may come back
+        return self.ledger.path.exists() and self.ledger.holder(training) != self.ledger.owner
 
     def end_what_is_lost(self) -> None:
         """Ends what another machine runs by now, as this one was cut off for a while."""

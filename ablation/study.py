@@ -65,8 +65,8 @@ SIZE_KEYS = {
 ARM_KEYS = {"base": str, "published": dict, "command": (str, list), "expect": str, "note": str}
 MISSING_KEYS = {"base": str, "score": float, "why": str}
 
-# The least value of each number of a size
 SCALED = "the steps of each arm are its published ones in small; use equal steps"
+# The least value of each number of a size
 LEAST = {"ranks": 1, "jobs": 1, "threads": 0, "steps": 1, "seconds": 1e-3}
 
 # The runner sets these itself
@@ -532,13 +532,13 @@ def arm_settings(study: Study, size: Size, arm: str, equal: str) -> dict[str, st
     if not size.scale:
         return own
 
+    refuse(equal == "time", f"--equal time: size {size.name}: {SCALED}")
     # what the size says wins over the rule, as it does over no arm of the published shapes
     where = f"{study.path}: arm {arm}"
     steps = study.facts.get(arm, {}).get("published", {}).get("steps")
     refuse(not steps, f"{where}: no published steps, which size {size.name} scales; add them")
     with renamed(where):
         cfg = Config.from_env({**study.env, **study.arms[arm]})
-    refuse(equal == "time", f"--equal time: size {size.name}: {SCALED}")
     small = scale.scaled(cfg, round(sum(steps) / len(steps)))
     small |= {"MAX_WALLCLOCK_SECONDS": "0"}
     return {**study.arms[arm], **small, **size.env, **scale.data(size.env, cfg, small)}

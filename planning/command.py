@@ -50,19 +50,20 @@ def show(arguments: list[str]) -> int:
     options = Options(told.device, gpus, told.mfu or 0.0, told.price)
     check(cfg, options)
     near = None if cfg.base else nearest_base(vars(cfg), cfg.given)
-    found = {"differences": differences(cfg), "nearest_base": likeness_line(near, cfg)}
+    found = {"differences": differences(cfg), "nearest_base": near and near.name}
+    found["likeness"] = likeness_line(near, cfg)
     found |= plan(cfg, options)
     found["warnings"] = [*refused, *found["warnings"]]
     found["machines"] = machine_rows(cfg, options)
     if os.environ.get("RANK", "0") == "0":
         say(json.dumps(found, indent=1) if told.json else screen(found), sys.stdout)
-    return 0
+    return 2 if refused else 0
 
 
 def launch(settings: list[str]) -> tuple[Config, list[str]]:
-    """The launch; and why it is refused, if it is a pasted command of a record without its BASE.
+    """The launch; and why it is refused, if it is like a base that it does not name.
 
-    Such a command is planned as that record.
+    So is the pasted command of a record. It is planned with that base.
     """
     try:
         return Config.from_env(os.environ, settings), []

@@ -47,7 +47,7 @@ def head(p: dict) -> str:
             f"plan: {machine_name(m['name'], m['count'])} at {m['mfu']:.0%} of "
             f"{m['rate'] / 1e12:,.3g} TFLOP/s each",
             f"settings: {p['base'] or 'the defaults'}, with {p['differences'] or 'no difference'}",
-            *p["nearest_base"],
+            *p["likeness"],
             f"parameters: {p['parameters']['all']:,}: {kinds}",
             f"FLOPs: {flops['trained'] / 1e6:.1f} M a token, trained, = 3 x "
             f"({flops['linear'] / 1e6:.2f} linear + {flops['attention'] / 1e6:.2f} attention); "

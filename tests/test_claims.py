@@ -28,6 +28,7 @@ from test_ablate import tables, toml
 from test_slurm import ledger as told
 from test_slurm import stand_in
 
+import ablate
 from ablation.ledger import BEAT_SECONDS, EARLIER, LOST_SECONDS, Claim, Ledger
 from ablation.runner import TAKEN, Runner
 from ablation.study import Matrix, matrix, read_study
@@ -36,12 +37,14 @@ from train_gpt import ALIVE, Refusal
 SEEDS = (1, 2, 3)
 KILLS = 20
 
-# In place of train_gpt.py: some milliseconds, and a word where it runs twice at a time
+# In place of train_gpt.py: until its program is gone or all kills are over, and some milliseconds;
+# and a word where it runs twice at a time
 TRIAL = """\
 run="$LOGS_DIR/$RUN_ID"
 mkdir -p "$run"
 exec 9>> "{folder}/$RUN_ID.lock"
 flock -n 9 || echo "$RUN_ID" >> {folder}/twice
+while [ ! -e "{folder}/enough" ] && kill -0 $PPID 2> {folder}/null; do sleep 0.02; done
 sleep 0.0$SEED
 cp "{folder}/$RUN_ID.json" "$run/part"
 mv "$run/part" "$run/result.json"
@@ -109,38 +112,47 @@ def test_two_machines_killed_at_random_20_times_run_each_trial_to_its_end_once(
     """The program alone, whose training goes on, or all that runs on the machine; and only what
     has a training in hand. Neither machine sees the locks of the other.
     """
-    made = study_of(tmp_path, tuple(range(1, 31)))
+    # a kill of a program leaves two trials that run to their end
+    made = study_of(tmp_path, tuple(range(1, 2 * KILLS // 3 + 3)))
     tools = runs_by(monkeypatch, made, TRIAL)
     monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.01)
     monkeypatch.setattr("ablation.ledger.BEAT_SECONDS", 0.01)
-    # far longer than what a busy machine keeps a thread waiting, and than a trial
+    # far longer than what a busy machine keeps a thread waiting, and than what is left of a trial
     monkeypatch.setattr("ablation.ledger.LOST_SECONDS", 5 * slowdown())
     chance = random.Random(16)
     machines = {}
-    hits = 0
-    while hits < KILLS:
+    gone = set()
+    kills = 0
+    try:
+        while kills < KILLS:
+            boot(machines, made)
+            time.sleep(chance.uniform(0.0, 0.1))
+            host = chance.choice("ab")
+            at_work = owners(made, host) - gone
+            if not at_work:
+                continue
+            kills += 1
+            gone |= at_work
+            if chance.random() < 0.5:
+                os.kill(machines[host].pid, signal.SIGKILL)
+            else:
+                kill_group(machines[host].pid)
+            machines[host].join()
+        (tools / "enough").touch()
         boot(machines, made)
-        time.sleep(chance.uniform(0.0, 0.1))
-        host = chance.choice("ab")
-        if not at_work(made, host):
-            assert not all((trial.folder / "result.json").exists() for trial in made.trials)
-            continue
-        hits += 1
-        if chance.random() < 0.5:
-            os.kill(machines[host].pid, signal.SIGKILL)
-        else:
-            kill_group(machines[host].pid)
-        machines[host].join()
-    boot(machines, made)
-    for machine in machines.values():
-        machine.join()
+        for machine in machines.values():
+            machine.join(HANG)
+            assert machine.exitcode == 0
+    finally:
+        for machine in machines.values():
+            machine.kill()
 
     Runner(made).run(lambda line: None)
     assert all((trial.folder / "result.json").exists() for trial in made.trials)
     assert not list(made.folder.glob("*.cut*/result.json"))
     assert not (tools / "twice").exists()
     ends = told(made.folder, "end")
-    assert len(ends) == len(set(ends)) > len(made.trials) - KILLS
+    assert len(ends) == len(set(ends)) >= len(made.trials) - 2 * KILLS
     assert not Runner(made).todo and not Runner(made).failed
 
 
@@ -149,14 +161,16 @@ def boot(machines: dict, made: Matrix) -> None:
     forked = multiprocessing.get_context("fork")
     for host in "ab":
         if host not in machines or not machines[host].is_alive():
+            assert host not in machines or machines[host].exitcode in (0, -signal.SIGKILL)
             machines[host] = forked.Process(target=run_on, args=(host, made))
             machines[host].start()
 
 
-def at_work(made: Matrix, host: str) -> bool:
-    """Whether this machine has a training in hand."""
+def owners(made: Matrix, host: str) -> set[str]:
+    """Who of this machine has a training in hand, or had when it was killed."""
     ledger = Ledger(made.folder)
-    return any(ledger.holder(group[0]).startswith(f"{host}-") for group in made.groups())
+    held = {ledger.holder(group[0]) for group in made.groups()}
+    return {owner for owner in held if owner.startswith(f"{host}-")}
 
 
 def kill_group(number: int) -> None:
@@ -285,9 +299,11 @@ class Disks:
 
         def work(host: str) -> None:
             turns[host].acquire()
-            found[host] = acts[host][1]()
-            del wakes[host]
-            done.release()
+            try:
+                found[host] = acts[host][1]()
+            finally:
+                del wakes[host]
+                done.release()
 
         self.clock.nap = nap
         for host in acts:
@@ -330,7 +346,8 @@ def test_on_a_synced_disk_one_of_two_claims_holds_and_both_know_which(
 
 
 # ── The runner ────────────────────────────────────────────────────────────────────────────────────
-def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, monkeypatch):
+@pytest.mark.parametrize("over", [False, True], ids=["that runs", "that has ended"])
+def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, monkeypatch, over):
     tools = runs_by(monkeypatch, made, "exec sleep 60")
     monkeypatch.setattr("ablation.ledger.BEAT_SECONDS", 0.01)
     monkeypatch.setattr("ablation.runner.POLL_SECONDS", 0.01)
@@ -344,13 +361,15 @@ def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, mon
         process = start(runner, trial, *rest)
         other.tell(qat, "lost", owner=runner.ledger.owner)
         other.tell(qat, "claim")
+        if over:
+            other.tell(qat, "release")
         processes.append(process)
         return process
 
     def tell(line: str) -> None:
         lines.append(line)
-        if line.startswith("waiting"):
-            qat.folder.mkdir()
+        if line.startswith("waiting") or over:
+            qat.folder.mkdir(exist_ok=True)
             shutil.copy(tools / "qat-s1.json", qat.folder / "result.json")
 
     monkeypatch.setattr(Runner, "start", start_and_be_lost)
@@ -358,8 +377,9 @@ def test_a_machine_that_was_cut_off_leaves_what_another_has_taken_over(made, mon
     runner.run(tell)
     assert [process.returncode for process in processes] == [-signal.SIGTERM]
     assert lines[0] == f"qat-s1: {TAKEN}"
-    assert lines[1].startswith("waiting, as 1 are run elsewhere: qat-s1 by machine b-")
-    assert "qat-s1: val bpb" in lines[2]
+    if not over:
+        assert lines.pop(1).startswith("waiting, as 1 are run elsewhere: qat-s1 by machine b-")
+    assert "qat-s1: val bpb" in lines[1]
     assert told(made.folder, "end") == [] and not runner.failed
 
 
@@ -382,16 +402,31 @@ def test_a_training_that_was_lost_before_a_trial_starts_is_left_alone(made, monk
     assert not (tools / "begun").exists() and not list(made.folder.glob("*.cut*"))
 
 
-def test_who_comes_to_a_synced_folder_waits_for_its_copy_before_the_first_claim(
-    made, monkeypatch, clock
-):
+def test_who_comes_to_a_synced_folder_first_waits_for_its_copy(made, monkeypatch, capsys):
+    seen = []
+
+    def look(*_):
+        seen.append("lines")
+        raise Refusal("enough")
+
+    monkeypatch.setattr("ablate.Runner", look)
+    monkeypatch.setattr("ablate.time", SimpleNamespace(sleep=seen.append))
+    call = ["run", str(made.study.path), "--synced", "5"]
+    assert ablate.main(call) == 2
+    assert seen == [5.0, "lines"] and "waiting 5 s" in capsys.readouterr().out
+    assert ablate.main([*call, "--dry-run"]) == 2
+    assert seen[2:] == ["lines"]
+
+
+def test_a_stop_cuts_the_wait_after_a_claim_short(made, monkeypatch):
     runs_by(monkeypatch, made, "exit 1")
-    runner = Runner(made, only=("qat-s1",), synced=5.0)
-    naps = []
-    monkeypatch.setattr(runner.stopped, "wait", naps.append)
-    clock.nap = naps.append
-    runner.run(lambda line: None)
-    assert naps == [5.0, 10.0] and runner.failed.keys() == {"qat-s1"}
+    runner = Runner(made, only=("qat-s1",), synced=HANG)
+    asleep = {"sleep": lambda seconds: pytest.fail(f"sleeps {seconds} s")}
+    monkeypatch.setattr("ablation.ledger.time", SimpleNamespace(**vars(time) | asleep))
+    threading.Timer(0.1, runner.stopped.set).start()
+    with pytest.raises(Refusal, match="qat-s1: interrupted"):
+        runner.run(lambda line: None)
+    assert runner.ledger.holder(runner.todo[0]) == "" and not runner.failed
 
 
 def test_a_failure_that_a_copy_brings_late_is_one(made, monkeypatch):

@@ -482,6 +482,18 @@ def test_a_shard_that_changes_while_training_stops_the_run_and_loses_no_step(
     (assert_same_run if world == 1 else assert_close_run)(reference, cfg)
 
 
+def test_a_launch_takes_its_own_folder_back_and_not_what_another_put_in_its_place(tiny):
+    cfg = tiny()
+    first = train_gpt.Run(cfg)
+    aside = first.dir.rename(first.dir.with_name("aside"))
+    second = train_gpt.Run(cfg)
+    first.take_back_folder()
+    assert second.dir.exists() and aside.exists()
+    second.take_back_folder()
+    assert not second.dir.exists()
+    second.take_back_folder()
+
+
 def spoil_row_of_rank_1(cfg: Config, step: int) -> int:
     """Puts a token of no vocabulary into the last row of this step; returns its place."""
     shard = Path(cfg.data_path) / "fineweb_train_000000.bin"

@@ -246,7 +246,7 @@ def test_the_full_size_is_equal_time_on_8_gpus_and_the_small_one_equal_steps():
 
 def test_a_sweep_in_small_varies_the_reference_arm_in_small():
     size = STUDY.sizes["small"]
-    tables = ablate.sweep_tables(STUDY, size, {"MATRIX_LR": "0.01,0.02"})
+    tables = ablate.sweep_tables(STUDY, size, "", {"MATRIX_LR": "0.01,0.02"})
     made = study_of(parse_toml(ablate.toml(tables)), ROOT / "x.toml")
     assert (made.sizes["small"].scale, made.sizes["small"].steps) == ("", 431)
     for trial, rate in zip(matrix(made, "small", "steps", (1,)).trials, (0.01, 0.02), strict=True):
