@@ -1,13 +1,14 @@
 """The leaderboard beside what two CPU cores make of it, from the logs of its study."""
 
 import statistics
+from collections import Counter
 
 from pages_studies import study as committed
 
 from ablation.answers import compare_sides
 from ablation.report import Finished, load_matrix, markdown_table
 from ablation.statistics import rank_correlation
-from ablation.study import ROOT, Study, read_study
+from ablation.study import ROOT, Matrix, Study, read_study
 from train_gpt import base_tables, read_base
 
 METRIC = "val_bpb"
@@ -114,11 +115,31 @@ def steps_seen(found: Finished) -> str:
         "step here, mBPB (95 % CI)",
         "here",
     ]
+    count = Counter(row[5] for row in rows[1:])
+    sentences = [
+        f"Rank correlation (Spearman) of all {ranks_in_words(theirs, ours)} (Fisher's z, variance "
+        "of Bonett and Wright 2000).",
+        *within_vocabularies(found.matrix, arms, theirs, ours),
+        f"Of {len(rows) - 1} steps {count['seen']} are seen, {count['the other way']} go the other "
+        f"way, {count['not distinguishable']} cannot be told from nothing.",
+    ]
+    return f"{' '.join(sentences)}\n\n{markdown_table(header, rows)}"
+
+
+def ranks_in_words(theirs: list[float], ours: list[float]) -> str:
     ranks = rank_correlation(theirs, ours)
-    seen = sum(row[5] == "seen" for row in rows)
-    sentence = (
-        f"Rank correlation (Spearman) of {ranks.n} arms: {ranks.rho:.2f}, 95 % interval "
-        f"{ranks.low:.2f} to {ranks.high:.2f} (Fisher's z, variance of Bonett and Wright 2000). "
-        f"{seen} of {len(rows) - 1} steps are seen."
-    )
-    return f"{sentence}\n\n{markdown_table(header, rows)}"
+    return f"{ranks.n} arms: {ranks.rho:.2f}, 95 % interval {ranks.low:.2f} to {ranks.high:.2f}"
+
+
+def within_vocabularies(
+    made: Matrix, arms: list[str], theirs: list[float], ours: list[float]
+) -> list[str]:
+    """The same of the arms that share one, where these are enough; in the order of the arms."""
+    sizes = {trial.arm: trial.cfg.vocab_size for trial in made.trials}
+    sentences = []
+    for size in dict.fromkeys(sizes[arm] for arm in arms):
+        places = [place for place, arm in enumerate(arms) if sizes[arm] == size]
+        if len(places) >= 4:
+            words = ranks_in_words([theirs[p] for p in places], [ours[p] for p in places])
+            sentences.append(f"Of those with {size:,} tokens here, {words}.")
+    return sentences

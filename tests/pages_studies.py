@@ -70,11 +70,14 @@ def how_it_ran(made: Matrix, runs: list[dict]) -> str:
     """The command, the budget, the machine and the code, in one sentence."""
     trainings = len({training_of(run) for run in runs})
     first = runs[0]
+    # studies of several vocabularies score the same bytes
+    targets = sorted({run["val_tokens"] for run in runs})
+    counts = " to ".join(f"{n:,}" for n in dict.fromkeys((targets[0], targets[-1])))
     return (
         f"`{made.command()}`: {made.budget()} for every arm, {len(runs)} runs of {trainings} "
         f"trainings on {first['device']}, {made.size.jobs} side by side, "
         f"threads: {first['threads_per_rank']}, torch {first['torch']}; "
-        f"scored: {first['val_tokens']:,} targets of {first['val_bytes']:,} bytes; "
+        f"scored: {counts} targets of {first['val_bytes']:,} bytes; "
         f"code {age_of(first)}."
     )
 

@@ -374,13 +374,22 @@ def test_the_page_sets_made_up_scores_beside_the_published_ones():
         runs[arm] = {s: {"val_bpb": level + share * noise[s]} for s in noise}
     made = matrix(STUDY, "small", "steps", (1,))
     text = pages_leaderboard.steps_seen(Finished(made, runs, {}))
-    assert "of 5 arms: 0.70, 95 % interval -0.59 to 0.98" in text
-    assert "2 of 4 steps are seen" in text
+    assert "of all 5 arms: 0.70, 95 % interval -0.59 to 0.98" in text and "Of those" not in text
+    assert "Of 4 steps 2 are seen, 1 go the other way, 1 cannot be told from nothing." in text
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| `")]
     assert [row[0].strip() for row in rows] == [f"`{arm}`" for arm in arms]
     verdicts = [row[5].strip() for row in rows]
     assert verdicts == ["", "seen", "the other way", "not distinguishable", "seen"]
     assert rows[1][3].strip() == "-31.9" and rows[1][4].strip().startswith("-100.0 (")
+
+
+def test_ranks_within_a_vocabulary_are_of_its_arms_alone():
+    made = matrix(STUDY, "small", "steps", (1,))
+    arms = ["baseline", "pr42", "pr50", "pr65", "pr1218", "pr1394", "pr1413"]
+    theirs = [7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    ours = [1.0, 2.0, 3.0, 4.0, 0.3, 0.2, 0.1]
+    (line,) = pages_leaderboard.within_vocabularies(made, arms, theirs, ours)
+    assert line == "Of those with 512 tokens here, 4 arms: -1.00, 95 % interval -1.00 to -1.00."
 
 
 def test_the_table_has_every_row_of_the_leaderboard():
