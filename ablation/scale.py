@@ -8,7 +8,7 @@ Kinds and divisors. Widths (of the model, its tables and its adapters) by 8, of 
 halved in number and a quarter as wide. Tokens of a row, a window, a stride, by 8, so that a stride
 is the same share of a window. Tokens of a step by 768, to whole rows. Steps by 32; an EMA forgets
 32 times as fast. Vocabularies by 2, as a tokenizer has more than 256 pieces, each from a folder of
-its own. Buckets by 16. Documents of a prefix by 500, for a validation set of a dozen; the chunks
+its own. Buckets by 16. Documents of a prefix by 625, for a validation set of a dozen; the chunks
 that all weights learn from by 64, as a phase has one document or two.
 
 What does not scale: blocks, of which loops, lanes and value embeddings name the numbers; the 12
@@ -33,7 +33,7 @@ KINDS = {
     "tokens of a step": (768, "train_batch_tokens"),
     "sequences": (8, "eval_batch_seqs ttt_batch_seqs global_ttt_batch_seqs ttt_batch_size"),
     "calibration": (8, "gptq_calibration_batches"),
-    "documents": (500, "phased_ttt_prefix_docs"),
+    "documents": (625, "phased_ttt_prefix_docs"),
     "steps": (
         32,
         "iterations warmup_steps warmdown_iters muon_momentum_warmup_steps swa_every "

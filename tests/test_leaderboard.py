@@ -226,13 +226,21 @@ def test_small_arms_read_the_shards_of_their_vocabulary():
     shape = record.train_batch_tokens, record.model_dim, record.train_seq_len, record.iterations
     assert shape == (1024, 64, 256, 155)
     assert record.ema_decay == pytest.approx(1 - 32 * 0.0035)
-    assert (record.phased_ttt_prefix_docs, record.num_heads, record.ttt_lora_rank) == (5, 4, 10)
+    assert (record.phased_ttt_prefix_docs, record.num_heads, record.ttt_lora_rank) == (4, 4, 10)
     # one document of a phase is more, so that it acts
     assert record.global_ttt_chunk_tokens == 512
     assert SMALL["baseline"].train_batch_tokens == 768 == 6 * SMALL["baseline"].train_seq_len
     unmeasured = dataclasses.replace(STUDY, facts={})
     with pytest.raises(Refusal, match="no published steps"):
         arm_settings(unmeasured, STUDY.sizes["small"], "pr1855", "steps")
+
+
+def test_the_first_phase_of_each_small_arm_comes_with_a_dozen_documents():
+    """Behind the last batch there is nothing to gain: with 5 documents #2135's one never came."""
+    phased = {arm: cfg for arm, cfg in SMALL.items() if cfg.phased_ttt_enabled}
+    assert len(phased) == 11
+    for arm, cfg in phased.items():
+        assert train_gpt.phase_boundaries(cfg, 12)[0] <= 12 - cfg.ttt_batch_size, arm
 
 
 def test_the_full_size_is_equal_time_on_8_gpus_and_the_small_one_equal_steps():
