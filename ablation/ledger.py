@@ -24,7 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
-import socket
+import platform
 import threading
 import time
 import uuid
@@ -50,7 +50,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 def this_host() -> str:
     """A name of this machine until it starts anew, unlike all others."""
     boot = BOOT.read_text() if BOOT.exists() else str(uuid.getnode())
-    return hashlib.sha256(f"{socket.gethostname()} {boot}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{platform.node()} {boot}".encode()).hexdigest()[:12]
 
 
 def locked(file: IO) -> bool:
@@ -279,7 +279,7 @@ class Ledger:
             while not ended.wait(BEAT_SECONDS if count else 0):
                 count += 1
                 with contextlib.suppress(OSError):  # the disk may come back
-                    own.write_text(f"{socket.gethostname()} {count}\n")
+                    own.write_text(f"{platform.node()} {count}\n")
                     look()
 
         thread = threading.Thread(target=beat, daemon=True)
