@@ -50,6 +50,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "published-rows": published_rows,
     "record-bases": pages_frontier.record_bases,
     "leaderboard": pages_leaderboard.leaderboard,
+    "leaderboard-small": pages_leaderboard.leaderboard_small,
     "effects-of-training": pages_effects.effects_of_training,
     **{
         f"effects-of-export-{size}": partial(pages_effects.effects_of_export, size)

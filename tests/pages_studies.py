@@ -40,6 +40,7 @@ STUDIES = [
     ("frontier_training", "text4096", "steps"),
     ("frontier_export", "small", "steps"),
     ("frontier_export", "large", "steps"),
+    ("leaderboard", "small", "steps"),
 ]
 
 # Studies whose equal time was run with all seeds, others with the first three
