@@ -169,13 +169,16 @@ class Ledger:
         return {name: job for name, job in found.items() if isinstance(job, int)}
 
     # ── Of trainings ──────────────────────────────────────────────────────────────────────────────
+    def lines_of(self, training: Trial) -> list[dict]:
+        """Those of its claims."""
+        wanted = training.id, training.cfg.digest()
+        lines = self.lines()
+        return [x for x in lines if (x.get("training"), x.get("config_sha256")) == wanted]
+
     def held(self, training: Trial) -> dict:
         """The claim of a training, first of those that are not given up; {}: nobody's."""
         held = {}
-        wanted = training.id, training.cfg.digest()
-        for line in self.lines():
-            if (line.get("training"), line.get("config_sha256")) != wanted:
-                continue
+        for line in self.lines_of(training):
             if line.get("event") == "claim":
                 held = held or line
             elif line.get("owner") == held.get("owner"):
@@ -184,14 +187,8 @@ class Ledger:
 
     def claimant(self, training: Trial) -> str:
         """Who has claimed a training last; ourselves, where nobody has."""
-        wanted = training.id, training.cfg.digest()
-        owners = [
-            str(line.get("owner"))
-            for line in self.lines()
-            if (line.get("training"), line.get("config_sha256")) == wanted
-            and line.get("event") == "claim"
-        ]
-        return owners[-1] if owners else self.owner
+        claims = [line for line in self.lines_of(training) if line.get("event") == "claim"]
+        return str(claims[-1].get("owner")) if claims else self.owner
 
     def holder(self, training: Trial) -> str:
         """Who has claimed a training; empty: nobody."""
